@@ -1,0 +1,17 @@
+"""AFLoRA (ACL 2024) under `accelerate launch`: low-rank adapters whose projection matrices freeze
+one by one while training, exactly the same on every rank and on every engine."""
+
+from .adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
+from .adapter import AFLoRAConfig, AFLoRAModel, save_as_lora
+from .engines import UnsupportedEngineError
+
+__all__ = [
+    "AFLoRAConfig",
+    "AFLoRAModel",
+    "AdaptiveFreezing",
+    "FreezeEvent",
+    "FreezingConfig",
+    "UnsupportedEngineError",
+    "save_as_lora",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,62 @@
+"""An AFLoRA adapter as a plain LoRA adapter: the same function, servable by anything that serves LoRA.
+
+With alpha = r, LoRA computes W0 + B' A'; A' = A and B' = diag(s_b) B diag(s_d) make that Eq. 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import AFLoRAConfig
+from .layer import AFLoRALayer
+
+
+@torch.no_grad()
+def save_as_lora(model: PeftModel, directory: str | Path, adapter_name: str = "default") -> Path:
+    """Write the adapter as PEFT's LoRA (adapter_config.json, adapter_model.safetensors).
+
+    Args:
+        model: Holds the AFLoRA adapter; it is not changed. Not for a model partitioned by ZeRO-3:
+            load the saved adapter in one process first.
+        directory: Created if need be. Must not hold an adapter yet.
+
+    Raises:
+        ValueError: `adapter_name` is not an AFLoRA adapter of the model.
+        FileExistsError: The directory already holds an adapter.
+    """
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, AFLoRAConfig):
+        raise ValueError(f"{adapter_name!r} is not an AFLoRA adapter of this model; it has {sorted(model.peft_config)}.")
+    directory = Path(directory)
+    if (directory / "adapter_config.json").exists():
+        raise FileExistsError(f"{directory} already holds an adapter; choose another folder.")
+    tensors: dict[str, Tensor] = {}
+    targets = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, AFLoRALayer) and adapter_name in layer.aflora:
+            path = layer.aflora[adapter_name]
+            tensors[f"{name}.lora_A.weight"] = path.A.detach().clone().contiguous()
+            tensors[f"{name}.lora_B.weight"] = (path.s_b.unsqueeze(1) * path.B * path.s_d).contiguous()
+            targets.append(name.removeprefix("base_model.model."))
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tensors |= {key: value.contiguous() for key, value in saved.items() if ".aflora." not in key}
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.r,
+        target_modules=targets,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    lora.save_pretrained(str(directory))
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    return directory

@@ -1,0 +1,294 @@
+"""Adaptive freezing in a training loop: observe, decide, rebuild, by itself at every update.
+
+Binds the freezing of Eq. 2-5 to an engine. The loop stays as accelerate's documentation writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .adapter import AFLoRAModel
+from .adapter.layer import AFLoRAPath
+from .engines import Engine, create_engine
+from .freezing import SCORE_KINDS, CubicSchedule, Fragment, FreezingPolicy, FreezingScore, ScoreKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezingConfig:
+    """When and by which score the projection matrices freeze; steps are optimizer updates.
+
+    Args:
+        total_steps: T, the updates of the whole training.
+        initial_steps: t_i, updates before the first matrix may freeze (the paper: one epoch).
+        final_steps: t_f, updates at the end with all matrices frozen (the paper: 70% of T).
+        beta1, beta2: Decay of the smoothed gradient and of its uncertainty (Eq. 2, 3).
+        score: "gradient" |g| (the paper's choice), "sensitivity" |w g| or "relative" |g / w| (Fig. 4).
+        pairwise: Freeze A and B of a layer together (Table 6).
+
+    Raises:
+        ValueError: The schedule does not fit, or an argument is out of range.
+    """
+
+    total_steps: int
+    initial_steps: int
+    final_steps: int
+    beta1: float = 0.85
+    beta2: float = 0.95
+    score: ScoreKind = "gradient"
+    pairwise: bool = False
+
+    def __post_init__(self) -> None:
+        self.schedule()
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"FreezingConfig: {name} must lie in [0, 1), got {getattr(self, name)}.")
+        if self.score not in SCORE_KINDS:
+            raise ValueError(f"FreezingConfig: score must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}.")
+
+    def schedule(self) -> CubicSchedule:
+        return CubicSchedule(
+            total_steps=self.total_steps, initial_steps=self.initial_steps, final_steps=self.final_steps
+        )
+
+
+@dataclass(frozen=True)
+class FreezeEvent:
+    """One line of freeze_log.jsonl.
+
+    Attributes:
+        step: The update after which the matrices froze, from 0.
+        frozen: Their names, lowest score first.
+        scores: Every score that was ranked.
+        remaining: Freezable matrices that still train.
+        trainable_params: Elements that the optimizer still updates.
+        optimizer_state_bytes: Bytes of the optimizer's moments, over all ranks.
+        rebuild_seconds: Time for the decision and the rebuild.
+    """
+
+    step: int
+    frozen: list[str]
+    scores: dict[str, float]
+    remaining: int
+    trainable_params: int
+    optimizer_state_bytes: int
+    rebuild_seconds: float
+
+
+class AdaptiveFreezing:
+    """Freezes an AFLoRA model's projection matrices while it trains, on every rank the same.
+
+    Create it after `accelerator.prepare()`, on every rank. From then on each optimizer update is
+    observed, and after an update at which floor(r(t) N) grows the matrices with the lowest scores
+    stop training and are gone from gradients, optimizer and communication. Nothing has to be called.
+
+    Args:
+        accelerator: The loop's `Accelerator`. Clip with `accelerator.clip_grad_norm_`: scores are
+            taken before clipping.
+        model, optimizer: As `accelerator.prepare()` returned them.
+        config: Schedule and score.
+        on_freeze: Called with each `FreezeEvent`, on every rank.
+
+    Attributes:
+        step: Updates done so far.
+        events: All freeze events so far.
+
+    Raises:
+        UnsupportedEngineError: The engine, or a feature of it, cannot be frozen exactly.
+        RuntimeError: Several processes were launched that do not know of each other.
+        ValueError: The model has nothing to freeze adaptively, or the ranks disagree.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: FreezingConfig,
+        *,
+        on_freeze: Callable[[FreezeEvent], None] | None = None,
+    ) -> None:
+        refuse_lonely_processes(accelerator)
+        self.config = config
+        self.on_freeze = on_freeze
+        self.engine: Engine = create_engine(accelerator, model, optimizer)
+        tuner = next((m for m in self.engine.model.modules() if isinstance(m, AFLoRAModel)), None)
+        if tuner is None:
+            raise ValueError("AdaptiveFreezing needs an AFLoRA model: peft.get_peft_model(model, AFLoRAConfig(...)).")
+        self._tuner: AFLoRAModel = tuner
+        self._paths = _paths(self.engine.model)
+        of_tuner = {id(parameter) for parameter in tuner.freezable_matrices().values()}
+        trained = set(self.engine.trainable)
+        self.freezable = [n for n, p in self.engine.parameters.items() if id(p) in of_tuner and n in trained]
+        if not self.freezable:
+            raise ValueError(
+                "AdaptiveFreezing has nothing to freeze: no projection matrix of the active adapter trains adaptively "
+                "and is in the optimizer. Check AFLoRAConfig(freezable=..., freezing='adaptive') and the parameters "
+                "that the optimizer was given."
+            )
+        self.schedule = config.schedule()
+        self.policy = FreezingPolicy(self.freezable, pairwise=config.pairwise)
+        self.numels = {name: self.engine.numel(name) for name in self.freezable}
+        self.frozen: dict[str, int] = {}  # name -> step at which it froze
+        self.events: list[FreezeEvent] = []
+        self.step = 0
+        self._agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
+        self._scores = self._new_scores()
+        self.engine.watch(self._observe, self._updated)
+        tuner.freezing_attached = True
+
+    @property
+    def remaining(self) -> list[str]:
+        """Freezable matrices that still train."""
+        return [name for name in self.freezable if name not in self.frozen]
+
+    @property
+    def fraction(self) -> float:
+        """r(t) of Eq. 5 for the update to come."""
+        return self.schedule.fraction(self.step)
+
+    @property
+    def trainable_params(self) -> int:
+        """Elements that the optimizer updates now."""
+        return sum(self.engine.numel(name) for name in self.engine.trainable)
+
+    def detach(self) -> None:
+        """Stop observing and freezing; what is frozen stays so."""
+        self.engine.unwatch()
+        self._tuner.freezing_attached = False
+
+    # -- each update -------------------------------------------------------------------------
+
+    def _observe(self, bucket: int, gradients: Any, weights: Any, scale: Tensor | float) -> None:
+        with torch.profiler.record_function("aflora.observe"):
+            self._scores[bucket].observe(gradients, weights, scale)
+
+    def _updated(self) -> None:
+        count = self.schedule.count(self.step, len(self.policy))
+        if count > len(self.policy) - self._remaining_units():
+            self._freeze(count)
+        self.step += 1
+
+    def _remaining_units(self) -> int:
+        return sum(names[0] not in self.frozen for names in self.policy.units.values())
+
+    def _freeze(self, count: int) -> None:
+        start = time.perf_counter()
+        with torch.profiler.record_function("aflora.decide"):
+            scores = self._all_scores()
+            names = self.policy.next_frozen(scores, count)
+            self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
+        with torch.profiler.record_function("aflora.rebuild"):
+            self._drop(names)
+        self.events.append(
+            FreezeEvent(
+                step=self.step,
+                frozen=names,
+                scores=scores,
+                remaining=len(self.remaining),
+                trainable_params=self.trainable_params,
+                optimizer_state_bytes=self.optimizer_state_bytes(),
+                rebuild_seconds=time.perf_counter() - start,
+            )
+        )
+        if self.on_freeze is not None:
+            self.on_freeze(self.events[-1])
+
+    def _all_scores(self) -> dict[str, float]:
+        """Eq. 4 of every matrix that still trains: one all-reduce of as many numbers."""
+        names = self.remaining
+        index = {name: i for i, name in enumerate(names)}
+        vector = torch.zeros(len(names), dtype=torch.float64, device=self.engine.device)
+        for score in self._scores:
+            for name, partial in score.partial_sums().items():
+                vector[index[name]] += partial
+        with torch.profiler.record_function("aflora.all_reduce"):
+            self.engine.sum_over_ranks(vector)
+        scores = {name: total / self.numels[name] for name, total in zip(names, vector.tolist())}
+        broken = [name for name, score in scores.items() if not math.isfinite(score)]
+        if broken:
+            raise FloatingPointError(
+                f"The freezing score of {broken[0]} is not finite after step {self.step}: a gradient was NaN or "
+                f"infinite. Lower the learning rate, or look for the step at which the loss broke."
+            )
+        return scores
+
+    def _drop(self, names: list[str]) -> None:
+        """state -> drop names -> rebuild: the same for the optimizer and for the scores."""
+        smoothed = self._gather_scores()
+        state = self.engine.state()
+        for name in names:
+            self.frozen[name] = self.step
+            path, matrix = self._paths[name]
+            path.frozen.add(matrix)
+            del state[name], smoothed[name]
+        self.engine.rebuild(state)
+        self._scores = self._new_scores()
+        for score in self._scores:
+            score.load(smoothed)
+
+    def _gather_scores(self) -> dict[str, Tensor]:
+        pieces: list[tuple[Fragment, Tensor]] = [piece for score in self._scores for piece in score.state()]
+        return self.engine.gather(pieces, {name: self.numels[name] for name in self.remaining}, rows=2)
+
+    def _new_scores(self) -> list[FreezingScore]:
+        return [
+            FreezingScore(
+                fragments,
+                self.engine.device,
+                kind=self.config.score,
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
+            )
+            for fragments in self.engine.buckets(self.remaining)
+        ]
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of the optimizer's moments over all ranks. A collective."""
+        local = torch.tensor([self.engine.moment_bytes()], dtype=torch.float64, device=self.engine.device)
+        return int(self.engine.sum_over_ranks(local).item())
+
+    def _agree(self, what: str, complaint: str) -> None:
+        """Raise on every rank unless all ranks hold the same text. One all-reduce of two numbers."""
+        # 20 bits: the sums stay exact in float64 up to 4,096 ranks.
+        digest = int(hashlib.sha256(what.encode()).hexdigest()[:5], 16)
+        pair = torch.tensor([digest, digest**2], dtype=torch.float64, device=self.engine.device)
+        total, squares = (int(number) for number in self.engine.sum_over_ranks(pair).tolist())
+        if total**2 != squares * self.engine.world_size:  # the variance over ranks is not zero
+            raise ValueError(f"The ranks {complaint}. Start all of them with the same code, seed and configuration.")
+
+
+def _paths(model: nn.Module) -> dict[str, tuple[AFLoRAPath, str]]:
+    return {
+        f"{name}.{matrix}": (module, matrix)
+        for name, module in model.named_modules()
+        if isinstance(module, AFLoRAPath)
+        for matrix in ("A", "B")
+    }
+
+
+def refuse_lonely_processes(accelerator: Accelerator) -> None:
+    """Raise if the launcher started several processes that each believe to be alone.
+
+    DeepSpeed on a CPU does that without a word when the gloo backend was not asked for.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"{launched} processes were launched, but this one knows of {accelerator.num_processes}: they would train "
+            f"{launched} separate models. On CPU, create the accelerator with "
+            f'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]); for DDP on CPU also set '
+            f"ACCELERATE_USE_CPU=true."
+        )
+
+
+__all__ = ["AdaptiveFreezing", "FreezeEvent", "FreezingConfig", "refuse_lonely_processes"]

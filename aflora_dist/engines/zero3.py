@@ -1,0 +1,77 @@
+"""ZeRO-3: every parameter is cut into equal pieces, one per rank; sub-groups of pieces form partitions."""
+
+from __future__ import annotations
+
+from typing import Iterable, Sequence
+from unittest import mock
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from ..freezing import Fragment
+from .zero import ZeroEngine
+
+
+class Zero3Engine(ZeroEngine):
+    """DeepSpeedZeroOptimizer_Stage3, with optimizer and parameter offload to CPU."""
+
+    def _group_parameters(self) -> list[tuple[int, list[nn.Parameter]]]:
+        visible = self.zero.optimizer.param_groups
+        positions = [next(i for i, g in enumerate(self._inner.param_groups) if g is group) for group in visible]
+        return [(positions[self.zero.sub_group_to_group_id[i]], group) for i, group in enumerate(self.zero.fp16_groups)]
+
+    def _partitions(self) -> list[Tensor]:
+        return self.zero.fp32_partitioned_groups_flat
+
+    def _layout(self) -> list[list[tuple[Fragment, int]]]:
+        spans: list[list[tuple[Fragment, int]]] = []
+        for group in self.zero.fp16_groups:
+            spans.append([])
+            for parameter in group:
+                _, at, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                start = self.rank * length
+                numel = min(length, parameter.ds_numel - start)  # the last pieces may be padding
+                if numel > 0:
+                    spans[-1].append((Fragment(self.names[parameter], start, numel), at))
+        return spans
+
+    def numel(self, name: str) -> int:
+        return self.parameters[name].ds_numel
+
+    def _combined_scale(self) -> Tensor | float:
+        scale = float(self.zero.loss_scale)
+        if not self.zero.clip_grad:
+            return scale
+        return ((torch.as_tensor(self.zero._global_grad_norm) + 1e-6) / self.zero.clip_grad).clamp(min=1.0) * scale
+
+    def _replace(self, dropped: Sequence[nn.Parameter]) -> None:
+        old = self.zero
+        kept = {name: getattr(old, name) for name in ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")}
+        # old.destroy() would also take the module hooks that gather parameters; they stay, with the
+        # object that owns them, so only the optimizer half is undone and made anew.
+        for hook in old._grad_acc_hooks + old._leaf_module_hooks:
+            hook.remove()
+        old.ipg_buckets.clear()
+        old._unpin_offload_buffers()
+        for parameter in dropped:
+            # Its piece is a view of the old group's flat buffer, which would stay alive through it.
+            parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
+        offload = old.parameter_offload
+        stage3 = type(old)
+        old.__dict__.clear()  # reference cycles would keep its buffers until the next collection
+        with mock.patch.object(stage3, "initialize_ds_offload", lambda self, **kwargs: offload):
+            self.ds.optimizer = self.ds._configure_zero_optimizer(self._visible_groups())
+        for name, value in kept.items():
+            setattr(self.zero, name, value)
+
+    def _publish(self) -> None:
+        for index in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(index)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names = list(names)
+        with deepspeed.zero.GatheredParameters([self.parameters[name] for name in names]):
+            return {name: self.parameters[name].detach().clone() for name in names}

@@ -1,0 +1,49 @@
+"""Eq. 5: which fraction of the projection matrices is frozen after each step. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CubicSchedule:
+    """r(t) of Eq. 5, in optimizer updates t = 0 .. T-1.
+
+    Args:
+        total_steps: T.
+        initial_steps: t_i, the steps before the first matrix may freeze.
+        final_steps: t_f, the steps at the end during which all are frozen.
+
+    Raises:
+        ValueError: T < 1, a negative t_i or t_f, or t_i + t_f > T.
+    """
+
+    total_steps: int
+    initial_steps: int
+    final_steps: int
+
+    def __post_init__(self) -> None:
+        T, t_i, t_f = self.total_steps, self.initial_steps, self.final_steps
+        if T < 1:
+            raise ValueError(f"The freezing schedule needs at least one training step, got total_steps T={T}.")
+        if t_i < 0 or t_f < 0:
+            raise ValueError(f"The freezing schedule needs t_i >= 0 and t_f >= 0, got t_i={t_i}, t_f={t_f}.")
+        if t_i + t_f > T:
+            raise ValueError(
+                f"The freezing schedule does not fit: t_i + t_f = {t_i} + {t_f} = {t_i + t_f} steps, but training "
+                f"has only T = {T}. Train longer, or lower t_i (steps before freezing) or t_f (steps after it)."
+            )
+
+    def fraction(self, step: int) -> float:
+        """r(t), in [0, 1]."""
+        T, t_i, t_f = self.total_steps, self.initial_steps, self.final_steps
+        if step >= T - t_f:
+            return 1.0
+        if step < t_i:
+            return 0.0
+        return 1.0 - (1.0 - (step - t_i) / (T - t_i - t_f)) ** 3
+
+    def count(self, step: int, total: int) -> int:
+        """How many of `total` matrices are frozen after the update of this step: floor(r(t) N)."""
+        return math.floor(self.fraction(step) * total)

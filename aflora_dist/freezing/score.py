@@ -1,0 +1,109 @@
+"""Eq. 2-4: the freezing score of each projection matrix, from its gradients.
+
+Works on whatever fragments of matrices a rank holds, laid out in one flat buffer, so that a step
+costs a handful of vector operations however many matrices there are. Returns partial sums; adding
+them over ranks and dividing by the sizes is the caller's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Sequence
+
+import torch
+from torch import Tensor
+
+ScoreKind = Literal["gradient", "sensitivity", "relative"]
+SCORE_KINDS: tuple[ScoreKind, ...] = ("gradient", "sensitivity", "relative")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of the flattened parameter `name`."""
+
+    name: str
+    start: int
+    numel: int
+
+
+class FreezingScore:
+    """Ibar and Ubar (Eq. 2, 3) of this rank's fragments, float32.
+
+    Args:
+        fragments: What this rank observes, in the order in which gradients are passed.
+        kind: The importance I (Fig. 4): "gradient" |g|, "sensitivity" |w g|, "relative" |g / w|.
+        beta1, beta2: Decay of Ibar and Ubar.
+
+    Both averages start at zero and are not bias-corrected.
+    """
+
+    def __init__(
+        self,
+        fragments: Sequence[Fragment],
+        device: torch.device | str,
+        *,
+        kind: ScoreKind = "gradient",
+        beta1: float = 0.85,
+        beta2: float = 0.95,
+    ) -> None:
+        self.fragments = list(fragments)
+        self.kind = kind
+        self.beta1 = beta1
+        self.beta2 = beta2
+        numel = sum(fragment.numel for fragment in self.fragments)
+        self.smoothed = torch.zeros(numel, dtype=torch.float32, device=device)  # Ibar
+        self.uncertainty = torch.zeros(numel, dtype=torch.float32, device=device)  # Ubar
+        self._importance = torch.empty(numel, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def observe(
+        self, gradients: Sequence[Tensor], weights: Sequence[Tensor] | None = None, scale: Tensor | float = 1.0
+    ) -> None:
+        """Eq. 2 and 3 for one step.
+
+        Args:
+            gradients: One 1-D tensor per fragment, any float dtype.
+            weights: The fragments' values before the update; read for the kinds that need them.
+            scale: g is `scale` times what is passed (undoes clipping and loss scaling).
+        """
+        if not self.fragments:
+            return
+        importance = self._flatten(gradients).abs_().mul_(scale)
+        if self.kind != "gradient":
+            assert weights is not None, "this score needs the weights"
+            magnitude = torch.cat([w.to(torch.float32) for w in weights]).abs_()
+            if self.kind == "sensitivity":
+                importance.mul_(magnitude)
+            else:
+                importance.div_(magnitude.clamp_min_(torch.finfo(torch.float32).eps))
+        self.smoothed.lerp_(importance, 1.0 - self.beta1)
+        self.uncertainty.lerp_(importance.sub_(self.smoothed).abs_(), 1.0 - self.beta2)
+
+    def _flatten(self, gradients: Sequence[Tensor]) -> Tensor:
+        if all(gradient.dtype == torch.float32 for gradient in gradients):
+            return torch.cat(list(gradients), out=self._importance)
+        return self._importance.copy_(torch.cat([gradient.to(torch.float32) for gradient in gradients]))
+
+    @torch.no_grad()
+    def partial_sums(self) -> dict[str, Tensor]:
+        """Sum over this rank's elements of Ibar * Ubar (Eq. 4 before the mean), by name, float64 scalars."""
+        products = (self.smoothed.double() * self.uncertainty.double()).split([f.numel for f in self.fragments])
+        sums: dict[str, Tensor] = {}
+        for fragment, product in zip(self.fragments, products):
+            total = product.sum()
+            sums[fragment.name] = sums[fragment.name] + total if fragment.name in sums else total
+        return sums
+
+    def state(self) -> list[tuple[Fragment, Tensor]]:
+        """(fragment, (2, numel) tensor of Ibar and Ubar) for each fragment."""
+        both = torch.stack([self.smoothed, self.uncertainty])
+        return list(zip(self.fragments, both.split([f.numel for f in self.fragments], dim=1)))
+
+    @torch.no_grad()
+    def load(self, whole: dict[str, Tensor]) -> None:
+        """Take this rank's fragments out of whole matrices' averages: name -> (2, matrix numel)."""
+        if not self.fragments:
+            return
+        both = torch.cat([whole[f.name][:, f.start : f.start + f.numel] for f in self.fragments], dim=1)
+        self.smoothed.copy_(both[0])
+        self.uncertainty.copy_(both[1])

@@ -1,0 +1,54 @@
+"""Starts real processes through `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def launch_arguments(engine: str, processes: int, mixed_precision: str = "no") -> list[str]:
+    common = ["--num_processes", str(processes), "--num_machines", "1", "--dynamo_backend", "no"]
+    common += ["--mixed_precision", mixed_precision, "--main_process_port", str(free_port())]
+    if engine == "ddp":
+        return ["--multi_gpu", *common]
+    if engine.startswith("zero"):
+        return ["--use_deepspeed", "--zero_stage", engine[4], *common]
+    return common
+
+
+def launch(
+    engine: str,
+    processes: int,
+    *command: str,
+    mixed_precision: str = "no",
+    launcher: list[str] | None = None,
+    timeout: float = 240,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run `accelerate launch ... COMMAND` on the CPU and return what came of it; never hangs."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "ACCELERATE_USE_CPU": "true", **(env or {})}
+    arguments = launcher if launcher is not None else launch_arguments(engine, processes, mixed_precision)
+    if engine.startswith("zero"):
+        environment.pop("ACCELERATE_USE_CPU")
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *arguments, *command],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
