@@ -3,12 +3,14 @@ one by one while training, exactly the same on every rank and on every engine.""
 
 from .adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .adapter import AFLoRAConfig, AFLoRAModel, save_as_lora
-from .engines import UnsupportedEngineError
+from .errors import AFLoRAError, DivergedError, UnsupportedEngineError
 
 __all__ = [
     "AFLoRAConfig",
+    "AFLoRAError",
     "AFLoRAModel",
     "AdaptiveFreezing",
+    "DivergedError",
     "FreezeEvent",
     "FreezingConfig",
     "UnsupportedEngineError",

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from .adapter import AFLoRAModel
 from .adapter.layer import AFLoRAPath
 from .engines import Engine, create_engine
+from .errors import AFLoRAError, DivergedError
 from .freezing import SCORE_KINDS, CubicSchedule, Fragment, FreezingPolicy, FreezingScore, ScoreKind
 
 
@@ -36,7 +37,7 @@ class FreezingConfig:
         pairwise: Freeze A and B of a layer together (Table 6).
 
     Raises:
-        ValueError: The schedule does not fit, or an argument is out of range.
+        AFLoRAError: The schedule does not fit, or an argument is out of range.
     """
 
     total_steps: int
@@ -51,9 +52,9 @@ class FreezingConfig:
         self.schedule()
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"FreezingConfig: {name} must lie in [0, 1), got {getattr(self, name)}.")
+                raise AFLoRAError(f"FreezingConfig: {name} must lie in [0, 1), got {getattr(self, name)}.")
         if self.score not in SCORE_KINDS:
-            raise ValueError(f"FreezingConfig: score must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}.")
+            raise AFLoRAError(f"FreezingConfig: score must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}.")
 
     def schedule(self) -> CubicSchedule:
         return CubicSchedule(
@@ -91,6 +92,8 @@ class AdaptiveFreezing:
     observed, and after an update at which floor(r(t) N) grows the matrices with the lowest scores
     stop training and are gone from gradients, optimizer and communication. Nothing has to be called.
 
+    An adapter with `freezing="never"` or "always" is left as it is; only steps are counted then.
+
     Args:
         accelerator: The loop's `Accelerator`. Clip with `accelerator.clip_grad_norm_`: scores are
             taken before clipping.
@@ -100,12 +103,13 @@ class AdaptiveFreezing:
 
     Attributes:
         step: Updates done so far.
+        seconds: Host time spent so far on observing, deciding and rebuilding.
         events: All freeze events so far.
 
     Raises:
         UnsupportedEngineError: The engine, or a feature of it, cannot be frozen exactly.
-        RuntimeError: Several processes were launched that do not know of each other.
-        ValueError: The model has nothing to freeze adaptively, or the ranks disagree.
+        AFLoRAError: Several processes were launched that do not know of each other.
+        AFLoRAError: The model has nothing to freeze adaptively, or the ranks disagree.
     """
 
     def __init__(
@@ -123,14 +127,14 @@ class AdaptiveFreezing:
         self.engine: Engine = create_engine(accelerator, model, optimizer)
         tuner = next((m for m in self.engine.model.modules() if isinstance(m, AFLoRAModel)), None)
         if tuner is None:
-            raise ValueError("AdaptiveFreezing needs an AFLoRA model: peft.get_peft_model(model, AFLoRAConfig(...)).")
+            raise AFLoRAError("AdaptiveFreezing needs an AFLoRA model: peft.get_peft_model(model, AFLoRAConfig(...)).")
         self._tuner: AFLoRAModel = tuner
         self._paths = _paths(self.engine.model)
         of_tuner = {id(parameter) for parameter in tuner.freezable_matrices().values()}
         trained = set(self.engine.trainable)
         self.freezable = [n for n, p in self.engine.parameters.items() if id(p) in of_tuner and n in trained]
-        if not self.freezable:
-            raise ValueError(
+        if not self.freezable and "adaptive" in {tuner.peft_config[name].freezing for name in tuner.active_adapters}:
+            raise AFLoRAError(
                 "AdaptiveFreezing has nothing to freeze: no projection matrix of the active adapter trains adaptively "
                 "and is in the optimizer. Check AFLoRAConfig(freezable=..., freezing='adaptive') and the parameters "
                 "that the optimizer was given."
@@ -141,6 +145,7 @@ class AdaptiveFreezing:
         self.frozen: dict[str, int] = {}  # name -> step at which it froze
         self.events: list[FreezeEvent] = []
         self.step = 0
+        self.seconds = 0.0
         self._agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
         self._scores = self._new_scores()
         self.engine.watch(self._observe, self._updated)
@@ -169,8 +174,10 @@ class AdaptiveFreezing:
     # -- each update -------------------------------------------------------------------------
 
     def _observe(self, bucket: int, gradients: Any, weights: Any, scale: Tensor | float) -> None:
+        start = time.perf_counter()
         with torch.profiler.record_function("aflora.observe"):
             self._scores[bucket].observe(gradients, weights, scale)
+        self.seconds += time.perf_counter() - start
 
     def _updated(self) -> None:
         count = self.schedule.count(self.step, len(self.policy))
@@ -200,6 +207,7 @@ class AdaptiveFreezing:
                 rebuild_seconds=time.perf_counter() - start,
             )
         )
+        self.seconds += time.perf_counter() - start
         if self.on_freeze is not None:
             self.on_freeze(self.events[-1])
 
@@ -216,7 +224,7 @@ class AdaptiveFreezing:
         scores = {name: total / self.numels[name] for name, total in zip(names, vector.tolist())}
         broken = [name for name, score in scores.items() if not math.isfinite(score)]
         if broken:
-            raise FloatingPointError(
+            raise DivergedError(
                 f"The freezing score of {broken[0]} is not finite after step {self.step}: a gradient was NaN or "
                 f"infinite. Lower the learning rate, or look for the step at which the loss broke."
             )
@@ -264,7 +272,7 @@ class AdaptiveFreezing:
         pair = torch.tensor([digest, digest**2], dtype=torch.float64, device=self.engine.device)
         total, squares = (int(number) for number in self.engine.sum_over_ranks(pair).tolist())
         if total**2 != squares * self.engine.world_size:  # the variance over ranks is not zero
-            raise ValueError(f"The ranks {complaint}. Start all of them with the same code, seed and configuration.")
+            raise AFLoRAError(f"The ranks {complaint}. Start all of them with the same code, seed and configuration.")
 
 
 def _paths(model: nn.Module) -> dict[str, tuple[AFLoRAPath, str]]:
@@ -283,7 +291,7 @@ def refuse_lonely_processes(accelerator: Accelerator) -> None:
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
-        raise RuntimeError(
+        raise AFLoRAError(
             f"{launched} processes were launched, but this one knows of {accelerator.num_processes}: they would train "
             f"{launched} separate models. On CPU, create the accelerator with "
             f'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]); for DDP on CPU also set '

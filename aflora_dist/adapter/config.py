@@ -9,6 +9,8 @@ from typing import Literal
 
 from peft.config import PeftConfig
 
+from ..errors import AFLoRAError
+
 
 class AFLoRAPeftType(str, Enum):
     """PEFT's enum of methods cannot be extended; a str enum of our own serves where it looks a type up."""
@@ -43,7 +45,7 @@ class AFLoRAConfig(PeftConfig):
         init_weights: Initialise the adapter; False leaves memory as it is, for loading.
 
     Raises:
-        ValueError: An argument is out of its range; the message says what to write.
+        AFLoRAError: An argument is out of its range; the message says what to write.
     """
 
     r: int = 4
@@ -67,21 +69,21 @@ class AFLoRAConfig(PeftConfig):
             if isinstance(value, list):
                 setattr(self, name, set(value))  # PEFT's own tuners hold sets
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"AFLoRAConfig: the rank r must be a positive integer, got r={self.r!r}.")
+            raise AFLoRAError(f"AFLoRAConfig: the rank r must be a positive integer, got r={self.r!r}.")
         if not 0.0 <= self.aflora_dropout < 1.0:
-            raise ValueError(f"AFLoRAConfig: aflora_dropout must lie in [0, 1), got {self.aflora_dropout!r}.")
+            raise AFLoRAError(f"AFLoRAConfig: aflora_dropout must lie in [0, 1), got {self.aflora_dropout!r}.")
         if self.freezing not in ("adaptive", "never", "always"):
-            raise ValueError(
+            raise AFLoRAError(
                 f'AFLoRAConfig: freezing must be "adaptive", "never" or "always", got {self.freezing!r}.'
             )
         if self.bias not in ("none", "all", "aflora_only"):
-            raise ValueError(f'AFLoRAConfig: bias must be "none", "all" or "aflora_only", got {self.bias!r}.')
+            raise AFLoRAError(f'AFLoRAConfig: bias must be "none", "all" or "aflora_only", got {self.bias!r}.')
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("AFLoRAConfig: layers_pattern has no effect without layers_to_transform.")
+            raise AFLoRAError("AFLoRAConfig: layers_pattern has no effect without layers_to_transform.")
         try:
             re.compile(self.freezable)
         except (re.error, TypeError) as error:
-            raise ValueError(
+            raise AFLoRAError(
                 f'AFLoRAConfig: freezable must be "ffn", "attention", "all", "none" or a regular expression '
                 f"that matches module names; {self.freezable!r} does not compile: {error}."
             ) from None

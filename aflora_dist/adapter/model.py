@@ -12,6 +12,7 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import AFLoRAError
 from .architectures import ARCHITECTURES, kind_of, target_pattern
 from .config import AFLoRAConfig, AFLoRAPeftType
 from .layer import AFLoRALayer
@@ -77,7 +78,7 @@ class AFLoRAModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: AFLoRAConfig, model_config: dict[str, Any]) -> AFLoRAConfig:
         if peft_config.target_modules is None and model_config.get("model_type") not in ARCHITECTURES:
-            raise ValueError(
+            raise AFLoRAError(
                 f"AFLoRA does not know the architecture {model_config.get('model_type', type(self.model).__name__)!r}. "
                 f"Pass target_modules=[...] to AFLoRAConfig; the model's linear layers end in: "
                 f"{', '.join(sorted({name.rpartition('.')[2] for name in _linear_layers(self.model)})) or '(none)'}."
@@ -105,13 +106,13 @@ class AFLoRAModel(BaseTuner):
             return
         model_type = self._model_type()
         if config.freezable in ("ffn", "attention") and model_type not in ARCHITECTURES:
-            raise ValueError(
+            raise AFLoRAError(
                 f"AFLoRA does not know which layers of {model_type or type(model).__name__!r} are {config.freezable}. "
                 f'Set AFLoRAConfig(freezable=...) to "all", "none" or a regular expression over module names such as '
                 f"{next(iter(layers))!r}."
             )
         kinds = sorted({str(kind_of(model_type, name)) for name in layers})
-        raise ValueError(
+        raise AFLoRAError(
             f"AFLoRA has nothing to train and freeze: freezable={config.freezable!r} matches none of the "
             f"{len(layers)} adapted layers (kinds among them: {', '.join(kinds)}; the first is {next(iter(layers))!r}). "
             f'Widen target_modules or freezable, or say freezable="none".'

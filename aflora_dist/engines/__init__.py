@@ -7,10 +7,11 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
 
-from .base import Engine, ParameterState, UnsupportedEngineError
+from ..errors import UnsupportedEngineError
+from .base import Engine, ParameterState
 from .replicated import ReplicatedEngine
 
-__all__ = ["Engine", "ParameterState", "UnsupportedEngineError", "create_engine"]
+__all__ = ["Engine", "ParameterState", "create_engine"]
 
 
 def create_engine(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> Engine:

@@ -18,10 +18,6 @@ from torch.optim import Optimizer
 from ..freezing import Fragment
 
 
-class UnsupportedEngineError(ValueError):
-    """The way training was set up cannot be frozen exactly; the message says what to use instead."""
-
-
 @dataclass
 class ParameterState:
     """One trainable parameter with its optimizer state, whole, on this rank.

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..freezing import Fragment
-from .base import Engine, Observer, ParameterState, UnsupportedEngineError, release, split_state
+from ..errors import UnsupportedEngineError
+from .base import Engine, Observer, ParameterState, release, split_state
 
 
 class ReplicatedEngine(Engine):
@@ -124,7 +125,7 @@ class ReplicatedEngine(Engine):
             return
         grad, version = self._sentinel
         if grad._version != version:
-            raise RuntimeError(
+            raise UnsupportedEngineError(
                 "The gradients changed between accelerator.backward() and optimizer.step(). Freezing scores need "
                 "them before clipping: use accelerator.clip_grad_norm_ instead of torch.nn.utils.clip_grad_norm_."
             )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..freezing import Fragment
-from .base import Engine, Observer, ParameterState, UnsupportedEngineError, release, split_state
+from ..errors import UnsupportedEngineError
+from .base import Engine, Observer, ParameterState, release, split_state
 
 
 class ZeroEngine(Engine):

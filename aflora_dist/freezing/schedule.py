@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..errors import AFLoRAError
+
 
 @dataclass(frozen=True, kw_only=True)
 class CubicSchedule:
@@ -16,7 +18,7 @@ class CubicSchedule:
         final_steps: t_f, the steps at the end during which all are frozen.
 
     Raises:
-        ValueError: T < 1, a negative t_i or t_f, or t_i + t_f > T.
+        AFLoRAError: T < 1, a negative t_i or t_f, or t_i + t_f > T.
     """
 
     total_steps: int
@@ -26,11 +28,11 @@ class CubicSchedule:
     def __post_init__(self) -> None:
         T, t_i, t_f = self.total_steps, self.initial_steps, self.final_steps
         if T < 1:
-            raise ValueError(f"The freezing schedule needs at least one training step, got total_steps T={T}.")
+            raise AFLoRAError(f"The freezing schedule needs at least one training step, got total_steps T={T}.")
         if t_i < 0 or t_f < 0:
-            raise ValueError(f"The freezing schedule needs t_i >= 0 and t_f >= 0, got t_i={t_i}, t_f={t_f}.")
+            raise AFLoRAError(f"The freezing schedule needs t_i >= 0 and t_f >= 0, got t_i={t_i}, t_f={t_f}.")
         if t_i + t_f > T:
-            raise ValueError(
+            raise AFLoRAError(
                 f"The freezing schedule does not fit: t_i + t_f = {t_i} + {t_f} = {t_i + t_f} steps, but training "
                 f"has only T = {T}. Train longer, or lower t_i (steps before freezing) or t_f (steps after it)."
             )

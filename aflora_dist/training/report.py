@@ -1,0 +1,33 @@
+"""What a person reads at the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_summary(result: dict[str, Any], directory: str) -> None:
+    """The result as a table, on this process's standard output."""
+    table = Table(title=f"AFLoRA on {result['task']}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in result["metrics"].items():
+        best = max(evaluation[name] for evaluation in result["evaluations"])
+        note = f"  (best epoch {best:.4f})" if len(result["evaluations"]) > 1 else ""
+        table.add_row(name.replace("_", " "), f"{value:.4f}{note}")
+    average, lora = result["avg_trainable_params"], result["lora_r8_trainable_params"]
+    table.add_row(
+        "trainable parameters", f"{average:,.0f} on average; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many"
+    )
+    table.add_row("froze", f"{result['freezable_matrices']} projection matrices in {result['freeze_events']} events")
+    seconds, share = result["freeze_seconds_total"], result["freeze_seconds_total"] / result["train_seconds"]
+    table.add_row("time spent freezing", f"{seconds:.2f} s, {share:.2%} of training")
+    table.add_row(
+        "training",
+        f"{result['steps']} steps in {result['train_seconds']:.1f} s, {result['samples_per_second']:.1f} examples/s, "
+        f"{result['world_size']} x {result['engine']}",
+    )
+    table.add_row("files", f"{directory}/ (adapter/, freeze_log.jsonl, metrics.jsonl, result.json, tensorboard/)")
+    Console(soft_wrap=False).print(table)
