@@ -4,6 +4,7 @@ one by one while training, exactly the same on every rank and on every engine.""
 from .adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .adapter import AFLoRAConfig, AFLoRAModel, save_as_lora
 from .errors import AFLoRAError, DivergedError, UnsupportedEngineError
+from .trainer import FreezingCallback
 
 __all__ = [
     "AFLoRAConfig",
@@ -12,6 +13,7 @@ __all__ = [
     "AdaptiveFreezing",
     "DivergedError",
     "FreezeEvent",
+    "FreezingCallback",
     "FreezingConfig",
     "UnsupportedEngineError",
     "save_as_lora",

@@ -80,6 +80,11 @@ class AFLoRAConfig(PeftConfig):
             raise AFLoRAError(f'AFLoRAConfig: bias must be "none", "all" or "aflora_only", got {self.bias!r}.')
         if self.layers_pattern and self.layers_to_transform is None:
             raise AFLoRAError("AFLoRAConfig: layers_pattern has no effect without layers_to_transform.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise AFLoRAError(
+                "AFLoRAConfig: layers_to_transform needs target_modules as a list (or None); a regular expression can "
+                "choose the layers itself."
+            )
         try:
             re.compile(self.freezable)
         except (re.error, TypeError) as error:

@@ -51,7 +51,8 @@ class _Down(torch.autograd.Function):
         if grad_x is None:
             return (rows @ weight).view(*grad_h.shape[:-1], -1), grad_A, None
         if ctx.accumulate_in_place and grad_x.is_contiguous() and grad_x.dtype == rows.dtype:
-            grad_x.view(-1, grad_x.shape[-1]).addmm_(rows, weight)
+            flat = grad_x.view(-1, grad_x.shape[-1])
+            torch.addmm(flat, rows, weight, out=flat)
             return grad_x, grad_A, None
         shape = grad_x.shape
         return torch.addmm(grad_x.reshape(-1, shape[-1]), rows.to(grad_x.dtype), weight.to(grad_x.dtype)).view(
@@ -76,7 +77,8 @@ class _Up(torch.autograd.Function):
         rows = h.reshape(-1, h.shape[-1]).to(y.dtype)
         if in_place:
             ctx.mark_dirty(y)
-            y.view(-1, y.shape[-1]).addmm_(rows, folded.T)
+            flat = y.view(-1, y.shape[-1])
+            torch.addmm(flat, rows, folded.T, out=flat)
             return y
         return torch.addmm(y.reshape(-1, y.shape[-1]), rows, folded.T).view(y.shape)
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AFLoRAError
-from .architectures import ARCHITECTURES, kind_of, target_pattern
+from .architectures import ARCHITECTURES, kind_of, target_modules
 from .config import AFLoRAConfig, AFLoRAPeftType
 from .layer import AFLoRALayer
 
@@ -35,7 +35,7 @@ class AFLoRAModel(BaseTuner):
 
     prefix = "aflora"
     tuner_layer_cls = AFLoRALayer
-    target_module_mapping = {name: target_pattern(name) for name in ARCHITECTURES}
+    target_module_mapping = {name: target_modules(name) for name in ARCHITECTURES}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -20,6 +20,12 @@ from ..errors import UnsupportedEngineError
 from .base import Engine, Observer, ParameterState, release, split_state
 
 
+_CLIP_ONCE = (
+    "Freezing scores are taken before clipping, which can only be undone where all gradients are clipped together: "
+    "call accelerator.clip_grad_norm_(model.parameters(), ...) once per update."
+)
+
+
 class ReplicatedEngine(Engine):
     """Plain PyTorch training, with or without DistributedDataParallel."""
 
@@ -31,8 +37,8 @@ class ReplicatedEngine(Engine):
         self._optimizer = optimizer
         if self.ddp is None and self.world_size > 1:
             raise UnsupportedEngineError(
-                f"There are {self.world_size} processes, but the model is not wrapped: pass AdaptiveFreezing the model "
-                f"that accelerator.prepare() returned."
+                f"There are {self.world_size} processes, but the model is not wrapped in DDP: pass AdaptiveFreezing the "
+                f"model that accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True)."
             )
         unknown = [p for group in optimizer.param_groups for p in group["params"] if p not in self.names]
         if unknown:
@@ -93,7 +99,12 @@ class ReplicatedEngine(Engine):
         if self.accelerator.sync_gradients:
             # What torch.nn.utils.clip_grad_norm_ multiplied the gradients with.
             coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            self._clipped = ({id(p) for p in parameters}, coefficient)
+            clipped = {id(p) for p in parameters}
+            if self._clipped is not None:  # clipped once before in this update
+                if self._clipped[0] != clipped:
+                    raise UnsupportedEngineError(_CLIP_ONCE)
+                coefficient = coefficient * self._clipped[1]
+            self._clipped = (clipped, coefficient)
             self._note_version()
         return norm
 
@@ -109,10 +120,7 @@ class ReplicatedEngine(Engine):
         clipped, coefficient = self._clipped
         inside = [id(p) in clipped for p in parameters]
         if any(inside) and not all(inside):
-            raise UnsupportedEngineError(
-                "accelerator.clip_grad_norm_ was given some of the freezable matrices but not all of them. Clip "
-                "model.parameters() in one call."
-            )
+            raise UnsupportedEngineError(_CLIP_ONCE)
         return 1.0 / coefficient.to(torch.float32) if all(inside) else 1.0
 
     def _note_version(self) -> None:

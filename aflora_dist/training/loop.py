@@ -6,6 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -66,39 +67,26 @@ def train(config: Config, resolved: str) -> dict[str, Any]:
         freezing.engine.optimizer, round(config.train.warmup_ratio * total_steps), total_steps
     )
     set_seed(config.train.seed, device_specific=True)  # from here on every rank draws its own dropout
-    log = TrainingLog(config, run, accelerator, freezing, total_steps, head_params)
-
-    evaluations: list[dict[str, float]] = []
-    for epoch in range(config.train.epochs):
-        model.train()
-        sampler.epoch = epoch
-        with log.timed():
-            for micro_batches in updates(batches, config.train.accumulation):
-                trained = freezing.trainable_params
-                loss = torch.zeros((), device=accelerator.device)
-                for batch in micro_batches:
-                    with accelerator.accumulate(model):
-                        outputs = model(**move(batch, accelerator.device))
-                        accelerator.backward(outputs.loss)
-                        norm = None
-                        if accelerator.sync_gradients:
-                            norm = accelerator.clip_grad_norm_(
-                                model.parameters(), config.train.max_grad_norm or float("inf")
-                            )
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        loss += outputs.loss.detach().float() / config.train.accumulation
-                if not accelerator.optimizer_step_was_skipped:
-                    scheduler.step()
-                log.update(loss, norm, trained, epoch, scheduler.get_last_lr())
-        evaluations.append(evaluate(model, evaluation, data, accelerator))
-        log.evaluated(evaluations[-1])
-    log.close()
+    with closing(TrainingLog(config, run, accelerator, freezing, total_steps, head_params)) as log:
+        evaluations: list[dict[str, float]] = []
+        for epoch in range(config.train.epochs):
+            model.train()
+            sampler.epoch = epoch
+            with log.timed():
+                for micro_batches in updates(batches, config.train.accumulation):
+                    trained = freezing.trainable_params
+                    loss, norm = update(model, optimizer, micro_batches, accelerator, config.train.max_grad_norm)
+                    if not accelerator.optimizer_step_was_skipped:
+                        scheduler.step()
+                    log.update(loss, norm, trained, scheduler.get_last_lr())
+            evaluations.append(evaluate(model, evaluation, data, accelerator))
+            log.evaluated(evaluations[-1])
 
     save_adapter(freezing, run)
     result = log.result(evaluations, data, lora_r8)
     run.write("result.json", result)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return result
 
 
@@ -106,7 +94,9 @@ def create_accelerator(config: Config) -> Accelerator:
     """The accelerator that the launcher asks for; DeepSpeed's batch and clipping settings are ours."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     accelerator = Accelerator(
+        cpu=several and on_cpu and not with_deepspeed,  # DDP wraps nothing on a CPU unless told
         gradient_accumulation_steps=config.train.accumulation,
         step_scheduler_with_optimizer=False,
         # Without it DeepSpeed's processes on a CPU would not know of each other.
@@ -206,6 +196,27 @@ def updates(batches: DataLoader[Batch], accumulation: int) -> Iterator[list[Batc
             micro_batches = []
 
 
+def update(
+    model: nn.Module, optimizer: Any, micro_batches: list[Batch], accelerator: Accelerator, max_grad_norm: float
+) -> tuple[Tensor, Any]:
+    """One optimizer update: the mean loss of this rank's examples, and the gradient norm before clipping.
+
+    Freezing happens inside, by itself: AdaptiveFreezing watches the optimizer.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    norm = None
+    for batch in micro_batches:
+        with accelerator.accumulate(model):
+            loss = model(**move(batch, accelerator.device)).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        total += loss.detach().float() / len(micro_batches)
+    return total, norm
+
+
 def move(batch: Any, device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
@@ -276,7 +287,7 @@ class TrainingLog:
         """Training time so far, evaluation excluded."""
         return self.train_seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
-    def update(self, loss: Tensor, norm: Any, trained: int, epoch: int, rates: list[float]) -> None:
+    def update(self, loss: Tensor, norm: Any, trained: int, rates: list[float]) -> None:
         """Take note of one update; every `log_every` of them write a line."""
         self._losses.append(loss)
         self.trained_sum += trained - self.head_params

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -86,7 +87,8 @@ def add_adapter(model: nn.Module, config: AdapterConfig, head: list[str], gradie
         freezable=config.freezable,
         freezing=config.freezing,
         aflora_dropout=config.dropout,
-        modules_to_save=head or None,
+        # PEFT adds the usual heads of classifiers itself.
+        modules_to_save=[name for name in head if name not in SEQ_CLS_HEAD_NAMES] or None,
         task_type=TaskType.SEQ_CLS,
     )
     try:

@@ -145,15 +145,15 @@ def _table_5(task: str) -> dict[str, Any]:
     }
 
 
-# Table 5's learning rates are too high for the demo's small encoder.
+# Found on the demo itself: 78 updates want larger steps of s_b, which starts at 0, than Table 5's.
 _DEMO: dict[str, Any] = {
     "model.name": "demo",
     "data.task": "demo",
     "data.max_length": 128,
-    "data.max_train_examples": 4032,
+    "data.max_train_examples": 4992,
     "train.epochs": 1,
-    "train.learning_rate": 3e-3,
-    "train.head_learning_rate": 4e-3,
+    "train.learning_rate": 4e-2,
+    "train.head_learning_rate": 1e-2,
     "train.max_grad_norm": 1.0,
     "freezing.initial_epochs": 0.1,
     "freezing.final_epochs": 0.5,

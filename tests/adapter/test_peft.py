@@ -1,0 +1,276 @@
+"""The tuner behaves as a PEFT user expects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from aflora_dist import AFLoRAConfig, AFLoRAError, save_as_lora
+from aflora_dist.adapter import AFLoRALayer
+from aflora_dist.adapter.architectures import kind_of
+
+TOKENS = torch.arange(1, 13).view(2, 6)
+
+
+def bert(seed: int = 0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, **size)).eval()
+
+
+def adapted(model: Any = None, seed: int = 1, **config: Any) -> PeftModel:
+    model = get_peft_model(model or bert(), AFLoRAConfig(**{"task_type": "SEQ_CLS", **config}))
+    randomise(model, seed)
+    return model.eval()
+
+
+def randomise(model: Any, seed: int, adapter: str = "default") -> None:
+    """As if trained: s_b = 0 would make every adapter the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if f".aflora.{adapter}.s_" in name or ("modules_to_save" in name and adapter in name):
+            parameter.data.normal_(0, 0.3, generator=generator)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+def test_an_untrained_adapter_leaves_the_model_as_it_was() -> None:
+    model = bert()
+    before = logits(model)
+    peft_model = get_peft_model(model, AFLoRAConfig(task_type="SEQ_CLS")).eval()
+    torch.testing.assert_close(logits(peft_model), before, rtol=0, atol=0)
+
+
+def test_saving_and_loading_gives_the_same_model(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    trainable = PeftModel.from_pretrained(bert(), tmp_path, is_trainable=True)
+    assert any(p.requires_grad for p in trainable.parameters())
+
+
+def test_merging_gives_a_plain_model_of_the_same_function() -> None:
+    model = adapted()
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, AFLoRALayer) for module in merged.modules())
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merge_unmerge_and_disable_come_back_to_where_they_began() -> None:
+    base, model = logits(bert()), adapted(modules_to_save=[], task_type=None)
+    expected = logits(model)
+    assert not torch.allclose(expected, base)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), base)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_safe_merge_refuses_a_broken_adapter() -> None:
+    model = adapted()
+    next(p for n, p in model.named_parameters() if n.endswith("s_b")).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="broken"):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_several_adapters_switch_and_delete() -> None:
+    model = adapted()
+    first = logits(model)
+    model.add_adapter("other", AFLoRAConfig(r=2, freezable="attention", task_type="SEQ_CLS"))
+    randomise(model, 5, "other")
+    model.set_adapter("other")
+    second = logits(model)
+    assert not torch.allclose(first, second)
+    names = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".A")}
+    assert names
+    assert all("attention" in n and ".other." in n for n in names)
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model), first, rtol=0, atol=0)
+    model.delete_adapter("other")
+    torch.testing.assert_close(logits(model), first, rtol=0, atol=0)
+
+
+def test_frozen_matrices_stay_frozen_whatever_peft_switches() -> None:
+    model = adapted()
+    path = next(m for m in model.modules() if isinstance(m, AFLoRALayer)).aflora["default"]
+    assert path.frozen == {"A", "B"}  # attention
+    model.set_adapter("default")
+    model.base_model.set_requires_grad("default", True)
+    with model.disable_adapter():
+        pass
+    assert [n for n, p in path.named_parameters() if p.requires_grad] == ["s_d", "s_b"]
+
+
+def test_layers_to_transform_and_modules_to_save() -> None:
+    model = adapted(layers_to_transform=[1], modules_to_save=["pooler"])
+    layers = [n for n, m in model.named_modules() if isinstance(m, AFLoRALayer)]
+    assert len(layers) == 6
+    assert all(".layer.1." in n for n in layers)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("pooler.modules_to_save" in n for n in trainable)
+
+
+def test_the_plain_lora_adapter_computes_the_same(tmp_path: Path) -> None:
+    model = adapted()
+    save_as_lora(model, tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "lora").eval()
+    assert loaded.peft_config["default"].peft_type == "LORA"
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+    with pytest.raises(FileExistsError):
+        save_as_lora(model, tmp_path / "lora")
+
+
+def test_gpt2_conv1d_layers_merge_and_convert(tmp_path: Path) -> None:
+    def gpt2() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50)).eval()
+
+    model = adapted(gpt2(), task_type="CAUSAL_LM")
+    expected = logits(model)
+    save_as_lora(model, tmp_path)
+    lora = PeftModel.from_pretrained(gpt2(), tmp_path).eval()
+    torch.testing.assert_close(logits(lora), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bfloat16_base_keeps_its_dtype() -> None:
+    model = adapted(bert().to(torch.bfloat16))
+    assert logits(model).dtype == torch.bfloat16
+    assert {p.dtype for n, p in model.named_parameters() if ".aflora." in n} == {torch.float32}
+
+
+# -- counts: facts that a correct implementation reproduces -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deberta_v3_base() -> Any:
+    """The architecture of DeBERTaV3-base without memory for its weights, adapted with the defaults."""
+    size: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "num_attention_heads": 12}
+    with torch.device("meta"):
+        return get_peft_model(DebertaV2Model(DebertaV2Config(vocab_size=128100, **size)), AFLoRAConfig())
+
+
+def test_trainable_parameters_of_deberta_v3_base(deberta_v3_base: Any) -> None:
+    trainable = {n: p.numel() for n, p in deberta_v3_base.named_parameters() if p.requires_grad}
+    assert sum(v for n, v in trainable.items() if n.endswith((".s_d", ".s_b"))) == 83_232
+    assert sum(v for n, v in trainable.items() if n.endswith((".A", ".B"))) == 368_640
+    assert sum(trainable.values()) == 451_872
+    assert len([n for n in trainable if n.endswith((".A", ".B"))]) == 48
+
+
+def test_lora_r8_of_the_same_layers(deberta_v3_base: Any) -> None:
+    from aflora_dist.training.model import lora_parameters
+
+    assert lora_parameters(deberta_v3_base) == 1_327_104
+
+
+# -- which layers are what ---------------------------------------------------------------------------------
+
+SIZES: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {},
+    "deberta-v2": {},
+    "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4},
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "t5": {"d_model": 32, "d_ff": 64, "num_layers": 1, "d_kv": 8, "num_heads": 4},
+    "vit": {"image_size": 32, "patch_size": 16},
+    "modernbert": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+}
+COMMON = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+# (attention, feed-forward) layers of one block; T5 has an encoder and a decoder block
+BLOCKS = dict.fromkeys(SIZES, (4, 2)) | dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma"], (4, 3))
+BLOCKS |= {"gpt2": (2, 2), "t5": (12, 4), "modernbert": (2, 2)}
+
+
+@pytest.mark.parametrize("model_type", SIZES)
+def test_every_block_layer_is_adapted_and_told_apart(model_type: str) -> None:
+    options = COMMON | {"vocab_size": 60, "num_key_value_heads": 2, "head_dim": 8} | SIZES[model_type]
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **options))
+    model = get_peft_model(model, AFLoRAConfig(r=2))
+    names = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, AFLoRALayer)]
+    kinds = [kind_of(model_type, n) for n in names]
+    assert (kinds.count("attention"), kinds.count("ffn")) == BLOCKS[model_type], names
+    assert None not in kinds
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".A")]
+    assert len(trained) == BLOCKS[model_type][1]
+
+
+def test_a_pattern_chooses_the_freezable_layers() -> None:
+    model = adapted(freezable=r".*layer\.1\.output\.dense")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith((".A", ".B"))}
+    assert {n.split(".layer.")[1].split(".aflora")[0] for n in trained} == {"1.output.dense"}
+
+
+@pytest.mark.parametrize(
+    ("freezable", "freezing", "matrices"),
+    [("ffn", "never", 8), ("attention", "adaptive", 16), ("all", "adaptive", 24), ("none", "adaptive", 0), ("all", "always", 0)],
+)
+def test_the_paper_s_ablations(freezable: str, freezing: str, matrices: int) -> None:
+    model = adapted(freezable=freezable, freezing=freezing)
+    assert sum(p.requires_grad for n, p in model.named_parameters() if n.endswith((".A", ".B"))) == matrices
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"r": 0}, "rank r must be a positive integer"),
+        ({"r": True}, "rank r must be a positive integer"),
+        ({"aflora_dropout": 1.0}, "aflora_dropout"),
+        ({"freezing": "sometimes"}, "freezing must be"),
+        ({"freezable": "(("}, "does not compile"),
+        ({"bias": "some"}, "bias must be"),
+        ({"layers_pattern": "layer"}, "layers_to_transform"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(AFLoRAError, match=said):
+        AFLoRAConfig(**config)
+
+
+def test_nothing_freezable_is_refused_and_says_what_there_is() -> None:
+    with pytest.raises(AFLoRAError, match=r"matches none of the 2 adapted layers.*attention"):
+        adapted(target_modules=["key"])
+
+
+def test_an_unknown_architecture_is_told_what_to_write() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+    with pytest.raises(AFLoRAError, match="target_modules"):
+        get_peft_model(model, AFLoRAConfig())
+    with pytest.raises(AFLoRAError, match='"all", "none" or a regular expression'):
+        get_peft_model(model, AFLoRAConfig(target_modules=["0"]))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+    assert get_peft_model(model, AFLoRAConfig(target_modules=["0"], freezable="all"))
+
+
+def test_no_matching_module_is_peft_s_error() -> None:
+    with pytest.raises(ValueError, match="No modules were targeted"):
+        adapted(target_modules=["nowhere"])

@@ -1,0 +1,151 @@
+"""What goes wrong says so in a line or two, on every rank, without a traceback or a hang."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aflora_dist.training.run import main
+from tests.launch import ROOT, launch
+from tests.training.conftest import write_reviews
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run and return what was said; it must be short."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in said if line.startswith("aflora: error:")]
+    assert len(said) == 1
+    assert len(said[0]) < 600
+    return said[0]
+
+
+OPTIONS = {
+    "t_i + t_f > T": (["--freezing.initial_epochs", "1.5", "--freezing.final_epochs", "1"], "does not fit"),
+    "no module matched": (["--adapter.target_modules", "[nowhere]"], "No modules were targeted"),
+    "nothing freezable": (["--adapter.target_modules", "[query]"], "nothing to train and freeze"),
+    "rank": (["--adapter.r", "0"], "adapter.r must be at least 1"),
+    "task": (["--data.task", "imdb"], "There is no task 'imdb'"),
+    "preset": (["--preset", "glue/imdb"], "There is no preset 'glue/imdb'"),
+    "option": (["--train.lr", "1"], "--train.lr"),
+    "value": (["--train.epochs", "many"], "train.epochs"),
+    "negative": (["--train.learning_rate", "-1"], "must not be negative"),
+    "model": (["--model.name", "no/such-model"], "could not be loaded"),
+    "file": (["--data.train_file", "nowhere.csv"], "There is no file nowhere.csv"),
+    "column": (["--data.label_column", "stars"], "has no column 'stars'; its columns are: text, label"),
+    "config file": (["nowhere.yaml"], "nowhere.yaml"),
+    "batch": (["--train.accumulation", "3"], "cannot be split evenly"),
+    "too few": (["--train.batch_size", "200"], "fewer than one batch"),
+    "glue folder": (["--data.task", "cola", "--data.path", "nowhere"], "There is no file nowhere/CoLA/train.tsv"),
+    "hub": (["--data.task", "cola"], "could not be loaded from the hub"),
+    "score": (["--freezing.score", "magic"], "freezing.score"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_wrong_option_is_refused_before_training(
+    case: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, expected = OPTIONS[case]
+    arguments = options + arguments if case == "config file" else arguments + options
+    assert expected in refused(arguments, capsys)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def with_rows(path: Path, change: Callable[[list[str]], list[str]]) -> str:
+    write_reviews(path, 40, seed=3)
+    path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+    return str(path)
+
+
+DATA = {
+    "empty split": (lambda rows: rows[:1], "train_file", ("is empty", "could not be read")),
+    "label out of range": (lambda rows: [*rows, "the plot,mixed"], "validation_file", ("has the label 'mixed'",)),
+    "missing label": (lambda rows: [*rows, "the plot,"], "train_file", ("has nothing in column 'label'",)),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_bad_data_is_refused(
+    case: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, which, expected = DATA[case]
+    said = refused([*arguments, f"--data.{which}", with_rows(tmp_path / "bad.csv", change)], capsys)
+    assert any(text in said for text in expected), said
+
+
+def test_a_bad_label_in_a_glue_file_is_named_with_its_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "CoLA").mkdir()
+    (tmp_path / "CoLA" / "train.tsv").write_text("x\t1\t\tFine.\nx\t7\t\tNot fine.\n")
+    said = refused([*arguments, "--data.task", "cola", "--data.path", str(tmp_path)], capsys)
+    assert "train.tsv, line 2: the label '7' is none of 0, 1" in said
+
+
+def test_a_directory_that_holds_a_run_is_left_alone_unless_told(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert "already holds a run" in refused(arguments, capsys)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert main([*arguments, "--run.overwrite", "true"]) == 0
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_loss_that_breaks_names_its_step_and_leaves_valid_files(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = ["--freezing.initial_epochs", "1.5", "--freezing.final_epochs", "0"]
+    wild = ["--train.learning_rate", "1e30", "--train.head_learning_rate", "1e30", *late]
+    assert "The loss of step" in refused([*arguments, *wild], capsys)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["loss"] == json.loads(line)["loss"] for line in lines)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_an_unwritable_directory_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be written" in refused([*arguments, "--run.dir", "/proc/aflora/run"], capsys)
+
+
+@pytest.mark.distributed
+def test_every_rank_ends_and_one_speaks(arguments: list[str]) -> None:
+    done = launch("zero2", 2, "-m", "aflora_dist.training.run", *arguments, "--adapter.target_modules", "[query]")
+    assert done.returncode != 0
+    assert done.stderr.count("aflora: error:") == 1
+    assert "Error" not in done.stderr.replace("ChildFailedError", "").replace("aflora: error:", "")
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.distributed
+def test_lonely_processes_are_noticed() -> None:
+    done = launch("zero2", 2, str(ROOT / "tests" / "workers" / "lonely.py"))
+    assert done.returncode != 0
+    assert "2 processes were launched, but this one knows of 1" in done.stderr
+
+
+@pytest.mark.distributed
+def test_an_unsupported_deepspeed_feature_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    settings["zero_optimization"]["round_robin_gradients"] = True
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    launcher = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "ds.json"), "--num_processes", "2"]
+    done = launch("zero2", 2, "-m", "aflora_dist.training.run", *arguments, launcher=[*launcher, "--num_machines", "1"])
+    assert done.returncode != 0
+    assert "does not support DeepSpeed's round_robin_gradients" in done.stderr
+
+
+@pytest.mark.distributed
+def test_when_one_rank_dies_the_others_end_too() -> None:
+    start = time.monotonic()
+    done = launch("ddp", 2, str(ROOT / "tests" / "workers" / "dying.py"), timeout=120)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    assert time.monotonic() - start < 100  # the workers would otherwise wait for half an hour

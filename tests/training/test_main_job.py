@@ -1,0 +1,163 @@
+"""The main job and its run directory, in one process and launched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from aflora_dist.training.run import main
+from tests.launch import ROOT, launch
+
+
+def read(folder: Path) -> dict[str, Any]:
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+    return {
+        "config": yaml.safe_load((folder / "config.yaml").read_text()),
+        "freeze_log": lines("freeze_log.jsonl"),
+        "metrics": lines("metrics.jsonl"),
+        "result": json.loads((folder / "result.json").read_text()),
+    }
+
+
+@pytest.fixture
+def run(arguments: list[str], tmp_path: Path) -> dict[str, Any]:
+    assert main(arguments) == 0
+    return read(tmp_path / "run")
+
+
+def test_the_run_directory_keeps_its_contract(run: dict[str, Any], tmp_path: Path) -> None:
+    assert run["config"]["train"]["batch_size"] == 16
+    assert run["config"]["freezing"]["beta1"] == 0.85  # defaults are resolved
+    assert [line["step"] for line in run["metrics"]] == list(range(12))
+    keys = {"step", "epoch", "loss", "lr", "grad_norm", "trainable_params", "frozen", "samples_per_second"}
+    assert all(keys <= line.keys() for line in run["metrics"])
+    events = run["freeze_log"]
+    for event in events:
+        assert set(event["frozen"]) <= set(event["scores"])
+        assert event["trainable_params"] * 2 * 4 == event["optimizer_state_bytes"]
+    assert events[-1]["remaining"] == 0
+    assert sum(len(event["frozen"]) for event in events) == 8
+    assert all(event["step"] >= 3 for event in events)  # t_i is half an epoch
+    names = {n for event in events for n in event["frozen"]}
+    assert all(n.startswith("base_model.model.bert.encoder.layer.") for n in names)
+    result = run["result"]
+    assert (result["engine"], result["world_size"], result["steps"]) == ("single", 1, 12)
+    assert result["train_seconds"] > 0
+    assert 0 < result["freeze_seconds_total"] < result["train_seconds"]
+    assert result["peak_memory_bytes"] > 2**20
+    events_file = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {"train/loss", "train/frozen", "eval/accuracy"} <= set(events_file.Tags()["scalars"])
+
+
+def test_the_average_of_trainable_parameters_follows_from_the_freeze_log(run: dict[str, Any]) -> None:
+    head = run["result"]["head_params"]
+    at = {event["step"]: event["trainable_params"] for event in run["freeze_log"]}
+    first = run["metrics"][0]["trainable_params"] - head  # nothing is frozen yet
+    trained, current = [], first
+    for step in range(12):
+        trained.append(current)  # an update trains what had not frozen before it
+        current = at.get(step, current + head) - head
+    assert run["result"]["avg_trainable_params"] == pytest.approx(sum(trained) / 12)
+
+
+def test_the_learning_rates_rise_and_fall_and_the_head_has_its_own(run: dict[str, Any]) -> None:
+    rates = [line["lr"] for line in run["metrics"]]
+    assert rates[0] == pytest.approx(1e-2)  # after one step of warm-up (6% of 12)
+    assert rates[-1] == 0
+    assert rates == sorted(rates, reverse=True)
+    assert [line["head_lr"] for line in run["metrics"]] == pytest.approx([4 * rate for rate in rates])
+
+
+def test_the_saved_adapter_loads_with_peft_and_reaches_the_reported_accuracy(
+    run: dict[str, Any], tmp_path: Path, tiny_model: Path, reviews: Path
+) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = [line.split(",") for line in (reviews / "dev.csv").read_text().splitlines()[1:]]
+    with torch.no_grad():
+        batch = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
+        predictions = model(**batch).logits.argmax(-1).tolist()
+    right = sum(p == (label == "positive") for p, (_, label) in zip(predictions, rows, strict=True))
+    assert run["result"]["metrics"]["accuracy"] == pytest.approx(right / 33)
+    assert right > 33 / 2
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_two_launched_ranks_give_the_results_of_one_process(
+    engine: str, run: dict[str, Any], arguments: list[str], tmp_path: Path
+) -> None:
+    launched = [*arguments, "--run.dir", str(tmp_path / "launched"), "--train.accumulation", "2"]
+    done = launch(engine, 2, "-m", "aflora_dist.training.run", *launched)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "trainable parameters" in done.stdout
+    two = read(tmp_path / "launched")
+    assert two["result"]["engine"] == engine
+    assert two["result"]["world_size"] == 2
+    assert [(e["step"], e["frozen"]) for e in two["freeze_log"]] == [(e["step"], e["frozen"]) for e in run["freeze_log"]]
+    for mine, theirs in zip(two["metrics"], run["metrics"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert mine["lr"] == theirs["lr"]
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert two["result"]["metrics"] == pytest.approx(run["result"]["metrics"])  # 33 examples, each counted once
+    assert two["result"]["avg_trainable_params"] == run["result"]["avg_trainable_params"]
+
+
+CONFIGS = {
+    "cpu": ("single", 1),
+    "gpu": ("single", 1),
+    "ddp": ("ddp", 2),
+    "zero1": ("zero1", 2),
+    "zero2": ("zero2", 2),
+    "zero3": ("zero3", 2),
+    "zero3_offload": ("zero3", 2),
+}
+
+
+def test_every_launch_configuration_is_started_below() -> None:
+    assert {path.stem for path in (ROOT / "launch").glob("*.yaml")} == set(CONFIGS)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_launch_configurations_start_the_main_job_on_a_cpu(name: str, arguments: list[str], tmp_path: Path) -> None:
+    launcher = ["--config_file", str(ROOT / "launch" / f"{name}.yaml")]
+    short = ["--train.epochs", "1", "--freezing.final_epochs", "0.3"]
+    done = launch(name, 2, "-m", "aflora_dist.training.run", *arguments, *short, launcher=launcher, timeout=420)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = read(tmp_path / "run")["result"]
+    assert (result["engine"], result["world_size"]) == CONFIGS[name]
+    assert result["freeze_events"] > 0
+
+
+@pytest.mark.parametrize("mode", ["never", "always"])
+def test_never_and_always_frozen_train_without_events(mode: str, arguments: list[str], tmp_path: Path) -> None:
+    assert main([*arguments, "--adapter.freezing", mode]) == 0
+    run = tmp_path / "run"
+    assert not (run / "freeze_log.jsonl").exists()
+    result = json.loads((run / "result.json").read_text())
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["avg_trainable_params"] == line["trainable_params"] - result["head_params"]
+    assert (result["avg_trainable_params"] > 1600) == (mode == "never")
+
+
+def test_real_glue_files_train_and_are_measured(
+    glue: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for task, metric in (("cola", "matthews_correlation"), ("stsb", "pearson"), ("rte", "accuracy")):
+        options = ["--preset", f"glue/{task}", "--model.name", str(tiny_model), "--data.path", str(glue)]
+        options += ["--data.max_train_examples", "128", "--data.max_eval_examples", "50", "--data.max_length", "32"]
+        options += ["--train.epochs", "1", "--freezing.initial_epochs", "0", "--freezing.final_epochs", "0.5"]
+        assert main([*options, "--run.dir", str(tmp_path / task)]) == 0
+        assert set(read(tmp_path / task)["result"]["metrics"]) == {metric}
