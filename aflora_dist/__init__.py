@@ -1,8 +1,8 @@
 """AFLoRA (ACL 2024) under `accelerate launch`: low-rank adapters whose projection matrices freeze
 one by one while training, exactly the same on every rank and on every engine."""
 
-from .adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .adapter import AFLoRAConfig, AFLoRAModel, save_as_lora
+from .adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .errors import AFLoRAError, DivergedError, UnsupportedEngineError
 from .trainer import FreezingCallback
 

@@ -9,8 +9,9 @@ import hashlib
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -221,7 +222,7 @@ class AdaptiveFreezing:
                 vector[index[name]] += partial
         with torch.profiler.record_function("aflora.all_reduce"):
             self.engine.sum_over_ranks(vector)
-        scores = {name: total / self.numels[name] for name, total in zip(names, vector.tolist())}
+        scores = {name: total / self.numels[name] for name, total in zip(names, vector.tolist(), strict=True)}
         broken = [name for name, score in scores.items() if not math.isfinite(score)]
         if broken:
             raise DivergedError(

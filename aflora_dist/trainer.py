@@ -57,9 +57,7 @@ class FreezingCallback(TrainerCallback):
         total, per_epoch = state.max_steps, state.max_steps / state.num_train_epochs
         initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
         final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
-        config = FreezingConfig(
-            total_steps=total, initial_steps=round(initial), final_steps=round(final), **self.score
-        )
+        config = FreezingConfig(total_steps=total, initial_steps=round(initial), final_steps=round(final), **self.score)
         self.freezing = AdaptiveFreezing(
             self.trainer.accelerator,
             self.trainer.model_wrapped,

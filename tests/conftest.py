@@ -26,6 +26,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome = yield
     report = outcome.get_result()
     excused = ("CUDA", "beside the checkout")
-    if report.skipped and os.environ.get("AFLORA_NO_SKIPS") and not any(word in str(report.longrepr) for word in excused):
+    if (
+        report.skipped
+        and os.environ.get("AFLORA_NO_SKIPS")
+        and not any(word in str(report.longrepr) for word in excused)
+    ):
         report.outcome = "failed"
         report.longrepr = f"skipped although skipping is not allowed here: {report.longrepr}"

@@ -26,9 +26,7 @@ _LLAMA = Architecture(
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-_OPT = Architecture(
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"), ("fc1", "fc2")
-)
+_OPT = Architecture(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"), ("fc1", "fc2"))
 _T5 = Architecture(
     tuple(f"{block}.{name}" for block in ("SelfAttention", "EncDecAttention") for name in "qkvo"),
     ("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),

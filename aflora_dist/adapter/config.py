@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Literal
 
 from peft.config import PeftConfig
@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from ..errors import AFLoRAError
 
 
-class AFLoRAPeftType(str, Enum):
+class AFLoRAPeftType(StrEnum):
     """PEFT's enum of methods cannot be extended; a str enum of our own serves where it looks a type up."""
 
     AFLORA = "AFLORA"
@@ -73,9 +73,7 @@ class AFLoRAConfig(PeftConfig):
         if not 0.0 <= self.aflora_dropout < 1.0:
             raise AFLoRAError(f"AFLoRAConfig: aflora_dropout must lie in [0, 1), got {self.aflora_dropout!r}.")
         if self.freezing not in ("adaptive", "never", "always"):
-            raise AFLoRAError(
-                f'AFLoRAConfig: freezing must be "adaptive", "never" or "always", got {self.freezing!r}.'
-            )
+            raise AFLoRAError(f'AFLoRAConfig: freezing must be "adaptive", "never" or "always", got {self.freezing!r}.')
         if self.bias not in ("none", "all", "aflora_only"):
             raise AFLoRAError(f'AFLoRAConfig: bias must be "none", "all" or "aflora_only", got {self.bias!r}.')
         if self.layers_pattern and self.layers_to_transform is None:

@@ -8,15 +8,16 @@ quantized, or whose weight ZeRO-3 gathers only inside its own forward, works unc
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
@@ -55,9 +56,11 @@ class _Down(torch.autograd.Function):
             torch.addmm(flat, rows, weight, out=flat)
             return grad_x, grad_A, None
         shape = grad_x.shape
-        return torch.addmm(grad_x.reshape(-1, shape[-1]), rows.to(grad_x.dtype), weight.to(grad_x.dtype)).view(
-            shape
-        ), grad_A, None
+        return (
+            torch.addmm(grad_x.reshape(-1, shape[-1]), rows.to(grad_x.dtype), weight.to(grad_x.dtype)).view(shape),
+            grad_A,
+            None,
+        )
 
 
 class _Up(torch.autograd.Function):
@@ -69,9 +72,7 @@ class _Up(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, h: Tensor, s_d: Tensor, B: Tensor, s_b: Tensor, in_place: bool
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, h: Tensor, s_d: Tensor, B: Tensor, s_b: Tensor, in_place: bool) -> Tensor:
         ctx.save_for_backward(h, s_d, B, s_b)
         folded = (s_b.unsqueeze(1) * B * s_d).to(y.dtype)
         rows = h.reshape(-1, h.shape[-1]).to(y.dtype)
@@ -137,7 +138,9 @@ class AFLoRAPath(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """diag(s_b) B diag(s_d) A, shape (out, in), computed in float32 or better."""
-        A, B, s_d, s_b = (p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (self.A, self.B, self.s_d, self.s_b))
+        A, B, s_d, s_b = (
+            p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (self.A, self.B, self.s_d, self.s_b)
+        )
         return (s_b.unsqueeze(1) * B * s_d) @ A
 
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor], base_is_plain: bool) -> Tensor:
@@ -207,16 +210,22 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def path(self, adapter: str) -> AFLoRAPath:
+        """The low-rank path of the named adapter."""
+        path = self.aflora[adapter]
+        assert isinstance(path, AFLoRAPath)
+        return path
+
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         # PEFT calls this wherever it has switched gradients on (set_adapter, enable_adapters, ...).
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name, path in self.aflora.items():
+        for name in self.aflora:
             if names is None or name in names:
-                path.hold_frozen()
+                self.path(name).hold_frozen()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's change of the weight, in the weight's own layout: (out, in), Conv1D (in, out)."""
-        delta = self.aflora[adapter].delta_weight()
+        delta = self.path(adapter).delta_weight()
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -229,7 +238,10 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
             if name not in self.aflora:
                 continue
             weight = self.get_base_weight()
-            merged = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.get_delta_weight(name).to(weight.device)).to(weight.dtype)
+            merged = (
+                weight.to(torch.promote_types(weight.dtype, torch.float32))
+                + self.get_delta_weight(name).to(weight.device)
+            ).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"The merged weight is not finite. The adapter {name} seems to be broken.")
             self.set_base_weight(merged)
@@ -238,7 +250,7 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Subtract what `merge` added."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.aflora:
@@ -259,8 +271,8 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         if x.is_floating_point() and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # once, for the base layer and every path
         plain = self.quantization_backend is None and isinstance(self.base_layer, (nn.Linear, Conv1D))
-        call: Callable[[Tensor], Tensor] = partial(self.base_layer, *args, **kwargs) if not args else (
-            lambda x: self.base_layer(x, *args, **kwargs)
+        call: Callable[[Tensor], Tensor] = (
+            partial(self.base_layer, *args, **kwargs) if not args else (lambda x: self.base_layer(x, *args, **kwargs))
         )
         for name in active:
             call = partial(self.aflora[name], base=call, base_is_plain=plain)

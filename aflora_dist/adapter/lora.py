@@ -31,7 +31,9 @@ def save_as_lora(model: PeftModel, directory: str | Path, adapter_name: str = "d
     """
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, AFLoRAConfig):
-        raise ValueError(f"{adapter_name!r} is not an AFLoRA adapter of this model; it has {sorted(model.peft_config)}.")
+        raise ValueError(
+            f"{adapter_name!r} is not an AFLoRA adapter of this model; it has {sorted(model.peft_config)}."
+        )
     directory = Path(directory)
     if (directory / "adapter_config.json").exists():
         raise FileExistsError(f"{directory} already holds an adapter; choose another folder.")
@@ -39,7 +41,7 @@ def save_as_lora(model: PeftModel, directory: str | Path, adapter_name: str = "d
     targets = []
     for name, layer in model.named_modules():
         if isinstance(layer, AFLoRALayer) and adapter_name in layer.aflora:
-            path = layer.aflora[adapter_name]
+            path = layer.path(adapter_name)
             tensors[f"{name}.lora_A.weight"] = path.A.detach().clone().contiguous()
             tensors[f"{name}.lora_B.weight"] = (path.s_b.unsqueeze(1) * path.B * path.s_d).contiguous()
             targets.append(name.removeprefix("base_model.model."))

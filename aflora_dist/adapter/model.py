@@ -35,7 +35,9 @@ class AFLoRAModel(BaseTuner):
 
     prefix = "aflora"
     tuner_layer_cls = AFLoRALayer
-    target_module_mapping = {name: target_modules(name) for name in ARCHITECTURES}
+    target_module_mapping: dict[str, list[str]] = {  # noqa: RUF012  # declared so by PEFT
+        name: target_modules(name) for name in ARCHITECTURES
+    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -71,7 +73,7 @@ class AFLoRAModel(BaseTuner):
             if isinstance(layer, AFLoRALayer)
             for adapter in adaptive
             if adapter in layer.aflora
-            for path in [layer.aflora[adapter]]
+            for path in [layer.path(adapter)]
             for matrix in ("A", "B")
             if matrix not in path.frozen
         }
@@ -114,11 +116,11 @@ class AFLoRAModel(BaseTuner):
         kinds = sorted({str(kind_of(model_type, name)) for name in layers})
         raise AFLoRAError(
             f"AFLoRA has nothing to train and freeze: freezable={config.freezable!r} matches none of the "
-            f"{len(layers)} adapted layers (kinds among them: {', '.join(kinds)}; the first is {next(iter(layers))!r}). "
+            f"{len(layers)} adapted layers (kinds: {', '.join(kinds)}; the first is {next(iter(layers))!r}). "
             f'Widen target_modules or freezable, or say freezable="none".'
         )
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         config: AFLoRAConfig,
         adapter_name: str,

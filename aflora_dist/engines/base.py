@@ -7,8 +7,9 @@ and states carry the names of the unwrapped model's parameters, which are the sa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Mapping, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,9 @@ class ParameterState:
 class Observer(Protocol):
     """Receives the gradients of one bucket just before the update."""
 
-    def __call__(self, bucket: int, gradients: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor | float) -> None: ...
+    def __call__(
+        self, bucket: int, gradients: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor | float
+    ) -> None: ...
 
 
 class Engine(ABC):
@@ -139,14 +142,16 @@ class Engine(ABC):
             dist.all_reduce(vector)
         return vector
 
-    def gather(self, pieces: Iterable[tuple[Fragment, Tensor]], numels: Mapping[str, int], rows: int) -> dict[str, Tensor]:
+    def gather(
+        self, pieces: Iterable[tuple[Fragment, Tensor]], numels: Mapping[str, int], rows: int
+    ) -> dict[str, Tensor]:
         """Whole float32 tensors (rows, numel) by name from the fragments that the ranks hold.
 
         One all-reduce over the bit patterns: every element has one owner and the others add
         integer zero, so the result is exact to the bit on every rank.
         """
         whole = torch.zeros(rows, sum(numels.values()), dtype=torch.float32, device=self.device)
-        views = dict(zip(numels, whole.split(list(numels.values()), dim=1)))
+        views = dict(zip(numels, whole.split(list(numels.values()), dim=1), strict=True))
         for fragment, tensor in pieces:
             views[fragment.name][:, fragment.start : fragment.start + fragment.numel] = tensor
         self.sum_over_ranks(whole.view(torch.int32))

@@ -6,7 +6,8 @@ memory and work fall with the number of ranks.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..freezing import Fragment
 from ..errors import UnsupportedEngineError
+from ..freezing import Fragment
 from .base import Engine, Observer, ParameterState, release, split_state
-
 
 _CLIP_ONCE = (
     "Freezing scores are taken before clipping, which can only be undone where all gradients are clipped together: "
@@ -37,14 +37,14 @@ class ReplicatedEngine(Engine):
         self._optimizer = optimizer
         if self.ddp is None and self.world_size > 1:
             raise UnsupportedEngineError(
-                f"There are {self.world_size} processes, but the model is not wrapped in DDP: pass AdaptiveFreezing the "
-                f"model that accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True)."
+                f"There are {self.world_size} processes, but the model is not wrapped in DDP: pass the model that "
+                f"accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True)."
             )
         unknown = [p for group in optimizer.param_groups for p in group["params"] if p not in self.names]
         if unknown:
             raise UnsupportedEngineError(
-                f"The optimizer holds {len(unknown)} tensors that are not parameters of the model. Create the optimizer "
-                f"from the PEFT model's own parameters, before accelerator.prepare()."
+                f"The optimizer holds {len(unknown)} tensors that are not parameters of the model. Create it from the "
+                f"PEFT model's own parameters, before accelerator.prepare()."
             )
         self._fragments: list[Fragment] = []
         self._clipped: tuple[set[int], Tensor] | None = None
@@ -66,8 +66,8 @@ class ReplicatedEngine(Engine):
             parameters = [self.parameters[f.name] for f in self._fragments]
             observe(
                 0,
-                [self._piece(p, self._gradient(p), f) for p, f in zip(parameters, self._fragments)],
-                [self._piece(p, p.detach(), f) for p, f in zip(parameters, self._fragments)],
+                [self._piece(p, self._gradient(p), f) for p, f in zip(parameters, self._fragments, strict=True)],
+                [self._piece(p, p.detach(), f) for p, f in zip(parameters, self._fragments, strict=True)],
                 self._unclip(parameters),
             )
 
@@ -199,12 +199,12 @@ class ReplicatedEngine(Engine):
         The old reducer's destructor takes its autograd hooks away, so nothing may hold on to it.
         """
         static_graph = ddp.static_graph
-        ddp.reducer = ddp.logger = None
+        ddp.reducer = ddp.logger = None  # type: ignore[assignment]
         parameters, expect_sparse = ddp._build_params_for_reducer()
         names = ddp._build_debug_param_to_name_mapping(parameters)
         ddp._ddp_init_helper(parameters, expect_sparse, names, static_graph)
         for hook, hook_state in ddp._comm_hooks:
-            dist._register_comm_hook(ddp.reducer, hook_state, hook)
+            dist._register_comm_hook(ddp.reducer, hook_state, hook)  # type: ignore[attr-defined]
         ddp._has_rebuilt_buckets = False
         if static_graph:
             ddp._set_static_graph()

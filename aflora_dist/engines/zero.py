@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..freezing import Fragment
 from ..errors import UnsupportedEngineError
+from ..freezing import Fragment
 from .base import Engine, Observer, ParameterState, release, split_state
 
 
@@ -86,7 +87,7 @@ class ZeroEngine(Engine):
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             partition = next(p for group in optimizer.param_groups for p in group["params"])
             bucket = next(i for i, flat in enumerate(self._partitions()) if flat is partition)
-            wanted = {fragment for fragment in self._observed[bucket]}
+            wanted = set(self._observed[bucket])
             if not wanted:
                 return
             spans = [(f, at) for f, at in self._layout_of(bucket) if f in wanted]
@@ -125,14 +126,15 @@ class ZeroEngine(Engine):
         keys = sorted({key for moments, _ in held for key in moments})
         numels = {name: self.numel(name) for name in self.trainable}
         pieces = []
-        for flat, (moments, _), spans in zip(partitions, held, layouts):
+        for flat, (moments, _), spans in zip(partitions, held, layouts, strict=True):
             rows = torch.stack([flat.detach().float(), *(moments[key].float() for key in keys if key in moments)])
             pieces += [(f, rows[:, at : at + f.numel]) for f, at in spans]
         whole = self.gather(pieces, numels, rows=1 + len(keys))
-        scalars = {self.names[p]: s for (_, group), (_, s) in zip(self._group_parameters(), held) for p in group}
-        return {
-            name: ParameterState(rows[0], dict(zip(keys, rows[1:])), scalars[name]) for name, rows in whole.items()
-        }
+        states = {name: ParameterState(rows[0], dict(zip(keys, rows[1:], strict=True))) for name, rows in whole.items()}
+        for (_, parameters), (_, scalars) in zip(self._group_parameters(), held, strict=True):
+            for parameter in parameters:
+                states[self.names[parameter]].scalars = scalars
+        return states
 
     @torch.no_grad()
     def rebuild(self, state: Mapping[str, ParameterState]) -> None:
@@ -141,13 +143,13 @@ class ZeroEngine(Engine):
             release(parameter)
         self._groups = [[name for name in group if name in state] for group in self._groups]
         self._inner.state.clear()
-        for group, names in zip(self._inner.param_groups, self._groups):
+        for group, names in zip(self._inner.param_groups, self._groups, strict=True):
             group["params"] = [self.parameters[name] for name in names]
         self._replace(dropped)
         for wrapped in self.accelerator._optimizers:
             wrapped.optimizer = self.zero
-        for (_, group), flat, spans in zip(self._group_parameters(), self._partitions(), self._layout()):
-            first = state[self.names[group[0]]]
+        for (_, members), flat, spans in zip(self._group_parameters(), self._partitions(), self._layout(), strict=True):
+            first = state[self.names[members[0]]]
             moments = {key: torch.zeros_like(flat) for key in first.moments}
             for fragment, at in spans:
                 held, whole = state[fragment.name], slice(fragment.start, fragment.start + fragment.numel)
@@ -159,7 +161,7 @@ class ZeroEngine(Engine):
 
     def moment_bytes(self) -> int:
         total = 0
-        for flat, spans in zip(self._partitions(), self._layout()):
+        for flat, spans in zip(self._partitions(), self._layout(), strict=True):
             moments, _ = split_state(self._inner.state.get(flat, {}), flat.numel())
             total += sum(f.numel for f, _ in spans) * sum(m.element_size() for m in moments.values())
         return total
@@ -191,7 +193,10 @@ def check_supported(ds: Any) -> None:
     problems = {
         "ZeRO stage 0": (ds.zero_optimization_stage() == 0, "use stage 1, 2 or 3, or plain DDP without DeepSpeed"),
         "optimizer offload to NVMe": (offload is not None and offload.device == "nvme", 'set "device": "cpu"'),
-        "parameter offload to NVMe": (offload_param is not None and offload_param.device == "nvme", 'set "device": "cpu"'),
+        "parameter offload to NVMe": (
+            offload_param is not None and offload_param.device == "nvme",
+            'set "device": "cpu"',
+        ),
         "partial optimizer offload (ratio < 1)": (offload is not None and offload.ratio < 1.0, 'set "ratio": 1.0'),
         "super_offload": (offload is not None and bool(getattr(offload, "super_offload", False)), "remove it"),
         "ZenFlow": (bool(ds.zenflow), "remove zero_optimization.zenflow"),

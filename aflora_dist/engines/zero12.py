@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class Zero12Engine(ZeroEngine):
     def _group_parameters(self) -> list[tuple[int, list[nn.Parameter]]]:
         visible = self.zero.optimizer.param_groups
         positions = [next(i for i, g in enumerate(self._inner.param_groups) if g is group) for group in visible]
-        return list(zip(positions, self.zero.bit16_groups))
+        return list(zip(positions, self.zero.bit16_groups, strict=True))
 
     def _partitions(self) -> list[Tensor]:
         return self.zero.single_partition_of_fp32_groups
@@ -41,7 +41,9 @@ class Zero12Engine(ZeroEngine):
 
     def _replace(self, dropped: Sequence[nn.Parameter]) -> None:
         old = self.zero
-        kept = {name: getattr(old, name) for name in ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")}
+        kept = {
+            name: getattr(old, name) for name in ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")
+        }
         old.destroy()
         for parameter in dropped:
             # Its data is a view of the old group's flat buffer, which would stay alive through it.

@@ -39,7 +39,8 @@ class Zero3Engine(ZeroEngine):
         return spans
 
     def numel(self, name: str) -> int:
-        return self.parameters[name].ds_numel
+        parameter: Any = self.parameters[name]
+        return parameter.ds_numel
 
     def _combined_scale(self) -> Tensor | float:
         scale = float(self.zero.loss_scale)
@@ -47,9 +48,11 @@ class Zero3Engine(ZeroEngine):
             return scale
         return ((torch.as_tensor(self.zero._global_grad_norm) + 1e-6) / self.zero.clip_grad).clamp(min=1.0) * scale
 
-    def _replace(self, dropped: Sequence[nn.Parameter]) -> None:
+    def _replace(self, dropped: Sequence[Any]) -> None:
         old = self.zero
-        kept = {name: getattr(old, name) for name in ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")}
+        kept = {
+            name: getattr(old, name) for name in ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")
+        }
         # old.destroy() would also take the module hooks that gather parameters; they stay, with the
         # object that owns them, so only the optimizer half is undone and made anew.
         for hook in old._grad_acc_hooks + old._leaf_module_hooks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 
 class FreezingPolicy:
@@ -32,5 +32,7 @@ class FreezingPolicy:
         """
         remaining = {unit: names for unit, names in self.units.items() if names[0] in scores}
         missing = count - (len(self.units) - len(remaining))
-        ranked = sorted(remaining, key=lambda unit: (sum(scores[n] for n in self.units[unit]) / len(self.units[unit]), unit))
+        ranked = sorted(
+            remaining, key=lambda unit: (sum(scores[n] for n in self.units[unit]) / len(self.units[unit]), unit)
+        )
         return [name for unit in ranked[: max(missing, 0)] for name in self.units[unit]]

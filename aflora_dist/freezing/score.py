@@ -7,8 +7,9 @@ them over ranks and dividing by the sizes is the caller's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class FreezingScore:
         """Sum over this rank's elements of Ibar * Ubar (Eq. 4 before the mean), by name, float64 scalars."""
         products = (self.smoothed.double() * self.uncertainty.double()).split([f.numel for f in self.fragments])
         sums: dict[str, Tensor] = {}
-        for fragment, product in zip(self.fragments, products):
+        for fragment, product in zip(self.fragments, products, strict=True):
             total = product.sum()
             sums[fragment.name] = sums[fragment.name] + total if fragment.name in sums else total
         return sums
@@ -97,7 +98,7 @@ class FreezingScore:
     def state(self) -> list[tuple[Fragment, Tensor]]:
         """(fragment, (2, numel) tensor of Ibar and Ubar) for each fragment."""
         both = torch.stack([self.smoothed, self.uncertainty])
-        return list(zip(self.fragments, both.split([f.numel for f in self.fragments], dim=1)))
+        return list(zip(self.fragments, both.split([f.numel for f in self.fragments], dim=1), strict=True))
 
     @torch.no_grad()
     def load(self, whole: dict[str, Tensor]) -> None:

@@ -145,7 +145,7 @@ def _read_tsv(task: Task, path: Path) -> datasets.Dataset:
             raise AFLoRAError(f"{path}, line {line}: the label {row[positions[-1]]!r} is none of {', '.join(labels)}.")
         else:
             columns["label"].append(labels.index(row[positions[-1]]))
-        for name, position in zip(columns, positions, strict=False):
+        for name, position in zip(columns, positions, strict=True):
             if name != "label":
                 columns[name].append(row[position])
     return datasets.Dataset.from_dict(columns)
@@ -180,7 +180,9 @@ def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
         with PartialState().local_main_process_first():
             dataset = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:  # the parsers of four formats
-        raise AFLoRAError(f"{path} could not be read as {kind}: {str(error.__cause__ or error).splitlines()[0]}") from error
+        raise AFLoRAError(
+            f"{path} could not be read as {kind}: {str(error.__cause__ or error).splitlines()[0]}"
+        ) from error
     if not 1 <= len(config.text_columns) <= 2:
         raise AFLoRAError(f"data.text_columns names one or two columns, got {len(config.text_columns)}.")
     for column in (*config.text_columns, config.label_column):

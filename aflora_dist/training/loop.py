@@ -318,7 +318,9 @@ class TrainingLog:
             for key, value in line.items():
                 if key != "step" and value is not None:
                     self.writer.add_scalar(f"train/{key}", value, self.step - 1)
-        self.bar.set_postfix(loss=f"{mean:.3f}", frozen=f"{frozen}/{freezable}", trainable=f"{line['trainable_params']:,}")
+        self.bar.set_postfix(
+            loss=f"{mean:.3f}", frozen=f"{frozen}/{freezable}", trainable=f"{line['trainable_params']:,}"
+        )
 
     def flush_losses(self) -> float:
         """Mean loss since the last line, over all ranks. A collective.
@@ -341,7 +343,9 @@ class TrainingLog:
         if self.writer is not None:
             for name, value in metrics.items():
                 self.writer.add_scalar(f"eval/{name}", value, self.step - 1)
-        self.bar.write("  ".join([f"epoch {self.step / self.updates_per_epoch:g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()]))
+        self.bar.write(
+            "  ".join([f"epoch {self.step / self.updates_per_epoch:g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
+        )
 
     def close(self) -> None:
         self.bar.close()
@@ -355,7 +359,9 @@ class TrainingLog:
             peak = torch.cuda.max_memory_allocated()
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        per_rank = accelerator.gather(torch.tensor([[peak, freezing.seconds]], dtype=torch.float64, device=accelerator.device))
+        per_rank = accelerator.gather(
+            torch.tensor([[peak, freezing.seconds]], dtype=torch.float64, device=accelerator.device)
+        )
         return {
             "task": data.name,
             "metrics": evaluations[-1],

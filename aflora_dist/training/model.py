@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel, TaskType, get_peft_model
-from peft.tuners.tuners_utils import SEQ_CLS_HEAD_NAMES
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -74,16 +74,17 @@ def _new_modules(model: nn.Module, missing: set[str]) -> list[str]:
     return new
 
 
-def add_adapter(model: nn.Module, config: AdapterConfig, head: list[str], gradient_checkpointing: bool) -> PeftModel:
+def add_adapter(model: Any, config: AdapterConfig, head: list[str], gradient_checkpointing: bool) -> PeftModel:
     """Put the adapter in, with the head among the modules to save.
 
     Raises:
         AFLoRAError: No module matched, nothing is freezable, or the rank is not positive.
     """
-    targets = config.target_modules
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     adapter = AFLoRAConfig(
         r=config.r,
-        target_modules=targets,
+        target_modules=config.target_modules,
         freezable=config.freezable,
         freezing=config.freezing,
         aflora_dropout=config.dropout,
@@ -92,14 +93,11 @@ def add_adapter(model: nn.Module, config: AdapterConfig, head: list[str], gradie
         task_type=TaskType.SEQ_CLS,
     )
     try:
-        peft_model = get_peft_model(model, adapter)
+        return get_peft_model(model, adapter)
     except AFLoRAError:
         raise
     except ValueError as error:  # PEFT's own: no target module matched
         raise AFLoRAError(f"The adapter could not be put in: {' '.join(str(error).split())}") from error
-    if gradient_checkpointing:
-        peft_model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return peft_model
 
 
 def lora_parameters(model: nn.Module, r: int = 8) -> int:

@@ -19,7 +19,8 @@ def print_summary(result: dict[str, Any], directory: str) -> None:
         table.add_row(name.replace("_", " "), f"{value:.4f}{note}")
     average, lora = result["avg_trainable_params"], result["lora_r8_trainable_params"]
     table.add_row(
-        "trainable parameters", f"{average:,.0f} on average; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many"
+        "trainable parameters",
+        f"{average:,.0f} on average; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many",
     )
     table.add_row("froze", f"{result['freezable_matrices']} projection matrices in {result['freeze_events']} events")
     seconds, share = result["freeze_seconds_total"], result["freeze_seconds_total"] / result["train_seconds"]

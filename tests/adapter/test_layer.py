@@ -14,11 +14,17 @@ from transformers.pytorch_utils import Conv1D
 from aflora_dist.adapter import AFLoRALayer, AFLoRAPath
 
 IN, OUT, R = 6, 5, 3
-BASES = {"linear": lambda: nn.Linear(IN, OUT), "no bias": lambda: nn.Linear(IN, OUT, bias=False), "conv1d": lambda: Conv1D(OUT, IN)}
+BASES = {
+    "linear": lambda: nn.Linear(IN, OUT),
+    "no bias": lambda: nn.Linear(IN, OUT, bias=False),
+    "conv1d": lambda: Conv1D(OUT, IN),
+}
 FROZEN = [set(), {"A"}, {"B"}, {"A", "B"}]
 
 
-def layer_of(base: nn.Module, *, frozen: set[str] = frozenset(), dropout: float = 0.0, adapters: int = 1) -> AFLoRALayer:  # type: ignore[assignment]
+def layer_of(
+    base: nn.Module, *, frozen: set[str] = frozenset(), dropout: float = 0.0, adapters: int = 1
+) -> AFLoRALayer:  # type: ignore[assignment]
     torch.manual_seed(0)
     names = [f"adapter{i}" for i in range(adapters)]
     layer = AFLoRALayer(base.requires_grad_(False), names[0])
@@ -43,7 +49,9 @@ def leaves(layer: AFLoRALayer, x: Tensor) -> list[Tensor]:
     return [p for p in (x, *layer.parameters()) if p.requires_grad]
 
 
-@pytest.mark.parametrize(("base", "frozen", "x_grad", "adapters"), itertools.product(BASES, FROZEN, [True, False], [1, 2]))
+@pytest.mark.parametrize(
+    ("base", "frozen", "x_grad", "adapters"), itertools.product(BASES, FROZEN, [True, False], [1, 2])
+)
 def test_values_and_gradients_equal_the_plain_formula_in_float64(
     base: str, frozen: set[str], x_grad: bool, adapters: int
 ) -> None:

@@ -28,7 +28,12 @@ TOKENS = torch.arange(1, 13).view(2, 6)
 
 def bert(seed: int = 0) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     return BertForSequenceClassification(BertConfig(vocab_size=50, **size)).eval()
 
 
@@ -168,7 +173,12 @@ def test_a_bfloat16_base_keeps_its_dtype() -> None:
 @pytest.fixture(scope="module")
 def deberta_v3_base() -> Any:
     """The architecture of DeBERTaV3-base without memory for its weights, adapted with the defaults."""
-    size: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072, "num_attention_heads": 12}
+    size: dict[str, Any] = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+    }
     with torch.device("meta"):
         return get_peft_model(DebertaV2Model(DebertaV2Config(vocab_size=128100, **size)), AFLoRAConfig())
 
@@ -232,7 +242,13 @@ def test_a_pattern_chooses_the_freezable_layers() -> None:
 
 @pytest.mark.parametrize(
     ("freezable", "freezing", "matrices"),
-    [("ffn", "never", 8), ("attention", "adaptive", 16), ("all", "adaptive", 24), ("none", "adaptive", 0), ("all", "always", 0)],
+    [
+        ("ffn", "never", 8),
+        ("attention", "adaptive", 16),
+        ("all", "adaptive", 24),
+        ("none", "adaptive", 0),
+        ("all", "always", 0),
+    ],
 )
 def test_the_paper_s_ablations(freezable: str, freezing: str, matrices: int) -> None:
     model = adapted(freezable=freezable, freezing=freezing)

@@ -22,7 +22,9 @@ def test_freezing_may_begin_at_once_and_end_with_the_last_step() -> None:
     assert CubicSchedule(total_steps=4, initial_steps=2, final_steps=2).count(2, 5) == 5  # no ramp in between
 
 
-@pytest.mark.parametrize(("T", "t_i", "t_f", "said"), [(10, 5, 6, "t_i \\+ t_f"), (0, 0, 0, "T=0"), (5, -1, 2, "t_i=-1")])
+@pytest.mark.parametrize(
+    ("T", "t_i", "t_f", "said"), [(10, 5, 6, "t_i \\+ t_f"), (0, 0, 0, "T=0"), (5, -1, 2, "t_i=-1")]
+)
 def test_a_schedule_that_does_not_fit_is_refused(T: int, t_i: int, t_f: int, said: str) -> None:
     with pytest.raises(AFLoRAError, match=said):
         CubicSchedule(total_steps=T, initial_steps=t_i, final_steps=t_f)

@@ -105,7 +105,9 @@ def test_two_launched_ranks_give_the_results_of_one_process(
     two = read(tmp_path / "launched")
     assert two["result"]["engine"] == engine
     assert two["result"]["world_size"] == 2
-    assert [(e["step"], e["frozen"]) for e in two["freeze_log"]] == [(e["step"], e["frozen"]) for e in run["freeze_log"]]
+    assert [(e["step"], e["frozen"]) for e in two["freeze_log"]] == [
+        (e["step"], e["frozen"]) for e in run["freeze_log"]
+    ]
     for mine, theirs in zip(two["metrics"], run["metrics"], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert mine["lr"] == theirs["lr"]
@@ -152,9 +154,7 @@ def test_never_and_always_frozen_train_without_events(mode: str, arguments: list
     assert (result["avg_trainable_params"] > 1600) == (mode == "never")
 
 
-def test_real_glue_files_train_and_are_measured(
-    glue: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_real_glue_files_train_and_are_measured(glue: Path, tiny_model: Path, tmp_path: Path) -> None:
     for task, metric in (("cola", "matthews_correlation"), ("stsb", "pearson"), ("rte", "accuracy")):
         options = ["--preset", f"glue/{task}", "--model.name", str(tiny_model), "--data.path", str(glue)]
         options += ["--data.max_train_examples", "128", "--data.max_eval_examples", "50", "--data.max_length", "32"]

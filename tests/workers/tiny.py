@@ -92,13 +92,11 @@ def main() -> None:
     optimizer = build_optimizer(model, args.groups)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / (2 * args.steps))
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    config = FreezingConfig(
-        total_steps=args.steps, initial_steps=args.initial, final_steps=args.final, **args.freezing
-    )
+    config = FreezingConfig(total_steps=args.steps, initial_steps=args.initial, final_steps=args.final, **args.freezing)
     freezing = AdaptiveFreezing(accelerator, model, optimizer, config)
     initial_bytes = None
 
-    losses, rates, at_freeze, state_bytes = [], [], {}, []
+    losses, rates, at_freeze = [], [], {}
     model.train()
     for step in range(args.steps):
         batch = global_batch(step)
