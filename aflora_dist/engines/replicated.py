@@ -87,6 +87,7 @@ class ReplicatedEngine(Engine):
         self._handles.append(lambda: setattr(self.accelerator, name, original))
 
     def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._clipped = None  # of an update that was skipped
         result = original(*args, **kwargs)
         self._note_version()
         return result

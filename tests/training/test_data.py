@@ -1,0 +1,170 @@
+"""GLUE's own files, the hub's layout, your files, and the order of examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from aflora_dist import AFLoRAError
+from aflora_dist.training.config import DataConfig, parse
+from aflora_dist.training.data import GlobalBatchSampler, load_data
+from aflora_dist.training.metrics import compute
+from aflora_dist.training.tasks import TASKS
+
+# Two lines of each task's files, as GLUE distributes them, and the label of the first.
+TSV: dict[str, tuple[str | None, list[str], Any]] = {
+    "cola": (None, ['gj04\t1\t\tA "quoted word.', "gj04\t0\t*\tWords the order."], 1),
+    "sst2": ("sentence\tlabel", ["hide new secretions \t0", "a fine film \t1"], 0),
+    "mrpc": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", ["1\t7\t8\tHe said.\tHe spoke.", "0\t7\t9\tA.\tB."], 1),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", ["1\t2\t3\tWhy?\tHow?\t0", "2\t5\t6\tA?\tB?\t1"], 0),
+    "stsb": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        ["0\tg\tf\t2012\t1\tn\tn\tA plane.\tAn air plane.\t4.750", "1\tg\tf\t2012\t4\tn\tn\tA man.\tA dog.\t0.5"],
+        4.75,
+    ),
+    "mnli": (
+        "index\tpromptID\tpairID\tgenre\ts1bp\ts2bp\ts1p\ts2p\tsentence1\tsentence2\tlabel1\tgold_label",
+        ["0\t1\t1n\tg\tb\tb\tp\tp\tOne.\tTwo.\tneutral\tneutral", "1\t1\t1c\tg\tb\tb\tp\tp\tA.\tB.\tx\tcontradiction"],
+        1,
+    ),
+    "qnli": ("index\tquestion\tsentence\tlabel", ["0\tWhen?\tThen.\tentailment", "1\tWho?\tMe.\tnot_entailment"], 0),
+    "rte": ("index\tsentence1\tsentence2\tlabel", ["0\tRain.\tWet.\tnot_entailment", "1\tA.\tB.\tentailment"], 1),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_glue_s_own_files_are_read(task: str, tmp_path: Path) -> None:
+    header, rows, label = TSV[task]
+    (tmp_path / TASKS[task].folder).mkdir()
+    for _, file in TASKS[task].files:
+        lines = ([header] if header else []) + rows
+        (tmp_path / TASKS[task].folder / file).write_text("\n".join(lines) + "\n")
+    data = load_data(DataConfig(task=task, path=str(tmp_path)), seed=0)
+    assert len(data.train) == 2
+    assert data.train[0]["label"] == label
+    assert ("text_pair" in data.train.column_names) == (len(TASKS[task].text_columns) == 2)
+    assert set(data.evaluation) == set(TASKS[task].evaluation_splits)
+    if task == "cola":
+        assert data.train[0]["text"] == 'A "quoted word.'  # no quoting in these files
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_hub_s_layout_is_understood(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = TASKS[task]
+    columns: dict[str, list[Any]] = {name: [f"{name} 1", f"{name} 2"] for name in spec.text_columns}
+    columns |= {"label": [0, 1] if spec.labels else [0.5, 4.0], "idx": [0, 1]}
+    hub = datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict(columns) for split in ("train", *spec.evaluation_splits, "test")}
+    )
+    asked = []
+
+    def load(*names: str) -> datasets.DatasetDict:
+        asked.append(names)
+        return hub
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = load_data(DataConfig(task=task), seed=0)
+    assert asked == [("nyu-mll/glue", task)]
+    assert data.train[0]["text"] == f"{spec.text_columns[0]} 1"
+    assert set(data.train.column_names) == {"text", "label"} | ({"text_pair"} if len(spec.text_columns) == 2 else set())
+    assert set(data.evaluation) == set(spec.evaluation_splits)
+
+
+def test_mnli_lines_without_a_gold_label_are_left_out(tmp_path: Path) -> None:
+    header, rows, _ = TSV["mnli"]
+    (tmp_path / "MNLI").mkdir()
+    for _, file in TASKS["mnli"].files:
+        (tmp_path / "MNLI" / file).write_text(
+            "\n".join([header or "", rows[0], rows[1].replace("\tcontradiction", "\t-")])
+        )
+    assert len(load_data(DataConfig(task="mnli", path=str(tmp_path)), seed=0).train) == 1
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("labels", "expected", "names"),
+    [
+        (["no", "yes", "no"], [0, 1, 0], ["no", "yes"]),
+        ([2, 0, 1], [2, 0, 1], ["0", "1", "2"]),
+        ([0.5, 1.5, 2.5], [0.5, 1.5, 2.5], None),
+    ],
+)
+def test_your_own_files(suffix: str, labels: list[Any], expected: list[Any], names: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"data{suffix}"
+    table = datasets.Dataset.from_dict({"a": ["x", "y", "z"], "b": ["u", "v", "w"], "stars": labels})
+    if suffix in (".csv", ".tsv"):
+        table.to_csv(str(path), sep="\t" if suffix == ".tsv" else ",")
+    elif suffix == ".parquet":
+        table.to_parquet(str(path))
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in table))
+    config = DataConfig(
+        task="files", train_file=str(path), validation_file=str(path), text_columns=["a", "b"], label_column="stars"
+    )
+    data = load_data(config, seed=0)
+    assert data.labels == names
+    assert list(data.train["label"]) == expected
+    assert data.evaluation["validation"][1] == {"text": "y", "text_pair": "v", "label": expected[1]}
+
+
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks() -> None:
+    def batches(world_size: int, epoch: int) -> list[set[int]]:
+        samplers = [GlobalBatchSampler(50, 12, rank=r, world_size=world_size, seed=3) for r in range(world_size)]
+        streams = []
+        for sampler in samplers:
+            sampler.epoch = epoch
+            streams.append(list(sampler))
+            assert len(streams[-1]) == len(sampler)
+        share = 12 // world_size
+        return [{i for s in streams for i in s[u * share : (u + 1) * share]} for u in range(4)]
+
+    assert batches(1, 0) == batches(2, 0) == batches(4, 0)
+    assert batches(1, 0) != batches(1, 1)
+    assert all(len(batch) == 12 for batch in batches(3, 0))
+    assert len(set.union(*batches(3, 0))) == 48
+
+
+def test_metrics_against_closed_formulas() -> None:
+    labels, predictions = np.array([1, 1, 1, 0, 0, 1.0]), np.array([1, 0, 1, 0, 1, 1.0])
+    tp, tn, fp, fn = 3, 1, 1, 1
+    mcc = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    values = compute(["accuracy", "f1", "matthews_correlation"], labels, predictions)
+    assert values == pytest.approx({"accuracy": 4 / 6, "f1": 2 * tp / (2 * tp + fp + fn), "matthews_correlation": mcc})
+    x, y = np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 3.0])
+    assert compute(["pearson"], x, y)["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert compute(["pearson"], x, np.ones(3)) == {"pearson": 0.0}
+
+
+def test_presets_are_table_5_and_give_way_to_the_command_line(tmp_path: Path) -> None:
+    config, _ = parse(["--preset", "glue/mrpc"])
+    assert (config.train.epochs, config.train.learning_rate, config.train.head_learning_rate) == (20, 1e-2, 8e-2)
+    assert config.freezing.epochs(config.train.epochs) == (1.0, 14.0)
+    assert (config.train.batch_size, config.data.max_length, config.model.name) == (
+        64,
+        256,
+        "microsoft/deberta-v3-base",
+    )
+    (tmp_path / "mine.yaml").write_text("preset: glue/qnli\ntrain:\n  seed: 7\n  learning_rate: 0.5\n")
+    config, resolved = parse([str(tmp_path / "mine.yaml"), "--train.learning_rate", "0.25"])
+    assert (config.train.epochs, config.train.seed, config.train.learning_rate) == (10, 7, 0.25)
+    (tmp_path / "again.yaml").write_text(resolved)
+    assert parse([str(tmp_path / "again.yaml")])[0] == config  # config.yaml reproduces the run
+
+
+def test_help_names_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for key in ("--run.dir", "--model.name", "--data.task", "--adapter.r", "--freezing.score", "--train.batch_size"):
+        assert key in said
+
+
+def test_an_unknown_task_lists_those_that_exist() -> None:
+    with pytest.raises(AFLoRAError, match="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, demo, files"):
+        load_data(DataConfig(task="snli"), seed=0)
