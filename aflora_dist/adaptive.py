@@ -196,7 +196,7 @@ class AdaptiveFreezing:
             names = self.policy.next_frozen(scores, count)
             self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
         with torch.profiler.record_function("aflora.rebuild"):
-            self._drop(names)
+            self.freeze(names)
         self.events.append(
             FreezeEvent(
                 step=self.step,
@@ -231,8 +231,11 @@ class AdaptiveFreezing:
             )
         return scores
 
-    def _drop(self, names: list[str]) -> None:
-        """state -> drop names -> rebuild: the same for the optimizer and for the scores."""
+    def freeze(self, names: list[str]) -> None:
+        """Freeze the named matrices now: state -> drop names -> rebuild. A collective.
+
+        The schedule calls this by itself.
+        """
         smoothed = self._gather_scores()
         state = self.engine.state()
         for name in names:

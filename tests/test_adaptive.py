@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -118,6 +119,24 @@ def test_a_skipped_update_advances_nothing() -> None:
     first, second = plain.freezing.events[0], loop.freezing.events[0]
     assert (second.step, second.frozen) == (first.step, first.frozen)
     assert second.scores == pytest.approx(first.scores, rel=1e-4)  # unscaled and unclipped
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_fp16_scores_are_unscaled_and_an_overflow_advances_nothing(engine: str) -> None:
+    done = launch(engine, 2, str(ROOT / "tests" / "workers" / "overflow.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+    assert found["steps"] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10, 11]
+    plain = Loop()
+    for number in range(4):
+        plain.accelerator.backward(plain.model(**global_batch(number)).loss)
+        plain.accelerator.clip_grad_norm_(plain.model.parameters(), 0.05)
+        plain.optimizer.step()
+        plain.optimizer.zero_grad()
+    (expected,) = plain.freezing.events
+    assert (found["step"], found["frozen"]) == (expected.step, expected.frozen)
+    assert found["scores"] == pytest.approx(expected.scores, rel=0.05)
 
 
 def test_a_nan_gradient_is_an_error_at_the_next_decision() -> None:

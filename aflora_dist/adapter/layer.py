@@ -270,13 +270,18 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         device = x.device.type
         if x.is_floating_point() and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # once, for the base layer and every path
-        plain = self.quantization_backend is None and isinstance(self.base_layer, (nn.Linear, Conv1D))
-        call: Callable[[Tensor], Tensor] = (
-            partial(self.base_layer, *args, **kwargs) if not args else (lambda x: self.base_layer(x, *args, **kwargs))
-        )
+        plain = self.quantization_backend is None and type(self.base_layer) in (nn.Linear, Conv1D)
+
+        def call(x: Tensor) -> Tensor:
+            return self.base_layer(x, *args, **kwargs)
+
         for name in active:
             call = partial(self.aflora[name], base=call, base_is_plain=plain)
-        return call(x)
+        if not plain:
+            return call(x)
+        # On rows a Linear returns a fresh tensor, which can be added to; on more dimensions a view.
+        y = call(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def __repr__(self) -> str:
         return "aflora." + super().__repr__()

@@ -105,7 +105,7 @@ def main() -> None:
     sizes = freezing.trainable_params
     frozen = freezing.freezable[::2]
     parameters = {id(p) for p in engine.parameters.values()}
-    freezing._drop(list(frozen))
+    freezing.freeze(list(frozen))
     after = moments_by_other_means(engine)
     assert set(before) - set(after) == set(frozen)
     for name, moment in after.items():

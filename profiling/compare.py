@@ -1,0 +1,268 @@
+"""The paper's systems claims, measured: methods side by side, interleaved step by step in one process.
+
+    python -m profiling.compare --layers 3 --batch 8 --length 128          # two CPU cores, minutes
+    python -m profiling.compare --batch 64 --length 256 --dtype bf16       # the paper's shape, on a GPU
+
+Writes compare.json, compare.md, compare.png and TensorBoard events to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from aflora_dist.freezing import CubicSchedule
+
+from .methods import BUILT_IN, Method, create, freeze_share
+from .models import SHAPES, build
+from .report import write_report, write_traces
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m profiling.compare", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="deberta-v3-base", help=f"{', '.join(SHAPES)}, a hub id, or a folder")
+    parser.add_argument("--layers", type=int, help="keep only so many layers of a built-in shape")
+    parser.add_argument("--batch", type=int, default=8, help="examples per rank and step")
+    parser.add_argument("--length", type=int, default=128, help="tokens per example")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="bf16, fp16: autocast"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each method")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before measuring")
+    parser.add_argument("--methods", nargs="+", default=list(BUILT_IN), help="also any method of PEFT by name")
+    parser.add_argument("--epochs", type=int, default=20, help="of the schedule to average AFLoRA over")
+    parser.add_argument("--initial-epochs", type=float, default=1.0, help="t_i")
+    parser.add_argument("--final-epochs", type=float, default=14.0, help="t_f")
+    parser.add_argument("--steps-per-epoch", type=int, default=57, help="57: MRPC in batches of 64")
+    parser.add_argument("--freeze-log", type=Path, help="average trainable parameters over this run's freeze_log.jsonl")
+    parser.add_argument("--trace", action="store_true", help="also write a profiler trace of each method")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, write the report, and return what compare.json holds."""
+    args = arguments(argv)
+    for name in ("aflora_training", "aflora_half", "aflora_frozen", "lora", "elora", "floor"):
+        if name not in args.methods:
+            args.methods.append(name)  # the ratios need them
+    precision = args.dtype if args.dtype in ("bf16", "fp16") else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
+    torch.manual_seed(0)
+    base = build(args.model, args.layers).to(accelerator.device)
+    batch = random_batch(base, args.batch, args.length, accelerator.device)
+    methods = [create(name, base, accelerator) for name in dict.fromkeys(args.methods)]
+
+    start(methods, batch, accelerator)
+    measured = {method.name: describe(method, batch, accelerator) for method in methods}
+    time_steps(methods, batch, accelerator, args)
+    for method in methods:
+        measured[method.name] |= timing(method)
+    if args.trace:
+        write_traces(methods, batch, accelerator, args.out)
+    measured["aflora"] = over_schedule(measured, args)
+    add_ratios(measured)
+    report = {"setting": setting(args, accelerator), "methods": measured}
+    if accelerator.is_main_process:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, args.out)
+        print((args.out / "compare.md").read_text())
+    accelerator.end_training()
+    return report
+
+
+def random_batch(base: nn.Module, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    config: Any = base.config
+    tokens = torch.randint(1, config.vocab_size, (batch, length))
+    labels = torch.randint(0, 2, (batch,))
+    batch_ = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    return {key: value.to(device) for key, value in batch_.items()}
+
+
+def start(methods: list[Method], batch: dict[str, Tensor], accelerator: Accelerator) -> None:
+    """One step of everybody, so that optimizer state exists; then half and all of the matrices freeze."""
+    for method in methods:
+        method.step(batch, accelerator)
+        if method.name in ("aflora_half", "aflora_frozen"):
+            freeze_share(method)
+
+
+def describe(method: Method, batch: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Any]:
+    """What does not need a clock: FLOPs, trainable parameters, bytes."""
+    with FlopCounterMode(display=False) as counter:
+        method.step(batch, accelerator)
+    numbers = {
+        "flops": counter.get_total_flops(),
+        "linear_flops": linear_flops(method, batch, accelerator),
+        "trainable_params": method.trainable_params(),
+        "saved_bytes": saved_bytes(method, batch, accelerator),
+        "optimizer_state_bytes": method.optimizer_state_bytes(),
+        "peak_memory_bytes": None,
+    }
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        method.step(batch, accelerator)
+        # All methods share one process and the frozen weights: what one step of this one adds to them.
+        numbers["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - held
+    return numbers
+
+
+def linear_flops(method: Method, batch: dict[str, Tensor], accelerator: Accelerator) -> int:
+    """Forward and backward FLOPs of the adapted linear layers alone, each on its own input's shape."""
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs.setdefault(module, arguments[0].detach())
+
+    hooks = [module.register_forward_pre_hook(note) for module in method.adapted]
+    with torch.no_grad(), accelerator.autocast():
+        method.model(**batch)
+    for hook in hooks:
+        hook.remove()
+    total = 0
+    for module, x in inputs.items():
+        x = torch.randn_like(x, dtype=torch.float32, requires_grad=True)
+        with FlopCounterMode(display=False) as counter, accelerator.autocast():
+            y = module(x)
+            y.backward(torch.ones_like(y))
+        total += counter.get_total_flops()
+        module.zero_grad(set_to_none=True)
+    return total
+
+
+def saved_bytes(method: Method, batch: dict[str, Tensor], accelerator: Accelerator) -> int:
+    """Bytes kept from forward for backward, weights excluded, each storage once."""
+    weights = {t.untyped_storage().data_ptr() for t in (*method.model.parameters(), *method.model.buffers())}
+    kept: dict[int, int] = {}
+    holders = []  # a storage that is freed could come back under the same address
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            holders.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), accelerator.autocast():
+        loss = method.model(**batch).loss
+    del loss
+    return sum(kept.values())
+
+
+def time_steps(
+    methods: list[Method], batch: dict[str, Tensor], accelerator: Accelerator, args: argparse.Namespace
+) -> None:
+    """Every method takes a step in turn; the order rotates, so that nobody always follows the same one."""
+    rounds = tqdm(range(args.warmup + args.steps), disable=not accelerator.is_main_process, desc="rounds")
+    for number in rounds:
+        shift = number % len(methods)
+        for method in methods[shift:] + methods[:shift]:
+            synchronize(accelerator)
+            began = time.perf_counter()
+            method.step(batch, accelerator)
+            synchronize(accelerator)
+            if number >= args.warmup:
+                method.seconds.append(time.perf_counter() - began)
+
+
+def synchronize(accelerator: Accelerator) -> None:
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timing(method: Method) -> dict[str, float]:
+    low, _, high = statistics.quantiles(method.seconds, n=4)
+    return {
+        "step_seconds_median": statistics.median(method.seconds),
+        "step_seconds_quartile_low": low,
+        "step_seconds_quartile_high": high,
+        "step_seconds_min": min(method.seconds),
+    }
+
+
+def over_schedule(measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """AFLoRA averaged over the steps of a real schedule.
+
+    Between all, half and no matrices training, what was measured is interpolated linearly in the
+    number of matrices that still train.
+    """
+    per_epoch = args.steps_per_epoch
+    schedule = CubicSchedule(
+        total_steps=args.epochs * per_epoch,
+        initial_steps=round(args.initial_epochs * per_epoch),
+        final_steps=round(args.final_epochs * per_epoch),
+    )
+    matrices, points = 48, (measured["aflora_training"], measured["aflora_half"], measured["aflora_frozen"])
+    keys = [key for key, value in points[0].items() if isinstance(value, int | float)]
+    totals = dict.fromkeys(keys, 0.0)
+    frozen = 0
+    for step in range(schedule.total_steps):
+        place = 2 * frozen / matrices  # 0: all train, 1: half, 2: none
+        left = min(int(place), 1)
+        for key in keys:
+            first, second = points[left][key], points[left + 1][key]
+            totals[key] += first + (second - first) * (place - left)
+        frozen = schedule.count(step, matrices)  # what freezes after this step trains in it
+    average = {key: total / schedule.total_steps for key, total in totals.items()}
+    average["peak_memory_bytes"] = points[0]["peak_memory_bytes"]
+    if args.freeze_log is not None:
+        average["trainable_params"] = over_freeze_log(
+            args.freeze_log, points[0]["trainable_params"], schedule.total_steps
+        )
+    return average
+
+
+def over_freeze_log(path: Path, at_start: int, total_steps: int) -> float:
+    """Trainable parameters averaged over the steps of a run, from its freeze log."""
+    after = {e["step"]: e["trainable_params"] for e in map(json.loads, path.read_text().splitlines())}
+    result = path.parent / "result.json"
+    head = json.loads(result.read_text())["head_params"] if result.exists() else 0
+    total, current = 0, at_start
+    for step in range(total_steps):
+        total += current
+        current = after.get(step, current + head) - head
+    return total / total_steps
+
+
+def add_ratios(measured: dict[str, dict[str, Any]]) -> None:
+    """Step time over that of ELoRA, LoRA and the floor."""
+    for numbers in measured.values():
+        for other in ("elora", "lora", "floor"):
+            numbers[f"ratio_to_{other}"] = numbers["step_seconds_median"] / measured[other]["step_seconds_median"]
+
+
+def setting(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    device = platform.processor() or platform.machine()
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    return {
+        "model": args.model,
+        "layers": args.layers,
+        "batch": args.batch,
+        "length": args.length,
+        "dtype": args.dtype,
+        "ranks": accelerator.num_processes,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "measured_steps": args.steps,
+    }
+
+
+if __name__ == "__main__":
+    main()
