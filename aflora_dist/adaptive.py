@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class FreezeEvent:
     Attributes:
         step: The update after which the matrices froze, from 0.
         frozen: Their names, lowest score first.
-        scores: Every score that was ranked.
+        scores: Every score that was ranked; empty where `freeze` was called by hand.
         remaining: Freezable matrices that still train.
         trainable_params: Elements that the optimizer still updates.
         optimizer_state_bytes: Bytes of the optimizer's moments, over all ranks.
@@ -129,6 +129,8 @@ class AdaptiveFreezing:
         tuner = next((m for m in self.engine.model.modules() if isinstance(m, AFLoRAModel)), None)
         if tuner is None:
             raise AFLoRAError("AdaptiveFreezing needs an AFLoRA model: peft.get_peft_model(model, AFLoRAConfig(...)).")
+        if tuner.freezing_attached:
+            raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
         self._tuner: AFLoRAModel = tuner
         self._paths = _paths(self.engine.model)
         of_tuner = {id(parameter) for parameter in tuner.freezable_matrices().values()}
@@ -183,20 +185,39 @@ class AdaptiveFreezing:
     def _updated(self) -> None:
         count = self.schedule.count(self.step, len(self.policy))
         if count > len(self.policy) - self._remaining_units():
-            self._freeze(count)
+            self._decide(count)
         self.step += 1
 
     def _remaining_units(self) -> int:
         return sum(names[0] not in self.frozen for names in self.policy.units.values())
 
-    def _freeze(self, count: int) -> None:
+    def _decide(self, count: int) -> None:
         start = time.perf_counter()
         with torch.profiler.record_function("aflora.decide"):
             scores = self._all_scores()
             names = self.policy.next_frozen(scores, count)
             self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
+        self._freeze(names, scores, start)
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Freeze these matrices now, whatever the schedule says. A collective: call it on every rank.
+
+        With pairwise freezing the other matrix of each pair freezes too.
+
+        Raises:
+            AFLoRAError: A name is not that of a freezable matrix that still trains.
+        """
+        unknown = sorted(set(names) - set(self.remaining))
+        if unknown:
+            raise AFLoRAError(f"{unknown[0]!r} is not a freezable matrix that still trains; see `remaining`.")
+        chosen = set(names)
+        whole = [name for unit in self.policy.units.values() if chosen & set(unit) for name in unit]
+        self._agree(f"{self.step}{whole}", "were told to freeze different matrices")
+        self._freeze(whole, {}, time.perf_counter())
+
+    def _freeze(self, names: list[str], scores: dict[str, float], start: float) -> None:
         with torch.profiler.record_function("aflora.rebuild"):
-            self.freeze(names)
+            self._drop(names)
         self.events.append(
             FreezeEvent(
                 step=self.step,
@@ -231,11 +252,8 @@ class AdaptiveFreezing:
             )
         return scores
 
-    def freeze(self, names: list[str]) -> None:
-        """Freeze the named matrices now: state -> drop names -> rebuild. A collective.
-
-        The schedule calls this by itself.
-        """
+    def _drop(self, names: list[str]) -> None:
+        """state -> drop names -> rebuild: the same for the optimizer and for the scores."""
         smoothed = self._gather_scores()
         state = self.engine.state()
         for name in names:
@@ -253,15 +271,16 @@ class AdaptiveFreezing:
         return self.engine.gather(pieces, {name: self.numels[name] for name in self.remaining}, rows=2)
 
     def _new_scores(self) -> list[FreezingScore]:
+        buckets = self.engine.buckets(self.remaining)
         return [
             FreezingScore(
                 fragments,
-                self.engine.device,
+                device,
                 kind=self.config.score,
                 beta1=self.config.beta1,
                 beta2=self.config.beta2,
             )
-            for fragments in self.engine.buckets(self.remaining)
+            for fragments, device in zip(buckets, self.engine.bucket_devices(), strict=True)
         ]
 
     def optimizer_state_bytes(self) -> int:

@@ -54,7 +54,14 @@ class FreezingCallback(TrainerCallback):
                 "Trainer's checkpoints do not hold the freezing scores, so training cannot go on from one exactly. "
                 "Start from the beginning (resume_from_checkpoint=None)."
             )
-        total, per_epoch = state.max_steps, state.max_steps / state.num_train_epochs
+        if self.freezing is not None:
+            self.freezing.detach()  # of a training that was interrupted
+        total = state.max_steps
+        if args.max_steps <= 0:  # Trainer has counted epochs, perhaps a fraction of one
+            per_epoch = total / args.num_train_epochs
+        else:
+            loader = kwargs["train_dataloader"]
+            per_epoch = len(loader) / args.gradient_accumulation_steps if hasattr(loader, "__len__") else total
         initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
         final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
         config = FreezingConfig(total_steps=total, initial_steps=round(initial), final_steps=round(final), **self.score)

@@ -77,6 +77,48 @@ def test_clipping_by_value_or_in_parts_is_refused() -> None:
         loop.optimizer.step()
 
 
+def test_clipping_a_part_of_an_accumulated_gradient_is_refused() -> None:
+    loop = Loop()
+    loop.accelerator.gradient_accumulation_steps = 2
+    with loop.accelerator.accumulate(loop.model):
+        loop.accelerator.backward(loop.model(**global_batch(0)).loss)
+        with pytest.raises(AFLoRAError, match="sync_gradients"):
+            loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.01)
+    loop.accelerator.gradient_state._set_sync_gradients(True)  # shared by all accelerators of a process
+
+
+def test_a_fused_optimizer_under_fp16_is_refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(AFLoRAError, match="fused=False"):
+        AdaptiveFreezing(accelerator, model, optimizer, CONFIG)
+
+
+def test_freezing_by_hand_takes_whole_pairs_and_known_names() -> None:
+    loop = Loop(FreezingConfig(total_steps=12, initial_steps=2, final_steps=3, pairwise=True))
+    loop.step(0)
+    first = loop.freezing.remaining[0]
+    loop.freezing.freeze([first])
+    assert set(loop.freezing.frozen) == {first, first[:-1] + "B"}
+    assert loop.freezing.events[0].frozen == [first, first[:-1] + "B"]
+    with pytest.raises(AFLoRAError, match="still trains"):
+        loop.freezing.freeze([first])
+    for number in range(1, 12):
+        loop.step(number)
+    assert not loop.freezing.remaining
+
+
+def test_a_model_is_frozen_by_one_object_at_a_time() -> None:
+    loop = Loop()
+    with pytest.raises(AFLoRAError, match=r"detach\(\)"):
+        AdaptiveFreezing(loop.accelerator, loop.model, loop.optimizer, CONFIG)
+    loop.freezing.detach()
+    AdaptiveFreezing(loop.accelerator, loop.model, loop.optimizer, CONFIG)
+
+
 def test_clipping_twice_is_undone_twice() -> None:
     plain, twice = Loop(), Loop()
     for loop in (plain, twice):

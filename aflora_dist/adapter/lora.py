@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,10 +45,8 @@ def save_as_lora(model: PeftModel, directory: str | Path, adapter_name: str = "d
             tensors[f"{name}.lora_A.weight"] = path.A.detach().clone().contiguous()
             tensors[f"{name}.lora_B.weight"] = (path.s_b.unsqueeze(1) * path.B * path.s_d).contiguous()
             targets.append(name.removeprefix("base_model.model."))
-    from peft import get_peft_model_state_dict
-
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors |= {key: value.contiguous() for key, value in saved.items() if ".aflora." not in key}
+    tensors |= {key: value.detach().clone().contiguous() for key, value in saved.items() if ".aflora." not in key}
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.r,

@@ -86,6 +86,10 @@ class Engine(ABC):
         Over all ranks every element is in exactly one fragment. Valid until the next rebuild.
         """
 
+    def bucket_devices(self) -> list[torch.device]:
+        """Where the gradients of each bucket lie."""
+        return [self.device]
+
     # -- state by name -----------------------------------------------------------------------
 
     @abstractmethod

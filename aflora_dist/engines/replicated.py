@@ -22,7 +22,7 @@ from .base import Engine, Observer, ParameterState, release, split_state
 
 _CLIP_ONCE = (
     "Freezing scores are taken before clipping, which can only be undone where all gradients are clipped together: "
-    "call accelerator.clip_grad_norm_(model.parameters(), ...) once per update."
+    "call accelerator.clip_grad_norm_(model.parameters(), ...) once per update, if accelerator.sync_gradients."
 )
 
 
@@ -47,6 +47,7 @@ class ReplicatedEngine(Engine):
                 f"PEFT model's own parameters, before accelerator.prepare()."
             )
         self._fragments: list[Fragment] = []
+        self._observing = False
         self._clipped: tuple[set[int], Tensor] | None = None
         self._sentinel: tuple[Tensor, int] | None = None
 
@@ -61,6 +62,12 @@ class ReplicatedEngine(Engine):
     # -- the step ----------------------------------------------------------------------------
 
     def watch(self, observe: Observer, updated: Callable[[], None]) -> None:
+        if self.accelerator.scaler is not None and getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            raise UnsupportedEngineError(
+                f"A fused {type(self._optimizer).__name__} skips overflowed fp16 updates inside, where freezing cannot "
+                f'see it. Create it with fused=False (Trainer: optim="adamw_torch"), or train in bf16.'
+            )
+
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._refuse_unseen_change()
             parameters = [self.parameters[f.name] for f in self._fragments]
@@ -96,8 +103,10 @@ class ReplicatedEngine(Engine):
         self, original: Callable[..., Tensor], parameters: Any, max_norm: float, norm_type: float = 2
     ) -> Tensor:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if self._observing and not self.accelerator.sync_gradients:
+            raise UnsupportedEngineError(_CLIP_ONCE)
         norm = original(parameters, max_norm, norm_type)
-        if self.accelerator.sync_gradients:
+        if self._observing:
             # What torch.nn.utils.clip_grad_norm_ multiplied the gradients with.
             coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             clipped = {id(p) for p in parameters}
@@ -110,6 +119,8 @@ class ReplicatedEngine(Engine):
         return norm
 
     def _clip_grad_value(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if not self._observing:
+            return original(*args, **kwargs)
         raise UnsupportedEngineError(
             "Freezing scores are taken from gradients before clipping, and clipping by value cannot be undone. "
             "Use accelerator.clip_grad_norm_ instead."
@@ -152,7 +163,7 @@ class ReplicatedEngine(Engine):
             if start < stop:
                 fragments.append(Fragment(name, start, stop - start))
             offset += numel
-        self._fragments = fragments
+        self._fragments, self._observing = fragments, bool(names)
         return [fragments]
 
     @staticmethod

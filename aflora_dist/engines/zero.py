@@ -40,6 +40,7 @@ class ZeroEngine(Engine):
         self._groups: list[list[str]] = [[] for _ in self._inner.param_groups]
         for index, parameters in self._group_parameters():
             self._groups[index].extend(self.names[p] for p in parameters)
+        self._stand_in: Optimizer | None = None
         self._loss_scale = 1.0
         self._observed: list[list[Fragment]] = []
 
@@ -95,7 +96,7 @@ class ZeroEngine(Engine):
                 bucket,
                 [partition.grad[at : at + f.numel] for f, at in spans],
                 [partition.detach()[at : at + f.numel] for f, at in spans],
-                self._combined_scale() / self._loss_scale,
+                torch.as_tensor(self._combined_scale() / self._loss_scale).to(partition.device),
             )
 
         original_step = self.ds.step
@@ -119,6 +120,9 @@ class ZeroEngine(Engine):
         self._layouts = self._layout()
         self._observed = [[f for f, _ in spans if f.name in wanted] for spans in self._layouts]
         return self._observed
+
+    def bucket_devices(self) -> list[torch.device]:
+        return [flat.device for flat in self._partitions()]  # the CPU under optimizer offload
 
     def state(self) -> dict[str, ParameterState]:
         layouts, partitions = self._layout(), self._partitions()
@@ -146,6 +150,7 @@ class ZeroEngine(Engine):
         for group, names in zip(self._inner.param_groups, self._groups, strict=True):
             group["params"] = [self.parameters[name] for name in names]
         self._replace(dropped)
+        self._keep_positions()
         for wrapped in self.accelerator._optimizers:
             wrapped.optimizer = self.zero
         for (_, members), flat, spans in zip(self._group_parameters(), self._partitions(), self._layout(), strict=True):
@@ -169,15 +174,29 @@ class ZeroEngine(Engine):
     def _visible_groups(self) -> Optimizer:
         """The inner optimizer as ZeRO can take it: without the param groups that have run empty.
 
-        A shallow copy shares group dicts, state and hooks with the user's optimizer, so learning
-        rates set there are seen here.
+        The stand-in shares group dicts, state and hooks with the user's optimizer, so learning
+        rates set there are seen here. There is one, and it lives as long as the engine: an
+        optimizer that owns native memory (CPU Adam) frees it with the first object to go.
+        (copy.copy would not do: torch's optimizers leave hooks and extra attributes out.)
         """
         if all(group["params"] for group in self._inner.param_groups):
             return self._inner
-        view = copy.copy(self._inner)
-        view.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the original
-        view.param_groups = [group for group in self._inner.param_groups if group["params"]]
-        return view
+        if self._stand_in is None:
+            self._stand_in = object.__new__(type(self._inner))
+            self._stand_in.__dict__.update(self._inner.__dict__)
+            self._stand_in.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the original
+        self._stand_in.param_groups = [group for group in self._inner.param_groups if group["params"]]
+        return self._stand_in
+
+    def _keep_positions(self) -> None:
+        """Have the new ZeRO optimizer show all param groups, empty ones too, to who asks for them.
+
+        The user's handle leads to it, and schedulers address groups by position.
+        """
+        inner, kind = self._inner, type(self.zero)
+        if self.zero.optimizer is not inner:
+            shown = property(lambda zero: inner.param_groups)
+            self.zero.__class__ = type(kind.__name__, (kind,), {"param_groups": shown})
 
 
 def check_supported(ds: Any) -> None:

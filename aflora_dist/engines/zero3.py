@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from ..freezing import Fragment
@@ -63,11 +64,10 @@ class Zero3Engine(ZeroEngine):
             # Its piece is a view of the old group's flat buffer, which would stay alive through it.
             parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
         offload = old.parameter_offload
-        stage3 = type(old)
         old.__dict__.clear()  # reference cycles would keep its buffers until the next collection
         # DeepSpeed would also collect garbage per flat buffer (0.3 s each); there is none, see above.
         with (
-            _replaced(stage3, "initialize_ds_offload", lambda self, **kwargs: offload),
+            _replaced(DeepSpeedZeroOptimizer_Stage3, "initialize_ds_offload", lambda self, **kwargs: offload),
             _replaced(gc, "collect", lambda *args: 0),
         ):
             self.ds.optimizer = self.ds._configure_zero_optimizer(self._visible_groups())

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from ..errors import AFLoRAError
 from ..freezing import ScoreKind
-from .tasks import PRESETS
+from .tasks import PRESETS, TASKS
 
 
 @dataclass(kw_only=True)
@@ -241,6 +241,7 @@ def _check(config: Config) -> None:
         if value < 1:
             raise AFLoRAError(f"{name} must be at least 1, got {value}.")
     not_negative = {
+        "train.seed": train.seed,
         "train.learning_rate": train.learning_rate,
         "train.head_learning_rate": train.head_learning_rate,
         "train.weight_decay": train.weight_decay,
@@ -251,6 +252,10 @@ def _check(config: Config) -> None:
     for name, number in not_negative.items():
         if not number >= 0:
             raise AFLoRAError(f"{name} must not be negative, got {number}.")
+    if data.path is not None and data.task not in TASKS:
+        raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={data.task} does not read it.")
+    if (data.train_file or data.validation_file) and data.task != "files":
+        raise AFLoRAError(f"data.train_file and data.validation_file need data.task=files, not {data.task}.")
     if not 0 <= train.warmup_ratio <= 1:
         raise AFLoRAError(f"train.warmup_ratio must lie in [0, 1], got {train.warmup_ratio}.")
     if config.adapter.freezing == "adaptive" and t_i + t_f > train.epochs:

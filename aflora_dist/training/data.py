@@ -7,7 +7,8 @@ and "label", checked.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,22 @@ def _check_split(data: Data, split: str, dataset: datasets.Dataset) -> None:
             )
 
 
+def first_on_node(load: Callable[[], Any]) -> Any:
+    """Load on each node's first process before the others, which then find the cache.
+
+    An error is raised after all have passed: the others are not left waiting.
+    """
+    failure: Exception | None = None
+    with PartialState().local_main_process_first():
+        try:
+            loaded = load()
+        except Exception as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    return loaded
+
+
 def _standard(dataset: datasets.Dataset, text_columns: tuple[str, ...], label_column: str) -> datasets.Dataset:
     names = dict(zip(text_columns, ("text", "text_pair"), strict=False)) | {label_column: "label"}
     dataset = dataset.select_columns(list(names))
@@ -101,8 +118,7 @@ def _standard(dataset: datasets.Dataset, text_columns: tuple[str, ...], label_co
 
 def _glue_from_hub(task: Task) -> dict[str, datasets.Dataset]:
     try:
-        with PartialState().local_main_process_first():
-            loaded = datasets.load_dataset("nyu-mll/glue", task.name)
+        loaded = first_on_node(lambda: datasets.load_dataset("nyu-mll/glue", task.name))
     except Exception as error:  # offline, a proxy, the hub's own errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AFLoRAError(
@@ -120,7 +136,7 @@ def _read_tsv(task: Task, path: Path) -> datasets.Dataset:
     """GLUE's TSV files: tab-separated without quoting, most with a header."""
     if not path.is_file():
         raise AFLoRAError(f"There is no file {path}. data.path is the folder that holds GLUE's {task.folder}/.")
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     *text_columns, label_column = task.tsv_columns
     if isinstance(label_column, int):
@@ -135,6 +151,8 @@ def _read_tsv(task: Task, path: Path) -> datasets.Dataset:
     labels = task.tsv_labels or (tuple(str(i) for i in range(len(task.labels))) if task.labels else None)
     columns: dict[str, list[Any]] = {name: [] for name in ("text", "text_pair")[: len(text_columns)]} | {"label": []}
     for line, row in enumerate(rows, start=first):
+        if len(row) < width and task.name == "qqp":
+            continue  # a few lines of GLUE's file are cut short; the reference reader leaves them out as well
         if len(row) < width:
             raise AFLoRAError(f"{path}, line {line}: {len(row)} columns, expected at least {width}.")
         if labels is None:
@@ -164,6 +182,8 @@ def _files(config: DataConfig) -> Data:
         if name is None:
             raise AFLoRAError(f"data.task=files needs data.{split}_file.")
         loaded[split] = _read_file(Path(name), config)
+        if len(loaded[split]) == 0:
+            raise AFLoRAError(f"{name} is empty.")
     labels, loaded = _encode_labels(loaded, config)
     metrics = ("pearson",) if labels is None else ("accuracy", "f1") if len(labels) == 2 else ("accuracy",)
     return Data("files", loaded["train"], {"validation": loaded["validation"]}, labels, metrics)
@@ -175,48 +195,68 @@ def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
     kind = _FILE_FORMATS.get(path.suffix.lower())
     if kind is None:
         raise AFLoRAError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(_FILE_FORMATS)}.")
-    options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    # A cell that reads NA is a text like any other.
+    options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}
+    if path.suffix.lower() == ".tsv":
+        options["sep"] = "\t"
     try:
-        with PartialState().local_main_process_first():
-            dataset = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+        dataset = first_on_node(lambda: datasets.load_dataset(kind, data_files=str(path), split="train", **options))
     except Exception as error:  # the parsers of four formats
         raise AFLoRAError(
             f"{path} could not be read as {kind}: {str(error.__cause__ or error).splitlines()[0]}"
         ) from error
-    if not 1 <= len(config.text_columns) <= 2:
-        raise AFLoRAError(f"data.text_columns names one or two columns, got {len(config.text_columns)}.")
-    for column in (*config.text_columns, config.label_column):
+    wanted = [*config.text_columns, config.label_column]
+    if not 1 <= len(config.text_columns) <= 2 or len(set(wanted)) < len(wanted):
+        raise AFLoRAError(
+            f"data.text_columns names one or two columns besides data.label_column, got {config.text_columns} and "
+            f"{config.label_column!r}."
+        )
+    for column in wanted:
         if column not in dataset.column_names:
             raise AFLoRAError(f"{path} has no column {column!r}; its columns are: {', '.join(dataset.column_names)}.")
-    dataset = _standard(dataset, tuple(config.text_columns), config.label_column)
-    for column in dataset.column_names:
-        if None in (values := dataset[column][:]):
-            raise AFLoRAError(f"{path}: example {values.index(None) + 1} has nothing in column {column!r}.")
-    return dataset
+        values = dataset[column][:]
+        for row, value in enumerate(values, start=1):
+            if value is None or (column == config.label_column and value == ""):
+                raise AFLoRAError(f"{path}: example {row} has nothing in column {column!r}.")
+            if column != config.label_column and not isinstance(value, str):
+                raise AFLoRAError(f"{path}: example {row} has {value!r} in column {column!r}, which is not text.")
+    return _standard(dataset, tuple(config.text_columns), config.label_column)
 
 
 def _encode_labels(
     splits: dict[str, datasets.Dataset], config: DataConfig
 ) -> tuple[list[str] | None, dict[str, datasets.Dataset]]:
-    """Class numbers stay, class names are numbered in alphabetical order, floats are regressed to."""
-    train = list(splits["train"]["label"])
-    if all(isinstance(label, float) for label in train):
+    """Class numbers (or booleans) stay, class names are numbered in alphabetical order, floats are regressed to."""
+    found = {split: list(dataset["label"]) for split, dataset in splits.items()}
+    kinds = {split: {int if type(v) is bool else type(v) for v in values} for split, values in found.items()}
+    if len(set.union(*kinds.values())) > 1:
+        said = ", ".join(
+            f"{' and '.join(sorted(k.__name__ for k in kind))} in {split}" for split, kind in kinds.items()
+        )
+        raise AFLoRAError(f"Column {config.label_column!r} holds labels of different kinds: {said}.")
+    if float in kinds["train"]:
+        for split, values in found.items():
+            for row, value in enumerate(values, start=1):
+                if not math.isfinite(value):
+                    raise AFLoRAError(f"Example {row} of the {split} file has the label {value}, which is not finite.")
         return None, splits
-    if all(isinstance(label, int) for label in train):  # bool included
-        return [str(i) for i in range(max(map(int, train), default=0) + 1)], splits
-    names = sorted({str(label) for label in train})
-    numbers = {name: i for i, name in enumerate(names)}
-    encoded = {}
-    for split, dataset in splits.items():
-        found = [str(label) for label in dataset["label"]]
-        for row, label in enumerate(found):
-            if label not in numbers:
-                raise AFLoRAError(
-                    f"Example {row + 1} of the {split} file has the label {label!r}, which the training file does not "
-                    f"have. Its labels are: {', '.join(names)}."
-                )
-        encoded[split] = dataset.remove_columns("label").add_column("label", [numbers[label] for label in found])
-    return names, encoded
+    if len(set(found["train"])) < 2:
+        raise AFLoRAError(f"Column {config.label_column!r} of the training file holds one class only.")
+    if int in kinds["train"]:
+        names = [str(i) for i in range(max(map(int, found["train"])) + 1)]
+        numbers = {split: [int(value) for value in values] for split, values in found.items()}
+    else:
+        names = sorted({str(label) for label in found["train"]})
+        numbers = {}
+        for split, values in found.items():
+            for row, label in enumerate(values, start=1):
+                if label not in names:
+                    raise AFLoRAError(
+                        f"Example {row} of the {split} file has the label {label!r}, which the training file does not "
+                        f"have. Its labels are: {', '.join(names)}."
+                    )
+            numbers[split] = [names.index(label) for label in values]
+    return names, {s: d.remove_columns("label").add_column("label", numbers[s]) for s, d in splits.items()}
 
 
 def _demo() -> Data:

@@ -24,7 +24,7 @@ from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmu
 from ..adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig, refuse_lonely_processes
 from ..errors import AFLoRAError, DivergedError
 from .config import Config
-from .data import Data, GlobalBatchSampler, load_data
+from .data import Data, GlobalBatchSampler, first_on_node, load_data
 from .metrics import compute
 from .model import add_adapter, load_base, lora_parameters
 from .rundir import RunDirectory
@@ -46,10 +46,11 @@ def train(config: Config, resolved: str) -> dict[str, Any]:
         DivergedError: The loss or a freezing score is no longer finite.
     """
     accelerator = create_accelerator(config)
-    run = RunDirectory(config.run, resolved, accelerator)
+    run = RunDirectory(config.run, accelerator)
     set_seed(config.train.seed)
     data = load_data(config.data, config.train.seed)
     base, tokenizer, head = load_base(config.model, data.labels)
+    check_length(config, base)
     model = add_adapter(base, config.adapter, head, config.train.gradient_checkpointing)
     lora_r8 = lora_parameters(model)
     sampler, batches, evaluation = create_loaders(config, data, tokenizer, accelerator)
@@ -66,6 +67,7 @@ def train(config: Config, resolved: str) -> dict[str, Any]:
     scheduler = get_linear_schedule_with_warmup(
         freezing.engine.optimizer, round(config.train.warmup_ratio * total_steps), total_steps
     )
+    run.claim(resolved)  # all that can be refused has been
     set_seed(config.train.seed, device_specific=True)  # from here on every rank draws its own dropout
     with closing(TrainingLog(config, run, accelerator, freezing, total_steps, head_params)) as log:
         evaluations: list[dict[str, float]] = []
@@ -76,9 +78,9 @@ def train(config: Config, resolved: str) -> dict[str, Any]:
                 for micro_batches in updates(batches, config.train.accumulation):
                     trained = freezing.trainable_params
                     loss, norm = update(model, optimizer, micro_batches, accelerator, config.train.max_grad_norm)
+                    log.update(loss, norm, trained, scheduler.get_last_lr())
                     if not accelerator.optimizer_step_was_skipped:
                         scheduler.step()
-                    log.update(loss, norm, trained, scheduler.get_last_lr())
             evaluations.append(evaluate(model, evaluation, data, accelerator))
             log.evaluated(evaluations[-1])
 
@@ -102,6 +104,7 @@ def create_accelerator(config: Config) -> Accelerator:
         # Without it DeepSpeed's processes on a CPU would not know of each other.
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several and on_cpu else [],
     )
+    accelerator.gradient_accumulation_steps = config.train.accumulation  # whatever the environment says
     refuse_lonely_processes(accelerator)
     per_update = accelerator.num_processes * config.train.accumulation
     if config.train.batch_size % per_update:
@@ -131,8 +134,7 @@ def create_loaders(
         return {**tokenizer(*texts, truncation=True, max_length=config.data.max_length), "labels": examples["label"]}
 
     def prepared(dataset: Any) -> Any:
-        with accelerator.local_main_process_first():
-            return dataset.map(tokenize, batched=True, remove_columns=dataset.column_names)
+        return first_on_node(lambda: dataset.map(tokenize, batched=True, remove_columns=dataset.column_names))
 
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     train_set = prepared(data.train)
@@ -159,6 +161,14 @@ def create_loaders(
     return sampler, batches, evaluation
 
 
+def check_length(config: Config, model: Any) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        raise AFLoRAError(
+            f"data.max_length={config.data.max_length} is more than the {longest} positions of {config.model.name!r}."
+        )
+
+
 def create_optimizer(config: Config, model: PeftModel) -> torch.optim.Optimizer:
     """AdamW over two param groups: the adapter, and the head with its own learning rate."""
     adapter = [p for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in n]
@@ -173,12 +183,14 @@ def create_optimizer(config: Config, model: PeftModel) -> torch.optim.Optimizer:
 
 
 def create_freezing_config(config: Config, updates_per_epoch: int) -> FreezingConfig:
-    t_i, t_f = config.freezing.epochs(config.train.epochs)
+    t_i, t_f = config.freezing.epochs(config.train.epochs)  # they fit in epochs, and so they do when rounded
+    total = config.train.epochs * updates_per_epoch
     adaptive = config.adapter.freezing == "adaptive"
+    initial = round(t_i * updates_per_epoch) if adaptive else 0
     return FreezingConfig(
-        total_steps=config.train.epochs * updates_per_epoch,
-        initial_steps=round(t_i * updates_per_epoch) if adaptive else 0,
-        final_steps=round(t_f * updates_per_epoch) if adaptive else 0,
+        total_steps=total,
+        initial_steps=initial,
+        final_steps=min(round(t_f * updates_per_epoch), total - initial) if adaptive else 0,
         beta1=config.freezing.beta1,
         beta2=config.freezing.beta2,
         score=config.freezing.score,
@@ -307,7 +319,7 @@ class TrainingLog:
             "loss": mean,
             "lr": rates[0],
             "head_lr": rates[1],
-            "grad_norm": float(norm) if norm is not None else None,
+            "grad_norm": float(norm) if norm is not None and np.isfinite(float(norm)) else None,  # JSON has no NaN
             "trainable_params": self.freezing.trainable_params,
             "frozen": frozen,
             "freezing_fraction": self.freezing.schedule.fraction(self.step - 1) if freezable else 0.0,

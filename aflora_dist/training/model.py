@@ -50,7 +50,7 @@ def load_base(config: ModelConfig, labels: list[str] | None) -> tuple[nn.Module,
         model_config = AutoConfig.from_pretrained(name, **head, **hub)
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, config=model_config, output_loading_info=True, **hub
+            name, config=model_config, output_loading_info=True, ignore_mismatched_sizes=True, **hub
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join((str(error).strip() or type(error).__name__).split())
@@ -61,7 +61,9 @@ def load_base(config: ModelConfig, labels: list[str] | None) -> tuple[nn.Module,
     if tokenizer.pad_token is None:  # GPT-like models have none
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer, _new_modules(model, info["missing_keys"])
+    # A head for another number of labels is replaced by a new one.
+    resized = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    return model, tokenizer, _new_modules(model, set(info["missing_keys"]) | resized)
 
 
 def _new_modules(model: nn.Module, missing: set[str]) -> list[str]:

@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the main job; returns the exit status. What a user did wrong is said in a line or two."""
     quiet_libraries()
     is_first = int(os.environ.get("RANK", "0")) == 0
+    speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0  # once per node: its files may differ
     try:
         from .config import parse
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         quiet_libraries()  # DeepSpeed sets its own level on import
         result = train(config, resolved)
     except AFLoRAError as error:
-        if is_first:
+        if speaks:
             print(f"aflora: error: {error}", file=sys.stderr, flush=True)
         return 2
     if is_first:

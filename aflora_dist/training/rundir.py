@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from ..errors import AFLoRAError
 from .config import RunConfig
@@ -22,34 +23,49 @@ _FOLDERS = ("adapter", "checkpoints", "tensorboard")
 
 
 class RunDirectory:
-    """The directory of one run, claimed for it.
+    """The directory of one run. Looked at when created; nothing changes in it before `claim`.
 
     Args:
         config: Which directory, and whether to replace the run in it.
-        resolved: The whole configuration as YAML.
 
     Raises:
-        AFLoRAError: On every rank, if the directory holds a run already or cannot be written.
+        AFLoRAError: On every rank, if the directory holds (part of) a run already.
     """
 
-    def __init__(self, config: RunConfig, resolved: str, accelerator: Accelerator) -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         self.path = Path(config.dir)
+        self.accelerator = accelerator
         self.writes = accelerator.is_main_process
         if self.path.exists() and not self.path.is_dir():
             raise AFLoRAError(f"run.dir={self.path} is a file. Name a folder.")
-        if (self.path / "config.yaml").exists() and not config.overwrite:
+        held = [name for name in (*_FILES, *_FOLDERS) if (self.path / name).exists()]
+        if held and not config.overwrite:
             raise AFLoRAError(
-                f"{self.path} already holds a run. Name another folder with run.dir, or replace that run with "
-                f"run.overwrite=true."
+                f"{self.path} already holds a run ({', '.join(held)}). Name another folder with run.dir, or replace "
+                f"that run with run.overwrite=true."
             )
-        accelerator.wait_for_everyone()  # all ranks have looked before one of them writes
+
+    def claim(self, resolved: str) -> None:
+        """Delete what an earlier run left and write config.yaml. A collective.
+
+        Args:
+            resolved: The whole configuration as YAML.
+
+        Raises:
+            AFLoRAError: On every rank, if the directory cannot be written.
+        """
+        self.accelerator.wait_for_everyone()  # all ranks have looked before one of them writes
+        failure = None
         if self.writes:
             try:
-                self._claim(resolved)
+                self._prepare(resolved)
             except OSError as error:
-                raise AFLoRAError(f"run.dir={self.path} cannot be written: {error.strerror or error}.") from error
+                failure = error.strerror or str(error)
+        (failure,) = broadcast_object_list([failure])
+        if failure is not None:
+            raise AFLoRAError(f"run.dir={self.path} cannot be written: {failure}.")
 
-    def _claim(self, resolved: str) -> None:
+    def _prepare(self, resolved: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)

@@ -90,6 +90,16 @@ def test_a_param_group_may_run_empty(engine: str) -> None:
     check_against_one_process(run(engine, 2, *arguments), run("single", 1, *arguments)[0])
 
 
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_scores_go_on_after_a_group_has_run_empty(engine: str) -> None:
+    (reference,) = run("single", 1, "--groups", "ab")
+    empty = [
+        e["step"] for e in reference["events"] if not any(n.endswith(".B") for n in set(e["scores"]) - set(e["frozen"]))
+    ]
+    assert empty[0] < reference["events"][-1]["step"]  # all B are frozen before the last A
+    check_against_one_process(run(engine, 2, "--groups", "ab"), reference)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_gradient_checkpointing_and_all_layers_freezable(engine: str) -> None:
     arguments = ("--checkpointing", "--adapter", json.dumps({"freezable": "all"}))

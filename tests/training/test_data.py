@@ -90,13 +90,14 @@ def test_mnli_lines_without_a_gold_label_are_left_out(tmp_path: Path) -> None:
     ("labels", "expected", "names"),
     [
         (["no", "yes", "no"], [0, 1, 0], ["no", "yes"]),
+        ([False, True, True], [0, 1, 1], ["0", "1"]),
         ([2, 0, 1], [2, 0, 1], ["0", "1", "2"]),
         ([0.5, 1.5, 2.5], [0.5, 1.5, 2.5], None),
     ],
 )
 def test_your_own_files(suffix: str, labels: list[Any], expected: list[Any], names: Any, tmp_path: Path) -> None:
     path = tmp_path / f"data{suffix}"
-    table = datasets.Dataset.from_dict({"a": ["x", "y", "z"], "b": ["u", "v", "w"], "stars": labels})
+    table = datasets.Dataset.from_dict({"a": ["x", "y", "NA"], "b": ["u", "v", "w"], "stars": labels})
     if suffix in (".csv", ".tsv"):
         table.to_csv(str(path), sep="\t" if suffix == ".tsv" else ",")
     elif suffix == ".parquet":

@@ -25,12 +25,13 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said[0]
 
 
+NO_FILES = ["--data.train_file", "null", "--data.validation_file", "null"]
 OPTIONS = {
     "t_i + t_f > T": (["--freezing.initial_epochs", "1.5", "--freezing.final_epochs", "1"], "does not fit"),
     "no module matched": (["--adapter.target_modules", "[nowhere]"], "No modules were targeted"),
     "nothing freezable": (["--adapter.target_modules", "[query]"], "nothing to train and freeze"),
     "rank": (["--adapter.r", "0"], "adapter.r must be at least 1"),
-    "task": (["--data.task", "imdb"], "There is no task 'imdb'"),
+    "task": (["--data.task", "imdb", *NO_FILES], "There is no task 'imdb'"),
     "preset": (["--preset", "glue/imdb"], "There is no preset 'glue/imdb'"),
     "option": (["--train.lr", "1"], "--train.lr"),
     "value": (["--train.epochs", "many"], "train.epochs"),
@@ -41,9 +42,16 @@ OPTIONS = {
     "config file": (["nowhere.yaml"], "nowhere.yaml"),
     "batch": (["--train.accumulation", "3"], "cannot be split evenly"),
     "too few": (["--train.batch_size", "200"], "fewer than one batch"),
-    "glue folder": (["--data.task", "cola", "--data.path", "nowhere"], "There is no file nowhere/CoLA/train.tsv"),
-    "hub": (["--data.task", "cola"], "could not be loaded from the hub"),
+    "glue folder": (
+        ["--data.task", "cola", "--data.path", "nowhere", *NO_FILES],
+        "There is no file nowhere/CoLA/train.tsv",
+    ),
+    "hub": (["--data.task", "cola", *NO_FILES], "could not be loaded from the hub"),
     "score": (["--freezing.score", "magic"], "freezing.score"),
+    "seed": (["--train.seed", "-1"], "train.seed must not be negative"),
+    "length": (["--data.max_length", "1000"], "more than the 512 positions"),
+    "same column": (["--data.text_columns", "[label]"], "besides data.label_column"),
+    "file for another task": (["--data.task", "rte"], "need data.task=files"),
 }
 
 
@@ -65,6 +73,9 @@ def with_rows(path: Path, change: Callable[[list[str]], list[str]]) -> str:
 
 DATA = {
     "empty split": (lambda rows: rows[:1], "train_file", ("is empty", "could not be read")),
+    "one class": (lambda rows: [r.replace("negative", "positive") for r in rows], "train_file", ("one class only",)),
+    "other kind": (lambda rows: [rows[0], "a film,1", "the plot,0"], "validation_file", ("of different kinds",)),
+    "no text": (lambda rows: [rows[0], "1,positive", "2,negative"], "train_file", ("which is not text",)),
     "label out of range": (lambda rows: [*rows, "the plot,mixed"], "validation_file", ("has the label 'mixed'",)),
     "missing label": (lambda rows: [*rows, "the plot,"], "train_file", ("has nothing in column 'label'",)),
 }
@@ -84,7 +95,7 @@ def test_a_bad_label_in_a_glue_file_is_named_with_its_line(
 ) -> None:
     (tmp_path / "CoLA").mkdir()
     (tmp_path / "CoLA" / "train.tsv").write_text("x\t1\t\tFine.\nx\t7\t\tNot fine.\n")
-    said = refused([*arguments, "--data.task", "cola", "--data.path", str(tmp_path)], capsys)
+    said = refused([*arguments, *NO_FILES, "--data.task", "cola", "--data.path", str(tmp_path)], capsys)
     assert "train.tsv, line 2: the label '7' is none of 0, 1" in said
 
 
@@ -96,8 +107,20 @@ def test_a_directory_that_holds_a_run_is_left_alone_unless_told(
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert "already holds a run" in refused(arguments, capsys)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    # a mistake in a run that would replace it does not cost the old one
+    refused([*arguments, "--run.overwrite", "true", "--data.label_column", "stars"], capsys)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     assert main([*arguments, "--run.overwrite", "true"]) == 0
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_somebody_else_s_files_are_not_taken_for_a_run(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "mine.pt").write_text("precious")
+    assert "already holds a run (checkpoints)" in refused(arguments, capsys)
+    assert (tmp_path / "run" / "checkpoints" / "mine.pt").read_text() == "precious"
 
 
 def test_a_loss_that_breaks_names_its_step_and_leaves_valid_files(

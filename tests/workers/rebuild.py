@@ -113,6 +113,12 @@ def main() -> None:
     assert {id(p) for p in engine.model.parameters()} == parameters, "the model's parameters are not the same objects"
     assert all(not engine.parameters[n].requires_grad and engine.parameters[n].grad is None for n in frozen)
 
+    # a frozen matrix holds memory of its own size, not a view that keeps the old flat buffer alive
+    for name in frozen:
+        parameter: Any = engine.parameters[name]
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            assert tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size(), name
+
     # nothing of a frozen matrix is communicated
     less = step(3)
     for _ in range(2):

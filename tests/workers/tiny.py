@@ -53,6 +53,10 @@ def build_optimizer(model: nn.Module, groups: str) -> torch.optim.Optimizer:
     vectors = [p for n, p in trainable.items() if n.endswith((".s_d", ".s_b"))]
     if groups == "head":
         parts = [{"params": matrices + vectors, "lr": 1e-2}, {"params": head, "lr": 2e-2, "weight_decay": 0.0}]
+    elif groups == "ab":  # two groups that run empty, one long before the other
+        parts = [{"params": [p for p in matrices if p.shape[0] == 4], "lr": 5e-3}]
+        parts += [{"params": [p for p in matrices if p.shape[0] != 4], "lr": 2e-2}]
+        parts += [{"params": vectors, "lr": 1e-2}, {"params": head, "lr": 2e-2, "weight_decay": 0.0}]
     else:  # a group of matrices alone runs empty in the middle of the list
         parts = [
             {"params": vectors, "lr": 1e-2},
@@ -90,8 +94,8 @@ def main() -> None:
         model.enable_input_require_grads()
         model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = build_optimizer(model, args.groups)
+    model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / (2 * args.steps))
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     config = FreezingConfig(total_steps=args.steps, initial_steps=args.initial, final_steps=args.final, **args.freezing)
     freezing = AdaptiveFreezing(accelerator, model, optimizer, config)
     initial_bytes = None
