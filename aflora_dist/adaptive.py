@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from .adapter.layer import AFLoRAPath
 from .engines import Engine, create_engine
 from .errors import AFLoRAError, DivergedError
 from .freezing import SCORE_KINDS, CubicSchedule, Fragment, FreezingPolicy, FreezingScore, ScoreKind
+from .processes import refuse_lonely_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class AdaptiveFreezing:
         *,
         on_freeze: Callable[[FreezeEvent], None] | None = None,
     ) -> None:
-        refuse_lonely_processes(accelerator)
+        refuse_lonely_processes()
         self.config = config
         self.on_freeze = on_freeze
         self.engine: Engine = create_engine(accelerator, model, optimizer)
@@ -307,19 +307,4 @@ def _paths(model: nn.Module) -> dict[str, tuple[AFLoRAPath, str]]:
     }
 
 
-def refuse_lonely_processes(accelerator: Accelerator) -> None:
-    """Raise if the launcher started several processes that each believe to be alone.
-
-    DeepSpeed on a CPU does that without a word when the gloo backend was not asked for.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise AFLoRAError(
-            f"{launched} processes were launched, but this one knows of {accelerator.num_processes}: they would train "
-            f"{launched} separate models. On CPU, create the accelerator with "
-            f'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]); for DDP on CPU also set '
-            f"ACCELERATE_USE_CPU=true."
-        )
-
-
-__all__ = ["AdaptiveFreezing", "FreezeEvent", "FreezingConfig", "refuse_lonely_processes"]
+__all__ = ["AdaptiveFreezing", "FreezeEvent", "FreezingConfig"]

@@ -53,6 +53,7 @@ def test_events_reach_the_user_and_end_with_the_vectors_and_the_head() -> None:
     assert seen == loop.freezing.events
     assert [e.remaining for e in seen][-1] == 0
     assert loop.freezing.step == 12
+    assert all(loop.freezing.engine.parameters[name].grad is None for name in loop.freezing.frozen)
     trained = {n for n, p in loop.model.named_parameters() if p.requires_grad}
     assert {n.rpartition(".")[2] for n in trained} == {"s_d", "s_b", "weight", "bias"}
     assert all("classifier" in n for n in trained if n.endswith(("weight", "bias")))
@@ -122,13 +123,15 @@ def test_a_model_is_frozen_by_one_object_at_a_time() -> None:
 def test_clipping_twice_is_undone_twice() -> None:
     plain, twice = Loop(), Loop()
     for loop in (plain, twice):
-        loop.accelerator.backward(loop.model(**global_batch(0)).loss)
+        loop.step(0)  # s_b = 0 at first, so that A and B have no gradient yet
+        loop.accelerator.backward(loop.model(**global_batch(1)).loss)
         if loop is twice:
             loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.05)
             loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.01)
         loop.optimizer.step()
     expected, found = (loop.freezing._all_scores() for loop in (plain, twice))
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert min(expected.values()) > 0
+    assert found == pytest.approx(expected, rel=1e-4, abs=0)
 
 
 def test_a_skipped_update_advances_nothing() -> None:
@@ -160,7 +163,7 @@ def test_a_skipped_update_advances_nothing() -> None:
             loop.optimizer.zero_grad()
     first, second = plain.freezing.events[0], loop.freezing.events[0]
     assert (second.step, second.frozen) == (first.step, first.frozen)
-    assert second.scores == pytest.approx(first.scores, rel=1e-4)  # unscaled and unclipped
+    assert second.scores == pytest.approx(first.scores, rel=1e-3, abs=0)  # unscaled and unclipped
 
 
 @pytest.mark.distributed
@@ -178,7 +181,7 @@ def test_fp16_scores_are_unscaled_and_an_overflow_advances_nothing(engine: str) 
         plain.optimizer.zero_grad()
     (expected,) = plain.freezing.events
     assert (found["step"], found["frozen"]) == (expected.step, expected.frozen)
-    assert found["scores"] == pytest.approx(expected.scores, rel=0.05)
+    assert found["scores"] == pytest.approx(expected.scores, rel=0.05, abs=0)
 
 
 def test_a_nan_gradient_is_an_error_at_the_next_decision() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AFLoRAError
+from ..processes import refuse_lonely_processes
 from .architectures import ARCHITECTURES, kind_of, target_modules
 from .config import AFLoRAConfig, AFLoRAPeftType
 from .layer import AFLoRALayer
@@ -40,6 +41,7 @@ class AFLoRAModel(BaseTuner):
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_lonely_processes()  # here it can be said in time: prepare() would fail with less to go by
         super().__init__(*args, **kwargs)
         self.freezing_attached = False
         self._training_forwards = 0

@@ -21,8 +21,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
-from ..adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig, refuse_lonely_processes
+from ..adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from ..errors import AFLoRAError, DivergedError
+from ..processes import refuse_lonely_processes
 from .config import Config
 from .data import Data, GlobalBatchSampler, first_on_node, load_data
 from .metrics import compute
@@ -105,7 +106,7 @@ def create_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several and on_cpu else [],
     )
     accelerator.gradient_accumulation_steps = config.train.accumulation  # whatever the environment says
-    refuse_lonely_processes(accelerator)
+    refuse_lonely_processes()
     per_update = accelerator.num_processes * config.train.accumulation
     if config.train.batch_size % per_update:
         raise AFLoRAError(
