@@ -26,8 +26,10 @@ class Loop:
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, "head"))
         self.freezing = AdaptiveFreezing(self.accelerator, self.model, self.optimizer, config)
 
-    def step(self, number: int) -> None:
+    def step(self, number: int, clip: float | None = None) -> None:
         self.accelerator.backward(self.model(**global_batch(number)).loss)
+        if clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -145,13 +147,11 @@ def test_a_skipped_update_advances_nothing() -> None:
     inner = loop.optimizer.optimizer
     loop.optimizer._optimizer_original_step_method = inner.step
     loop.optimizer._optimizer_patched_step_method = patch_optimizer_step(loop.optimizer, inner.step)
+    loop.accelerator.unscale_gradients = lambda: scaler.unscale_(inner)  # as accelerate does under fp16
     plain = Loop()
     for number in range(6):
-        plain.step(number)
-        loop.accelerator.backward(loop.model(**global_batch(number)).loss)
-        loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.05)
-        loop.optimizer.step()
-        loop.optimizer.zero_grad()
+        plain.step(number, clip=0.05)
+        loop.step(number, clip=0.05)
         if number == 3:  # once more, with an overflow
             before = (loop.freezing.step, loop.freezing._all_scores())
             loop.accelerator.backward(loop.model(**global_batch(number)).loss)
@@ -175,10 +175,7 @@ def test_fp16_scores_are_unscaled_and_an_overflow_advances_nothing(engine: str) 
     assert found["steps"] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10, 11]
     plain = Loop()
     for number in range(4):
-        plain.accelerator.backward(plain.model(**global_batch(number)).loss)
-        plain.accelerator.clip_grad_norm_(plain.model.parameters(), 0.05)
-        plain.optimizer.step()
-        plain.optimizer.zero_grad()
+        plain.step(number, clip=0.05)
     (expected,) = plain.freezing.events
     assert (found["step"], found["frozen"]) == (expected.step, expected.frozen)
     assert found["scores"] == pytest.approx(expected.scores, rel=0.05, abs=0)
