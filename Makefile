@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The demo's two processes share the cores.
+THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test test-fast lint format clean
 
 demo: $(READY)
-	$(QUIET) DS_ACCELERATOR=cpu ACCELERATE_USE_CPU=false PATH="$(CURDIR)/$(BIN):$$PATH" \
+	$(QUIET) DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/accelerate launch --config_file launch/zero2.yaml \
 	  -m aflora_dist.training.run --preset demo --run.overwrite true
 

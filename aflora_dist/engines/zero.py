@@ -42,7 +42,7 @@ class ZeroEngine(Engine):
             self._groups[index].extend(self.names[p] for p in parameters)
         self._stand_in: Optimizer | None = None
         self._loss_scale = 1.0
-        self._observed: list[list[Fragment]] = []
+        self._observed: list[list[tuple[Fragment, int]]] = []  # per partition: fragment, place in it
 
     # -- what the stages differ in -----------------------------------------------------------
 
@@ -88,10 +88,8 @@ class ZeroEngine(Engine):
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             partition = next(p for group in optimizer.param_groups for p in group["params"])
             bucket = next(i for i, flat in enumerate(self._partitions()) if flat is partition)
-            wanted = set(self._observed[bucket])
-            if not wanted:
+            if not (spans := self._observed[bucket]):
                 return
-            spans = [(f, at) for f, at in self._layout_of(bucket) if f in wanted]
             observe(
                 bucket,
                 [partition.grad[at : at + f.numel] for f, at in spans],
@@ -112,14 +110,10 @@ class ZeroEngine(Engine):
         self._handles.append(lambda: self.ds.__dict__.pop("step"))
         self._handles.append(self._inner.register_step_pre_hook(before).remove)
 
-    def _layout_of(self, bucket: int) -> list[tuple[Fragment, int]]:
-        return self._layouts[bucket]
-
     def buckets(self, names: Sequence[str]) -> list[list[Fragment]]:
         wanted = set(names)
-        self._layouts = self._layout()
-        self._observed = [[f for f, _ in spans if f.name in wanted] for spans in self._layouts]
-        return self._observed
+        self._observed = [[(f, at) for f, at in spans if f.name in wanted] for spans in self._layout()]
+        return [[f for f, _ in spans] for spans in self._observed]
 
     def bucket_devices(self) -> list[torch.device]:
         return [flat.device for flat in self._partitions()]  # the CPU under optimizer offload

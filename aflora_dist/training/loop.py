@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import os
-import resource
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
 from ..adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
-from ..errors import AFLoRAError, DivergedError
+from ..errors import AFLoRAError
 from ..processes import refuse_lonely_processes
 from .config import Config
 from .data import Data, GlobalBatchSampler, first_on_node, load_data
+from .log import TrainingLog
 from .metrics import compute
 from .model import add_adapter, load_base, lora_parameters
 from .rundir import RunDirectory
@@ -57,7 +53,7 @@ def train(config: Config, resolved: str) -> dict[str, Any]:
     sampler, batches, evaluation = create_loaders(config, data, tokenizer, accelerator)
     total_steps = config.train.epochs * sampler.updates_per_epoch
     optimizer = create_optimizer(config, model)
-    head_params = sum(p.numel() for p in optimizer.param_groups[1]["params"])
+    head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and is_head(n))
     freezing_config = create_freezing_config(config, sampler.updates_per_epoch)  # may refuse: before time is spent
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -170,17 +166,19 @@ def check_length(config: Config, model: Any) -> None:
         )
 
 
+def is_head(name: str) -> bool:
+    """Whether the named parameter belongs to the task head (and not to the adapter)."""
+    return ".modules_to_save." in name
+
+
 def create_optimizer(config: Config, model: PeftModel) -> torch.optim.Optimizer:
-    """AdamW over two param groups: the adapter, and the head with its own learning rate."""
-    adapter = [p for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in n]
-    head = [p for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in n]
-    return torch.optim.AdamW(
-        [
-            {"params": adapter, "lr": config.train.learning_rate},
-            {"params": head, "lr": config.train.head_learning_rate},
-        ],
-        weight_decay=config.train.weight_decay,
-    )
+    """AdamW over two param groups: the adapter, and the head (if it trains) with its own learning rate."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for n, p in trainable.items() if not is_head(n)], "lr": config.train.learning_rate},
+        {"params": [p for n, p in trainable.items() if is_head(n)], "lr": config.train.head_learning_rate},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=config.train.weight_decay)
 
 
 def create_freezing_config(config: Config, updates_per_epoch: int) -> FreezingConfig:
@@ -261,153 +259,9 @@ def evaluate(
 def save_adapter(freezing: AdaptiveFreezing, run: RunDirectory) -> None:
     """Write adapter/, chosen by name: a frozen A or B was learned like the rest. A collective."""
     engine = freezing.engine
-    names = [n for n, p in engine.parameters.items() if ".aflora." in n or ".modules_to_save." in n or p.requires_grad]
+    names = [n for n, p in engine.parameters.items() if ".aflora." in n or is_head(n) or p.requires_grad]
     values = engine.values(names)
     if run.writes:
         model: Any = engine.model
         whole = {name: value.contiguous() for name, value in values.items()}
         model.save_pretrained(str(run.adapter), state_dict=whole, save_embedding_layers=False)
-
-
-class TrainingLog:
-    """Counts, times and writes down what happens; knows nothing of how to train."""
-
-    def __init__(
-        self,
-        config: Config,
-        run: RunDirectory,
-        accelerator: Accelerator,
-        freezing: AdaptiveFreezing,
-        total_steps: int,
-        head_params: int,
-    ) -> None:
-        self.config, self.run, self.accelerator, self.freezing = config, run, accelerator, freezing
-        self.total_steps, self.head_params = total_steps, head_params
-        self.updates_per_epoch = total_steps // config.train.epochs
-        self.step = 0
-        self.train_seconds = 0.0
-        self.trained_sum = 0  # sum over the updates so far of the adapter's trainable elements
-        self._losses: list[Tensor] = []
-        self._since: tuple[int, float] = (0, 0.0)
-        self._started: float | None = None
-        self.writer = SummaryWriter(str(run.tensorboard)) if run.writes and config.run.tensorboard else None
-        self.bar = tqdm(total=total_steps, disable=not run.writes, desc="training", unit="step", dynamic_ncols=True)
-
-    def timed(self) -> _Timed:
-        return _Timed(self)
-
-    def seconds(self) -> float:
-        """Training time so far, evaluation excluded."""
-        return self.train_seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
-
-    def update(self, loss: Tensor, norm: Any, trained: int, rates: list[float]) -> None:
-        """Take note of one update; every `log_every` of them write a line."""
-        self._losses.append(loss)
-        self.trained_sum += trained - self.head_params
-        self.step += 1
-        self.bar.update()
-        if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
-            self._write(norm, rates)
-
-    def _write(self, norm: Any, rates: list[float]) -> None:
-        mean = self.flush_losses()
-        steps, seconds = self.step - self._since[0], self.seconds() - self._since[1]
-        self._since = (self.step, self.seconds())
-        frozen, freezable = len(self.freezing.frozen), len(self.freezing.freezable)
-        line = {
-            "step": self.step - 1,
-            "epoch": self.step / self.updates_per_epoch,
-            "loss": mean,
-            "lr": rates[0],
-            "head_lr": rates[1],
-            "grad_norm": float(norm) if norm is not None and np.isfinite(float(norm)) else None,  # JSON has no NaN
-            "trainable_params": self.freezing.trainable_params,
-            "frozen": frozen,
-            "freezing_fraction": self.freezing.schedule.fraction(self.step - 1) if freezable else 0.0,
-            "samples_per_second": steps * self.config.train.batch_size / seconds,
-        }
-        self.run.append("metrics.jsonl", line)
-        if self.writer is not None:
-            for key, value in line.items():
-                if key != "step" and value is not None:
-                    self.writer.add_scalar(f"train/{key}", value, self.step - 1)
-        self.bar.set_postfix(
-            loss=f"{mean:.3f}", frozen=f"{frozen}/{freezable}", trainable=f"{line['trainable_params']:,}"
-        )
-
-    def flush_losses(self) -> float:
-        """Mean loss since the last line, over all ranks. A collective.
-
-        Raises:
-            DivergedError: On every rank, naming the first update whose loss is not finite.
-        """
-        losses = self.accelerator.reduce(torch.stack(self._losses), "mean").tolist()
-        first = self.step - len(losses)
-        self._losses = []
-        for offset, loss in enumerate(losses):
-            if not np.isfinite(loss):
-                raise DivergedError(
-                    f"The loss of step {first + offset} is {loss}. Lower train.learning_rate or "
-                    f"train.head_learning_rate; what {self.run.path} holds up to there stays valid."
-                )
-        return float(np.mean(losses))
-
-    def evaluated(self, metrics: dict[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in metrics.items():
-                self.writer.add_scalar(f"eval/{name}", value, self.step - 1)
-        self.bar.write(
-            "  ".join([f"epoch {self.step / self.updates_per_epoch:g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
-        )
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
-
-    def result(self, evaluations: list[dict[str, float]], data: Data, lora_r8: int) -> dict[str, Any]:
-        """What result.json holds. A collective."""
-        accelerator, freezing = self.accelerator, self.freezing
-        if torch.cuda.is_available() and accelerator.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        per_rank = accelerator.gather(
-            torch.tensor([[peak, freezing.seconds]], dtype=torch.float64, device=accelerator.device)
-        )
-        return {
-            "task": data.name,
-            "metrics": evaluations[-1],
-            "evaluations": evaluations,
-            "engine": freezing.engine.kind,
-            "world_size": accelerator.num_processes,
-            "mixed_precision": str(accelerator.mixed_precision),
-            "steps": self.step,
-            "train_examples": len(data.train),
-            "train_seconds": self.train_seconds,
-            "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,
-            "avg_trainable_params": self.trained_sum / self.step,
-            "lora_r8_trainable_params": lora_r8,
-            "head_params": self.head_params,
-            "freezable_matrices": len(freezing.freezable),
-            "freeze_events": len(freezing.events),
-            "freeze_seconds_total": per_rank[:, 1].max().item(),
-            "peak_memory_bytes": int(per_rank[:, 0].max().item()),
-        }
-
-
-class _Timed:
-    """Adds the time inside to the log's training time."""
-
-    def __init__(self, log: TrainingLog) -> None:
-        self.log = log
-
-    def __enter__(self) -> None:
-        self.log._started = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.log.train_seconds = self.log.seconds()
-        self.log._started = None
-
-
-__all__ = ["AFLoRAError", "train"]
