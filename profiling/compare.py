@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from pathlib import Path
@@ -167,11 +168,11 @@ def saved_bytes(method: Method, batch: dict[str, Tensor], accelerator: Accelerat
 def time_steps(
     methods: list[Method], batch: dict[str, Tensor], accelerator: Accelerator, args: argparse.Namespace
 ) -> None:
-    """Every method takes a step in turn; the order rotates, so that nobody always follows the same one."""
+    """Every method takes a step per round, in another order each time: nobody always follows the same one."""
+    order = random.Random(0)  # the same on every rank
     rounds = tqdm(range(args.warmup + args.steps), disable=not accelerator.is_main_process, desc="rounds")
     for number in rounds:
-        shift = number % len(methods)
-        for method in methods[shift:] + methods[:shift]:
+        for method in order.sample(methods, len(methods)):
             synchronize(accelerator)
             began = time.perf_counter()
             method.step(batch, accelerator)
