@@ -102,7 +102,7 @@ def freeze_share(method: Method) -> None:
     assert method.freezing is not None
     remaining = method.freezing.remaining
     if method.name == "aflora_half":
-        method.freezing.freeze([name for i, name in enumerate(remaining) if i % 4 in (0, 3)])  # as many A as B
+        method.freezing.freeze([name for i, name in enumerate(remaining) if i % 4 < 2])  # A and B of every other layer
     elif method.name == "aflora_frozen":
         method.freezing.freeze(list(remaining))
 

@@ -109,5 +109,5 @@ def test_overhead_is_measured_on_two_ranks(tmp_path: Path) -> None:
 
 def test_the_cost_per_rank_is_bounded() -> None:
     few, many = layout(2), layout(4096)
-    assert many["decision_bytes_sent"] < 2 * few["decision_bytes_sent"]
+    assert many["decision_bytes_sent"] <= 2 * few["decision_bytes_sent"]
     assert many["score_bytes_held"] * 4096 < 1.01 * few["score_bytes_held"] * 2
