@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -93,7 +92,8 @@ class AdaptiveFreezing:
     observed, and after an update at which floor(r(t) N) grows the matrices with the lowest scores
     stop training and are gone from gradients, optimizer and communication. Nothing has to be called.
 
-    An adapter with `freezing="never"` or "always" is left as it is; only steps are counted then.
+    An adapter with `freezing="never"` or "always", or `freezable="none"`, is left as it is; only
+    steps are counted then.
 
     Args:
         accelerator: The loop's `Accelerator`. Clip with `accelerator.clip_grad_norm_`: scores are
@@ -136,7 +136,8 @@ class AdaptiveFreezing:
         of_tuner = {id(parameter) for parameter in tuner.freezable_matrices().values()}
         trained = set(self.engine.trainable)
         self.freezable = [n for n, p in self.engine.parameters.items() if id(p) in of_tuner and n in trained]
-        if not self.freezable and "adaptive" in {tuner.peft_config[name].freezing for name in tuner.active_adapters}:
+        wanted = [tuner.peft_config[name] for name in tuner.active_adapters]
+        if not self.freezable and any(c.freezing == "adaptive" and c.freezable != "none" for c in wanted):
             raise AFLoRAError(
                 "AdaptiveFreezing has nothing to freeze: no projection matrix of the active adapter trains adaptively "
                 "and is in the optimizer. Check AFLoRAConfig(freezable=..., freezing='adaptive') and the parameters "
@@ -176,10 +177,16 @@ class AdaptiveFreezing:
 
     # -- each update -------------------------------------------------------------------------
 
-    def _observe(self, bucket: int, gradients: Any, weights: Any, scale: Tensor | float) -> None:
+    def _observe(
+        self,
+        bucket: int,
+        gradients: Sequence[Tensor],
+        weights: Callable[[], Sequence[Tensor]],
+        scale: Tensor | float,
+    ) -> None:
         start = time.perf_counter()
         with torch.profiler.record_function("aflora.observe"):
-            self._scores[bucket].observe(gradients, weights, scale)
+            self._scores[bucket].observe(gradients, None if self.config.score == "gradient" else weights(), scale)
         self.seconds += time.perf_counter() - start
 
     def _updated(self) -> None:

@@ -198,14 +198,27 @@ def test_models_and_schedules_that_cannot_freeze_are_refused() -> None:
     model, optimizer = accelerator.prepare(linear := torch.nn.Linear(2, 2), torch.optim.SGD(linear.parameters(), lr=1))
     with pytest.raises(AFLoRAError, match="needs an AFLoRA model"):
         AdaptiveFreezing(accelerator, model, optimizer, CONFIG)
+    model = build_model()
+    head = torch.optim.SGD([p for n, p in model.named_parameters() if "classifier" in n], lr=1)
     with pytest.raises(AFLoRAError, match="nothing to freeze"):
-        Loop(freezable="none")
+        AdaptiveFreezing(accelerator, *accelerator.prepare(model, head), CONFIG)
     with pytest.raises(AFLoRAError, match="t_i \\+ t_f"):
         FreezingConfig(total_steps=10, initial_steps=6, final_steps=5)
     with pytest.raises(AFLoRAError, match="score must be one of"):
         FreezingConfig(total_steps=10, initial_steps=0, final_steps=5, score="magic")  # type: ignore[arg-type]
     with pytest.raises(AFLoRAError, match="beta1"):
         FreezingConfig(total_steps=10, initial_steps=0, final_steps=5, beta1=1.0)
+
+
+@pytest.mark.parametrize("adapter", [{"freezable": "none"}, {"freezing": "never"}, {"freezing": "always"}])
+def test_an_adapter_that_does_not_freeze_is_left_as_it_is(adapter: dict[str, str]) -> None:
+    loop = Loop(**adapter)
+    trained = loop.freezing.trainable_params
+    for number in range(12):
+        loop.step(number)
+    assert (loop.freezing.step, loop.freezing.events, loop.freezing.trainable_params) == (12, [], trained)
+    loop.accelerator.backward(loop.model(**global_batch(0)).loss)
+    loop.accelerator.clip_grad_value_(loop.model.parameters(), 0.1)
 
 
 def test_sgd_with_momentum_freezes_too() -> None:

@@ -35,10 +35,14 @@ class ParameterState:
 
 
 class Observer(Protocol):
-    """Receives the gradients of one bucket just before the update."""
+    """Receives the gradients of one bucket just before the update; `weights()` gives the values."""
 
     def __call__(
-        self, bucket: int, gradients: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor | float
+        self,
+        bucket: int,
+        gradients: Sequence[Tensor],
+        weights: Callable[[], Sequence[Tensor]],
+        scale: Tensor | float,
     ) -> None: ...
 
 

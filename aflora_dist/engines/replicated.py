@@ -74,7 +74,7 @@ class ReplicatedEngine(Engine):
             observe(
                 0,
                 [self._piece(p, self._gradient(p), f) for p, f in zip(parameters, self._fragments, strict=True)],
-                [self._piece(p, p.detach(), f) for p, f in zip(parameters, self._fragments, strict=True)],
+                lambda: [self._piece(p, p.detach(), f) for p, f in zip(parameters, self._fragments, strict=True)],
                 self._unclip(parameters),
             )
 

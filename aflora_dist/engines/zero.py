@@ -93,7 +93,7 @@ class ZeroEngine(Engine):
             observe(
                 bucket,
                 [partition.grad[at : at + f.numel] for f, at in spans],
-                [partition.detach()[at : at + f.numel] for f, at in spans],
+                lambda: [partition.detach()[at : at + f.numel] for f, at in spans],
                 torch.as_tensor(self._combined_scale() / self._loss_scale).to(partition.device),
             )
 
