@@ -161,11 +161,6 @@ class AdaptiveFreezing:
         return [name for name in self.freezable if name not in self.frozen]
 
     @property
-    def fraction(self) -> float:
-        """r(t) of Eq. 5 for the update to come."""
-        return self.schedule.fraction(self.step)
-
-    @property
     def trainable_params(self) -> int:
         """Elements that the optimizer updates now."""
         return sum(self.engine.numel(name) for name in self.engine.trainable)

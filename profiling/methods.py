@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
-from aflora_dist.adapter import AFLoRALayer
 from aflora_dist.adapter.architectures import target_modules
 
 BUILT_IN = ("floor", "full", "lora", "adalora", "elora", "aflora_training", "aflora_half", "aflora_frozen")
@@ -35,7 +34,6 @@ class Method:
     adapted: list[nn.Module]
     after_step: Callable[[], None] = lambda: None
     freezing: AdaptiveFreezing | None = None
-    steps: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def trainable_params(self) -> int:
@@ -55,7 +53,6 @@ class Method:
             self.optimizer.step()
             self.after_step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
 
 
 def shared_copy(model: nn.Module) -> Any:
@@ -141,4 +138,4 @@ def _config(name: str, targets: list[str]) -> Any:
     return kinds[name](target_modules=targets)
 
 
-__all__ = ["BUILT_IN", "AFLoRALayer", "Method", "create", "freeze_share"]
+__all__ = ["BUILT_IN", "Method", "create", "freeze_share"]

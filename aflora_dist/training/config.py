@@ -200,8 +200,6 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
         if preset is not None:
             parser.set_defaults(_preset(preset))
         namespace = parser.parse_args(arguments)
-    except SystemExit:
-        raise
     except Exception as error:  # jsonargparse raises many kinds
         raise AFLoRAError(_readable(error)) from None
     namespace.pop("config", None)  # the files it came from

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -51,8 +53,15 @@ class TrainingLog:
             )
         self.bar = tqdm(total=total_steps, disable=not run.writes, desc="training", unit="step", dynamic_ncols=True)
 
-    def timed(self) -> _Timed:
-        return _Timed(self)
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """What happens inside counts as training time."""
+        self._started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.train_seconds = self.seconds()
+            self._started = None
 
     def seconds(self) -> float:
         """Training time so far, evaluation excluded."""
@@ -152,17 +161,3 @@ class TrainingLog:
             "freeze_seconds_total": per_rank[:, 1].max().item(),
             "peak_memory_bytes": int(per_rank[:, 0].max().item()),
         }
-
-
-class _Timed:
-    """Adds the time inside to the log's training time."""
-
-    def __init__(self, log: TrainingLog) -> None:
-        self.log = log
-
-    def __enter__(self) -> None:
-        self.log._started = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.log.train_seconds = self.log.seconds()
-        self.log._started = None

@@ -115,7 +115,13 @@ def create_accelerator(config: Config) -> Accelerator:
             "gradient_accumulation_steps": config.train.accumulation,
             "gradient_clipping": config.train.max_grad_norm,
         }
-        # Where DeepSpeed's file says nothing or "auto", and where the launcher filled in its default.
+        if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):  # else the values are the launcher's defaults
+            for key, value in ours.items():
+                if plugin.deepspeed_config.get(key, "auto") not in ("auto", value):
+                    raise AFLoRAError(
+                        f"DeepSpeed's file says {key}={plugin.deepspeed_config[key]}, but train.* comes to {value}. "
+                        f'Write "auto" there.'
+                    )
         plugin.deepspeed_config.update(ours)
         plugin.deepspeed_config.pop("train_batch_size", None)
     return accelerator

@@ -155,14 +155,22 @@ def test_lonely_processes_are_noticed() -> None:
 
 
 @pytest.mark.distributed
-def test_an_unsupported_deepspeed_feature_is_refused(arguments: list[str], tmp_path: Path) -> None:
-    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
-    settings["zero_optimization"]["round_robin_gradients"] = True
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "DeepSpeed's round_robin_gradients"),
+        ({"gradient_clipping": 7.0}, "DeepSpeed's file says gradient_clipping=7.0"),
+    ],
+)
+def test_deepspeed_settings_that_cannot_be_honoured_are_refused(
+    change: dict[str, object], said: str, arguments: list[str], tmp_path: Path
+) -> None:
+    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | change
     (tmp_path / "ds.json").write_text(json.dumps(settings))
     launcher = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "ds.json"), "--num_processes", "2"]
     done = launch("zero2", 2, "-m", "aflora_dist.training.run", *arguments, launcher=[*launcher, "--num_machines", "1"])
     assert done.returncode != 0
-    assert "does not support DeepSpeed's round_robin_gradients" in done.stderr
+    assert said in done.stderr
 
 
 @pytest.mark.distributed
