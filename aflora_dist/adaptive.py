@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 from .adapter import AFLoRAModel
 from .adapter.layer import AFLoRAPath
-from .engines import Engine, create_engine
+from .engines import Engine, ParameterState, create_engine
 from .errors import AFLoRAError, DivergedError
 from .freezing import SCORE_KINDS, CubicSchedule, Fragment, FreezingPolicy, FreezingScore, ScoreKind
 from .processes import refuse_lonely_processes
@@ -125,6 +126,7 @@ class AdaptiveFreezing:
         refuse_lonely_processes()
         self.config = config
         self.on_freeze = on_freeze
+        self._precision = str(accelerator.mixed_precision)
         self.engine: Engine = create_engine(accelerator, model, optimizer)
         tuner = next((m for m in self.engine.model.modules() if isinstance(m, AFLoRAModel)), None)
         if tuner is None:
@@ -165,10 +167,144 @@ class AdaptiveFreezing:
         """Elements that the optimizer updates now."""
         return sum(self.engine.numel(name) for name in self.engine.trainable)
 
+    def scores(self) -> dict[str, float]:
+        """Eq. 4 of every matrix that still trains, as of the last update: one all-reduce of as many numbers.
+
+        A collective: call it on every rank.
+
+        Raises:
+            DivergedError: A score is not finite; on every rank.
+        """
+        names = self.remaining
+        if not names:
+            return {}
+        index = {name: i for i, name in enumerate(names)}
+        vector = torch.zeros(len(names), dtype=torch.float64, device=self.engine.device)
+        for score in self._scores:
+            for name, partial in score.partial_sums().items():
+                vector[index[name]] += partial
+        with torch.profiler.record_function("aflora.all_reduce"):
+            self.engine.sum_over_ranks(vector)
+        scores = {name: total / self.numels[name] for name, total in zip(names, vector.tolist(), strict=True)}
+        broken = [name for name, score in scores.items() if not math.isfinite(score)]
+        if broken:
+            raise DivergedError(
+                f"The freezing score of {broken[0]} is not finite after step {self.step}: a gradient was NaN or "
+                f"infinite. Lower the learning rate, or look for the step at which the loss broke."
+            )
+        return scores
+
     def detach(self) -> None:
         """Stop observing and freezing; what is frozen stays so."""
         self.engine.unwatch()
         self._tuner.freezing_attached = False
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that training on needs, whole and by name. A collective; the result is the same on every rank.
+
+        Any engine on any number of ranks can go on from it, see `load_state_dict`.
+
+        Returns:
+            Tensors: "value/NAME" and "moment/KEY/NAME" of what trains (flat), "score/NAME" (2, numel) of
+            what may still freeze, "fixed/NAME" of the adapter's other parameters. And a record that JSON
+            can hold: step, freeze events, the optimizer's step counts, loss scale.
+        """
+        state = self.engine.state()
+        tensors = {f"value/{name}": held.value for name, held in state.items()}
+        for name, held in state.items():
+            tensors |= {f"moment/{key}/{name}": moment for key, moment in held.moments.items()}
+        tensors |= {f"score/{name}": averages for name, averages in self._gather_scores().items()}
+        fixed = [name for name in self._adapter() if name not in state]
+        tensors |= {f"fixed/{name}": value for name, value in self.engine.values(fixed).items()}
+        record = {
+            "step": self.step,
+            "frozen": self.frozen,
+            "events": [asdict(event) for event in self.events],
+            "freezing": asdict(self.config),
+            "numels": {name: self.engine.numel(name) for name in (*state, *fixed)},
+            "scalars": {
+                name: {key: v.item() if isinstance(v, Tensor) else v for key, v in held.scalars.items()}
+                for name, held in state.items()
+            },
+            "engine": self.engine.kind,
+            "precision": self._precision,
+            "scaling": self.engine.scaling(),
+        }
+        return tensors, record
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, on this or another engine. A collective.
+
+        Call it right after creating this object, before the first update.
+
+        Raises:
+            AFLoRAError: It is of another model or schedule; the message shows the first difference.
+        """
+        self.check_state_dict(record)
+        groups: dict[str, dict[str, Tensor]] = {"value": {}, "score": {}, "fixed": {}}
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "moment":
+                moment, _, name = name.partition("/")
+                moments.setdefault(name, {})[moment] = tensor
+            elif kind in groups:
+                groups[kind][name] = tensor
+        self.engine.assign(groups["fixed"])
+        self.frozen = dict(record["frozen"])
+        for name in self.frozen:
+            path, matrix = self._paths[name]
+            path.frozen.add(matrix)
+        self.events = [FreezeEvent(**event) for event in record["events"]]
+        self.step = record["step"]
+        state = {}
+        for name, value in groups["value"].items():
+            scalars = {key: self._scalar(number) for key, number in record["scalars"][name].items()}
+            state[name] = ParameterState(value, moments.get(name, {}), scalars)
+        self.engine.rebuild(state)
+        if (record["engine"], record["precision"]) == (self.engine.kind, self._precision):
+            self.engine.restore_scaling(record["scaling"])
+        self._scores = self._new_scores()
+        averages = {name: tensor.to(self.engine.device) for name, tensor in groups["score"].items()}
+        for score in self._scores:
+            score.load(averages)
+
+    def _scalar(self, number: float) -> Any:
+        """An optimizer's step count as this one keeps it: a tensor in torch's own, an int in DeepSpeed's CPU Adam."""
+        optimizer = self.engine.optimizer
+        if not type(optimizer).__module__.startswith("torch."):
+            return int(number)
+        options = optimizer.param_groups[0]
+        beside = options.get("fused") or options.get("capturable")  # then it lies where the weights do
+        return torch.tensor(float(number), device=self.engine.device if beside else None)
+
+    def check_state_dict(self, record: Mapping[str, Any]) -> None:
+        """Look whether `load_state_dict` can go on from this record; nothing changes.
+
+        Raises:
+            AFLoRAError: It is of another model or schedule; the message shows the first difference.
+        """
+        mine = {name: self.engine.numel(name) for name in (*self.engine.trainable, *self._adapter())}
+        theirs = record["numels"]
+        for name in sorted({*mine, *theirs}):
+            if mine.get(name) != theirs.get(name):
+                raise AFLoRAError(
+                    f"The checkpoint is of another model: {name} has {theirs.get(name, 'no')} elements there and "
+                    f"{mine.get(name, 'no')} here."
+                )
+        for option, value in asdict(self.config).items():
+            if record["freezing"].get(option) != value:
+                raise AFLoRAError(
+                    f"The checkpoint is of another schedule: {option} is {record['freezing'].get(option)} there and "
+                    f"{value} here."
+                )
+
+    def _adapter(self) -> list[str]:
+        """Names of all parameters of the low-rank paths."""
+        inside = {id(p) for path, _ in self._paths.values() for p in path.parameters()}
+        return [name for name, p in self.engine.parameters.items() if id(p) in inside]
 
     # -- each update -------------------------------------------------------------------------
 
@@ -196,7 +332,7 @@ class AdaptiveFreezing:
     def _decide(self, count: int) -> None:
         start = time.perf_counter()
         with torch.profiler.record_function("aflora.decide"):
-            scores = self._all_scores()
+            scores = self.scores()
             names = self.policy.next_frozen(scores, count)
             self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
         self._freeze(names, scores, start)
@@ -234,25 +370,6 @@ class AdaptiveFreezing:
         self.seconds += time.perf_counter() - start
         if self.on_freeze is not None:
             self.on_freeze(self.events[-1])
-
-    def _all_scores(self) -> dict[str, float]:
-        """Eq. 4 of every matrix that still trains: one all-reduce of as many numbers."""
-        names = self.remaining
-        index = {name: i for i, name in enumerate(names)}
-        vector = torch.zeros(len(names), dtype=torch.float64, device=self.engine.device)
-        for score in self._scores:
-            for name, partial in score.partial_sums().items():
-                vector[index[name]] += partial
-        with torch.profiler.record_function("aflora.all_reduce"):
-            self.engine.sum_over_ranks(vector)
-        scores = {name: total / self.numels[name] for name, total in zip(names, vector.tolist(), strict=True)}
-        broken = [name for name, score in scores.items() if not math.isfinite(score)]
-        if broken:
-            raise DivergedError(
-                f"The freezing score of {broken[0]} is not finite after step {self.step}: a gradient was NaN or "
-                f"infinite. Lower the learning rate, or look for the step at which the loss broke."
-            )
-        return scores
 
     def _drop(self, names: list[str]) -> None:
         """state -> drop names -> rebuild: the same for the optimizer and for the scores."""

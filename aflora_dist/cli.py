@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 
 USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...]
+       aflora show RUN [--figures FOLDER]
+       aflora collect FOLDER [--json FILE]
 
   train   fine-tune with AFLoRA; `aflora train --help` lists all options
           (several processes: accelerate launch -m aflora_dist.training.run ...)
+  show    a run's story in the terminal, finished or not; its figures as PNG or SVG
+  collect the runs under a folder as a table: mean and deviation over seeds
 """
 
 
@@ -18,6 +22,14 @@ def main() -> int:
         from .training.run import main as train
 
         return train(arguments[1:])
+    if arguments[:1] == ["show"]:
+        from .training.show import main as show
+
+        return show(arguments[1:])
+    if arguments[:1] == ["collect"]:
+        from .training.collect import main as collect
+
+        return collect(arguments[1:])
     wanted_help = arguments[:1] in (["--help"], ["-h"])
     print(USAGE, end="", file=sys.stdout if wanted_help else sys.stderr)
     return 0 if wanted_help else 2

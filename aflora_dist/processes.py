@@ -1,10 +1,14 @@
-"""Notices processes that were launched together but do not know of each other."""
+"""Processes that were launched together: making them know of each other, and noticing when they do not."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.state import PartialState
+from accelerate.utils import InitProcessGroupKwargs
 
 from .errors import AFLoRAError
 
@@ -27,3 +31,25 @@ def refuse_lonely_processes() -> None:
             f'models. On CPU, create the accelerator with Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="'
             f'gloo")]), and without DeepSpeed with cpu=True.'
         )
+
+
+def launched_accelerator(**options: Any) -> Accelerator:
+    """An Accelerator for whatever launcher started this process, on GPUs as on CPUs.
+
+    Args:
+        options: Further arguments of `Accelerator`.
+
+    Raises:
+        AFLoRAError: The processes do not know of each other.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    accelerator = Accelerator(
+        cpu=several and on_cpu and not with_deepspeed,  # DDP wraps nothing on a CPU unless told
+        # Without it DeepSpeed's processes on a CPU would not know of each other.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several and on_cpu else [],
+        **options,
+    )
+    refuse_lonely_processes()
+    return accelerator

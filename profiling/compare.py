@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from aflora_dist.freezing import CubicSchedule
+from aflora_dist.processes import launched_accelerator
 
 from .methods import BUILT_IN, Method, create, freeze_share
 from .models import SHAPES, build
@@ -47,6 +48,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--final-epochs", type=float, default=14.0, help="t_f")
     parser.add_argument("--steps-per-epoch", type=int, default=57, help="57: MRPC in batches of 64")
     parser.add_argument("--freeze-log", type=Path, help="average trainable parameters over this run's freeze_log.jsonl")
+    parser.add_argument("--compile", action="store_true", help="time the steps under torch.compile")
     parser.add_argument("--trace", action="store_true", help="also write a profiler trace of each method")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     return parser.parse_args(argv)
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if name not in args.methods:
             args.methods.append(name)  # the ratios need them
     precision = args.dtype if args.dtype in ("bf16", "fp16") else "no"
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    accelerator = launched_accelerator(mixed_precision=precision)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
     torch.manual_seed(0)
     base = build(args.model, args.layers).to(accelerator.device)
@@ -68,6 +70,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     start(methods, batch, accelerator)
     measured = {method.name: describe(method, batch, accelerator) for method in methods}
+    if args.compile:  # after counting: a compiled graph hides its operators from the counters
+        for method in methods:
+            method.model = torch.compile(method.model)  # type: ignore[assignment]
     time_steps(methods, batch, accelerator, args)
     for method in methods:
         measured[method.name] |= timing(method)
@@ -79,8 +84,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if accelerator.is_main_process:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
-        write_report(report, args.out)
+        write_report(report, {method.name: method.seconds for method in methods}, args.out)
         print((args.out / "compare.md").read_text())
+        print(f"tensorboard --logdir {args.out / 'tensorboard'} shows it{', with traces' if args.trace else ''}.")
     accelerator.end_training()
     return report
 
@@ -257,6 +263,7 @@ def setting(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any
         "batch": args.batch,
         "length": args.length,
         "dtype": args.dtype,
+        "compiled": args.compile,
         "ranks": accelerator.num_processes,
         "device": device,
         "threads": torch.get_num_threads(),

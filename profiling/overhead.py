@@ -83,21 +83,15 @@ def launch(engine: str, ranks: int, args: argparse.Namespace) -> list[dict[str, 
 
 def work(args: argparse.Namespace) -> None:
     """One process: the costs for each number of matrices."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
     from peft import get_peft_model
     from transformers import BertConfig, BertModel
 
     from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
+    from aflora_dist.processes import launched_accelerator
 
-    several, on_gpu = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.cuda.is_available()
-    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     rows = []
     for matrices in args.matrices:
-        accelerator = Accelerator(
-            cpu=several and not on_gpu and not with_deepspeed,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several and not on_gpu else [],
-        )
+        accelerator = launched_accelerator()
         if accelerator.state.deepspeed_plugin is not None:
             accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         torch.manual_seed(0)
@@ -144,7 +138,7 @@ def freeze_one(freezing: Any) -> tuple[float, float, tuple[int, int]]:
     """Seconds of a decision and of a rebuild, and the bytes of each."""
     names = freezing.remaining[:1]
     with counted_bytes() as decided:
-        decision = timed(lambda: freezing._agree(str(freezing._all_scores()), "disagree"))
+        decision = timed(lambda: freezing._agree(str(freezing.scores()), "disagree"))
     with counted_bytes() as moved:
         rebuild = timed(lambda: freezing.freeze(names))
     return decision, rebuild, (decided["bytes"], moved["bytes"])

@@ -13,6 +13,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from aflora_dist.training.traces import named_ranges, write_trace
 
 from .methods import Method
 
@@ -102,27 +105,53 @@ def figure(methods: dict[str, Any]) -> Any:
     return drawn
 
 
-def write_report(report: dict[str, Any], out: Path) -> None:
-    """compare.md, compare.png and TensorBoard events in `out`."""
+def write_report(report: dict[str, Any], seconds: dict[str, list[float]], out: Path) -> None:
+    """compare.md, compare.png and one TensorBoard folder in `out`.
+
+    In TensorBoard every method is a run, with its step times, its row in the HPARAMS tab and, where traces
+    were asked for, its trace; the table and the figure belong to the run that holds them all.
+
+    Args:
+        report: What compare.json holds.
+        seconds: Step times of each method, round by round.
+    """
     table = markdown(report)
     (out / "compare.md").write_text(table)
     drawn = figure(report["methods"])
     drawn.savefig(out / "compare.png", dpi=150)
     with SummaryWriter(str(out / "tensorboard")) as writer:
-        writer.add_text("compare", table)
-        writer.add_figure("fig3", drawn)
-        for name, numbers in report["methods"].items():
-            for key, value in numbers.items():
-                if value is not None:
-                    writer.add_scalar(f"{key}/{name}", value)
+        writer.add_text("comparison", table)
+        drawn.set_dpi(120)
+        writer.add_figure("Fig. 3", drawn)
+    setting = report["setting"]
+    shape = f"{setting['model']}, {setting['layers'] or 'all'} layers, {setting['batch']} x {setting['length']} tokens"
+    shape += (
+        f", {setting['dtype']}{', compiled' if setting['compiled'] else ''}, {setting['ranks']} x {setting['device']}"
+    )
+    columns = ("step_seconds_median", "ratio_to_elora", "ratio_to_lora", "ratio_to_floor", "flops", "trainable_params")
+    for name, numbers in report["methods"].items():
+        results = {f"result/{key}": float(numbers[key]) for key in columns}
+        with SummaryWriter(str(out / "tensorboard" / name)) as writer:
+            for number, value in enumerate(seconds.get(name, [])):
+                writer.add_scalar("step_seconds", value, number)
+            for tag, value in results.items():
+                writer.add_scalar(tag, value)
+            events: Any = writer.file_writer
+            for summary in hparams({"method": LABELS.get(name, name), "setting": shape}, results):
+                events.add_summary(summary)
     plt.close(drawn)
 
 
 def write_traces(methods: list[Method], batch: dict[str, Tensor], accelerator: Accelerator, out: Path) -> None:
-    """A profiler trace of two steps of each method, for TensorBoard's profiler tab and Perfetto."""
+    """A profiler trace of three steps of each method, for TensorBoard's profiler tab and Perfetto."""
     for method in methods:
-        handler = torch.profiler.tensorboard_trace_handler(str(out / "tensorboard" / method.name))
-        with torch.profiler.profile(on_trace_ready=handler) as profiler:
-            for _ in range(2):
+        with (
+            named_ranges(accelerator, method.model, method.optimizer),
+            torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=0, warmup=1, active=3, repeat=1), record_shapes=True
+            ) as profiler,
+        ):
+            for _ in range(4):
                 method.step(batch, accelerator)
                 profiler.step()
+        write_trace(profiler, out / "tensorboard" / method.name, accelerator.process_index)

@@ -131,7 +131,7 @@ def test_clipping_twice_is_undone_twice() -> None:
             loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.05)
             loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.01)
         loop.optimizer.step()
-    expected, found = (loop.freezing._all_scores() for loop in (plain, twice))
+    expected, found = (loop.freezing.scores() for loop in (plain, twice))
     assert min(expected.values()) > 0
     assert found == pytest.approx(expected, rel=1e-4, abs=0)
 
@@ -153,13 +153,13 @@ def test_a_skipped_update_advances_nothing() -> None:
         plain.step(number, clip=0.05)
         loop.step(number, clip=0.05)
         if number == 3:  # once more, with an overflow
-            before = (loop.freezing.step, loop.freezing._all_scores())
+            before = (loop.freezing.step, loop.freezing.scores())
             loop.accelerator.backward(loop.model(**global_batch(number)).loss)
             loop.freezing.engine.parameters[loop.freezing.remaining[0]].grad.fill_(float("inf"))
             loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.05)
             loop.optimizer.step()
             assert loop.optimizer.step_was_skipped
-            assert (loop.freezing.step, loop.freezing._all_scores()) == before
+            assert (loop.freezing.step, loop.freezing.scores()) == before
             loop.optimizer.zero_grad()
     first, second = plain.freezing.events[0], loop.freezing.events[0]
     assert (second.step, second.frozen) == (first.step, first.frozen)

@@ -112,6 +112,24 @@ class Engine(ABC):
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole current values of parameters, trainable or not, on every rank. A collective."""
 
+    def assign(self, values: Mapping[str, Tensor]) -> None:
+        """Give parameters that do not train these values (any shape), on every rank. A collective."""
+        with torch.no_grad():
+            for name, value in values.items():
+                parameter = self.parameters[name]
+                parameter.copy_(value.view(parameter.shape))
+
+    def settle(self) -> None:  # noqa: B027 - most engines have nothing to do
+        """Drop what a resumed process would not have; called after a checkpoint, so that both go on alike."""
+
+    @abstractmethod
+    def scaling(self) -> dict[str, Any]:
+        """State of the fp16 loss scale, as JSON can hold it; empty without one."""
+
+    @abstractmethod
+    def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
+        """Go on with a loss scale that an engine of this kind gave."""
+
     @abstractmethod
     def moment_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds for trainable parameters, padding excluded."""

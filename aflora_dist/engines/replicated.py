@@ -224,6 +224,18 @@ class ReplicatedEngine(Engine):
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.parameters[name].detach() for name in names}
 
+    def settle(self) -> None:
+        # A reducer reorders its buckets after its first backward, and with them the order of sums.
+        if self.ddp is not None:
+            self._rebuild_reducer(self.ddp)
+
+    def scaling(self) -> dict[str, Any]:
+        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+
+    def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(dict(scaling))
+
     def moment_bytes(self) -> int:
         states = self.state().values()
         return sum(moment.nbytes for state in states for moment in state.moments.values())

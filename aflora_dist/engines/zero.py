@@ -67,8 +67,8 @@ class ZeroEngine(Engine):
         """Make a new ZeRO optimizer over the inner optimizer's params and free the old one."""
 
     @abstractmethod
-    def _publish(self) -> None:
-        """Copy the float32 partitions into the model's own weights, on all ranks."""
+    def _publish(self, state: Mapping[str, ParameterState]) -> None:
+        """Bring `state`'s values, which the float32 partitions hold, into the model's own weights."""
 
     # -- shared ------------------------------------------------------------------------------
 
@@ -156,7 +156,13 @@ class ZeroEngine(Engine):
                 for key, moment in moments.items():
                     moment[at : at + fragment.numel] = held.moments[key][whole].to(flat.device)
             self._inner.state[flat] = {**copy.deepcopy(first.scalars), **moments}
-        self._publish()
+        self._publish(state)
+
+    def scaling(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self.zero.loss_scaler).items() if isinstance(value, int | float)}
+
+    def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
+        vars(self.zero.loss_scaler).update(scaling)
 
     def moment_bytes(self) -> int:
         total = 0

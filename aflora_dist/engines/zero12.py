@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..freezing import Fragment
+from .base import ParameterState
 from .zero import ZeroEngine
 
 
@@ -56,7 +57,7 @@ class Zero12Engine(ZeroEngine):
         for name, value in kept.items():
             setattr(self.zero, name, value)
 
-    def _publish(self) -> None:
+    def _publish(self, state: Mapping[str, ParameterState]) -> None:
         self.zero.update_lp_params()
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from ..freezing import Fragment
+from .base import ParameterState
 from .zero import ZeroEngine
 
 
@@ -65,20 +67,37 @@ class Zero3Engine(ZeroEngine):
             parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
         offload = old.parameter_offload
         old.__dict__.clear()  # reference cycles would keep its buffers until the next collection
-        # DeepSpeed would also collect garbage per flat buffer (0.3 s each); there is none, see above.
-        with (
-            _replaced(DeepSpeedZeroOptimizer_Stage3, "initialize_ds_offload", lambda self, **kwargs: offload),
-            _replaced(gc, "collect", lambda *args: 0),
-        ):
+        with ExitStack() as stack:
+
+            def instead(owner: Any, name: str, value: Any) -> None:
+                stack.enter_context(_replaced(owner, name, value))
+
+            instead(DeepSpeedZeroOptimizer_Stage3, "initialize_ds_offload", lambda self, **kwargs: offload)
+            # DeepSpeed would also collect garbage per flat buffer (0.3 s each; there is none, see above),
+            instead(gc, "collect", lambda *args: 0)
+            # format every parameter of the model, numbers and all, for a message that it does not print,
+            instead(nn.Parameter, "__repr__", object.__repr__)
+            # and gather every parameter to hang a hook on it, one by one; torch's hooks need no values.
+            for name in self.trainable:
+                instead(self.parameters[name], "all_gather", lambda *args: None)
+                instead(self.parameters[name], "partition", lambda *args: None)
             self.ds.optimizer = self.ds._configure_zero_optimizer(self._visible_groups())
         for name, value in kept.items():
             setattr(self.zero, name, value)
 
-    def _publish(self) -> None:
+    def _publish(self, state: Mapping[str, ParameterState]) -> None:
         for index in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(index)
-        if self.zero.persistent_parameters:
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        # Small parameters stay whole on every rank. DeepSpeed would gather them one by one.
+        for parameter in self.zero.persistent_parameters:
+            name = self.names[parameter]
+            if name in state and parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                parameter.data.copy_(state[name].value.view(parameter.ds_shape))
+
+    def assign(self, values: Mapping[str, Tensor]) -> None:
+        # Pieces are taken from rank 0's.
+        with deepspeed.zero.GatheredParameters([self.parameters[name] for name in values], modifier_rank=0):
+            super().assign(values)
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)

@@ -19,14 +19,41 @@ class RunConfig:
     Args:
         dir: The run's directory: configuration, logs, result and adapter are written there.
         overwrite: Replace the run that the directory holds already.
+        resume: Go on from a checkpoint: "last" for the newest good one of this run (`--resume` alone says
+            so; without one the run starts from the beginning), or a checkpoint's folder.
+        save_every: Updates between two checkpoints; at the end of each epoch if not given, 0 for none.
+        keep: How many checkpoints to keep.
         log_every: Updates between two lines of metrics.jsonl.
         tensorboard: Write TensorBoard events.
     """
 
     dir: str = "runs/aflora"
     overwrite: bool = False
+    resume: str | None = None
+    save_every: int | None = None
+    keep: int = 2
     log_every: int = 10
     tensorboard: bool = True
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Profiler traces for TensorBoard and Perfetto; `--profile` alone switches them on.
+
+    Args:
+        enabled: Record windows of the training: before the first freeze, around the freeze that leaves
+            half of the matrices, and after the last.
+        steps: Updates in each window.
+        starts: First update of each window, instead of those three.
+        ranks: Which ranks record; all if not given.
+        memory: Record allocations too.
+    """
+
+    enabled: bool = False
+    steps: int = 4
+    starts: list[int] | None = None
+    ranks: list[int] | None = None
+    memory: bool = False
 
 
 @dataclass(kw_only=True)
@@ -156,6 +183,7 @@ class Config:
     Args:
         preset: Hyperparameters of a published setting, such as glue/cola (Table 5) or demo.
         run: Where the run goes.
+        profile: Profiler traces.
         model: What is fine-tuned.
         data: What it is fine-tuned on.
         adapter: The adapter.
@@ -165,6 +193,7 @@ class Config:
 
     preset: str | None = None
     run: RunConfig = field(default_factory=RunConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -194,6 +223,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     """
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
+    arguments = _shorthands(arguments)
     parser = _parser()
     try:
         preset = parser.parse_args(arguments).preset
@@ -206,6 +236,20 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     config = Config(**parser.instantiate(namespace).as_dict())
     _check(config)
     return config, parser.dump(namespace, skip_unset=False)
+
+
+def _shorthands(arguments: list[str]) -> list[str]:
+    """`--profile`, `--resume` and `--resume PATH` written out."""
+    result = []
+    for i, argument in enumerate(arguments):
+        followed = i + 1 < len(arguments) and not arguments[i + 1].startswith("-")
+        if argument == "--profile":
+            result.append("--profile.enabled=true")
+        elif argument == "--resume":
+            result.append("--run.resume" if followed else "--run.resume=last")
+        else:
+            result.append(argument)
+    return result
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -226,6 +270,7 @@ def _check(config: Config) -> None:
     t_i, t_f = config.freezing.epochs(train.epochs)
     at_least_one = {
         "run.log_every": config.run.log_every,
+        "run.keep": config.run.keep,
         "train.epochs": train.epochs,
         "train.batch_size": train.batch_size,
         "train.accumulation": train.accumulation,
@@ -234,11 +279,13 @@ def _check(config: Config) -> None:
         "data.max_train_examples": 1 if data.max_train_examples is None else data.max_train_examples,
         "data.max_eval_examples": 1 if data.max_eval_examples is None else data.max_eval_examples,
         "adapter.r": config.adapter.r,
+        "profile.steps": config.profile.steps,
     }
     for name, value in at_least_one.items():
         if value < 1:
             raise AFLoRAError(f"{name} must be at least 1, got {value}.")
     not_negative = {
+        "run.save_every": config.run.save_every or 0,
         "train.seed": train.seed,
         "train.learning_rate": train.learning_rate,
         "train.head_learning_rate": train.head_learning_rate,
@@ -250,6 +297,8 @@ def _check(config: Config) -> None:
     for name, number in not_negative.items():
         if not number >= 0:
             raise AFLoRAError(f"{name} must not be negative, got {number}.")
+    if config.run.resume is not None and config.run.overwrite:
+        raise AFLoRAError("run.resume goes on with the run in run.dir, run.overwrite replaces it: choose one.")
     if data.path is not None and data.task not in TASKS:
         raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={data.task} does not read it.")
     if (data.train_file or data.validation_file) and data.task != "files":

@@ -7,6 +7,8 @@ and "label", checked.
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +45,13 @@ class Data:
     evaluation: dict[str, datasets.Dataset]
     labels: list[str] | None
     metrics: tuple[str, ...]
+
+
+def digest(data: Data) -> str:
+    """A short text that tells training data apart: their number, their labels, some of their texts."""
+    train = data.train
+    texts = [train[i]["text"] for i in range(0, len(train), max(1, len(train) // 16))]
+    return hashlib.sha256(json.dumps([len(train), list(train["label"]), texts]).encode()).hexdigest()[:16]
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
@@ -294,6 +303,7 @@ class GlobalBatchSampler(Sampler[int]):
         self.offset = rank * self.share
         self.seed = seed
         self.epoch = 0
+        self.start = 0  # updates of this epoch that are done already
 
     @property
     def updates_per_epoch(self) -> int:
@@ -302,9 +312,9 @@ class GlobalBatchSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.examples, generator=generator)
-        for update in range(self.updates_per_epoch):
+        for update in range(self.start, self.updates_per_epoch):
             batch = order[update * self.batch_size :][: self.batch_size]
             yield from batch[self.offset : self.offset + self.share].tolist()
 
     def __len__(self) -> int:
-        return self.updates_per_epoch * self.share
+        return (self.updates_per_epoch - self.start) * self.share

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..adaptive import AdaptiveFreezing
 from ..errors import DivergedError
 from .config import Config
 from .data import Data
 from .rundir import RunDirectory
+from .telemetry import Telemetry, run_summary
 
 
 class TrainingLog:
@@ -33,17 +36,20 @@ class TrainingLog:
         freezing: AdaptiveFreezing,
         total_steps: int,
         head_params: int,
+        lora_r8: int,
+        first_step: int,
     ) -> None:
         self.config, self.run, self.accelerator, self.freezing = config, run, accelerator, freezing
-        self.total_steps, self.head_params = total_steps, head_params
+        self.total_steps, self.head_params, self.lora_r8 = total_steps, head_params, lora_r8
         self.updates_per_epoch = total_steps // config.train.epochs
         self.step = 0
         self.train_seconds = 0.0
+        self.save_seconds: list[float] = []
         self.trained_sum = 0  # sum over the updates so far of the adapter's trainable elements
         self._losses: list[Tensor] = []
         self._since: tuple[int, float] = (0, 0.0)
         self._started: float | None = None
-        self.writer = SummaryWriter(str(run.tensorboard)) if run.writes and config.run.tensorboard else None
+        self.telemetry = Telemetry(run.tensorboard if run.writes and config.run.tensorboard else None, first_step)
         if run.writes:
             print(
                 f"Fine-tuning {config.model.name} on {config.data.task}: {total_steps} updates of "
@@ -51,7 +57,14 @@ class TrainingLog:
                 f"{len(freezing.freezable)} projection matrices train and then freeze.",
                 flush=True,
             )
-        self.bar = tqdm(total=total_steps, disable=not run.writes, desc="training", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total_steps,
+            disable=not run.writes,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a job's log keeps every state of the bar
+        )
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -78,6 +91,10 @@ class TrainingLog:
 
     def _write(self, norm: Any, rates: list[float]) -> None:
         mean = self.flush_losses()
+        scores = self.freezing.scores() if self.config.run.tensorboard else {}
+        state_bytes = self.freezing.optimizer_state_bytes()
+        if not self.run.writes:
+            return
         steps, seconds = self.step - self._since[0], self.seconds() - self._since[1]
         self._since = (self.step, self.seconds())
         frozen, freezable = len(self.freezing.frozen), len(self.freezing.freezable)
@@ -91,15 +108,16 @@ class TrainingLog:
             "trainable_params": self.freezing.trainable_params,
             "frozen": frozen,
             "freezing_fraction": self.freezing.schedule.fraction(self.step - 1) if freezable else 0.0,
+            "optimizer_state_bytes": state_bytes,
+            "step_seconds": seconds / steps,
             "samples_per_second": steps * self.config.train.batch_size / seconds,
+            "memory_bytes": memory(self.accelerator.device),
         }
         self.run.append("metrics.jsonl", line)
-        if self.writer is not None:
-            for key, value in line.items():
-                if key != "step" and value is not None:
-                    self.writer.add_scalar(f"train/{key}", value, self.step - 1)
+        self.telemetry.scalars({f"train/{k}": v for k, v in line.items() if k != "step"}, self.step - 1)
+        self.telemetry.scores(scores, self.step - 1)
         self.bar.set_postfix(
-            loss=f"{mean:.3f}", frozen=f"{frozen}/{freezable}", trainable=f"{line['trainable_params']:,}"
+            loss=f"{mean:.3f}", frozen=f"{frozen}/{freezable}", trainable=f"{line['trainable_params']:,}", refresh=False
         )
 
     def flush_losses(self) -> float:
@@ -119,21 +137,66 @@ class TrainingLog:
                 )
         return float(np.mean(losses))
 
+    def state(self) -> dict[str, Any]:
+        """Counters and what the next line of metrics.jsonl is about, for a checkpoint. A collective."""
+        losses = self.accelerator.reduce(torch.stack(self._losses), "mean").tolist() if self._losses else []
+        return {
+            "step": self.step,
+            "train_seconds": self.seconds(),
+            "trained_sum": self.trained_sum,
+            "losses": losses,
+            "since": self._since,
+            "freeze_seconds": self.freezing.seconds,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.step, self.train_seconds, self.trained_sum = state["step"], state["train_seconds"], state["trained_sum"]
+        self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state["losses"]]
+        self._since = (state["since"][0], state["since"][1])
+        self.freezing.seconds = state["freeze_seconds"]
+        self.bar.update(self.step)
+
     def evaluated(self, metrics: dict[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in metrics.items():
-                self.writer.add_scalar(f"eval/{name}", value, self.step - 1)
-        self.bar.write(
+        self.telemetry.scalars({f"eval/{name}": value for name, value in metrics.items()}, self.step - 1)
+        freezing = self.freezing
+        self.telemetry.freeze_map(freezing.freezable, freezing.frozen, self.total_steps, self.step - 1)
+        self._say(
             "  ".join([f"epoch {self.step / self.updates_per_epoch:g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
         )
 
+    def stopped(self) -> None:
+        """The job was asked to leave early, and has saved."""
+        self._say(f"Stopped as asked, after step {self.step - 1}. The same command with --resume goes on from there.")
+
+    def _say(self, text: str) -> None:
+        if self.run.writes:  # tqdm would write on every rank, its bar shown or not
+            self.bar.write(text)
+
     def close(self) -> None:
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        self.telemetry.close()
 
-    def result(self, evaluations: list[dict[str, float]], data: Data, lora_r8: int) -> dict[str, Any]:
+    def describe(self, resolved: str) -> None:
+        """Put what this run is, and its configuration, beside its charts."""
+        facts = {
+            "engine": f"{self.accelerator.num_processes} x {self.freezing.engine.kind}",
+            "updates": self.total_steps,
+            "freezable matrices": len(self.freezing.freezable),
+            "trainable parameters at the start": f"{self.freezing.trainable_params:,} (head {self.head_params:,})",
+            "LoRA r=8 on these layers": f"{self.lora_r8:,}",
+            "aflora_dist": __version__,
+            "torch": torch.__version__,
+        }
+        self.telemetry.text("run", run_summary(resolved, facts))
+
+    def finished(self, evaluations: list[dict[str, float]], data: Data, traces: list[str]) -> dict[str, Any]:
         """What result.json holds. A collective."""
+        result = self._result(evaluations, data) | {"traces": traces}
+        self.telemetry.result(self.config, result, self.step - 1)
+        return result
+
+    def _result(self, evaluations: list[dict[str, float]], data: Data) -> dict[str, Any]:
         accelerator, freezing = self.accelerator, self.freezing
         if torch.cuda.is_available() and accelerator.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
@@ -154,10 +217,19 @@ class TrainingLog:
             "train_seconds": self.train_seconds,
             "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,
             "avg_trainable_params": self.trained_sum / self.step,
-            "lora_r8_trainable_params": lora_r8,
+            "lora_r8_trainable_params": self.lora_r8,
             "head_params": self.head_params,
             "freezable_matrices": len(freezing.freezable),
             "freeze_events": len(freezing.events),
             "freeze_seconds_total": per_rank[:, 1].max().item(),
+            "checkpoints": len(self.save_seconds),
+            "checkpoint_seconds_total": sum(self.save_seconds),
             "peak_memory_bytes": int(per_rank[:, 0].max().item()),
         }
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that tensors hold on a GPU, or this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
 from ..adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from ..errors import AFLoRAError
-from ..processes import refuse_lonely_processes
+from ..processes import launched_accelerator
 from .config import Config
-from .data import Data, GlobalBatchSampler, first_on_node, load_data
+from .data import Data, GlobalBatchSampler, digest, first_on_node, load_data
 from .log import TrainingLog
 from .metrics import compute
 from .model import add_adapter, load_base, lora_parameters
-from .rundir import RunDirectory
+from .resume import Checkpointer, find, finished
+from .rundir import GoingOn, RunDirectory
+from .stopping import StopWish
+from .traces import TraceRecorder, Window, windows
 
 Batch = dict[str, Tensor]
 
 
-def train(config: Config, resolved: str) -> dict[str, Any]:
+def train(config: Config, resolved: str) -> dict[str, Any] | None:
     """Run the main job on this rank.
 
     Args:
         resolved: `config` as YAML, to keep beside the results.
 
     Returns:
-        What result.json holds, the same on every rank.
+        What result.json holds, the same on every rank; None if the job was asked to stop early, and
+        has saved a checkpoint.
 
     Raises:
         AFLoRAError: What was asked for cannot be done; on every rank.
@@ -44,6 +49,9 @@ def train(config: Config, resolved: str) -> dict[str, Any]:
     """
     accelerator = create_accelerator(config)
     run = RunDirectory(config.run, accelerator)
+    if (result := finished(run, resolved)) is not None:
+        return result
+    resumed = find(run, resolved, accelerator)
     set_seed(config.train.seed)
     data = load_data(config.data, config.train.seed)
     base, tokenizer, head = load_base(config.model, data.labels)
@@ -51,58 +59,83 @@ def train(config: Config, resolved: str) -> dict[str, Any]:
     model = add_adapter(base, config.adapter, head, config.train.gradient_checkpointing)
     lora_r8 = lora_parameters(model)
     sampler, batches, evaluation = create_loaders(config, data, tokenizer, accelerator)
-    total_steps = config.train.epochs * sampler.updates_per_epoch
+    per_epoch = sampler.updates_per_epoch
+    total_steps = config.train.epochs * per_epoch
     optimizer = create_optimizer(config, model)
     head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and is_head(n))
-    freezing_config = create_freezing_config(config, sampler.updates_per_epoch)  # may refuse: before time is spent
+    freezing_config = create_freezing_config(config, per_epoch)  # may refuse: before time is spent
     model, optimizer = accelerator.prepare(model, optimizer)
 
     def log_freeze(event: FreezeEvent) -> None:
         run.append("freeze_log.jsonl", asdict(event))
 
     freezing = AdaptiveFreezing(accelerator, model, optimizer, freezing_config, on_freeze=log_freeze)
+    recorded = create_windows(config, freezing, accelerator)
     scheduler = get_linear_schedule_with_warmup(
         freezing.engine.optimizer, round(config.train.warmup_ratio * total_steps), total_steps
     )
-    run.claim(resolved)  # all that can be refused has been
+    checkpointer = Checkpointer(run, accelerator, freezing, scheduler, digest(data), resolved)
+    first_step, going_on = 0, None
+    if resumed is not None:
+        checkpointer.check(resumed)
+        first_step = resumed.training["log"]["step"]
+        going_on = GoingOn(first_step, resumed.training["adaptive"]["events"])
+    run.claim(resolved, going_on=going_on)  # all that can be refused has been
     set_seed(config.train.seed, device_specific=True)  # from here on every rank draws its own dropout
-    with closing(TrainingLog(config, run, accelerator, freezing, total_steps, head_params)) as log:
-        evaluations: list[dict[str, float]] = []
-        for epoch in range(config.train.epochs):
+    profile = config.profile
+    with (
+        closing(TrainingLog(config, run, accelerator, freezing, total_steps, head_params, lora_r8, first_step)) as log,
+        closing(
+            TraceRecorder(
+                recorded, first_step, run.tensorboard, accelerator, model, optimizer, profile.ranks, profile.memory
+            )
+        ) as traces,
+        closing(StopWish(run.stop_file, run.writes)) as wish,
+    ):
+        evaluations = checkpointer.restore(resumed, log) if resumed else []
+        log.describe(resolved)
+        for epoch in range(len(evaluations), config.train.epochs):
             model.train()
-            sampler.epoch = epoch
+            sampler.epoch, sampler.start = epoch, log.step - epoch * per_epoch
+            drawn = iter(batches)
+            checkpointer.restore_randomness()
             with log.timed():
-                for micro_batches in updates(batches, config.train.accumulation):
+                for micro_batches in updates(drawn, config.train.accumulation):
                     trained = freezing.trainable_params
                     loss, norm = update(model, optimizer, micro_batches, accelerator, config.train.max_grad_norm)
                     log.update(loss, norm, trained, scheduler.get_last_lr())
                     if not accelerator.optimizer_step_was_skipped:
                         scheduler.step()
+                    traces.advance(log.step - 1)
+                    stop = wish.agreed()
+                    if stop or save_is_due(config, log.step, per_epoch):
+                        checkpointer.save(log, evaluations)
+                    if stop:
+                        log.stopped()
+                        accelerator.wait_for_everyone()
+                        accelerator.end_training()
+                        return None
             evaluations.append(evaluate(model, evaluation, data, accelerator))
             log.evaluated(evaluations[-1])
-
-    save_adapter(freezing, run)
-    result = log.result(evaluations, data, lora_r8)
+        save_adapter(freezing, run)
+        result = log.finished(evaluations, data, [str(path.relative_to(run.path)) for path in traces.written])
     run.write("result.json", result)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
 
 
+def save_is_due(config: Config, step: int, per_epoch: int) -> bool:
+    every = config.run.save_every
+    return step % per_epoch == 0 if every is None else every > 0 and step % every == 0
+
+
 def create_accelerator(config: Config) -> Accelerator:
     """The accelerator that the launcher asks for; DeepSpeed's batch and clipping settings are ours."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    accelerator = Accelerator(
-        cpu=several and on_cpu and not with_deepspeed,  # DDP wraps nothing on a CPU unless told
-        gradient_accumulation_steps=config.train.accumulation,
-        step_scheduler_with_optimizer=False,
-        # Without it DeepSpeed's processes on a CPU would not know of each other.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several and on_cpu else [],
+    accelerator = launched_accelerator(
+        gradient_accumulation_steps=config.train.accumulation, step_scheduler_with_optimizer=False
     )
     accelerator.gradient_accumulation_steps = config.train.accumulation  # whatever the environment says
-    refuse_lonely_processes()
     per_update = accelerator.num_processes * config.train.accumulation
     if config.train.batch_size % per_update:
         raise AFLoRAError(
@@ -203,7 +236,17 @@ def create_freezing_config(config: Config, updates_per_epoch: int) -> FreezingCo
     )
 
 
-def updates(batches: DataLoader[Batch], accumulation: int) -> Iterator[list[Batch]]:
+def create_windows(config: Config, freezing: AdaptiveFreezing, accelerator: Accelerator) -> tuple[Window, ...]:
+    profile = config.profile
+    if not profile.enabled:
+        return ()
+    unknown = [rank for rank in profile.ranks or [] if not 0 <= rank < accelerator.num_processes]
+    if unknown:
+        raise AFLoRAError(f"profile.ranks names rank {unknown[0]}; there are {accelerator.num_processes}, from 0 on.")
+    return windows(freezing.schedule, len(freezing.policy), profile.steps, profile.starts)
+
+
+def updates(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]]:
     """The micro-batches of one update after the other."""
     micro_batches = []
     for batch in batches:
@@ -267,7 +310,17 @@ def save_adapter(freezing: AdaptiveFreezing, run: RunDirectory) -> None:
     engine = freezing.engine
     names = [n for n, p in engine.parameters.items() if ".aflora." in n or is_head(n) or p.requires_grad]
     values = engine.values(names)
+    failure: list[str | None] = [None]
     if run.writes:
         model: Any = engine.model
         whole = {name: value.contiguous() for name, value in values.items()}
-        model.save_pretrained(str(run.adapter), state_dict=whole, save_embedding_layers=False)
+        try:
+            model.save_pretrained(str(run.adapter), state_dict=whole, save_embedding_layers=False)
+        except (OSError, SafetensorError) as error:
+            failure = [str(error)]
+    (complaint,) = broadcast_object_list(failure)
+    if complaint is not None:
+        raise AFLoRAError(
+            f"The adapter could not be written to {run.adapter}: {complaint}. Make room, then --resume: the last "
+            f"checkpoint is whole."
+        )

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_summary(result: dict[str, Any], directory: str) -> None:
-    """The result as a table, on this process's standard output."""
+def print_summary(result: dict[str, Any], directory: str, console: Console | None = None) -> None:
+    """The result as a table, on this process's standard output unless a console is given."""
     table = Table(title=f"AFLoRA on {result['task']}", show_header=False, title_justify="left")
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in result["metrics"].items():
         best = max(evaluation[name] for evaluation in result["evaluations"])
         note = f"  (best epoch {best:.4f})" if len(result["evaluations"]) > 1 else ""
@@ -30,5 +30,9 @@ def print_summary(result: dict[str, Any], directory: str) -> None:
         f"{result['steps']} steps in {result['train_seconds']:.1f} s, {result['samples_per_second']:.1f} examples/s, "
         f"{result['world_size']} x {result['engine']}",
     )
+    if result["traces"]:
+        names = ", ".join(path.rsplit("/", 1)[-1] for path in result["traces"])
+        table.add_row("traces", f"{names}, in {directory}/tensorboard/profile/ (*.json.gz opens in Perfetto)")
+    table.add_row("look", f"aflora show {directory}, or tensorboard --logdir {directory}/tensorboard")
     table.add_row("files", f"{directory}/ (adapter/, freeze_log.jsonl, metrics.jsonl, result.json, tensorboard/)")
-    Console(soft_wrap=False).print(table)
+    (console or Console()).print(table)

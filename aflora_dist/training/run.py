@@ -9,6 +9,14 @@ import warnings
 
 from ..errors import AFLoRAError
 
+_LOST_RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Application timeout caused pair closure",
+)
+
 
 def quiet_libraries() -> None:
     """Leave warnings and errors; drop the libraries' progress reports."""
@@ -36,7 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
         if speaks:
             print(f"aflora: error: {error}", file=sys.stderr, flush=True)
         return 2
-    if is_first:
+    except RuntimeError as error:  # what gloo and NCCL say when the other end of a collective is gone
+        if not any(sign in str(error) for sign in _LOST_RANK):
+            raise
+        if speaks:
+            print(
+                "aflora: error: another rank has ended in the middle of the training; what it printed tells why. "
+                "The same command with --resume goes on from the last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return 3
+    if is_first and result is not None:
         from .report import print_summary
 
         print_summary(result, config.run.dir)

@@ -6,10 +6,16 @@ whole lines behind.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
+import socket
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -19,7 +25,15 @@ from .config import RunConfig
 
 # Everything that a run writes; `overwrite` deletes these and nothing else.
 _FILES = ("config.yaml", "freeze_log.jsonl", "metrics.jsonl", "result.json")
-_FOLDERS = ("adapter", "checkpoints", "tensorboard")
+_FOLDERS = ("checkpoints", "adapter", "tensorboard")
+
+
+@dataclass(frozen=True)
+class GoingOn:
+    """Where a run is taken up: after `step` updates, with these freeze events so far."""
+
+    step: int
+    events: list[dict[str, Any]]
 
 
 class RunDirectory:
@@ -33,46 +47,130 @@ class RunDirectory:
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+        self.config = config
         self.path = Path(config.dir)
         self.accelerator = accelerator
         self.writes = accelerator.is_main_process
         if self.path.exists() and not self.path.is_dir():
             raise AFLoRAError(f"run.dir={self.path} is a file. Name a folder.")
         held = [name for name in (*_FILES, *_FOLDERS) if (self.path / name).exists()]
-        if held and not config.overwrite:
+        if held and not config.overwrite and config.resume is None:
             raise AFLoRAError(
-                f"{self.path} already holds a run ({', '.join(held)}). Name another folder with run.dir, or replace "
-                f"that run with run.overwrite=true."
+                f"{self.path} already holds a run ({', '.join(held)}). Name another folder with run.dir, go on "
+                f"with that run (--resume), or replace it with run.overwrite=true."
             )
+        self._lock: IO[str] | None = None
 
-    def claim(self, resolved: str) -> None:
-        """Delete what an earlier run left and write config.yaml. A collective.
+    def claim(self, resolved: str, *, going_on: GoingOn | None) -> None:
+        """Make the directory this run's own, until this process ends, however it ends. A collective.
+
+        Writes config.yaml and deletes what an earlier run left there; when going on, what it did later.
 
         Args:
             resolved: The whole configuration as YAML.
+            going_on: Where an earlier process is continued; None: from the beginning.
 
         Raises:
-            AFLoRAError: On every rank, if the directory cannot be written.
+            AFLoRAError: On every rank, if another job is at work here, or the directory cannot be written.
         """
         self.accelerator.wait_for_everyone()  # all ranks have looked before one of them writes
-        failure = None
+        failure: str | None = None
         if self.writes:
             try:
-                self._prepare(resolved)
+                self._take_lock()
+                self._prepare(resolved, going_on)
+            except AFLoRAError as error:
+                failure = str(error)
             except OSError as error:
-                failure = error.strerror or str(error)
+                failure = f"run.dir={self.path} cannot be written: {error.strerror or error}."
         (failure,) = broadcast_object_list([failure])
         if failure is not None:
-            raise AFLoRAError(f"run.dir={self.path} cannot be written: {failure}.")
+            raise AFLoRAError(failure)
 
-    def _prepare(self, resolved: str) -> None:
+    def _take_lock(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            (self.path / name).unlink(missing_ok=True)
-        for name in _FOLDERS:
-            if (folder := self.path / name).is_dir():
-                shutil.rmtree(folder)
-        (self.path / "config.yaml").write_text(resolved, encoding="utf-8")
+        # A POSIX lock ends with its process, kill -9 included, and holds across the nodes of a shared file system.
+        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        # The lock of a node that broke down may live on for a while.
+        patience = time.monotonic() + (120 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0)
+        while not self._try_lock(self._lock):
+            if time.monotonic() < patience:
+                time.sleep(2)
+                continue
+            self._lock.seek(0)
+            raise AFLoRAError(
+                f"Another job is at work in {self.path}: {self._lock.read().strip() or 'it does not say which'}. "
+                f"Wait for its end, or name another folder with run.dir."
+            )
+        self._lock.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
+        self._lock.flush()
+
+    @staticmethod
+    def _try_lock(file: IO[str]) -> bool:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f"aflora: warning: no locks on this file system ({error.strerror}): see that one job only runs here.")
+        return True
+
+    def _prepare(self, resolved: str, going_on: GoingOn | None) -> None:
+        for unfinished in (*self.checkpoints.glob(".step_*"), *self.path.glob(".trace_*")):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if going_on is None:
+            for name in reversed(_FILES):  # the result first: a killed process must not look finished
+                (self.path / name).unlink(missing_ok=True)
+            for name in _FOLDERS:
+                if (folder := self.path / name).is_dir():
+                    shutil.rmtree(folder)
+        else:
+            self._abandon(going_on.step)
+            self._replace("freeze_log.jsonl", "".join(json.dumps(event) + "\n" for event in going_on.events))
+            self._cut("metrics.jsonl", going_on.step)
+        self.tensorboard.mkdir(exist_ok=True)
+        self._replace("config.yaml", resolved)
+
+    def _abandon(self, step: int) -> None:
+        """Put checkpoints of later steps aside: what follows now is another branch, or they are damaged."""
+        for path in self.checkpoints.glob("step_*"):
+            if path.name > f"step_{step:08d}":
+                aside = path.with_name(f"abandoned_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.replace(aside)
+
+    def _cut(self, name: str, steps: int) -> None:
+        """Drop the lines of updates that will be done again, and half a line of a process that was killed."""
+        path = self.path / name
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] < steps:
+                    kept.append(line + "\n")
+            except ValueError:
+                break
+        self._replace(name, "".join(kept))
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / name)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop_file(self) -> Path:
+        """Its existence asks a running job to save and leave."""
+        return self.path / "stop"
 
     @property
     def adapter(self) -> Path:
@@ -85,12 +183,18 @@ class RunDirectory:
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add a line to freeze_log.jsonl or metrics.jsonl."""
         if self.writes:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with (self.path / name).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise AFLoRAError(
+                    f"{self.path / name} cannot be written: {error.strerror or error}. Make room, then --resume."
+                ) from None
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file whole or not at all."""
         if self.writes:
-            temporary = self.path / f".{name}.tmp"
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(self.path / name)
+            try:
+                self._replace(name, json.dumps(content, indent=2) + "\n")
+            except OSError as error:
+                raise AFLoRAError(f"{self.path / name} cannot be written: {error.strerror or error}.") from None

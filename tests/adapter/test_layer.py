@@ -178,3 +178,55 @@ def test_initialisation_is_that_of_the_paper() -> None:
         bound = (6 / fan_in) ** 0.5  # Kaiming uniform, a = 0
         assert matrix.abs().max().item() <= bound
         assert matrix.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_torch_compile_takes_the_whole_model_in_one_graph_before_and_after_a_freeze() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = layer_of(nn.Linear(IN, OUT)), layer_of(nn.Linear(OUT, IN))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).relu())
+
+    model = Model()
+    x = torch.randn(2, 4, IN, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)  # fullgraph: a graph break would be an error
+    for frozen in (set(), {"A"}, {"A", "B"}):
+        for layer in (model.up, model.down):
+            layer.path("adapter0").frozen |= frozen
+            layer.path("adapter0").hold_frozen()
+        wanted = [p for p in (x, *model.parameters()) if p.requires_grad]
+        expected, ours = model(x), compiled(x)
+        torch.testing.assert_close(ours, expected)
+        for mine, theirs in zip(
+            torch.autograd.grad(ours.square().sum(), wanted),
+            torch.autograd.grad(expected.square().sum(), wanted),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_layer_quantized_by_bitsandbytes(bits: int, frozen: set[str]) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    dense = nn.Linear(64, 128)
+    if bits == 4:
+        base = bnb.nn.Linear4bit(64, 128, compute_dtype=torch.float32, quant_type="nf4")
+    else:
+        base = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=False)
+    base.load_state_dict(dense.state_dict())
+    base.to("cpu")  # quantizes
+    layer = layer_of(base, frozen=frozen)
+    assert layer.quantization_backend is not None
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    ours, expected = layer(x), plain(layer, x)
+    assert (base(x) - dense(x)).abs().max() > 1e-3  # it is quantized
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    upstream, wanted = torch.randn_like(ours), leaves(layer, x)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -10,13 +10,19 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from tests.launch import launch
+
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "a", "is", "was", "very", "not"]
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of two small layers without dropout, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny_model")
+    return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """A BERT of two small layers without dropout, with its tokenizer, in a folder."""
+    folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
@@ -69,3 +75,27 @@ def arguments(tiny_model: Path, reviews: Path, tmp_path: Path) -> list[str]:
         "freezing.final_epochs": 0.5,
     }
     return [part for key, value in options.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def profiled(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of two ranks with ZeRO-2 and --profile."""
+    folder = tmp_path_factory.mktemp("profiled") / "run"
+    options = {
+        "run.dir": folder,
+        "run.log_every": 2,
+        "model.name": tiny_model,
+        "data.task": "files",
+        "data.train_file": reviews / "train.csv",
+        "data.validation_file": reviews / "dev.csv",
+        "train.epochs": 4,
+        "train.batch_size": 16,
+        "freezing.initial_epochs": 1,
+        "freezing.final_epochs": 1,
+        "profile.steps": 3,
+    }
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    done = launch("zero2", 2, "-m", "aflora_dist.training.run", *arguments, "--profile")
+    assert done.returncode == 0, done.stderr
+    assert "1_before, 2_middle, 3_after" in " ".join(done.stdout.replace("│", " ").split())
+    return folder

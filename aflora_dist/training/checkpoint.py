@@ -1,0 +1,136 @@
+"""Checkpoints: a training's state by name, in safetensors and JSON, written whole or not at all.
+
+Which engine wrote one, and how many ranks, does not matter to who reads it. A checkpoint is a folder:
+
+    state.safetensors   values and moments of what trains, what is frozen, score averages, RNG states
+    training.json       step, freeze log, learning-rate schedule, counters, configuration, versions
+    manifest.json       size and SHA-256 of the two; written last, so without it nothing is complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import AFLoRAError
+
+FORMAT = 1
+_STATE, _TRAINING, _MANIFEST = "state.safetensors", "training.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint's content.
+
+    Attributes:
+        tensors: state.safetensors, on the CPU.
+        training: training.json.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    training: dict[str, Any]
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], training: Mapping[str, Any], keep: int) -> Path:
+    """Write `folder`/step_STEP and delete the oldest ones beyond `keep`. For one process only.
+
+    Written under a temporary name, synced to the disk and then renamed: whoever is killed here
+    leaves what was saved before as it was.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; what was saved before is unharmed.
+    """
+    target = folder / f"step_{step:08d}"
+    temporary = folder / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(content, str(temporary / _STATE))
+        (temporary / _TRAINING).write_text(json.dumps({"format": FORMAT, **training}), encoding="utf-8")
+        manifest = {name: _fingerprint(temporary / name) for name in (_STATE, _TRAINING)}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        os.replace(temporary, target)
+        _sync(folder)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors has an exception of its own for a full disk
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    for old in list_checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete and damaged checkpoints in a folder, newest first."""
+    return sorted(folder.glob("step_*"), key=lambda path: path.name, reverse=True)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint, and check every byte of it first.
+
+    Raises:
+        AFLoRAError: It is damaged, or not a checkpoint of this format; the message says what is wrong.
+    """
+    complaint = _damage(path)
+    if complaint is not None:
+        raise AFLoRAError(f"The checkpoint {path} is damaged: {complaint}.")
+    training = json.loads((path / _TRAINING).read_text(encoding="utf-8"))
+    if training.get("format") != FORMAT:
+        raise AFLoRAError(
+            f"The checkpoint {path} has format {training.get('format')}; this version of aflora_dist reads {FORMAT}."
+        )
+    return Checkpoint(path, load_file(str(path / _STATE)), training)
+
+
+def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with those after it."""
+    complaints: list[str] = []
+    for path in list_checkpoints(folder):
+        complaint = _damage(path)
+        if complaint is None:
+            return load(path), complaints
+        complaints.append(f"{path} is damaged ({complaint})")
+    return None, complaints
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        for name in (_STATE, _TRAINING):
+            expected = manifest[name]
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if _fingerprint(path / name) != expected:
+                return f"{name} has another checksum than when it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{_MANIFEST} cannot be read: {error}"
+    return None
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,139 @@
+"""A run in pictures: the paper's Fig. 5, the curves of a training, the scores. No display, no global state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+_BLUE, _GOLD, _GREY = "#1f5a96", "#c9a227", "#d9d9d9"
+_MAP = "viridis"
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a projection matrix sits.
+
+    Attributes:
+        stack: What comes before the layer's number, such as "bert.encoder.layer".
+        layer: The layer's number; -1 for a matrix outside of numbered layers.
+        kind: The module in the layer and the matrix, such as "intermediate.dense A".
+    """
+
+    stack: str
+    layer: int
+    kind: str
+
+
+def place(name: str) -> Place:
+    """Take a matrix's name apart, as freeze_log.jsonl has it."""
+    module, _, matrix = name.removeprefix("base_model.model.").rpartition(".")
+    module = re.sub(r"\.aflora\.[^.]+$", "", module)
+    numbered = re.match(r"(.*?)\.(\d+)\.(.*)$", module)
+    if numbered is None:
+        return Place("", -1, f"{module} {matrix}")
+    return Place(numbered[1], int(numbered[2]), f"{numbered[3]} {matrix}")
+
+
+def grid(names: Sequence[str]) -> tuple[list[tuple[str, int]], list[str]]:
+    """Columns (stack, layer) and rows (kind) that have room for all these matrices."""
+    places = [place(name) for name in names]
+    return sorted({(p.stack, p.layer) for p in places}), sorted({p.kind for p in places})
+
+
+def freeze_map(names: Sequence[str], frozen: Mapping[str, int], total_steps: int) -> Figure:
+    """Fig. 5: layer by matrix kind, the colour being the step after which the matrix froze.
+
+    Args:
+        names: All freezable matrices.
+        frozen: Name -> step; who is not in it still trains.
+        total_steps: T, the end of the colour scale.
+    """
+    columns, rows = grid(names)
+    at: dict[tuple[int, int], int | None] = {}
+    for name in names:
+        where = place(name)
+        at[rows.index(where.kind), columns.index((where.stack, where.layer))] = frozen.get(name)
+    figure = Figure(figsize=(max(5.0, 2.6 + 0.5 * len(columns)), 1.7 + 0.34 * len(rows)), layout="constrained")
+    axis = figure.add_subplot()
+    scale: Any = ScalarMappable(Normalize(0, max(total_steps - 1, 1)), _MAP)
+    small = len(columns) <= 40
+    for (row, column), step in at.items():
+        colour, hatch = (_GREY, "///") if step is None else (scale.to_rgba(step), None)
+        cell = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white")
+        axis.add_patch(cell)
+        if step is not None and small:
+            light = sum(scale.to_rgba(step)[:3]) / 3 > 0.55
+            axis.text(column, row, str(step), ha="center", va="center", fontsize=7, color="black" if light else "white")
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="layer")
+    several = len({stack for stack, _ in columns}) > 1
+    labels = [f"{stack.split('.')[0]} {layer}" if several else str(layer) for stack, layer in columns]
+    axis.set_xticks(range(len(columns)), labels, rotation=90 if several else 0, fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_title(f"{len(frozen)} of {len(names)} projection matrices frozen", fontsize=10)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    figure.colorbar(scale, ax=axis, label=f"froze after step (of {total_steps:,})", pad=0.02)
+    if len(frozen) < len(names):
+        figure.legend(
+            handles=[Patch(facecolor=_GREY, hatch="///", edgecolor="white", label="still trains")],
+            loc="outside lower left",
+            frameon=False,
+            fontsize=8,
+        )
+    return figure
+
+
+def curves(metrics: Sequence[Mapping[str, Any]], lora_r8: int | None = None) -> Figure:
+    """Loss, gradient norm, trainable parameters and learning rates over the steps of metrics.jsonl."""
+    steps = [line["step"] for line in metrics]
+    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
+    (loss, norm), (trained, rates) = figure.subplots(2, 2, sharex=True)
+    loss.plot(steps, [line["loss"] for line in metrics], color=_BLUE)
+    loss.set_ylabel("loss")
+    norm.plot(steps, [line["grad_norm"] for line in metrics], color=_BLUE)
+    norm.set_ylabel("gradient norm before clipping")
+    trained.step(steps, [line["trainable_params"] for line in metrics], where="post", color=_BLUE, label="this run")
+    if lora_r8:
+        trained.axhline(lora_r8, color=_GOLD, linestyle="--", label="LoRA r=8")
+    trained.set_ylim(bottom=0)
+    trained.set_ylabel("trainable parameters")
+    trained.yaxis.set_major_formatter(lambda value, _: f"{value / 1e3:,.0f}k")
+    rates.plot(steps, [line["lr"] for line in metrics], color=_BLUE, label="adapter")
+    rates.plot(steps, [line["head_lr"] for line in metrics], color=_GOLD, linestyle="--", label="head")
+    rates.set_ylabel("learning rate")
+    for axis in (trained, rates):
+        axis.set_xlabel("step (optimizer update)")
+        axis.legend(frameon=False, fontsize=8)
+    for axis in (loss, norm, trained, rates):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def score_curves(events: Sequence[Mapping[str, Any]], total_steps: int) -> Figure:
+    """Every matrix's freezing score at the freeze events, ending where it froze; the colour is its layer."""
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    axis = figure.add_subplot()
+    names = sorted({name for event in events for name in event["scores"]})
+    columns, _ = grid(names)
+    scale: Any = ScalarMappable(Normalize(0, max(len(columns) - 1, 1)), _MAP)
+    for name in names:
+        points = [(event["step"], event["scores"][name]) for event in events if name in event["scores"]]
+        where = place(name)
+        colour = scale.to_rgba(columns.index((where.stack, where.layer)))
+        axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.8)
+        axis.plot(*points[-1], color=colour, marker="o", markersize=3)
+    axis.set(yscale="log", xlim=(0, total_steps), xlabel="step (optimizer update)")
+    axis.set_ylabel("freezing score, mean of smoothed gradient times uncertainty (Eq. 4)", fontsize=8)
+    axis.set_title("a dot: the matrix froze", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    bar = figure.colorbar(scale, ax=axis, label="layer", pad=0.02)
+    shown = range(0, len(columns), max(1, len(columns) // 12))
+    bar.set_ticks(list(shown), labels=[str(columns[i][1]) for i in shown])
+    return figure

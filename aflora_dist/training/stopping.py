@@ -1,0 +1,64 @@
+"""Leaving early and together: a wish to stop, noticed by any rank, agreed on by all at an update."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_SECONDS = 1.0  # between two exchanges, about
+
+
+class StopWish:
+    """Whether all ranks should save and leave after this update.
+
+    The wish comes as SIGUSR1 or SIGTERM to any rank, or as a file, for launchers do not pass signals on. About
+    once a second the ranks exchange two numbers over gloo, which leaves a GPU's queue alone: whether one of them
+    has been asked, and after how many updates they exchange again.
+
+    Args:
+        file: Its existence is the wish; the main process looks for it.
+    """
+
+    def __init__(self, file: Path, is_main: bool) -> None:
+        self.file = file if is_main else None
+        self._wished = False
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._updates = self._every = 1
+        self._began = time.monotonic()
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._wished = True
+
+    def agreed(self) -> bool:
+        """Call it after each update: True after the same one on every rank. A collective."""
+        self._updates -= 1
+        if self._updates:
+            return False
+        took, self._began = time.monotonic() - self._began, time.monotonic()
+        wished = self._wished or (self.file is not None and self.file.exists())
+        a_second = int(self._every * _SECONDS / max(took, 1e-3))
+        following = max(1, min(a_second, 2 * self._every))
+        numbers = torch.tensor([float(wished), -float(following)])  # the maximum: any wish, the fewest updates
+        if self._group is not None:
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
+        self._updates = self._every = int(-numbers[1].item())
+        decided = bool(numbers[0].item())
+        if decided and self.file is not None:
+            self.file.unlink(missing_ok=True)  # it was about this process, not about the next
+        return decided
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

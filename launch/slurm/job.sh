@@ -1,0 +1,69 @@
+# What the job scripts have in common: one accelerate launch per node, and coming back after a preemption.
+# Sourced with the main job's options as arguments. The run's directory must lie on a file system that all nodes see.
+#
+# Preemption and time limit: Slurm sends USR1 to this shell ahead of the end. Launchers do not pass signals on, so
+# the wish goes by a file; all ranks save after the same update and leave; this shell puts the job back into the
+# queue, and the next start goes on with --resume. A node that fails puts the job back by itself (--requeue).
+
+run_dir=runs/aflora
+arguments=()
+while (($#)); do
+    case $1 in
+    --run.dir) run_dir=${2:?--run.dir needs a folder}; shift ;;
+    --run.dir=*) run_dir=${1#*=} ;;
+    --config | --config=* | *.yaml | *.yml)
+        echo "aflora: give the run's directory with --run.dir; one in a configuration file is not seen here" >&2
+        arguments+=("$1") ;;
+    --resume* | --run.resume*)
+        echo "aflora: a job always goes on from the last checkpoint in its run's directory: leave $1 away" >&2
+        exit 2 ;;
+    *) arguments+=("$1") ;;
+    esac
+    shift
+done
+
+# Job arrays: one element per preset and seed.
+#   AFLORA_SEEDS="0 1 2" AFLORA_PRESETS="glue/cola glue/rte" sbatch --array=0-5 launch/slurm/gpu.sbatch --run.dir runs/table
+job=$SLURM_JOB_ID
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    read -ra seeds <<<"${AFLORA_SEEDS:-$SLURM_ARRAY_TASK_ID}"
+    read -ra presets <<<"${AFLORA_PRESETS:-}"
+    seed=${seeds[SLURM_ARRAY_TASK_ID % ${#seeds[@]}]}
+    arguments+=(--train.seed "$seed")
+    if ((${#presets[@]})); then
+        preset=${presets[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}
+        arguments+=(--preset "$preset")
+        run_dir=$run_dir/${preset//\//_}
+    fi
+    run_dir=$run_dir/seed_$seed
+fi
+
+mkdir -p "$run_dir"
+rm -f "$run_dir/stop" # meant for an earlier start
+asked=
+trap 'asked=1; touch "$run_dir/stop"' USR1
+
+AFLORA_MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Another port at each start: the last one's may still be closing.
+AFLORA_MAIN_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+export AFLORA_MAIN_ADDRESS AFLORA_MAIN_PORT
+echo "aflora: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES node(s), $run_dir"
+
+# One task that ends badly ends all: nobody waits in a collective for ranks that are gone.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
+srun --kill-on-bad-exit=1 bash launch/slurm/node.sh "${arguments[@]}" --run.dir "$run_dir" --resume &
+step=$!
+while :; do
+    wait "$step" # returns early when the trap has run
+    kill -0 "$step" 2>/dev/null || break
+done
+wait "$step"
+status=$?
+
+if [ -n "$asked" ] && [ "$status" -eq 0 ] && [ ! -e "$run_dir/result.json" ]; then
+    echo "aflora: job $job goes back into the queue"
+    scontrol requeue "$job" || exit 1
+    exit 0
+fi
+exit "$status"

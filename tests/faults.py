@@ -1,0 +1,117 @@
+"""A campaign of kills: a run that freezes and saves all the time is killed at random moments and resumed.
+
+    python -m tests.faults --kills 100
+
+Each kill takes one rank, or all of them and the launcher, with SIGKILL, a random while after the run has done its
+first new update. Checked each time: the job ends within 30 s, no checkpoint is damaged, at most the update since the
+last save is lost. Checked at the end of every run: losses, freeze log and weights are those of an undisturbed run, to
+the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from aflora_dist.training import checkpoint
+from tests.training.conftest import make_tiny_model, write_reviews
+from tests.training.test_resume import assert_same_to_the_bit, begin, lines, options, ranks
+
+EPOCHS = 12
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Run the campaign; returns how often what was hit."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--engine", default="ddp", help="single, ddp, zero1, zero2 or zero3; two ranks but for single")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    chance = random.Random(args.seed)
+    hit: Counter[str] = Counter()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        make_tiny_model(home / "model")
+        write_reviews(home / "train.csv", 100, seed=0)
+        write_reviews(home / "dev.csv", 33, seed=1)
+        more = {"train.epochs": EPOCHS, "run.save_every": 1, "run.keep": 3, "freezing.final_epochs": 2}
+        undisturbed = home / "undisturbed"
+        process = begin(args.engine, options(undisturbed, home / "model", home, **more))
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said
+        while sum(hit[what] for what in ("rank 0", "rank 1", "everything")) < args.kills:
+            folder = home / "run"
+            command = [*options(folder, home / "model", home, **more), "--resume"]
+            while not (folder / "result.json").exists():
+                strike(args.engine, command, folder, chance, hit, args.kills)
+            assert_same_to_the_bit(folder, undisturbed)
+            hit["runs compared"] += 1
+            shutil.rmtree(folder)
+    print(f"{dict(hit)} in {time.monotonic() - began:.0f} s")
+    return dict(hit)
+
+
+def strike(engine: str, command: list[str], folder: Path, chance: random.Random, hit: Counter[str], kills: int) -> None:
+    """Start or resume the run, and kill it unless it ends before (or enough has been killed)."""
+    process = begin(engine, command)
+    first = saved(folder)
+    enough = sum(hit[what] for what in ("rank 0", "rank 1", "everything")) >= kills
+    while process.poll() is None and (saved(folder) <= first or enough):
+        time.sleep(0.005)
+    end = time.monotonic() + chance.uniform(0, 1.0)
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    if process.poll() is not None:
+        said = process.communicate()[0]
+        assert process.returncode == 0, said
+        return
+    training = ranks(process)
+    victim = chance.choice(["rank 0", "rank 1", "everything"] if len(training) > 1 else ["everything"])
+    launcher = psutil.Process(process.pid)
+    targets = [*training, launcher] if victim == "everything" else [training[int(victim[-1])]]
+    for target in targets:
+        try:
+            target.kill()
+        except psutil.NoSuchProcess:
+            continue
+    try:
+        process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"the job went on for 30 s after {victim} was killed") from None
+    psutil.wait_procs(training, timeout=30)
+    if (folder / "result.json").exists():
+        return
+    hit[victim] += 1
+    found, complaints = checkpoint.newest_good(folder / "checkpoints")
+    assert not complaints, complaints
+    assert found is not None
+    done = lines_of(folder)
+    hit["before its save"] += done > found.training["log"]["step"]
+    assert done <= found.training["log"]["step"] + 1, "more than the work since the last save was lost"
+
+
+def saved(folder: Path) -> int:
+    paths = checkpoint.list_checkpoints(folder / "checkpoints")
+    return int(paths[0].name.removeprefix("step_")) if paths else 0
+
+
+def lines_of(folder: Path) -> int:
+    """Updates that metrics.jsonl tells of; a killed process may leave half a line."""
+    try:
+        return len(lines(folder, "metrics.jsonl"))
+    except json.JSONDecodeError:
+        return len((folder / "metrics.jsonl").read_text().splitlines()) - 1
+
+
+if __name__ == "__main__":
+    main()

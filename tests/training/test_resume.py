@@ -1,0 +1,416 @@
+"""Checkpoints and what comes of going on from them, against an undisturbed run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aflora_dist import AFLoRAError
+from aflora_dist.training import checkpoint
+from aflora_dist.training.run import main
+from tests.launch import ENGINES, ROOT, free_port, launch, launch_arguments
+
+ALL = ("single", *ENGINES)
+PAIRS = [*itertools.product(ALL, ALL), ("single", "offload"), ("offload", "single"), ("offload", "offload")]
+PAIRS += [("ddpx4", "ddpx4"), ("ddpx4", "zero2")]
+LONG = 40  # epochs of a run that can be caught in the act
+SAVED = 10  # of 24 updates: within the second epoch of four, between two freezes
+
+
+def options(folder: Path, model: Path, data: Path, **more: Any) -> list[str]:
+    chosen = {
+        "run.dir": folder,
+        "run.log_every": 1,
+        "run.save_every": 5,
+        "run.keep": 100,
+        "run.tensorboard": False,
+        "model.name": model,
+        "data.task": "files",
+        "data.train_file": data / "train.csv",
+        "data.validation_file": data / "dev.csv",
+        "train.epochs": 4,
+        "train.batch_size": 16,
+        "freezing.initial_epochs": 0.5,
+        "freezing.final_epochs": 1,
+        **more,
+    }
+    return [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
+
+
+def start(engine: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """The main job on two ranks ("x4": four; "offload": ZeRO-3 with CPU Adam), or in this process ("single")."""
+    if engine == "offload":
+        launcher = ["--config_file", "launch/zero3_offload.yaml", "--num_processes", "2"]
+        launcher += ["--main_process_port", str(free_port())]
+        return launch("zero3", 2, "-m", "aflora_dist.training.run", *arguments, launcher=launcher)
+    if engine != "single":
+        return launch(
+            engine.removesuffix("x4"), 4 if engine.endswith("x4") else 2, "-m", "aflora_dist.training.run", *arguments
+        )
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def freezes(folder: Path) -> list[tuple[int, list[str]]]:
+    return [(event["step"], event["frozen"]) for event in lines(folder, "freeze_log.jsonl")]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_to_the_bit(ours: Path, undisturbed: Path) -> None:
+    """Losses, freeze log with scores, evaluations, weights."""
+    assert [m["loss"] for m in lines(ours, "metrics.jsonl")] == [m["loss"] for m in lines(undisturbed, "metrics.jsonl")]
+    logs = [[{**e, "rebuild_seconds": 0} for e in lines(f, "freeze_log.jsonl")] for f in (ours, undisturbed)]
+    assert logs[0] == logs[1]
+    results = [json.loads((f / "result.json").read_text()) for f in (ours, undisturbed)]
+    for key in ("evaluations", "steps", "avg_trainable_params"):
+        assert results[0][key] == results[1][key]
+    mine, theirs = weights(ours), weights(undisturbed)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(engine, epochs) -> directory of an uninterrupted run with checkpoints after every 5 updates."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def run(engine: str, epochs: int = 4) -> Path:
+        ended = folder / f"{engine}_{epochs}"
+        if not ended.exists():
+            done = start(engine, options(ended, tiny_model, reviews, **{"train.epochs": epochs}))
+            assert done.returncode == 0, done.stderr
+        return ended
+
+    return run
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_any_engine_goes_on_from_any_other(
+    source: str,
+    target: str,
+    undisturbed: Callable[..., Path],
+    tiny_model: Path,
+    reviews: Path,
+    tmp_path: Path,
+) -> None:
+    begun = undisturbed(source)
+    arguments = options(tmp_path / "run", tiny_model, reviews)
+    done = start(target, [*arguments, "--resume", str(begun / "checkpoints" / f"step_{SAVED:08d}")])
+    assert done.returncode == 0, done.stderr
+    assert f"Going on after step {SAVED - 1}" in done.stdout
+    ours, expected = lines(tmp_path / "run", "metrics.jsonl"), lines(undisturbed("single"), "metrics.jsonl")
+    assert [line["step"] for line in ours] == list(range(SAVED, 24))
+    assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in expected[SAVED:]], abs=1e-5)
+    assert freezes(tmp_path / "run") == freezes(undisturbed("single"))
+    mine, theirs = weights(tmp_path / "run"), weights(undisturbed("single"))
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-5)
+    if source == target:
+        assert [m["loss"] for m in ours] == [m["loss"] for m in lines(begun, "metrics.jsonl")[SAVED:]]
+        mine, theirs = weights(tmp_path / "run"), weights(begun)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("after", [1, 2, 4, 6, 9, 12, 23, 24])
+def test_one_process_goes_on_to_the_bit_from_any_update(
+    after: int, tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    """With dropout and accumulation; before, between and after freezes; within and at the end of an epoch."""
+    more = {"run.save_every": 1, "adapter.dropout": 0.1, "train.accumulation": 2, "run.log_every": 3}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(options(whole, tiny_model, reviews, **more)) == 0
+    shutil.copytree(whole, cut)
+    (cut / "result.json").unlink()
+    shutil.rmtree(cut / "adapter")
+    for path in checkpoint.list_checkpoints(cut / "checkpoints"):
+        if path.name > f"step_{after:08d}":
+            shutil.rmtree(path)
+    assert main([*options(cut, tiny_model, reviews, **more), "--resume"]) == 0
+    assert_same_to_the_bit(cut, whole)
+
+
+def test_resume_begins_where_there_is_nothing_and_ends_where_all_is_done(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--resume"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert main([*arguments, "--resume"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert capsys.readouterr().out.count("AFLoRA on") == 2
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped bit": (lambda c: flip(c / "state.safetensors"), "state.safetensors has another checksum"),
+    "truncated": (lambda c: truncate(c / "training.json"), "training.json has"),
+    "emptied": (lambda c: (c / "state.safetensors").write_bytes(b""), "state.safetensors has 0 bytes instead of"),
+    "lost": (lambda c: (c / "state.safetensors").unlink(), "state.safetensors is missing"),
+    "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing"),
+    "foreign manifest": (lambda c: (c / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder with three checkpoints of nothing much."""
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"value/w": torch.full((4,), float(step))}, {"step": step}, keep=3)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(damage: str, small: Path) -> None:
+    harm, complaint = DAMAGES[damage]
+    harm(small / "step_00000003")
+    found, complaints = checkpoint.newest_good(small)
+    assert found is not None
+    assert found.training["step"] == 2
+    assert found.tensors["value/w"].tolist() == [2.0] * 4
+    (said,) = complaints
+    assert "step_00000003" in said
+    assert complaint in said
+    with pytest.raises(AFLoRAError, match="is damaged"):
+        checkpoint.load(small / "step_00000003")
+
+
+def test_only_the_last_checkpoints_are_kept_and_unfinished_ones_do_not_count(small: Path) -> None:
+    (small / ".step_00000009.tmp").mkdir()
+    checkpoint.save(small, 4, {"value/w": torch.zeros(1)}, {}, keep=2)
+    assert [path.name for path in checkpoint.list_checkpoints(small)] == ["step_00000004", "step_00000003"]
+
+
+def test_another_format_is_refused(small: Path) -> None:
+    path = small / "step_00000003"
+    (path / "training.json").write_text(json.dumps({"format": 99}))
+    (path / "manifest.json").write_text(
+        json.dumps({name: checkpoint._fingerprint(path / name) for name in ("state.safetensors", "training.json")})
+    )
+    with pytest.raises(AFLoRAError, match="has format 99; this version of aflora_dist reads 1"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
+    undisturbed: Callable[..., Path],
+    tiny_model: Path,
+    reviews: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    saved = str(undisturbed("single") / "checkpoints" / f"step_{SAVED:08d}")
+    ours = options(tmp_path / "run", tiny_model, reviews)
+    other = tmp_path / "other"
+    shutil.copytree(reviews, other)
+    (other / "train.csv").write_text((reviews / "train.csv").read_text() + "good film,positive\n")
+    wider = tmp_path / "wider"
+    shutil.copytree(undisturbed("single") / "checkpoints" / f"step_{SAVED:08d}", wider)
+    training = json.loads((wider / "training.json").read_text())
+    name = next(iter(training["adaptive"]["numels"]))
+    training["adaptive"]["numels"][name] += 1
+    (wider / "training.json").write_text(json.dumps(training))
+    (wider / "manifest.json").write_text(
+        json.dumps({n: checkpoint._fingerprint(wider / n) for n in ("state.safetensors", "training.json")})
+    )
+    for arguments, complaint in (
+        (
+            [*ours, "--train.seed", "1", "--adapter.r", "8", "--resume", saved],
+            "adapter.r is 4 there and 8 here; train.seed",
+        ),
+        ([*options(tmp_path / "run", tiny_model, other), "--resume", saved], "on other training data"),
+        ([*ours, "--resume", str(wider)], f"of another model: {name} has"),
+        ([*ours, "--resume", str(tmp_path / "nowhere")], "is not a checkpoint's folder"),
+        ([*ours, "--resume", "--run.overwrite", "true"], "choose one"),
+    ):
+        assert main(arguments) == 2
+        assert complaint in capfd.readouterr().err
+
+
+def test_what_does_not_change_the_training_may_differ(
+    undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(reviews, moved)
+    saved = str(undisturbed("single") / "checkpoints" / f"step_{SAVED:08d}")
+    more = {"train.accumulation": 4, "train.eval_batch_size": 7, "run.log_every": 2}
+    assert main([*options(tmp_path / "run", tiny_model, moved, **more), "--resume", saved]) == 0
+    assert freezes(tmp_path / "run") == freezes(undisturbed("single"))
+
+
+def test_a_full_disk_ends_in_an_error_and_spares_what_was_saved(
+    tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    """From the third checkpoint on no file may grow beyond 20 kB; a checkpoint's state is larger."""
+    code = (
+        "import resource, sys; from aflora_dist.training import checkpoint, run\n"
+        "save = checkpoint.save\n"
+        "def limited(folder, step, *rest, **more):\n"
+        "    if step >= 15: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "    return save(folder, step, *rest, **more)\n"
+        "checkpoint.save = limited\n"
+        "sys.exit(run.main(sys.argv[1:]))"
+    )
+    arguments = options(tmp_path / "run", tiny_model, reviews)
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert "A checkpoint could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    found, complaints = checkpoint.newest_good(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert found.path.name == "step_00000010"
+    assert not complaints
+    whole = tmp_path / "whole"
+    assert main(options(whole, tiny_model, reviews)) == 0
+    assert main([*arguments, "--resume"]) == 0
+    assert_same_to_the_bit(tmp_path / "run", whole)
+
+
+def begin(engine: str, arguments: list[str]) -> subprocess.Popen[str]:
+    """Start a run in the background."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
+    launcher = ["-m", "accelerate.commands.launch", *launch_arguments(engine, 2)] if engine != "single" else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "aflora_dist.training.run", *arguments],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes, rank 0 first."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    return sorted((p for p in family if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", ["USR1 to one rank", "TERM to one rank", "stop file"])
+def test_a_wish_to_stop_saves_and_leaves_together(
+    how: str, undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = options(folder, tiny_model, reviews, **{"run.save_every": 0, "train.epochs": LONG})
+    process = begin("ddp", arguments)
+    wait_for(lambda: (folder / "metrics.jsonl").exists(), process)
+    if how == "stop file":
+        (folder / "stop").touch()
+    else:
+        ranks(process)[1].send_signal(signal.SIGUSR1 if how.startswith("USR1") else signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    if (folder / "result.json").exists():
+        pytest.fail("the run ended before it noticed")
+    assert process.returncode == 0, said
+    assert "Stopped as asked, after step" in said
+    assert not (folder / "stop").exists()
+    done = start("ddp", [*arguments, "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert_same_to_the_bit(folder, undisturbed("ddp", LONG))
+
+
+@pytest.mark.distributed
+def test_a_second_job_on_one_directory_is_refused_until_the_first_is_gone(
+    tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = options(folder, tiny_model, reviews, **{"train.epochs": 400})
+    first = begin("single", arguments)
+    wait_for(lambda: (folder / "metrics.jsonl").exists(), first)
+    second = start("single", [*arguments, "--resume"])
+    assert second.returncode == 2
+    assert f"Another job is at work in {folder}: process {first.pid} on" in second.stderr
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    third = begin("single", [*arguments, "--resume"])
+    count = len(lines(folder, "metrics.jsonl"))
+    wait_for(lambda: len(lines(folder, "metrics.jsonl")) > count + 10, third)
+    third.terminate()
+    assert "Stopped as asked" in third.communicate(timeout=60)[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job_with_a_message_and_resume_gives_the_same(
+    victim: int, undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = options(folder, tiny_model, reviews, **{"train.epochs": LONG})
+    process = begin("zero2", arguments)
+    wait_for(lambda: (folder / "checkpoints" / "step_00000005").exists(), process)
+    ranks(process)[victim].kill()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said or "another rank has ended" in said
+    done = start("zero2", [*arguments, "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert_same_to_the_bit(folder, undisturbed("zero2", LONG))
+
+
+def test_going_on_from_an_older_checkpoint_puts_the_later_ones_aside(
+    tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    arguments = options(folder, tiny_model, reviews, **{"run.keep": 3})
+    assert main(arguments) == 0
+    shutil.copytree(folder, whole)
+    (folder / "result.json").unlink()
+    assert main([*arguments, "--resume", str(folder / "checkpoints" / "step_00000010")]) == 0
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["abandoned_step_00000015", "abandoned_step_00000020"] + [f"step_000000{n}" for n in (10, 15, 20)]
+    assert_same_to_the_bit(folder, whole)
+
+
+@pytest.mark.distributed
+def test_a_short_campaign_of_kills() -> None:
+    """`python -m tests.faults` is the long one."""
+    from tests import faults
+
+    hit = faults.main(["--kills", "3", "--engine", "single"])
+    assert hit["everything"] == 3
+    assert hit["runs compared"] >= 1

@@ -1,0 +1,144 @@
+"""What a reviewer finds in TensorBoard and in the terminal, looked up in a real server and a real browser."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aflora_dist.training.figures import Place, place
+from aflora_dist.training.run import main
+from aflora_dist.training.show import Run, sparkline
+from aflora_dist.training.show import main as show
+from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
+from tests.launch import ROOT
+from tests.tensorboard import PROFILER, TensorBoard
+
+RANGES = ["forward", "backward", "optimizer"] + [f"aflora.{n}" for n in ("observe", "decide", "all_reduce", "rebuild")]
+
+
+@pytest.fixture(scope="module")
+def board(profiled: Path) -> Iterator[TensorBoard]:
+    with TensorBoard(profiled / "tensorboard") as running:
+        yield running
+
+
+@pytest.mark.distributed
+def test_the_profiler_plugin_reads_both_ranks_all_ranges_and_data_loading(board: TensorBoard) -> None:
+    runs = board.wait_for_profiles(3)
+    assert runs == ["profile/1_before", "profile/2_middle", "profile/3_after"]
+    workers = board.get(f"{PROFILER}/workers", run=runs[1], view="Overview")
+    assert [worker.rsplit("_", 1)[1] for worker in workers] == ["0", "1"]
+    for worker in workers:
+        which = {"run": runs[1], "worker": worker, "span": "1"}
+        table = board.get(f"{PROFILER}/operation/table", **which, group_by="Operation")
+        times = {row["name"]: row["host_total_duration"] for row in table["data"]}
+        assert all(times[name] > 0 for name in RANGES)
+        overview = board.get(f"{PROFILER}/overview", **which)
+        assert len(overview["steps"]["rows"]) == 3
+        shares = {child["name"]: child["value"] for child in overview["performance"][0]["children"]}
+        assert shares["DataLoader"] > 0
+
+
+@pytest.mark.distributed
+def test_a_browser_finds_scalars_fig5_summary_and_hparams(board: TensorBoard) -> None:
+    for program in (CHROMIUM, CHROMEDRIVER):
+        if program is None:
+            pytest.skip("needs Chromium and ChromeDriver (Debian: chromium, chromium-driver)")
+    with Browser() as page:
+        page.open(board.url + "#scalars&tagFilter=loss|frozen|state_bytes|step_seconds")
+        page.wait_for("train/loss", "train/frozen", "train/optimizer_state_bytes", "train/step_seconds")
+        page.open(board.url + "#scalars&tagFilter=layer%2001")
+        page.wait_for("score layer 01/intermediate.dense A")
+        page.open(board.url + "#images")
+        content = page.wait_for("freezing/Fig. 5", images=1)
+        assert content["images"][0]["width"] > 400
+        page.open(board.url + "#text")
+        page.wait_for("freezable matrices", "2 x zero2", "initial_epochs: 1.0")
+        page.open(board.url + "#hparams")
+        page.wait_for("learning rate", "result/metric", "2 x zero2")
+
+
+@pytest.mark.distributed
+def test_scalars_and_hparams_say_what_the_run_directory_says(board: TensorBoard, profiled: Path) -> None:
+    metrics = [json.loads(line) for line in (profiled / "metrics.jsonl").read_text().splitlines()]
+    series = board.get("plugin/scalars/scalars", run=".", tag="train/loss")
+    assert [(step, pytest.approx(value)) for _, step, value in series] == [(m["step"], m["loss"]) for m in metrics]
+    result = json.loads((profiled / "result.json").read_text())
+    columns = ["result/metric", "result/train_seconds", "result/avg_trainable_params"]
+    groups = board.get(
+        "plugin/hparams/session_groups",
+        {
+            "experimentName": "",
+            "allowedStatuses": ["STATUS_SUCCESS", "STATUS_UNKNOWN", "STATUS_RUNNING"],
+            "colParams": [{"metric": {"tag": tag, "group": ""}} for tag in columns],
+            "startIndex": 0,
+            "sliceSize": 10,
+        },
+    )
+    (row,) = groups["sessionGroups"]
+    assert row["hparams"]["engine"] == "2 x zero2"
+    values = {value["name"]["tag"]: value["value"] for value in row["metricValues"]}
+    assert values["result/metric"] == pytest.approx(result["metrics"]["accuracy"])
+    assert values["result/avg_trainable_params"] == pytest.approx(result["avg_trainable_params"])
+
+
+def test_show_tells_the_story_and_writes_figures(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    capsys.readouterr()
+    folder = tmp_path / "run"
+    assert show([str(folder), "--figures", str(tmp_path / "figures"), "--format", "svg"]) == 0
+    said = capsys.readouterr().out
+    run = Run(folder)
+    assert "8 of 8 projection matrices frozen" in said
+    row = next(line for line in said.splitlines() if "intermediate.dense A" in line)
+    stem = "base_model.model.bert.encoder.layer.{}.intermediate.dense.aflora.default.A"
+    assert [int(word) for word in row.split() if word.isdigit()] == [run.frozen[stem.format(i)] for i in (0, 1)]
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["curves.svg", "freeze_map.svg", "scores.svg"]
+    drawn = (tmp_path / "figures" / "freeze_map.svg").read_text()
+    assert "8 of 8" in drawn or "<path" in drawn
+    # while the run goes on: no result, half of the events
+    (folder / "result.json").unlink()
+    events = (folder / "freeze_log.jsonl").read_text().splitlines(keepends=True)
+    (folder / "freeze_log.jsonl").write_text("".join(events[:2]))
+    assert show([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "after 12 of 12 steps" in said
+    assert "trains" in said
+
+
+def test_show_refuses_what_is_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show([str(tmp_path)]) == 2
+    assert "is not a run's directory" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_telemetry_and_traces_but_not_the_training(arguments: list[str], tmp_path: Path) -> None:
+    """No file may grow beyond 30 kB: less than the events and a trace, more than the run's own files."""
+    code = (
+        "import resource, sys; from aflora_dist.training.run import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--profile", "--profile.steps", "1", "--run.save_every", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "TensorBoard's events could not be written" in done.stderr
+    assert "the profiler's trace 1_before could not be written" in done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 12
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_names_are_taken_apart_into_layer_and_kind() -> None:
+    llama = "base_model.model.model.layers.11.mlp.up_proj.aflora.default.B"
+    assert place(llama) == Place("model.layers", 11, "mlp.up_proj B")
+    assert place("base_model.model.up.aflora.other.A") == Place("", -1, "up A")
+
+
+def test_sparkline() -> None:
+    assert sparkline([0.0, 1.0, None, 0.5]) == "▁█▅"
+    assert len(sparkline(list(range(1000)))) <= 60

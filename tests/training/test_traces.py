@@ -1,0 +1,178 @@
+"""Traces: which updates are recorded, what a file says, and that the profiler plugin reads it right."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch_tb_profiler.profiler.data import RunProfileData
+from torch_tb_profiler.profiler.run_generator import RunGenerator
+
+from aflora_dist import AFLoRAError
+from aflora_dist.freezing import CubicSchedule
+from aflora_dist.training.traces import TraceRecorder, Window, for_plugin, windows
+
+from .cuda_trace import cuda_trace
+
+SCHEDULE = CubicSchedule(total_steps=100, initial_steps=10, final_steps=50)
+
+
+def test_windows_lie_before_around_the_middle_of_and_after_the_freezing() -> None:
+    before, middle, after = windows(SCHEDULE, matrices=24, steps=4)
+    counts = [SCHEDULE.count(t, 24) for t in range(100)]
+    assert counts[before.start + 3] == 0
+    recorded = range(middle.start, middle.start + 4)
+    assert counts[recorded[0] - 1] < 12 <= counts[recorded[-1]]
+    assert counts[after.start - 1] == 24
+    assert [w.name for w in (before, middle, after)] == ["1_before", "2_middle", "3_after"]
+
+
+def test_windows_where_nothing_freezes_or_where_asked_for() -> None:
+    assert windows(SCHEDULE, 0, 4) == (Window("training", 1, 4),)
+    assert windows(SCHEDULE, 24, 2, starts=[30, 7]) == (Window("1_from_7", 7, 2), Window("2_from_30", 30, 2))
+
+
+@pytest.mark.parametrize(("steps", "starts"), [(4, [0]), (4, [98]), (4, [10, 14]), (60, None), (4, [-3])])
+def test_windows_that_do_not_fit_are_refused(steps: int, starts: list[int] | None) -> None:
+    with pytest.raises(AFLoRAError, match=r"Profiling does not fit: .* of 100\."):
+        windows(SCHEDULE, 24, steps, starts)
+
+
+def plugin_reads(trace: dict[str, Any]) -> Any:
+    logging.disable(logging.ERROR)  # the plugin reports what it does not know
+    try:
+        data = RunProfileData.from_json("worker", None, trace)
+        return RunGenerator("worker", None, data).generate_run_profile()
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_device_times_survive_the_export() -> None:
+    profile = plugin_reads(for_plugin(cuda_trace()))
+    rows = {row["name"]: row for row in profile.operation_table_by_name["data"]}
+    times = {n: (rows[n]["host_total_duration"], rows[n]["device_total_duration"]) for n in ("forward", "aten::mul")}
+    assert times == {"forward": (400, 300), "aten::mul": (120, 240)}  # microseconds over two steps
+    assert rows["aten::addmm"]["device_total_duration"] == 300
+    assert rows["aflora.all_reduce"]["host_total_duration"] == 180
+    shares = {child["name"]: child["value"] for child in profile.overview["performance"][0]["children"]}
+    assert shares["DataLoader"] == 80  # of a step, on average
+    assert shares["Kernel"] > 0
+
+
+def test_without_the_export_the_plugin_reads_such_a_trace_wrongly() -> None:
+    """Should this fail one day, the plugin has followed torch and the export can go."""
+    profile = plugin_reads(cuda_trace())
+    rows = {row["name"]: row for row in profile.operation_table_by_name["data"]}
+    assert "forward" not in rows
+    assert rows["aten::mul"].get("device_total_duration", 0) == 0
+
+
+def test_the_export_changes_categories_and_nothing_else() -> None:
+    original, written = cuda_trace(), for_plugin(cuda_trace())
+    without = [
+        [{k: v for k, v in event.items() if k != "cat"} for event in t["traceEvents"]] for t in (original, written)
+    ]
+    assert without[0] == without[1]
+    assert {k: v for k, v in original.items() if k != "traceEvents"} == {
+        k: v for k, v in written.items() if k != "traceEvents"
+    }
+    assert list(written)[-1] == "traceEvents"
+
+
+def ranges(file: Path) -> dict[str, list[tuple[float, float, int]]]:
+    """name -> (start, end, thread) of each range in a trace."""
+    found = defaultdict(list)
+    for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]:
+        if event.get("ph") == "X":
+            found[event["name"]].append((event["ts"], event["ts"] + event["dur"], event["tid"]))
+    return found
+
+
+@pytest.mark.distributed
+def test_a_trace_holds_all_ranges_on_both_ranks_rightly_nested(profiled: Path) -> None:
+    def inside(inner: str, outer: str) -> bool:
+        return all(any(o[0] <= i[0] and i[1] <= o[1] and i[2] == o[2] for o in found[outer]) for i in found[inner])
+
+    for window in ("1_before", "2_middle", "3_after"):
+        files = sorted((profiled / "tensorboard" / "profile" / window).iterdir())
+        assert [file.name.split(".")[0][-2:] for file in files] == ["_0", "_1"]
+        for file in files:
+            found = ranges(file)
+            steps = [name for name in found if name.startswith("ProfilerStep#")]
+            assert len(steps) == 3
+            assert len(found["backward"]) == len(found["optimizer"]) == 3
+            assert len(found["forward"]) >= 3  # an evaluation may lie in a window
+            assert not any(b[0] < o[0] < b[1] for b in found["backward"] for o in found["optimizer"])
+            freezes = window == "2_middle"
+            assert bool(found["aflora.decide"]) == bool(found["aflora.rebuild"]) == freezes
+            assert bool(found["aflora.observe"]) == (window != "3_after")
+            assert inside("aflora.observe", "optimizer")
+            # Telemetry asks for scores as well; every decision holds one exchange.
+            decisions = found["aflora.decide"]
+            within = [a for a in found["aflora.all_reduce"] if any(d[0] <= a[0] <= d[1] for d in decisions)]
+            assert len(within) == len(decisions)
+            assert inside("aflora.decide", "optimizer")
+            assert inside("aflora.rebuild", "optimizer")
+    assert not list(profiled.glob(".trace*"))
+    result = json.loads((profiled / "result.json").read_text())
+    assert result["traces"] == [f"tensorboard/profile/{w}" for w in ("1_before", "2_middle", "3_after")]
+
+
+def test_profiling_leaves_no_trace_in_what_it_watched(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    before = [dict(vars(owner)) for owner in (model, accelerator, optimizer)]
+    recorder = TraceRecorder(
+        [Window("one", 1, 2)], 0, tmp_path / "tensorboard", accelerator, model, optimizer, ranks=None, memory=True
+    )
+    for step in range(5):
+        accelerator.backward(model(torch.randn(4, 3)).sum())
+        optimizer.step()
+        recorder.advance(step)
+    recorder.close()
+    assert recorder.written == [tmp_path / "tensorboard" / "profile" / "one"]
+    assert [set(vars(owner)) for owner in (model, accelerator, optimizer)] == [set(b) for b in before]
+    (file,) = recorder.written[0].iterdir()
+    assert len(ranges(file)["forward"]) == 2
+    assert "[memory]" in gzip.decompress(file.read_bytes()).decode()
+
+
+def test_a_trace_that_cannot_be_written_costs_the_trace_and_not_the_training(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from aflora_dist.training.run import main
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".trace_1_before").write_text("in the way")
+    assert main([*arguments, "--profile", "--profile.steps", "1"]) == 0
+    said = capfd.readouterr().err
+    assert "the profiler's trace 1_before could not be written" in said
+    assert said.count("aflora: warning") == 1
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["traces"] == []
+    assert result["steps"] == 12
+
+
+def test_profile_options_that_do_not_fit_are_refused_before_training(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from aflora_dist.training.run import main
+
+    for wrong, complaint in (
+        (["--profile.steps", "30"], "Profiling does not fit"),
+        (["--profile.ranks", "[1]"], "profile.ranks names rank 1; there are 1"),
+        (["--profile.steps", "0"], "profile.steps must be at least 1"),
+    ):
+        assert main([*arguments, "--profile", *wrong]) == 2
+        assert complaint in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
