@@ -220,7 +220,6 @@ class AdaptiveFreezing:
         tensors |= {f"fixed/{name}": value for name, value in self.engine.values(fixed).items()}
         record = {
             "step": self.step,
-            "frozen": self.frozen,
             "events": [asdict(event) for event in self.events],
             "freezing": asdict(self.config),
             "numels": {name: self.engine.numel(name) for name in (*state, *fixed)},
@@ -253,11 +252,11 @@ class AdaptiveFreezing:
             elif kind in groups:
                 groups[kind][name] = tensor
         self.engine.assign(groups["fixed"])
-        self.frozen = dict(record["frozen"])
+        self.events = [FreezeEvent(**event) for event in record["events"]]
+        self.frozen = {name: event.step for event in self.events for name in event.frozen}
         for name in self.frozen:
             path, matrix = self._paths[name]
             path.frozen.add(matrix)
-        self.events = [FreezeEvent(**event) for event in record["events"]]
         self.step = record["step"]
         state = {}
         for name, value in groups["value"].items():

@@ -1,5 +1,13 @@
 """Errors that a person can act on. Their message is what is shown, so it says what to do instead."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
 
 class AFLoRAError(ValueError):
     """Something the user asked for cannot be done as asked."""
@@ -11,3 +19,17 @@ class UnsupportedEngineError(AFLoRAError):
 
 class DivergedError(AFLoRAError):
     """Training broke down: a loss or a freezing score is not finite."""
+
+
+class DamagedError(AFLoRAError):
+    """A checkpoint is not what was written."""
+
+
+@contextmanager
+def writing(what: str, path: Path, then: str = "") -> Iterator[None]:
+    """Turn a full disk and the like into an error that says what could not be written, where, and what to do then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AFLoRAError(f"{what} could not be written to {path}: {reason}. {then}".rstrip()) from None

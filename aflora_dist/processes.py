@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from .errors import AFLoRAError
+
+T = TypeVar("T")
 
 
 def refuse_lonely_processes() -> None:
@@ -53,3 +56,21 @@ def launched_accelerator(**options: Any) -> Accelerator:
     )
     refuse_lonely_processes()
     return accelerator
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What `action` returns on the main process, on every rank. A collective.
+
+    Raises:
+        AFLoRAError: On every rank, where `action` raised one on the main process.
+    """
+    outcome: list[Any] = [None, None]  # result, complaint
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except AFLoRAError as error:
+            outcome[1] = str(error)
+    result, complaint = broadcast_object_list(outcome)
+    if complaint is not None:
+        raise AFLoRAError(complaint)
+    return result

@@ -99,9 +99,11 @@ class SlurmCluster:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def run(self, *command: str) -> str:
+    def run(self, *command: str, cwd: Path | None = None) -> str:
         """What a Slurm client prints, for instance `run("squeue", "-h")`; CalledProcessError if it fails."""
-        return subprocess.run(command, env=self.env, check=True, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(
+            command, env=self.env, cwd=cwd, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
 
     def wait_until(self, condition: Callable[[], bool], *, timeout: float) -> None:
         """Poll `condition` until it holds; TimeoutError after `timeout` seconds, RuntimeError if a daemon ends."""

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, DamagedError
 
 FORMAT = 1
 _STATE, _TRAINING, _MANIFEST = "state.safetensors", "training.json", "manifest.json"
@@ -48,7 +48,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], training: Mappi
     leaves what was saved before as it was.
 
     Raises:
-        OSError: The disk is full, or the folder cannot be written; what was saved before is unharmed.
+        OSError, SafetensorError: The disk is full, or the folder cannot be written; what was saved
+            before is unharmed.
     """
     target = folder / f"step_{step:08d}"
     temporary = folder / f".{target.name}.tmp"
@@ -64,10 +65,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], training: Mappi
             _sync(path)
         os.replace(temporary, target)
         _sync(folder)
-    except Exception as error:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors has an exception of its own for a full disk
-        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        raise
     for old in list_checkpoints(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -82,11 +82,12 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint, and check every byte of it first.
 
     Raises:
-        AFLoRAError: It is damaged, or not a checkpoint of this format; the message says what is wrong.
+        DamagedError: It is not what was written; the message says what is wrong.
+        AFLoRAError: It has another format.
     """
     complaint = _damage(path)
     if complaint is not None:
-        raise AFLoRAError(f"The checkpoint {path} is damaged: {complaint}.")
+        raise DamagedError(f"The checkpoint {path} is damaged: {complaint}.")
     training = json.loads((path / _TRAINING).read_text(encoding="utf-8"))
     if training.get("format") != FORMAT:
         raise AFLoRAError(
@@ -96,13 +97,17 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those after it."""
+    """The newest checkpoint that is whole, and what is wrong with those after it.
+
+    Raises:
+        AFLoRAError: It has another format.
+    """
     complaints: list[str] = []
     for path in list_checkpoints(folder):
-        complaint = _damage(path)
-        if complaint is None:
+        try:
             return load(path), complaints
-        complaints.append(f"{path} is damaged ({complaint})")
+        except DamagedError as error:
+            complaints.append(str(error))
     return None, complaints
 
 

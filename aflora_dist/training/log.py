@@ -183,7 +183,7 @@ class TrainingLog:
             "engine": f"{self.accelerator.num_processes} x {self.freezing.engine.kind}",
             "updates": self.total_steps,
             "freezable matrices": len(self.freezing.freezable),
-            "trainable parameters at the start": f"{self.freezing.trainable_params:,} (head {self.head_params:,})",
+            "trainable parameters": f"{self.freezing.trainable_params:,} (head {self.head_params:,})",
             "LoRA r=8 on these layers": f"{self.lora_r8:,}",
             "aflora_dist": __version__,
             "torch": torch.__version__,

@@ -10,23 +10,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
 from ..adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
-from ..errors import AFLoRAError
-from ..processes import launched_accelerator
+from ..errors import AFLoRAError, writing
+from ..processes import launched_accelerator, on_main
 from .config import Config
 from .data import Data, GlobalBatchSampler, digest, first_on_node, load_data
 from .log import TrainingLog
 from .metrics import compute
 from .model import add_adapter, load_base, lora_parameters
 from .resume import Checkpointer, find, finished
-from .rundir import GoingOn, RunDirectory
+from .rundir import RunDirectory
 from .stopping import StopWish
 from .traces import TraceRecorder, Window, windows
 
@@ -75,12 +74,7 @@ def train(config: Config, resolved: str) -> dict[str, Any] | None:
         freezing.engine.optimizer, round(config.train.warmup_ratio * total_steps), total_steps
     )
     checkpointer = Checkpointer(run, accelerator, freezing, scheduler, digest(data), resolved)
-    first_step, going_on = 0, None
-    if resumed is not None:
-        checkpointer.check(resumed)
-        first_step = resumed.training["log"]["step"]
-        going_on = GoingOn(first_step, resumed.training["adaptive"]["events"])
-    run.claim(resolved, going_on=going_on)  # all that can be refused has been
+    first_step = checkpointer.claim(resumed)  # all that can be refused has been
     set_seed(config.train.seed, device_specific=True)  # from here on every rank draws its own dropout
     profile = config.profile
     with (
@@ -117,9 +111,9 @@ def train(config: Config, resolved: str) -> dict[str, Any] | None:
                         return None
             evaluations.append(evaluate(model, evaluation, data, accelerator))
             log.evaluated(evaluations[-1])
-        save_adapter(freezing, run)
+        save_adapter(freezing, run, accelerator)
         result = log.finished(evaluations, data, [str(path.relative_to(run.path)) for path in traces.written])
-    run.write("result.json", result)
+    run.finish(result)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
@@ -305,22 +299,16 @@ def evaluate(
     return metrics
 
 
-def save_adapter(freezing: AdaptiveFreezing, run: RunDirectory) -> None:
+def save_adapter(freezing: AdaptiveFreezing, run: RunDirectory, accelerator: Accelerator) -> None:
     """Write adapter/, chosen by name: a frozen A or B was learned like the rest. A collective."""
     engine = freezing.engine
     names = [n for n, p in engine.parameters.items() if ".aflora." in n or is_head(n) or p.requires_grad]
     values = engine.values(names)
-    failure: list[str | None] = [None]
-    if run.writes:
+
+    def write() -> None:
         model: Any = engine.model
         whole = {name: value.contiguous() for name, value in values.items()}
-        try:
+        with writing("The adapter", run.adapter, "Make room, then --resume: the last checkpoint is whole."):
             model.save_pretrained(str(run.adapter), state_dict=whole, save_embedding_layers=False)
-        except (OSError, SafetensorError) as error:
-            failure = [str(error)]
-    (complaint,) = broadcast_object_list(failure)
-    if complaint is not None:
-        raise AFLoRAError(
-            f"The adapter could not be written to {run.adapter}: {complaint}. Make room, then --resume: the last "
-            f"checkpoint is whole."
-        )
+
+    on_main(accelerator, write)

@@ -7,23 +7,25 @@ import random
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import __version__
 from ..adaptive import AdaptiveFreezing
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, writing
+from ..processes import on_main
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .log import TrainingLog
-from .rundir import RunDirectory
+from .rundir import GoingOn, RunDirectory
 
 # What may differ between a run and its continuation: it changes neither the model nor the batches.
 _FREE = {
@@ -47,22 +49,22 @@ def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoi
     """
     if run.config.resume is None:
         return None
-    found: list[Any] = [None, None]  # path, complaint
-    if run.writes:
-        try:
-            found[0] = _choose(run)
-        except AFLoRAError as error:
-            found[1] = str(error)
-    path, complaint = broadcast_object_list(found)
-    if complaint is not None:
-        raise AFLoRAError(complaint)
+    loaded: Checkpoint | None = None
+
+    def choose() -> Path | None:
+        nonlocal loaded
+        loaded = _choose(run)
+        return loaded.path if loaded else None
+
+    path = on_main(accelerator, choose)
     if path is None:
         return None
-    loaded, complaint = None, None
-    try:
-        loaded = checkpoint.load(path)
-    except (AFLoRAError, OSError) as error:
-        complaint = f"Rank {accelerator.process_index} cannot read {path}: {error}"
+    complaint = None
+    if loaded is None:  # the other ranks
+        try:
+            loaded = checkpoint.load(path)
+        except (AFLoRAError, OSError) as error:
+            complaint = f"Rank {accelerator.process_index} cannot read {path}: {error}"
     complaints = [c for c in gather_object([complaint]) if c is not None]
     if complaints or loaded is None:
         raise AFLoRAError(complaints[0])
@@ -71,36 +73,34 @@ def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoi
 
 
 def finished(run: RunDirectory, resolved: str) -> dict[str, Any] | None:
-    """The result of the run that is to be resumed, if it has ended already. A collective.
+    """The result of the run, if it has ended already and its last checkpoint is to be resumed. A collective.
 
     Raises:
         AFLoRAError: It ended with another configuration.
     """
-    ended: list[Any] = [None, None]
-    if run.writes and run.config.resume is not None and (run.path / "result.json").exists():
-        ended = [
-            json.loads((run.path / "result.json").read_text(encoding="utf-8")),
-            yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")),
-        ]
-    result, config = broadcast_object_list(ended)
-    if result is not None:
+
+    def look() -> dict[str, Any] | None:
+        if run.config.resume != "last" or not (run.path / "result.json").exists():
+            return None
+        config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
         refuse_differences(config, yaml.safe_load(resolved), str(run.path))
-    return result
+        return json.loads((run.path / "result.json").read_text(encoding="utf-8"))
+
+    return on_main(run.accelerator, look)
 
 
-def _choose(run: RunDirectory) -> Any:
+def _choose(run: RunDirectory) -> Checkpoint | None:
     assert run.config.resume is not None
     if run.config.resume != "last":
-        path = type(run.path)(run.config.resume)
+        path = Path(run.config.resume)
         if not path.is_dir():
             raise AFLoRAError(f"run.resume={path} is not a checkpoint's folder.")
-        checkpoint.load(path)
-        return path
+        return checkpoint.load(path)
     newest, complaints = checkpoint.newest_good(run.checkpoints)
     for complaint in complaints:
-        instead = f"going on from {newest.path.name}" if newest else "there is no other: starting from the beginning"
-        print(f"aflora: warning: {complaint}; {instead}.", flush=True)
-    return newest.path if newest else None
+        instead = f"Going on from {newest.path.name}" if newest else "There is no other: starting from the beginning"
+        print(f"aflora: warning: {complaint} {instead}.", flush=True)
+    return newest
 
 
 def refuse_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
@@ -170,30 +170,36 @@ class Checkpointer:
             "world_size": self.accelerator.num_processes,
             "versions": {"aflora_dist": __version__, **{n: version(n) for n in ("torch", "peft", "accelerate")}},
         }
-        failure: list[str | None] = [None]
-        if self.run.writes:
-            try:
-                checkpoint.save(self.run.checkpoints, log.step, tensors, training, self.run.config.keep)
-            except OSError as error:
-                failure = [error.strerror or str(error)]
-        (complaint,) = broadcast_object_list(failure)
-        if complaint is not None:
-            raise AFLoRAError(
-                f"A checkpoint could not be written to {self.run.checkpoints}: {complaint}. What was saved before is "
-                f"unharmed; make room and go on with --resume."
-            )
+
+        def write() -> None:
+            folder, then = self.run.checkpoints, "What was saved before is unharmed; make room, then --resume."
+            with writing("A checkpoint", folder, then):
+                checkpoint.save(folder, log.step, tensors, training, self.run.config.keep)
+
+        on_main(self.accelerator, write)
         self.freezing.engine.settle()
         log.save_seconds.append(time.perf_counter() - began)
 
-    def check(self, loaded: Checkpoint) -> None:
-        """Refuse a checkpoint that cannot be restored here; nothing changes.
+    def claim(self, loaded: Checkpoint | None) -> int:
+        """Make the run's directory this run's own; returns the first step to do. A collective.
+
+        Nothing has changed in the directory until all that can be refused has been.
+
+        Args:
+            loaded: Where to go on; None: from the beginning.
 
         Raises:
-            AFLoRAError: It is of another model, schedule, or training data.
+            AFLoRAError: It is of another model, schedule, or training data; or as `RunDirectory.claim`.
         """
+        if loaded is None:
+            self.run.claim(self.resolved, going_on=None)
+            return 0
         if loaded.training["data"] != self.data_digest:
             raise AFLoRAError(f"{loaded.path} is of a run on other training data than what was loaded now.")
-        self.freezing.check_state_dict(loaded.training["adaptive"])
+        adaptive, step = loaded.training["adaptive"], loaded.training["log"]["step"]
+        self.freezing.check_state_dict(adaptive)
+        self.run.claim(self.resolved, going_on=GoingOn(step, adaptive["events"]))
+        return step
 
     def restore(self, loaded: Checkpoint, log: TrainingLog) -> list[dict[str, float]]:
         """Bring everything to where the checkpoint was written; returns the evaluations so far. A collective."""

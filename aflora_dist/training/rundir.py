@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, writing
+from ..processes import on_main
 from .config import RunConfig
 
 # Everything that a run writes; `overwrite` deletes these and nothing else.
@@ -74,18 +74,13 @@ class RunDirectory:
             AFLoRAError: On every rank, if another job is at work here, or the directory cannot be written.
         """
         self.accelerator.wait_for_everyone()  # all ranks have looked before one of them writes
-        failure: str | None = None
-        if self.writes:
-            try:
+
+        def take() -> None:
+            with writing("The run's directory", self.path):
                 self._take_lock()
                 self._prepare(resolved, going_on)
-            except AFLoRAError as error:
-                failure = str(error)
-            except OSError as error:
-                failure = f"run.dir={self.path} cannot be written: {error.strerror or error}."
-        (failure,) = broadcast_object_list([failure])
-        if failure is not None:
-            raise AFLoRAError(failure)
+
+        on_main(self.accelerator, take)
 
     def _take_lock(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -129,11 +124,23 @@ class RunDirectory:
                 if (folder := self.path / name).is_dir():
                     shutil.rmtree(folder)
         else:
+            if (self.path / "result.json").exists():
+                self._put_aside()
             self._abandon(going_on.step)
             self._replace("freeze_log.jsonl", "".join(json.dumps(event) + "\n" for event in going_on.events))
             self._cut("metrics.jsonl", going_on.step)
         self.tensorboard.mkdir(exist_ok=True)
         self._replace("config.yaml", resolved)
+
+    def _put_aside(self) -> None:
+        """Keep what a finished run came to: it is continued from one of its checkpoints, to another end."""
+        for name in ("freeze_log.jsonl", "metrics.jsonl", "adapter", "result.json"):
+            path, aside = self.path / name, self.path / f"abandoned_{name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            if path.suffix == ".jsonl" and path.exists():  # the first part is the new run's, too
+                shutil.copyfile(path, aside)
+            elif path.exists():
+                path.replace(aside)
 
     def _abandon(self, step: int) -> None:
         """Put checkpoints of later steps aside: what follows now is another branch, or they are damaged."""
@@ -183,18 +190,17 @@ class RunDirectory:
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add a line to freeze_log.jsonl or metrics.jsonl."""
         if self.writes:
-            try:
-                with (self.path / name).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise AFLoRAError(
-                    f"{self.path / name} cannot be written: {error.strerror or error}. Make room, then --resume."
-                ) from None
+            with (
+                writing(name, self.path, "Make room, then --resume."),
+                (self.path / name).open("a", encoding="utf-8") as file,
+            ):
+                file.write(json.dumps(line) + "\n")
 
-    def write(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file whole or not at all."""
-        if self.writes:
-            try:
-                self._replace(name, json.dumps(content, indent=2) + "\n")
-            except OSError as error:
-                raise AFLoRAError(f"{self.path / name} cannot be written: {error.strerror or error}.") from None
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, by which a run is known to have ended. A collective."""
+
+        def write() -> None:
+            with writing("result.json", self.path, "Make room, then --resume."):
+                self._replace("result.json", json.dumps(result, indent=2) + "\n")
+
+        on_main(self.accelerator, write)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, writing
 
 _BARS = "▁▂▃▄▅▆▇█"
 # Dark to light, as viridis; a step's cell takes the colour of its share of the training.
@@ -159,13 +159,11 @@ def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
     if any(event["scores"] for event in run.events):
         drawn["scores"] = score_curves(run.events, run.total_steps)
     paths = []
-    try:
+    with writing("The figures", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
             paths.append(folder / f"{name}.{form}")
             figure.savefig(paths[-1], dpi=150)
-    except OSError as error:
-        raise AFLoRAError(f"{folder} cannot be written: {error.strerror or error}.") from None
     return paths
 
 

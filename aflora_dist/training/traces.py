@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 from torch.profiler import record_function
 
 from ..errors import AFLoRAError
 from ..freezing import CubicSchedule
+from ..processes import on_main
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports its every start and stop
 
@@ -177,6 +178,8 @@ class TraceRecorder:
 
     def close(self) -> None:
         """Leave everything as it was; a window that has not ended is dropped."""
+        if self._profiler is not None:
+            self._profiler.on_trace_ready = None  # torch hands over what a stopped profiler has, too
         self.windows.clear()
         self._stop()
 
@@ -208,8 +211,6 @@ class TraceRecorder:
         return self.folder.parent / f".trace_{window.name}"  # beside TensorBoard's folder: see write_trace
 
     def _write(self, profiler: torch.profiler.profile, window: Window) -> None:
-        if not self.windows:
-            return  # torch hands over what a stopped profiler has, too
         try:
             write_trace(profiler, self._staged(window), self.accelerator.process_index)
         except OSError as error:
@@ -218,22 +219,27 @@ class TraceRecorder:
     def _publish(self, window: Window) -> None:
         failures = [failure for failure in gather_object([self._failure]) if failure is not None]
         target = self.folder / "profile" / window.name
-        if self.accelerator.is_main_process and not failures:
+
+        def publish() -> str | None:
+            if failures:
+                return failures[0]
             try:
                 shutil.rmtree(target, ignore_errors=True)  # of a process that was killed before its next checkpoint
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self._staged(window), target)
             except OSError as error:
-                failures = [error.strerror or str(error)]
-        (failures,) = broadcast_object_list([failures])
-        if not failures:
+                return error.strerror or str(error)
+            return None
+
+        failure = on_main(self.accelerator, publish)
+        if failure is None:
             return
         self.windows.clear()
         if self.accelerator.is_main_process:
             shutil.rmtree(self._staged(window), ignore_errors=True)
             print(
                 f"aflora: warning: the profiler's trace {window.name} could not be written to {self.folder} "
-                f"({failures[0]}); training goes on, without traces.",
+                f"({failure}); training goes on, without traces.",
                 file=sys.stderr,
                 flush=True,
             )

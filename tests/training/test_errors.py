@@ -135,7 +135,7 @@ def test_a_loss_that_breaks_names_its_step_and_leaves_valid_files(
 
 
 def test_an_unwritable_directory_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "cannot be written" in refused([*arguments, "--run.dir", "/proc/aflora/run"], capsys)
+    assert "could not be written to /proc/aflora/run" in refused([*arguments, "--run.dir", "/proc/aflora/run"], capsys)
 
 
 @pytest.mark.distributed

@@ -392,15 +392,16 @@ def test_a_killed_rank_ends_the_job_with_a_message_and_resume_gives_the_same(
     assert_same_to_the_bit(folder, undisturbed("zero2", LONG))
 
 
-def test_going_on_from_an_older_checkpoint_puts_the_later_ones_aside(
+def test_a_finished_run_branches_off_from_an_older_checkpoint_and_keeps_what_it_came_to(
     tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
     folder, whole = tmp_path / "run", tmp_path / "whole"
     arguments = options(folder, tiny_model, reviews, **{"run.keep": 3})
     assert main(arguments) == 0
     shutil.copytree(folder, whole)
-    (folder / "result.json").unlink()
     assert main([*arguments, "--resume", str(folder / "checkpoints" / "step_00000010")]) == 0
+    for name in ("result.json", "freeze_log.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (folder / f"abandoned_{name}").read_bytes() == (whole / name).read_bytes()
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["abandoned_step_00000015", "abandoned_step_00000020"] + [f"step_000000{n}" for n in (10, 15, 20)]
     assert_same_to_the_bit(folder, whole)

@@ -48,8 +48,7 @@ class Job:
             **env,
         }
         command = ["sbatch", "--parsable", f"--chdir={ROOT}", f"--output={out}", "--cpus-per-task=1", *sbatch]
-        os.chdir(ROOT)
-        self.id = cluster.run(*command, "launch/slurm/cpu.sbatch", *arguments).strip()
+        self.id = cluster.run(*command, "launch/slurm/cpu.sbatch", *arguments, cwd=ROOT).strip()
 
     def said(self) -> str:
         return "".join(
