@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from tests.workers.series import END
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,3 +56,13 @@ def launch(
         timeout=timeout,
         check=False,
     )
+
+
+def launch_series(
+    engine: str, processes: int, runs: Sequence[Sequence[str]], launcher: list[str] | None = None
+) -> list[str]:
+    """Run `MODULE.main(ARGUMENTS)` for each in one launch, and return what each printed."""
+    worker = str(ROOT / "tests" / "workers" / "series.py")
+    done = launch(engine, processes, worker, json.dumps(list(runs)), launcher=launcher, timeout=60 + 60 * len(runs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split(END)[: len(runs)]

@@ -11,19 +11,37 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch import ENGINES, ROOT, launch
+from tests.launch import ENGINES, launch_series
 
 pytestmark = pytest.mark.distributed
-WORKER = str(ROOT / "tests" / "workers" / "tiny.py")
+# What tests/workers/tiny.py is told.
+CASES: dict[str, list[str]] = {
+    "plain": [],
+    "clip": ["--clip", "0.05"],
+    "clip, accumulation 3": ["--clip", "0.05", "--accumulation", "3"],
+    "a group of matrices": ["--groups", "split", "--freezing", json.dumps({"score": "sensitivity", "pairwise": True})],
+    "groups of A and of B": ["--groups", "ab"],
+    "checkpointing, all layers": ["--checkpointing", "--adapter", json.dumps({"freezable": "all"})],
+    "bf16": ["--precision", "bf16"],
+}
 
 
 @functools.cache
-def run(engine: str, processes: int, *arguments: str, mixed_precision: str = "no") -> list[dict[str, Any]]:
-    """What each rank saw."""
+def run(engine: str, processes: int) -> dict[str, list[dict[str, Any]]]:
+    """What each rank saw in each case; on four ranks the plain one only."""
+    cases = CASES if processes <= 2 else {"plain": CASES["plain"]}
     with tempfile.TemporaryDirectory() as out:
-        done = launch(engine, processes, WORKER, out, *arguments, mixed_precision=mixed_precision)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [torch.load(Path(out) / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+        folders = {case: Path(out) / str(number) for number, case in enumerate(cases)}
+        runs = [["tests.workers.tiny", str(folders[case]), *arguments] for case, arguments in cases.items()]
+        launch_series(engine, processes, runs)
+        return {
+            case: [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+            for case, folder in folders.items()
+        }
+
+
+def one_process(case: str) -> dict[str, Any]:
+    return run("single", 1)[case][0]
 
 
 def decisions(result: dict[str, Any]) -> list[tuple[int, list[str]]]:
@@ -55,18 +73,21 @@ def check_against_one_process(results: list[dict[str, Any]], reference: dict[str
             )
 
 
-@pytest.mark.parametrize("accumulation", ["1", "3"])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "bf16"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_equal_one_process_with_clipping_and_accumulation(engine: str, accumulation: str) -> None:
-    arguments = ("--clip", "0.05", "--accumulation", accumulation)
-    (reference,) = run("single", 1, *arguments)
-    results = run(engine, 2, *arguments)
+def test_two_ranks_equal_one_process(engine: str, case: str) -> None:
+    results = run(engine, 2)[case]
     assert {(r["kind"], r["world_size"]) for r in results} == {(engine, 2)}
-    check_against_one_process(results, reference)
+    check_against_one_process(results, one_process(case))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_four_ranks_equal_one_process(engine: str) -> None:
+    check_against_one_process(run(engine, 4)["plain"], one_process("plain"))
 
 
 def test_clipping_was_active_and_scores_do_not_see_it() -> None:
-    (clipped,), (free,) = run("single", 1, "--clip", "0.05", "--accumulation", "1"), run("single", 1)
+    clipped, free = one_process("clip"), one_process("plain")
     assert clipped["losses"][1:] != pytest.approx(free["losses"][1:], abs=1e-5)
     first, other = clipped["events"][0], free["events"][0]
     # Adam's steps hardly depend on the gradient's scale: had scores seen the clipped gradient, they
@@ -75,40 +96,19 @@ def test_clipping_was_active_and_scores_do_not_see_it() -> None:
 
 
 def test_accumulation_does_not_change_what_one_process_does() -> None:
-    (once,), (thrice,) = (run("single", 1, "--clip", "0.05", "--accumulation", n) for n in "13")
-    check_against_one_process([thrice], once)
+    check_against_one_process([one_process("clip, accumulation 3")], one_process("clip"))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_four_ranks_equal_one_process(engine: str) -> None:
-    check_against_one_process(run(engine, 4), run("single", 1)[0])
+def test_a_group_ran_empty_while_others_trained() -> None:
+    """Of the case with groups of A and of B: all B are frozen before the last A."""
+    events = one_process("groups of A and of B")["events"]
+    empty = [e["step"] for e in events if not any(n.endswith(".B") for n in set(e["scores"]) - set(e["frozen"]))]
+    assert empty[0] < events[-1]["step"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_param_group_may_run_empty(engine: str) -> None:
-    arguments = ("--groups", "split", "--freezing", json.dumps({"score": "sensitivity", "pairwise": True}))
-    check_against_one_process(run(engine, 2, *arguments), run("single", 1, *arguments)[0])
-
-
-@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
-def test_scores_go_on_after_a_group_has_run_empty(engine: str) -> None:
-    (reference,) = run("single", 1, "--groups", "ab")
-    empty = [
-        e["step"] for e in reference["events"] if not any(n.endswith(".B") for n in set(e["scores"]) - set(e["frozen"]))
-    ]
-    assert empty[0] < reference["events"][-1]["step"]  # all B are frozen before the last A
-    check_against_one_process(run(engine, 2, "--groups", "ab"), reference)
-
-
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_gradient_checkpointing_and_all_layers_freezable(engine: str) -> None:
-    arguments = ("--checkpointing", "--adapter", json.dumps({"freezable": "all"}))
-    check_against_one_process(run(engine, 2, *arguments), run("single", 1, *arguments)[0])
-
-
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
 def test_bfloat16_trains_and_freezes_the_same_on_both_ranks(engine: str) -> None:
-    first, second = run(engine, 2, mixed_precision="bf16")
+    first, second = run(engine, 2)["bf16"]
     assert first["events"][-1]["remaining"] == 0
     for mine, theirs in zip(first["events"], second["events"], strict=True):
         assert {**mine, "rebuild_seconds": 0} == {**theirs, "rebuild_seconds": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -24,13 +25,15 @@ from safetensors.torch import load_file
 from aflora_dist import AFLoRAError
 from aflora_dist.training import checkpoint
 from aflora_dist.training.run import main
-from tests.launch import ENGINES, ROOT, free_port, launch, launch_arguments
+from tests.launch import ENGINES, ROOT, free_port, launch, launch_arguments, launch_series
 
 ALL = ("single", *ENGINES)
 PAIRS = [*itertools.product(ALL, ALL), ("single", "offload"), ("offload", "single"), ("offload", "offload")]
 PAIRS += [("ddpx4", "ddpx4"), ("ddpx4", "zero2")]
+KINDS = {"single": ("single", 1), "offload": ("zero3", 2), "ddpx4": ("ddp", 4)}
 LONG = 40  # epochs of a run that can be caught in the act
 SAVED = 10  # of 24 updates: within the second epoch of four, between two freezes
+SAVED_NAME = f"step_{SAVED:08d}"
 
 
 def options(folder: Path, model: Path, data: Path, **more: Any) -> list[str]:
@@ -54,19 +57,27 @@ def options(folder: Path, model: Path, data: Path, **more: Any) -> list[str]:
 
 
 def start(engine: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The main job on two ranks ("x4": four; "offload": ZeRO-3 with CPU Adam), or in this process ("single")."""
-    if engine == "offload":
-        launcher = ["--config_file", "launch/zero3_offload.yaml", "--num_processes", "2"]
-        launcher += ["--main_process_port", str(free_port())]
-        return launch("zero3", 2, "-m", "aflora_dist.training.run", *arguments, launcher=launcher)
+    """The main job on two ranks, or in this process ("single")."""
     if engine != "single":
-        return launch(
-            engine.removesuffix("x4"), 4 if engine.endswith("x4") else 2, "-m", "aflora_dist.training.run", *arguments
-        )
+        return launch(engine, 2, "-m", "aflora_dist.training.run", *arguments)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(arguments)
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def start_all(engine: str, runs: list[list[str]]) -> list[str]:
+    """The main job with each of these command lines, in one launch ("x4": on four ranks; "offload": ZeRO-3 with CPU
+    Adam); what each printed."""
+    if engine == "single":
+        done = [start(engine, arguments) for arguments in runs]
+        assert [d.returncode for d in done] == [0] * len(done), [d.stderr for d in done]
+        return [d.stdout for d in done]
+    series = [["aflora_dist.training.run", *arguments] for arguments in runs]
+    if engine == "offload":
+        launcher = ["--config_file", "launch/zero3_offload.yaml", "--num_processes", "2"]
+        return launch_series("zero3", 2, series, launcher=[*launcher, "--main_process_port", str(free_port())])
+    return launch_series(engine.removesuffix("x4"), 4 if engine.endswith("x4") else 2, series)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -103,9 +114,32 @@ def undisturbed(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPa
     def run(engine: str, epochs: int = 4) -> Path:
         ended = folder / f"{engine}_{epochs}"
         if not ended.exists():
-            done = start(engine, options(ended, tiny_model, reviews, **{"train.epochs": epochs}))
-            assert done.returncode == 0, done.stderr
+            start_all(engine, [options(ended, tiny_model, reviews, **{"train.epochs": epochs})])
         return ended
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def resumed(
+    undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, tuple[Path, str]]]:
+    """target -> for each source: directory and output of a run on `target` that goes on from the source's."""
+    folder = tmp_path_factory.mktemp("resumed")
+
+    @functools.cache
+    def run(target: str) -> dict[str, tuple[Path, str]]:
+        begun = {source: undisturbed(source) for source, other in PAIRS if other == target}
+        folders = {source: folder / f"{source}_{target}" for source in begun}
+        runs = [
+            [
+                *options(folders[source], tiny_model, reviews),
+                "--resume",
+                str(begun[source] / "checkpoints" / SAVED_NAME),
+            ]
+            for source in begun
+        ]
+        return dict(zip(begun, zip(folders.values(), start_all(target, runs), strict=True), strict=True))
 
     return run
 
@@ -116,25 +150,23 @@ def test_any_engine_goes_on_from_any_other(
     source: str,
     target: str,
     undisturbed: Callable[..., Path],
-    tiny_model: Path,
-    reviews: Path,
-    tmp_path: Path,
+    resumed: Callable[[str], dict[str, tuple[Path, str]]],
 ) -> None:
-    begun = undisturbed(source)
-    arguments = options(tmp_path / "run", tiny_model, reviews)
-    done = start(target, [*arguments, "--resume", str(begun / "checkpoints" / f"step_{SAVED:08d}")])
-    assert done.returncode == 0, done.stderr
-    assert f"Going on after step {SAVED - 1}" in done.stdout
-    ours, expected = lines(tmp_path / "run", "metrics.jsonl"), lines(undisturbed("single"), "metrics.jsonl")
+    folder, said = resumed(target)[source]
+    assert f"Going on after step {SAVED - 1}" in said
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["engine"], result["world_size"]) == KINDS.get(target, (target, 2))
+    ours, expected = lines(folder, "metrics.jsonl"), lines(undisturbed("single"), "metrics.jsonl")
     assert [line["step"] for line in ours] == list(range(SAVED, 24))
     assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in expected[SAVED:]], abs=1e-5)
-    assert freezes(tmp_path / "run") == freezes(undisturbed("single"))
-    mine, theirs = weights(tmp_path / "run"), weights(undisturbed("single"))
+    assert freezes(folder) == freezes(undisturbed("single"))
+    mine, theirs = weights(folder), weights(undisturbed("single"))
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-5)
     if source == target:
+        begun = undisturbed(source)
         assert [m["loss"] for m in ours] == [m["loss"] for m in lines(begun, "metrics.jsonl")[SAVED:]]
-        mine, theirs = weights(tmp_path / "run"), weights(begun)
+        theirs = weights(begun)
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
@@ -232,13 +264,13 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    saved = str(undisturbed("single") / "checkpoints" / f"step_{SAVED:08d}")
+    saved = str(undisturbed("single") / "checkpoints" / SAVED_NAME)
     ours = options(tmp_path / "run", tiny_model, reviews)
     other = tmp_path / "other"
     shutil.copytree(reviews, other)
     (other / "train.csv").write_text((reviews / "train.csv").read_text() + "good film,positive\n")
     wider = tmp_path / "wider"
-    shutil.copytree(undisturbed("single") / "checkpoints" / f"step_{SAVED:08d}", wider)
+    shutil.copytree(undisturbed("single") / "checkpoints" / SAVED_NAME, wider)
     training = json.loads((wider / "training.json").read_text())
     name = next(iter(training["adaptive"]["numels"]))
     training["adaptive"]["numels"][name] += 1
@@ -265,7 +297,7 @@ def test_what_does_not_change_the_training_may_differ(
 ) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(reviews, moved)
-    saved = str(undisturbed("single") / "checkpoints" / f"step_{SAVED:08d}")
+    saved = str(undisturbed("single") / "checkpoints" / SAVED_NAME)
     more = {"train.accumulation": 4, "train.eval_batch_size": 7, "run.log_every": 2}
     assert main([*options(tmp_path / "run", tiny_model, moved, **more), "--resume", saved]) == 0
     assert freezes(tmp_path / "run") == freezes(undisturbed("single"))

@@ -66,7 +66,7 @@ def build_optimizer(model: nn.Module, groups: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parts, weight_decay=0.1)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=14)
@@ -78,12 +78,15 @@ def main() -> None:
     parser.add_argument("--adapter", type=json.loads, default={})
     parser.add_argument("--freezing", type=json.loads, default={})
     parser.add_argument("--checkpointing", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--precision", default="no")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(exist_ok=True)
 
     accelerator = Accelerator(
         gradient_accumulation_steps=args.accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if "WORLD_SIZE" in os.environ else [],
         step_scheduler_with_optimizer=False,
+        mixed_precision=args.precision,
     )
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         micro = GLOBAL_BATCH // accelerator.num_processes // args.accumulation
