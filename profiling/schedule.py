@@ -16,11 +16,13 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -47,7 +49,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path("runs/schedule"))
     args = parser.parse_args(argv)
 
-    on_gpu = torch.cuda.is_available()
     accelerator = launched_accelerator()
     if accelerator.state.deepspeed_plugin is not None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch
@@ -56,72 +57,106 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     targets = target_modules(base.config.model_type)
     lora = trainable(get_peft_model(shared_copy(base), LoraConfig(r=8, target_modules=targets)))
     model = get_peft_model(base, AFLoRAConfig(r=4, target_modules=targets)).train()
-    total = args.epochs * args.steps_per_epoch
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
     model, optimizer = accelerator.prepare(model, optimizer)
-    log: list[FreezeEvent] = []
-    freezing = AdaptiveFreezing(
-        accelerator,
-        model,
-        optimizer,
-        FreezingConfig(
-            total_steps=total,
-            initial_steps=round(args.initial_epochs * args.steps_per_epoch),
-            final_steps=round(args.final_epochs * args.steps_per_epoch),
-        ),
-        on_freeze=log.append,
+    config = FreezingConfig(
+        total_steps=args.epochs * args.steps_per_epoch,
+        initial_steps=round(args.initial_epochs * args.steps_per_epoch),
+        final_steps=round(args.final_epochs * args.steps_per_epoch),
     )
-    steps, trained, memory = [], 0, []
+    freezing = AdaptiveFreezing(accelerator, model, optimizer, config)
+    at_start = freezing.trainable_params
     torch.manual_seed(1 + accelerator.process_index)
-    for step in tqdm(range(total), disable=not accelerator.is_main_process, desc="schedule"):
-        batch = learnable_batch(base.config.vocab_size, args.batch, args.length, accelerator.device)
+    steps = train(accelerator, model, optimizer, freezing, base.config.vocab_size, args.batch, args.length)
+    seconds = [step.seconds for step in steps]
+    rebuilds = [event.rebuild_seconds for event in freezing.events]
+    report = {
+        "model": args.model,
+        "engine": freezing.engine.kind,
+        "ranks": accelerator.num_processes,
+        "tokens_per_rank_and_step": args.batch * args.length,
+        "steps": len(steps),
+        "matrices": len(freezing.freezable),
+        "events": len(freezing.events),
+        "trainable_params_start": at_start,
+        "trainable_params_average": sum(step.trained for step in steps) / len(steps),
+        "trainable_params_lora_r8": lora,
+        "step_seconds_median": statistics.median(seconds),
+        "train_seconds": sum(seconds),
+        "observe_seconds_per_step": (freezing.seconds - sum(rebuilds)) / len(steps),
+        "rebuild_seconds_median": statistics.median(rebuilds),
+        "rebuild_seconds_total": sum(rebuilds),
+    }
+    if accelerator.is_main_process:
+        write(args.out, report, freezing.events, steps if torch.cuda.is_available() else [])
+    accelerator.end_training()
+    return report
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update.
+
+    Attributes:
+        trained: Elements that it updated.
+        remaining: Freezable matrices that train after it.
+        allocated, peak: Bytes on the GPU, after it and at most during it; 0 without a GPU.
+    """
+
+    seconds: float
+    trained: int
+    remaining: int
+    allocated: int = 0
+    peak: int = 0
+
+
+def train(
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    freezing: AdaptiveFreezing,
+    *inputs: int,
+) -> list[Step]:
+    """All updates of the schedule. `inputs`: size of the vocabulary, examples per rank, tokens per example."""
+    total = freezing.config.total_steps
+    scheduler = torch.optim.lr_scheduler.LinearLR(freezing.engine.optimizer, 1.0, 0.0, total)
+    on_gpu = torch.cuda.is_available()
+    steps = []
+    for _ in tqdm(range(total), disable=not accelerator.is_main_process, desc="schedule"):
+        batch = learnable_batch(*inputs, accelerator.device)
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        trained += freezing.trainable_params
-        began, events = time.perf_counter(), len(log)
+        trained, began = freezing.trainable_params, time.perf_counter()
         accelerator.backward(model(**batch).loss)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         if on_gpu:
             torch.cuda.synchronize()
-            if len(log) > events or step == 0:  # the peaks of steps without a rebuild tell what training needs
-                memory.append({"step": step, "allocated": torch.cuda.memory_allocated(), "remaining": None})
-            memory[-1] |= {"peak": torch.cuda.max_memory_allocated(), "remaining": len(freezing.remaining)}
-        steps.append(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        memory = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if on_gpu else (0, 0)
+        steps.append(Step(seconds, trained, len(freezing.remaining), *memory))
+    return steps
 
-    train = sum(steps)
-    rebuilding = sum(event.rebuild_seconds for event in log)
-    report = {
-        "model": args.model,
-        "engine": freezing.engine.kind,
-        "ranks": accelerator.num_processes,
-        "tokens_per_rank_and_step": args.batch * args.length,
-        "steps": total,
-        "matrices": len(freezing.freezable),
-        "events": len(log),
-        "trainable_params_start": freezing.trainable_params + sum(freezing.numels[n] for e in log for n in e.frozen),
-        "trainable_params_average": trained / total,
-        "trainable_params_lora_r8": lora,
-        "step_seconds_median": statistics.median(steps),
-        "train_seconds": train,
-        "observe_seconds_per_step": (freezing.seconds - rebuilding) / total,
-        "rebuild_seconds_median": statistics.median(event.rebuild_seconds for event in log),
-        "rebuild_seconds_total": rebuilding,
-    }
-    if accelerator.is_main_process:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / "freeze_log.jsonl").open("w") as file:
-            file.writelines(json.dumps(asdict(event)) + "\n" for event in log)
-        if memory:
-            (args.out / "memory.json").write_text(json.dumps(memory, indent=1) + "\n")
-        (args.out / "schedule.json").write_text(json.dumps(report, indent=2) + "\n")
-        (args.out / "schedule.md").write_text(markdown(report, memory))
-        print((args.out / "schedule.md").read_text())
-    accelerator.end_training()
-    return report
+
+def write(out: Path, report: dict[str, Any], events: Sequence[FreezeEvent], on_gpu: Sequence[Step]) -> None:
+    """The files of this measurement; `on_gpu` is empty without a GPU."""
+    starts = [0, *(event.step for event in events)]
+    phases = [(n, on_gpu[n:end]) for n, end in zip(starts, [*starts[1:], len(on_gpu)], strict=True)]
+    memory = [  # the lowest peak: a rebuild is in the first update only, and not what training needs
+        {"step": n, "remaining": p[-1].remaining, "allocated": p[-1].allocated, "peak": min(s.peak for s in p)}
+        for n, p in phases
+        if p
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "freeze_log.jsonl").open("w") as file:
+        file.writelines(json.dumps(asdict(event)) + "\n" for event in events)
+    if memory:
+        (out / "memory.json").write_text(json.dumps(memory, indent=1) + "\n")
+    (out / "schedule.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "schedule.md").write_text(text := markdown(report, memory))
+    print(text)
 
 
 def trainable(model: Any) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.workers.series import END
 
@@ -59,10 +60,15 @@ def launch(
 
 
 def launch_series(
-    engine: str, processes: int, runs: Sequence[Sequence[str]], launcher: list[str] | None = None
+    engine: str,
+    processes: int,
+    runs: Sequence[Sequence[str]],
+    mixed_precision: str = "no",
+    launcher: list[str] | None = None,
 ) -> list[str]:
     """Run `MODULE.main(ARGUMENTS)` for each in one launch, and return what each printed."""
     worker = str(ROOT / "tests" / "workers" / "series.py")
-    done = launch(engine, processes, worker, json.dumps(list(runs)), launcher=launcher, timeout=60 + 60 * len(runs))
-    assert done.returncode == 0, done.stderr[-3000:]
+    options: dict[str, Any] = {"mixed_precision": mixed_precision, "launcher": launcher}
+    done = launch(engine, processes, worker, json.dumps(list(runs)), timeout=60 + 60 * len(runs), **options)
+    assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout.split(END)[: len(runs)]

@@ -122,6 +122,20 @@ class AFLoRAModel(BaseTuner):
             f'Widen target_modules or freezable, or say freezable="none".'
         )
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT has it; but where `from_pretrained` sharded the model for ZeRO-3, the adapter takes its dtype.
+
+        DeepSpeed casts a model to half precision whole, unless it is sharded: then it takes all of it to be cast
+        already. What trains must have one dtype; master weights are float32 in either case.
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        sharded = next((p for p in self.model.parameters() if hasattr(p, "ds_id")), None)
+        if sharded is None:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, AFLoRALayer) and adapter_name in layer.aflora:
+                layer.path(adapter_name).to(sharded.dtype)
+
     def _create_and_replace(  # type: ignore[override]
         self,
         config: AFLoRAConfig,

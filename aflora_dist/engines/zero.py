@@ -72,6 +72,11 @@ class ZeroEngine(Engine):
 
     # -- shared ------------------------------------------------------------------------------
 
+    def _positions(self) -> list[int]:
+        """Where each param group that ZeRO sees stands in the inner optimizer's list."""
+        groups = self._inner.param_groups
+        return [next(i for i, g in enumerate(groups) if g is group) for group in self.zero.optimizer.param_groups]
+
     @property
     def zero(self) -> Any:
         return self.ds.optimizer

@@ -16,9 +16,7 @@ class Zero12Engine(ZeroEngine):
     """DeepSpeedZeroOptimizer (stages 1 and 2), optimizer offload to CPU included."""
 
     def _group_parameters(self) -> list[tuple[int, list[nn.Parameter]]]:
-        visible = self.zero.optimizer.param_groups
-        positions = [next(i for i, g in enumerate(self._inner.param_groups) if g is group) for group in visible]
-        return list(zip(positions, self.zero.bit16_groups, strict=True))
+        return list(zip(self._positions(), self.zero.bit16_groups, strict=True))
 
     def _partitions(self) -> list[Tensor]:
         return self.zero.single_partition_of_fp32_groups

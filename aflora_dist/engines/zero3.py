@@ -22,8 +22,7 @@ class Zero3Engine(ZeroEngine):
     """DeepSpeedZeroOptimizer_Stage3, with optimizer and parameter offload to CPU."""
 
     def _group_parameters(self) -> list[tuple[int, list[nn.Parameter]]]:
-        visible = self.zero.optimizer.param_groups
-        positions = [next(i for i, g in enumerate(self._inner.param_groups) if g is group) for group in visible]
+        positions = self._positions()
         return [(positions[self.zero.sub_group_to_group_id[i]], group) for i, group in enumerate(self.zero.fp16_groups)]
 
     def _partitions(self) -> list[Tensor]:

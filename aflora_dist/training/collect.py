@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, writing
 
 _OF_ONE_RUN = ("run", "profile")  # sections that say nothing about the setting
 
@@ -101,6 +101,9 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         lines = rows(groups(args.folder))
+        if args.json is not None:
+            with writing("The table", args.json):
+                args.json.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
     except AFLoRAError as error:
         print(f"aflora: error: {error}", file=sys.stderr)
         return 2
@@ -120,6 +123,4 @@ def main(arguments: list[str]) -> int:
             "-" if line["seconds"] is None else f"{line['seconds']:.1f}",
         )
     Console().print(table)
-    if args.json is not None:
-        args.json.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
     return 0

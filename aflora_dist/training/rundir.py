@@ -136,10 +136,12 @@ class RunDirectory:
         """Keep what a finished run came to: it is continued from one of its checkpoints, to another end."""
         for name in ("freeze_log.jsonl", "metrics.jsonl", "adapter", "result.json"):
             path, aside = self.path / name, self.path / f"abandoned_{name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            if path.suffix == ".jsonl" and path.exists():  # the first part is the new run's, too
+            if not path.exists():
+                continue
+            if path.suffix == ".jsonl":  # its first part is the new run's, too
                 shutil.copyfile(path, aside)
-            elif path.exists():
+            else:
+                shutil.rmtree(aside, ignore_errors=True)
                 path.replace(aside)
 
     def _abandon(self, step: int) -> None:

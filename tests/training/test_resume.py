@@ -170,6 +170,24 @@ def test_any_engine_goes_on_from_any_other(
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(("engine", "precision"), [("ddp", "bf16"), ("zero2", "fp16"), ("zero3", "bf16")])
+def test_half_precision_goes_on_to_the_bit(
+    engine: str, precision: str, tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    """fp16 with its loss scale: DeepSpeed begins with 2**16 and changes it at every overflow."""
+    whole = tmp_path / "whole"
+    saved = str(whole / "checkpoints" / SAVED_NAME)
+    runs = [options(whole, tiny_model, reviews), [*options(tmp_path / "cut", tiny_model, reviews), "--resume", saved]]
+    launch_series(engine, 2, [["tests.workers.half", *arguments] for arguments in runs], mixed_precision=precision)
+    assert json.loads((whole / "result.json").read_text())["mixed_precision"] == precision
+    assert freezes(tmp_path / "cut") == freezes(whole)
+    losses = [[line["loss"] for line in lines(folder, "metrics.jsonl")] for folder in (whole, tmp_path / "cut")]
+    assert losses[1] == losses[0][SAVED:]
+    mine, theirs = weights(tmp_path / "cut"), weights(whole)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("after", [1, 2, 4, 6, 9, 12, 23, 24])
 def test_one_process_goes_on_to_the_bit_from_any_update(
     after: int, tiny_model: Path, reviews: Path, tmp_path: Path
@@ -266,6 +284,8 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
 ) -> None:
     saved = str(undisturbed("single") / "checkpoints" / SAVED_NAME)
     ours = options(tmp_path / "run", tiny_model, reviews)
+    vanished = tmp_path / "vanished"
+    vanished.mkdir()
     other = tmp_path / "other"
     shutil.copytree(reviews, other)
     (other / "train.csv").write_text((reviews / "train.csv").read_text() + "good film,positive\n")
@@ -284,6 +304,7 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
             "adapter.r is 4 there and 8 here; train.seed",
         ),
         ([*options(tmp_path / "run", tiny_model, other), "--resume", saved], "on other training data"),
+        ([*options(tmp_path / "run", tiny_model, vanished), "--resume", saved], "train.csv"),
         ([*ours, "--resume", str(wider)], f"of another model: {name} has"),
         ([*ours, "--resume", str(tmp_path / "nowhere")], "is not a checkpoint's folder"),
         ([*ours, "--resume", "--run.overwrite", "true"], "choose one"),
@@ -380,6 +401,10 @@ def test_a_wish_to_stop_saves_and_leaves_together(
     assert process.returncode == 0, said
     assert "Stopped as asked, after step" in said
     assert not (folder / "stop").exists()
+    (saved,) = checkpoint.list_checkpoints(folder / "checkpoints")
+    assert checkpoint.load(saved).training["log"]["step"] == len(lines(folder, "metrics.jsonl"))
+    if how != "USR1 to one rank":
+        return  # once is enough
     done = start("ddp", [*arguments, "--resume"])
     assert done.returncode == 0, done.stderr
     assert_same_to_the_bit(folder, undisturbed("ddp", LONG))

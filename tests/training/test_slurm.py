@@ -20,7 +20,7 @@ from tests.slurm import SlurmCluster
 from .test_resume import assert_same_to_the_bit, lines, options
 
 pytestmark = pytest.mark.distributed
-EPOCHS = 150  # long enough to be caught in the act
+EPOCHS = 60  # long enough to be caught in the act
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,11 @@ class Job:
             assert time.monotonic() < end, f"{self.state()}\n{self.said()}"
             time.sleep(0.2)
 
+    def ended(self) -> bool:
+        return set(self.state().split()) <= {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}
+
     def wait_for_end(self) -> None:
-        ended = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}
-        self.wait(lambda: set(self.state().split()) <= ended)
+        self.wait(self.ended)
         assert set(self.state().split()) == {"COMPLETED"}, self.said()
 
 
@@ -74,9 +76,10 @@ class Job:
 def submit(
     cluster: SlurmCluster, tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Job, Path]]:
-    def submit(*sbatch: str) -> tuple[Job, Path]:
+    def submit(*sbatch: str, **more: Any) -> tuple[Job, Path]:
         folder = tmp_path_factory.mktemp("job")
-        arguments = options(folder / "run", tiny_model, reviews, **{"train.epochs": EPOCHS, "run.keep": 2})
+        common = {"train.epochs": EPOCHS, "run.keep": 2, "data.validation_file": reviews / "train.csv"}
+        arguments = options(folder / "run", tiny_model, reviews, **{**common, **more})
         return Job(cluster, folder / "out.txt", ["--nodes=2", *sbatch], arguments), folder / "run"
 
     return submit
@@ -93,7 +96,7 @@ def undisturbed(submit: Callable[..., tuple[Job, Path]]) -> Path:
     return folder
 
 
-def trains(folder: Path, steps: int = 100) -> Callable[[], bool]:
+def trains(folder: Path, steps: int = 20) -> Callable[[], bool]:
     return lambda: (folder / "metrics.jsonl").exists() and len(lines(folder, "metrics.jsonl")) > steps
 
 
@@ -131,8 +134,10 @@ def test_an_interrupted_job_comes_back_and_ends_with_the_same_model(
 
 
 def test_a_job_at_its_time_limit_comes_back(submit: Callable[..., tuple[Job, Path]], undisturbed: Path) -> None:
-    """A limit of a minute, the signal 40 s ahead; Slurm looks every 30 s."""
-    job, folder = submit("--time=1", "--signal=B:USR1@40")
+    """A limit of a minute, the signal 55 s ahead; Slurm looks every 30 s. What changes no bit makes it last longer."""
+    job, folder = submit("--time=1", "--signal=B:USR1@55", **{"train.eval_batch_size": 1, "run.save_every": 1})
+    job.wait(lambda: "goes back into the queue" in job.said() or job.ended())
+    job.cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=60")  # once is enough
     job.wait_for_end()
     if "start 2" not in job.said():
         pytest.fail(f"the run ended before its time limit's signal: make EPOCHS larger\n{job.said()}")
