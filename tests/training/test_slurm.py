@@ -96,41 +96,40 @@ def undisturbed(submit: Callable[..., tuple[Job, Path]]) -> Path:
     return folder
 
 
-def trains(folder: Path, steps: int = 20) -> Callable[[], bool]:
-    return lambda: (folder / "metrics.jsonl").exists() and len(lines(folder, "metrics.jsonl")) > steps
+def wait_for_updates(job: Job, folder: Path, starts: int) -> None:
+    """Until the job has done some updates after so many starts."""
+    job.wait(lambda: job.said().count("Going on after step") == starts - 1 and (folder / "metrics.jsonl").exists())
+    done = len(lines(folder, "metrics.jsonl"))
+    job.wait(lambda: len(lines(folder, "metrics.jsonl")) > done + 20)
 
 
-INTERRUPTIONS: dict[str, Callable[[Job], Any]] = {
-    "USR1 ahead of a preemption": lambda job: job.cluster.run("scancel", "--batch", "--signal=USR1", job.id),
-    "USR1 to the ranks": lambda job: job.cluster.run("scancel", "--signal=USR1", job.id),
-    "scontrol requeue": lambda job: job.cluster.run("scontrol", "requeue", job.id),
-    "a node set down": lambda job: job.cluster.run(
-        "scontrol", "update", "nodename=127.0.0.3", "state=down", "reason=test"
-    ),
-}
-
-
-@pytest.mark.parametrize("interruption", INTERRUPTIONS)
-def test_an_interrupted_job_comes_back_and_ends_with_the_same_model(
-    interruption: str, submit: Callable[..., tuple[Job, Path]], undisturbed: Path
+def test_a_job_interrupted_three_times_comes_back_and_ends_with_the_same_model(
+    submit: Callable[..., tuple[Job, Path]], undisturbed: Path
 ) -> None:
     job, folder = submit()
-    job.wait(trains(folder))
-    INTERRUPTIONS[interruption](job)
-    if interruption == "a node set down":
-        job.wait(lambda: job.state() == "PENDING")
-        job.cluster.run("scontrol", "update", "nodename=127.0.0.3", "state=resume")
-    if interruption == "USR1 to the ranks":  # no requeue was asked for: they save and leave, the job ends
-        job.wait_for_end()
-        assert "Stopped as asked" in job.said()
-        assert not (folder / "result.json").exists()
-        return
+    wait_for_updates(job, folder, starts=1)
+    job.cluster.run("scancel", "--batch", "--signal=USR1", job.id)  # as ahead of a preemption
+    wait_for_updates(job, folder, starts=2)
+    assert "Stopped as asked" in job.said()
+    assert "goes back into the queue" in job.said()
+    job.cluster.run("scontrol", "requeue", job.id)
+    wait_for_updates(job, folder, starts=3)
+    job.cluster.run("scontrol", "update", "nodename=127.0.0.3", "state=down", "reason=test")
+    job.wait(lambda: job.state() == "PENDING")
+    job.cluster.run("scontrol", "update", "nodename=127.0.0.3", "state=resume")
     job.wait_for_end()
-    assert "start 2, 2 node(s)" in job.said()
-    assert "Going on after step" in job.said()
-    if interruption.startswith("USR1"):
-        assert "goes back into the queue" in job.said()
+    assert "start 4, 2 node(s)" in job.said()
     assert_same_to_the_bit(folder, undisturbed)
+
+
+def test_a_signal_to_the_ranks_saves_and_ends_the_job(submit: Callable[..., tuple[Job, Path]]) -> None:
+    """No requeue was asked for."""
+    job, folder = submit()
+    wait_for_updates(job, folder, starts=1)
+    job.cluster.run("scancel", "--signal=USR1", job.id)
+    job.wait_for_end()
+    assert "Stopped as asked" in job.said()
+    assert not (folder / "result.json").exists()
 
 
 def test_a_job_at_its_time_limit_comes_back(submit: Callable[..., tuple[Job, Path]], undisturbed: Path) -> None:
