@@ -76,7 +76,7 @@ class RunDirectory:
         self.accelerator.wait_for_everyone()  # all ranks have looked before one of them writes
 
         def take() -> None:
-            with writing("The run's directory", self.path):
+            with writing("The run", self.path, "Name another folder with run.dir."):
                 self._take_lock()
                 self._prepare(resolved, going_on)
 
