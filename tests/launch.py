@@ -40,11 +40,10 @@ def launch(
     mixed_precision: str = "no",
     launcher: list[str] | None = None,
     timeout: float = 240,
-    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `accelerate launch ... COMMAND` on the CPU and return what came of it; never hangs."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "ACCELERATE_USE_CPU": "true", **(env or {})}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "ACCELERATE_USE_CPU": "true"}
     arguments = launcher if launcher is not None else launch_arguments(engine, processes, mixed_precision)
     if engine.startswith("zero"):
         environment.pop("ACCELERATE_USE_CPU")

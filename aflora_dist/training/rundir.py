@@ -54,7 +54,10 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise AFLoRAError(f"run.dir={self.path} is a file. Name a folder.")
         held = [name for name in (*_FILES, *_FOLDERS) if (self.path / name).exists()]
-        if held and not config.overwrite and config.resume is None:
+        goes_on = config.resume is not None and (
+            config.resume == "last" or Path(config.resume).resolve().parent == self.checkpoints.resolve()
+        )
+        if held and not config.overwrite and not goes_on:
             raise AFLoRAError(
                 f"{self.path} already holds a run ({', '.join(held)}). Name another folder with run.dir, go on "
                 f"with that run (--resume), or replace it with run.overwrite=true."

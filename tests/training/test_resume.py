@@ -22,7 +22,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aflora_dist import AFLoRAError
 from aflora_dist.training import checkpoint
 from aflora_dist.training.run import main
 from tests.launch import ENGINES, ROOT, free_port, launch, launch_arguments, launch_series
@@ -216,65 +215,6 @@ def test_resume_begins_where_there_is_nothing_and_ends_where_all_is_done(
     assert capsys.readouterr().out.count("AFLoRA on") == 2
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "flipped bit": (lambda c: flip(c / "state.safetensors"), "state.safetensors has another checksum"),
-    "truncated": (lambda c: truncate(c / "training.json"), "training.json has"),
-    "emptied": (lambda c: (c / "state.safetensors").write_bytes(b""), "state.safetensors has 0 bytes instead of"),
-    "lost": (lambda c: (c / "state.safetensors").unlink(), "state.safetensors is missing"),
-    "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing"),
-    "foreign manifest": (lambda c: (c / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
-}
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """A folder with three checkpoints of nothing much."""
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, {"value/w": torch.full((4,), float(step))}, {"step": step}, keep=3)
-    return tmp_path
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(damage: str, small: Path) -> None:
-    harm, complaint = DAMAGES[damage]
-    harm(small / "step_00000003")
-    found, complaints = checkpoint.newest_good(small)
-    assert found is not None
-    assert found.training["step"] == 2
-    assert found.tensors["value/w"].tolist() == [2.0] * 4
-    (said,) = complaints
-    assert "step_00000003" in said
-    assert complaint in said
-    with pytest.raises(AFLoRAError, match="is damaged"):
-        checkpoint.load(small / "step_00000003")
-
-
-def test_only_the_last_checkpoints_are_kept_and_unfinished_ones_do_not_count(small: Path) -> None:
-    (small / ".step_00000009.tmp").mkdir()
-    checkpoint.save(small, 4, {"value/w": torch.zeros(1)}, {}, keep=2)
-    assert [path.name for path in checkpoint.list_checkpoints(small)] == ["step_00000004", "step_00000003"]
-
-
-def test_another_format_is_refused(small: Path) -> None:
-    path = small / "step_00000003"
-    (path / "training.json").write_text(json.dumps({"format": 99}))
-    (path / "manifest.json").write_text(
-        json.dumps({name: checkpoint._fingerprint(path / name) for name in ("state.safetensors", "training.json")})
-    )
-    with pytest.raises(AFLoRAError, match="has format 99; this version of aflora_dist reads 1"):
-        checkpoint.load(path)
-
-
 def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
     undisturbed: Callable[..., Path],
     tiny_model: Path,
@@ -284,6 +224,9 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
 ) -> None:
     saved = str(undisturbed("single") / "checkpoints" / SAVED_NAME)
     ours = options(tmp_path / "run", tiny_model, reviews)
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "config.yaml").write_text("of another run")
     vanished = tmp_path / "vanished"
     vanished.mkdir()
     other = tmp_path / "other"
@@ -304,6 +247,7 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
             "adapter.r is 4 there and 8 here; train.seed",
         ),
         ([*options(tmp_path / "run", tiny_model, other), "--resume", saved], "on other training data"),
+        ([*options(held, tiny_model, reviews), "--resume", saved], f"{held} already holds a run (config.yaml)"),
         ([*options(tmp_path / "run", tiny_model, vanished), "--resume", saved], "train.csv"),
         ([*ours, "--resume", str(wider)], f"of another model: {name} has"),
         ([*ours, "--resume", str(tmp_path / "nowhere")], "is not a checkpoint's folder"),
@@ -311,6 +255,7 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
     ):
         assert main(arguments) == 2
         assert complaint in capfd.readouterr().err
+    assert (held / "config.yaml").read_text() == "of another run"
 
 
 def test_what_does_not_change_the_training_may_differ(
