@@ -2,7 +2,7 @@
 one by one while training, exactly the same on every rank and on every engine."""
 
 from .adapter import AFLoRAConfig, AFLoRAModel, save_as_lora
-from .adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
+from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .errors import AFLoRAError, DivergedError, UnsupportedEngineError
 from .trainer import FreezingCallback
 

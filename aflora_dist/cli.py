@@ -23,11 +23,11 @@ def main() -> int:
 
         return train(arguments[1:])
     if arguments[:1] == ["show"]:
-        from .training.show import main as show
+        from .view.show import main as show
 
         return show(arguments[1:])
     if arguments[:1] == ["collect"]:
-        from .training.collect import main as collect
+        from .view.collect import main as collect
 
         return collect(arguments[1:])
     wanted_help = arguments[:1] in (["--help"], ["-h"])

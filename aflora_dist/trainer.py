@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
+from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .errors import AFLoRAError
 from .freezing import ScoreKind
 

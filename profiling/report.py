@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from aflora_dist.training.traces import named_ranges, write_trace
+from aflora_dist.watch.traces import named_ranges, write_trace
 
 from .methods import Method
 

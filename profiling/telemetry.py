@@ -19,7 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from aflora_dist.processes import launched_accelerator
-from aflora_dist.training.telemetry import Telemetry
+from aflora_dist.watch.telemetry import Telemetry
 
 from .methods import create
 from .models import SHAPES, build

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from aflora_dist.training import checkpoint
+from aflora_dist.store import checkpoint
 from tests.training.conftest import make_tiny_model, write_reviews
 from tests.training.test_resume import assert_same_to_the_bit, begin, lines, options, ranks
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..errors import UnsupportedEngineError
 from .base import Engine, ParameterState
-from .replicated import ReplicatedEngine
+from .native import ReplicatedEngine
 
 __all__ = ["Engine", "ParameterState", "create_engine"]
 
@@ -27,14 +27,14 @@ def create_engine(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
     if kind == DistributedType.DEEPSPEED:
         if accelerator.deepspeed_engine_wrapped is None:
             raise UnsupportedEngineError("Pass the model through accelerator.prepare() before AdaptiveFreezing.")
-        from .zero import check_supported  # DeepSpeed is imported where it is used: it takes seconds
+        from .deepspeed.zero import check_supported  # DeepSpeed is imported where it is used: it takes seconds
 
         check_supported(accelerator.deepspeed_engine_wrapped.engine)
         if accelerator.deepspeed_engine_wrapped.engine.zero_optimization_stage() == 3:
-            from .zero3 import Zero3Engine
+            from .deepspeed.zero3 import Zero3Engine
 
             return Zero3Engine(accelerator, model)
-        from .zero12 import Zero12Engine
+        from .deepspeed.zero12 import Zero12Engine
 
         return Zero12Engine(accelerator, model)
     if kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from ..errors import AFLoRAError
 from ..freezing import ScoreKind
-from .tasks import PRESETS, TASKS
+from ..tasks.glue import PRESETS, TASKS
 
 
 @dataclass(kw_only=True)

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
-from ..adaptive import AdaptiveFreezing, FreezeEvent, FreezingConfig
+from ..control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from ..errors import AFLoRAError, writing
 from ..processes import launched_accelerator, on_main
 from .config import Config
-from .data import Data, GlobalBatchSampler, digest, first_on_node, load_data
-from .log import TrainingLog
-from .metrics import compute
-from .model import add_adapter, load_base, lora_parameters
-from .resume import Checkpointer, find, finished
-from .rundir import RunDirectory
-from .stopping import StopWish
-from .traces import TraceRecorder, Window, windows
+from ..tasks.data import Data, GlobalBatchSampler, digest, first_on_node, load_data
+from ..watch.log import TrainingLog
+from ..tasks.metrics import compute
+from ..tasks.model import add_adapter, load_base, lora_parameters
+from ..store.resume import Checkpointer, find, finished
+from ..store.rundir import RunDirectory
+from ..watch.stopping import StopWish
+from ..watch.traces import TraceRecorder, Window, windows
 
 Batch = dict[str, Tensor]
 

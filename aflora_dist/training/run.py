@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         return 3
     if is_first and result is not None:
-        from .report import print_summary
+        from ..view.report import print_summary
 
         print_summary(result, config.run.dir)
     return 0

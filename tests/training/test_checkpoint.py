@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aflora_dist import AFLoRAError
-from aflora_dist.training import checkpoint
+from aflora_dist.store import checkpoint
 
 
 def flip(path: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aflora_dist.training import checkpoint
+from aflora_dist.store import checkpoint
 from aflora_dist.training.run import main
 from tests.launch import ENGINES, ROOT, free_port, launch, launch_arguments, launch_series
 
@@ -274,7 +274,7 @@ def test_a_full_disk_ends_in_an_error_and_spares_what_was_saved(
 ) -> None:
     """From the third checkpoint on no file may grow beyond 20 kB; a checkpoint's state is larger."""
     code = (
-        "import resource, sys; from aflora_dist.training import checkpoint, run\n"
+        "import resource, sys; from aflora_dist.store import checkpoint; from aflora_dist.training import run\n"
         "save = checkpoint.save\n"
         "def limited(folder, step, *rest, **more):\n"
         "    if step >= 15: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"

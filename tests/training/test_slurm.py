@@ -147,7 +147,7 @@ def test_a_job_at_its_time_limit_comes_back(submit: Callable[..., tuple[Job, Pat
 def test_an_array_of_seeds_is_collected_into_a_table(
     cluster: SlurmCluster, tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from aflora_dist.training.collect import main as collect
+    from aflora_dist.view.collect import main as collect
 
     arguments = options(tmp_path / "table", tiny_model, reviews)
     job = Job(cluster, tmp_path / "out-%a.txt", ["--array=0-1"], arguments, AFLORA_SEEDS="3 5")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from aflora_dist.training.figures import Place, freeze_map, place
+from aflora_dist.view.figures import Place, freeze_map, place
 from aflora_dist.training.run import main
-from aflora_dist.training.show import Run, sparkline
-from aflora_dist.training.show import main as show
+from aflora_dist.view.show import Run, sparkline
+from aflora_dist.view.show import main as show
 from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
 from tests.launch import ROOT
 from tests.tensorboard import PROFILER, TensorBoard

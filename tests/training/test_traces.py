@@ -18,7 +18,7 @@ from torch_tb_profiler.profiler.run_generator import RunGenerator
 
 from aflora_dist import AFLoRAError
 from aflora_dist.freezing import CubicSchedule
-from aflora_dist.training.traces import TraceRecorder, Window, for_plugin, windows
+from aflora_dist.watch.traces import TraceRecorder, Window, for_plugin, windows
 
 from .cuda_trace import cuda_trace
 

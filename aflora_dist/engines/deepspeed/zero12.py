@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..freezing import Fragment
-from .base import ParameterState
+from ...freezing import Fragment
+from ..base import ParameterState
 from .zero import ZeroEngine
 
 

@@ -13,8 +13,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-from ..freezing import Fragment
-from .base import ParameterState
+from ...freezing import Fragment
+from ..base import ParameterState
 from .zero import ZeroEngine
 
 

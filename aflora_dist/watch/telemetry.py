@@ -12,8 +12,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from .config import Config
-from .figures import freeze_map, place
+from ..training.config import Config
+from ..view.figures import freeze_map, place
 
 # The columns of the HPARAMS tab, the same for every run: TensorBoard takes one run's list for all of them.
 _RESULTS = ("metric", "train_seconds", "samples_per_second", "avg_trainable_params", "peak_memory_bytes")

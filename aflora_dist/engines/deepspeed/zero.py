@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import UnsupportedEngineError
-from ..freezing import Fragment
-from .base import Engine, Observer, ParameterState, release, split_state
+from ...errors import UnsupportedEngineError
+from ...freezing import Fragment
+from ..base import Engine, Observer, ParameterState, release, split_state
 
 
 class ZeroEngine(Engine):

@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..adaptive import AdaptiveFreezing
+from ..control import AdaptiveFreezing
 from ..errors import DivergedError
-from .config import Config
-from .data import Data
-from .rundir import RunDirectory
+from ..training.config import Config
+from ..tasks.data import Data
+from ..store.rundir import RunDirectory
 from .telemetry import Telemetry, run_summary
 
 

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..adapter import AFLoRAConfig, AFLoRALayer
 from ..errors import AFLoRAError
-from .config import AdapterConfig, ModelConfig
+from ..training.config import AdapterConfig, ModelConfig
 
 
 def resolve_name(name: str) -> str:

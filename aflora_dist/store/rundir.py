@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
-from .config import RunConfig
+from ..training.config import RunConfig
 
 # Everything that a run writes; `overwrite` deletes these and nothing else.
 _FILES = ("config.yaml", "freeze_log.jsonl", "metrics.jsonl", "result.json")

@@ -21,8 +21,8 @@ from accelerate.state import PartialState
 from torch.utils.data import Sampler
 
 from ..errors import AFLoRAError
-from .config import DataConfig
-from .tasks import TASKS, Task
+from ..training.config import DataConfig
+from .glue import TASKS, Task
 
 _FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _DEMO_HELD_OUT = 1000

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import __version__
-from ..adaptive import AdaptiveFreezing
+from ..control import AdaptiveFreezing
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .log import TrainingLog
+from ..watch.log import TrainingLog
 from .rundir import GoingOn, RunDirectory
 
 # What may differ between a run and its continuation: it changes neither the model nor the batches.

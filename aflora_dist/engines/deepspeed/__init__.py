@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO: the only folder that names its private interfaces."""

@@ -1,0 +1,1 @@
+"""What is trained on: data, head, loss and metrics. Knows no engine and no method."""

@@ -1,0 +1,1 @@
+"""What people look at afterwards. Reads runs' directories; needs neither torch nor a GPU."""
