@@ -1,10 +1,16 @@
 """AFLoRA (ACL 2024) under `accelerate launch`: low-rank adapters whose projection matrices freeze
 one by one while training, exactly the same on every rank and on every engine."""
 
-from .adapter import AFLoRAConfig, AFLoRAModel, save_as_lora
-from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._registration import register_with_peft
 from .errors import AFLoRAError, DivergedError, UnsupportedEngineError
-from .trainer import FreezingCallback
+
+if TYPE_CHECKING:
+    from .adapter import AFLoRAConfig, AFLoRAModel, save_as_lora
+    from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
+    from .trainer import FreezingCallback
 
 __all__ = [
     "AFLoRAConfig",
@@ -19,3 +25,28 @@ __all__ = [
     "save_as_lora",
 ]
 __version__ = "0.1.0"
+
+# Imported when first asked for: they need torch and transformers, which take seconds.
+_LATER = {
+    "AFLoRAConfig": ".adapter",
+    "AFLoRAModel": ".adapter",
+    "save_as_lora": ".adapter",
+    "AdaptiveFreezing": ".control",
+    "FreezeEvent": ".control",
+    "FreezingConfig": ".control",
+    "FreezingCallback": ".trainer",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name to be here
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_LATER[name], __name__), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+register_with_peft()

@@ -16,7 +16,7 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
 
 
 def main() -> int:
-    """Dispatch to a subcommand; returns the exit status."""
+    """Dispatch to a subcommand and import nothing for the others; returns the exit status."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["train"]:
         from .training.run import main as train
@@ -30,9 +30,13 @@ def main() -> int:
         from .view.collect import main as collect
 
         return collect(arguments[1:])
-    wanted_help = arguments[:1] in (["--help"], ["-h"])
-    print(USAGE, end="", file=sys.stdout if wanted_help else sys.stderr)
-    return 0 if wanted_help else 2
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(USAGE, end="")
+        return 0
+    print(USAGE, end="", file=sys.stderr)
+    if arguments:
+        print(f"\naflora: error: There is no command {arguments[0]!r}.", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

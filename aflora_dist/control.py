@@ -1,4 +1,4 @@
-"""Adaptive freezing in a training loop: observe, decide, rebuild, by itself at every update.
+"""Adaptive freezing in a training loop: observe, decide, drop, by itself at every update. Control, and nothing else.
 
 Binds the freezing of Eq. 2-5 to an engine. The loop stays as accelerate's documentation writes it.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,24 +18,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from .accelerate_state import AccelerateState
 from .adapter import AFLoRAModel
 from .adapter.layer import AFLoRAPath
-from .engines import Engine, ParameterState, create_engine
+from .engines import Engine, create_engine, place
+from .engines.rehearsal import rehearse
+from .engines.transfer import Piece
 from .errors import AFLoRAError, DivergedError
-from .freezing import SCORE_KINDS, CubicSchedule, Fragment, FreezingPolicy, FreezingScore, ScoreKind
+from .freezing import SCORE_KINDS, CubicSchedule, FreezingPolicy, FreezingScore, ScoreKind
 from .processes import refuse_lonely_processes
+from .progress import Progress
+
+_AVERAGES = ("smoothed", "uncertainty")  # Ibar and Ubar, by their names in a snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreezingConfig:
-    """When and by which score the projection matrices freeze; steps are optimizer updates.
+    """When and by which score the projection matrices freeze; steps are global batches.
 
     Args:
-        total_steps: T, the updates of the whole training.
-        initial_steps: t_i, updates before the first matrix may freeze (the paper: one epoch).
-        final_steps: t_f, updates at the end with all matrices frozen (the paper: 70% of T).
+        total_steps: T, the global batches (optimizer updates, skipped ones included) of the whole training.
+        initial_steps: t_i, batches before the first matrix may freeze (the paper: one epoch).
+        final_steps: t_f, batches at the end with all matrices frozen (the paper: 70% of T).
         beta1, beta2: Decay of the smoothed gradient and of its uncertainty (Eq. 2, 3).
         score: "gradient" |g| (the paper's choice), "sensitivity" |w g| or "relative" |g / w| (Fig. 4).
         pairwise: Freeze A and B of a layer together (Table 6).
@@ -68,13 +76,13 @@ class FreezeEvent:
     """One line of freeze_log.jsonl.
 
     Attributes:
-        step: The update after which the matrices froze, from 0.
+        step: t, the global batch after which the matrices froze, from 0.
         frozen: Their names, lowest score first.
         scores: Every score that was ranked; empty where `freeze` was called by hand.
         remaining: Freezable matrices that still train.
         trainable_params: Elements that the optimizer still updates.
         optimizer_state_bytes: Bytes of the optimizer's moments, over all ranks.
-        rebuild_seconds: Time for the decision and the rebuild.
+        rebuild_seconds: Time for the decision and the drop.
     """
 
     step: int
@@ -90,8 +98,9 @@ class AdaptiveFreezing:
     """Freezes an AFLoRA model's projection matrices while it trains, on every rank the same.
 
     Create it after `accelerator.prepare()`, on every rank. From then on each optimizer update is
-    observed, and after an update at which floor(r(t) N) grows the matrices with the lowest scores
-    stop training and are gone from gradients, optimizer and communication. Nothing has to be called.
+    observed, and after a global batch at which floor(r(t) N) grows the matrices with the lowest scores
+    stop training and are gone from gradients, optimizer and communication. Nothing has to be called:
+    accelerator.save_state and load_state hold the freezing, too.
 
     An adapter with `freezing="never"` or "always", or `freezable="none"`, is left as it is; only
     steps are counted then.
@@ -101,15 +110,15 @@ class AdaptiveFreezing:
             taken before clipping.
         model, optimizer: As `accelerator.prepare()` returned them.
         config: Schedule and score.
-        on_freeze: Called with each `FreezeEvent`, on every rank.
+        on_freeze: Called with each `FreezeEvent`, on every rank. What it raises on one rank ends all of them.
+        progress: The clock of this training where there is one already.
 
     Attributes:
-        step: Updates done so far.
-        seconds: Host time spent so far on observing, deciding and rebuilding.
+        seconds: Host time spent so far on observing, deciding and dropping.
         events: All freeze events so far.
 
     Raises:
-        UnsupportedEngineError: The engine, or a feature of it, cannot be frozen exactly.
+        UnsupportedEngineError: The engine, a feature of it, or the optimizer cannot be frozen exactly.
         AFLoRAError: Several processes were launched that do not know of each other.
         AFLoRAError: The model has nothing to freeze adaptively, or the ranks disagree.
     """
@@ -118,44 +127,65 @@ class AdaptiveFreezing:
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Any,
         config: FreezingConfig,
         *,
         on_freeze: Callable[[FreezeEvent], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         refuse_lonely_processes()
         self.config = config
         self.on_freeze = on_freeze
-        self._precision = str(accelerator.mixed_precision)
-        self.engine: Engine = create_engine(accelerator, model, optimizer)
-        tuner = next((m for m in self.engine.model.modules() if isinstance(m, AFLoRAModel)), None)
-        if tuner is None:
-            raise AFLoRAError("AdaptiveFreezing needs an AFLoRA model: peft.get_peft_model(model, AFLoRAConfig(...)).")
-        if tuner.freezing_attached:
-            raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
-        self._tuner: AFLoRAModel = tuner
+        self.engine: Engine = progress.engine if progress else create_engine(accelerator, model, optimizer)
+        self._tuner = self._find_tuner(self.engine.model)
         self._paths = _paths(self.engine.model)
-        of_tuner = {id(parameter) for parameter in tuner.freezable_matrices().values()}
-        trained = set(self.engine.trainable)
-        self.freezable = [n for n, p in self.engine.parameters.items() if id(p) in of_tuner and n in trained]
-        wanted = [tuner.peft_config[name] for name in tuner.active_adapters]
-        if not self.freezable and any(c.freezing == "adaptive" and c.freezable != "none" for c in wanted):
-            raise AFLoRAError(
-                "AdaptiveFreezing has nothing to freeze: no projection matrix of the active adapter trains adaptively "
-                "and is in the optimizer. Check AFLoRAConfig(freezable=..., freezing='adaptive') and the parameters "
-                "that the optimizer was given."
-            )
+        self.freezable = self._find_freezable()
         self.schedule = config.schedule()
         self.policy = FreezingPolicy(self.freezable, pairwise=config.pairwise)
         self.numels = {name: self.engine.numel(name) for name in self.freezable}
         self.frozen: dict[str, int] = {}  # name -> step at which it froze
         self.events: list[FreezeEvent] = []
-        self.step = 0
         self.seconds = 0.0
         self._agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
+        if self.freezable:
+            rehearse(self.engine, min(self.freezable, key=self.numels.__getitem__))
         self._scores = self._new_scores()
-        self.engine.watch(self._observe, self._updated)
-        tuner.freezing_attached = True
+        self._own_clock = progress is None
+        self.progress = progress or Progress(self.engine)
+        self.progress.observer = self._observe
+        self.progress.after_batch.append(self._after_batch)
+        self.progress.parts["freezing"] = self
+        self._tuner.freezing_attached = True
+        self._accelerate = AccelerateState(accelerator, self)
+        self._ending = _Ending(config.total_steps, speaks=accelerator.is_main_process)
+        self._exit = weakref.finalize(self, self._ending.say)
+
+    @staticmethod
+    def _find_tuner(model: nn.Module) -> AFLoRAModel:
+        tuner = next((m for m in model.modules() if isinstance(m, AFLoRAModel)), None)
+        if tuner is None:
+            raise AFLoRAError("AdaptiveFreezing needs an AFLoRA model: peft.get_peft_model(model, AFLoRAConfig(...)).")
+        if tuner.freezing_attached:
+            raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
+        return tuner
+
+    def _find_freezable(self) -> list[str]:
+        of_tuner = {id(parameter) for parameter in self._tuner.freezable_matrices().values()}
+        trained = set(self.engine.trainable)
+        found = [n for n, p in self.engine.parameters.items() if id(p) in of_tuner and n in trained]
+        wanted = [self._tuner.peft_config[name] for name in self._tuner.active_adapters]
+        if not found and any(c.freezing == "adaptive" and c.freezable != "none" for c in wanted):
+            raise AFLoRAError(
+                "AdaptiveFreezing has nothing to freeze: no projection matrix of the active adapter trains adaptively "
+                "and is in the optimizer. Check AFLoRAConfig(freezable=..., freezing='adaptive') and the parameters "
+                "that the optimizer was given."
+            )
+        return found
+
+    @property
+    def step(self) -> int:
+        """t: global batches done so far, those whose update was skipped included."""
+        return self.progress.step
 
     @property
     def remaining(self) -> list[str]:
@@ -165,7 +195,11 @@ class AdaptiveFreezing:
     @property
     def trainable_params(self) -> int:
         """Elements that the optimizer updates now."""
-        return sum(self.engine.numel(name) for name in self.engine.trainable)
+        return self.engine.trainable_params
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of the optimizer's moments over all ranks. A collective."""
+        return self.engine.optimizer_state_bytes()
 
     def scores(self) -> dict[str, float]:
         """Eq. 4 of every matrix that still trains, as of the last update: one all-reduce of as many numbers.
@@ -179,7 +213,7 @@ class AdaptiveFreezing:
         if not names:
             return {}
         index = {name: i for i, name in enumerate(names)}
-        vector = torch.zeros(len(names), dtype=torch.float64, device=self.engine.device)
+        vector = torch.zeros(len(names), dtype=torch.float64)
         for score in self._scores:
             for name, partial in score.partial_sums().items():
                 vector[index[name]] += partial
@@ -194,118 +228,134 @@ class AdaptiveFreezing:
             )
         return scores
 
+    def metrics(self) -> dict[str, float]:
+        """What a line of metrics.jsonl says of freezing, after the last global batch."""
+        fraction = self.schedule.fraction(self.step - 1) if self.freezable else 0.0
+        return {"frozen": len(self.frozen), "freezing_fraction": fraction}
+
     def detach(self) -> None:
-        """Stop observing and freezing; what is frozen stays so."""
-        self.engine.unwatch()
+        """Stop observing and freezing. What is frozen stays so; the other matrices may train on, to the end."""
+        self.release()
+        self._tuner.freezing_waived = True
+
+    def release(self) -> None:
+        """`detach` for who comes back: the model will not train without another AdaptiveFreezing."""
+        self._exit()
+        self._accelerate.close()
+        if self._own_clock:
+            self.progress.close()
+        self.progress.observer = None
+        if self._after_batch in self.progress.after_batch:
+            self.progress.after_batch.remove(self._after_batch)
+        self.progress.parts.pop("freezing", None)
         self._tuner.freezing_attached = False
+
+    def ended(self) -> None:
+        """The training is over: warn if it was shorter than the schedule was told."""
+        self._exit()
+
+    def interrupted(self) -> None:
+        """The training ends here on purpose, and will go on from a checkpoint: nothing is missing."""
+        self._exit.detach()
 
     # -- checkpoints -------------------------------------------------------------------------
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that training on needs, whole and by name. A collective; the result is the same on every rank.
+    def state_dict(self) -> dict[str, Any]:
+        """Clock, freeze events and scores, for torch.save. A collective; scores are there on the main process only.
 
-        Any engine on any number of ranks can go on from it, see `load_state_dict`.
-
-        Returns:
-            Tensors: "value/NAME" and "moment/KEY/NAME" of what trains (flat), "score/NAME" (2, numel) of
-            what may still freeze, "fixed/NAME" of the adapter's other parameters. And a record that JSON
-            can hold: step, freeze events, the optimizer's step counts, loss scale.
+        What accelerator.register_for_checkpointing asks for. Weights and optimizer are accelerate's to save; for the
+        whole training by name, which any engine can go on from, see `progress.snapshot()`.
         """
-        state = self.engine.state()
-        tensors = {f"value/{name}": held.value for name, held in state.items()}
-        for name, held in state.items():
-            tensors |= {f"moment/{key}/{name}": moment for key, moment in held.moments.items()}
-        tensors |= {f"score/{name}": averages for name, averages in self._gather_scores().items()}
-        fixed = [name for name in self._adapter() if name not in state]
-        tensors |= {f"fixed/{name}": value for name, value in self.engine.values(fixed).items()}
-        record = {
-            "step": self.step,
-            "events": [asdict(event) for event in self.events],
-            "freezing": asdict(self.config),
-            "numels": {name: self.engine.numel(name) for name in (*state, *fixed)},
-            "scalars": {
-                name: {key: v.item() if isinstance(v, Tensor) else v for key, v in held.scalars.items()}
-                for name, held in state.items()
-            },
-            "engine": self.engine.kind,
-            "precision": self._precision,
-            "scaling": self.engine.scaling(),
-        }
-        return tensors, record
+        tensors = self._gather_scores()
+        return {"tensors": tensors, "record": self._record() | {"step": self.step, "skipped": self.progress.skipped}}
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, on this or another engine. A collective.
-
-        Call it right after creating this object, before the first update.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; what was frozen then stops training. A collective.
 
         Raises:
             AFLoRAError: It is of another model or schedule; the message shows the first difference.
         """
-        self.check_state_dict(record)
-        groups: dict[str, dict[str, Tensor]] = {"value": {}, "score": {}, "fixed": {}}
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            if kind == "moment":
-                moment, _, name = name.partition("/")
-                moments.setdefault(name, {})[moment] = tensor
-            elif kind in groups:
-                groups[kind][name] = tensor
-        self.engine.assign(groups["fixed"])
-        self.events = [FreezeEvent(**event) for event in record["events"]]
-        self.frozen = {name: event.step for event in self.events for name in event.frozen}
-        for name in self.frozen:
-            path, matrix = self._paths[name]
-            path.frozen.add(matrix)
-        self.step = record["step"]
-        state = {}
-        for name, value in groups["value"].items():
-            scalars = {key: self._scalar(number) for key, number in record["scalars"][name].items()}
-            state[name] = ParameterState(value, moments.get(name, {}), scalars)
-        self.engine.rebuild(state)
-        if (record["engine"], record["precision"]) == (self.engine.kind, self._precision):
-            self.engine.restore_scaling(record["scaling"])
-        self._scores = self._new_scores()
-        averages = {name: tensor.to(self.engine.device) for name, tensor in groups["score"].items()}
-        for score in self._scores:
-            score.load(averages)
+        self.prepare_for(state["record"])
+        self._load(state["tensors"], state["record"])
+        self.progress.step, self.progress.skipped = state["record"]["step"], state["record"]["skipped"]
 
-    def _scalar(self, number: float) -> Any:
-        """An optimizer's step count as this one keeps it: a tensor in torch's own, an int in DeepSpeed's CPU Adam."""
-        optimizer = self.engine.optimizer
-        if not type(optimizer).__module__.startswith("torch."):
-            return int(number)
-        options = optimizer.param_groups[0]
-        beside = options.get("fused") or options.get("capturable")  # then it lies where the weights do
-        return torch.tensor(float(number), device=self.engine.device if beside else None)
-
-    def check_state_dict(self, record: Mapping[str, Any]) -> None:
-        """Look whether `load_state_dict` can go on from this record; nothing changes.
+    def prepare_for(self, record: Mapping[str, Any]) -> None:
+        """Train what trained when this was recorded, so that an optimizer's state of then can be loaded. A collective.
 
         Raises:
             AFLoRAError: It is of another model or schedule; the message shows the first difference.
         """
-        mine = {name: self.engine.numel(name) for name in (*self.engine.trainable, *self._adapter())}
-        theirs = record["numels"]
-        for name in sorted({*mine, *theirs}):
-            if mine.get(name) != theirs.get(name):
-                raise AFLoRAError(
-                    f"The checkpoint is of another model: {name} has {theirs.get(name, 'no')} elements there and "
-                    f"{mine.get(name, 'no')} here."
-                )
+        self.check(record)
+        frozen = {name for event in record["events"] for name in event["frozen"]}
+        wanted = [name for group in self.engine.members for name in group if name not in frozen]
+        if set(wanted) != set(self.engine.trainable):
+            self.engine.select(wanted)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Scores ("smoothed/NAME", "uncertainty/NAME") and what of the adapter does not train ("fixed/NAME")."""
+        tensors = self._gather_scores()
+        fixed = self._fixed(self.engine.trainable)
+        tensors |= {f"fixed/{name}": value for name, value in self.engine.gather(fixed).items()}
+        return tensors, self._record()
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Go on from what `snapshot` gave; the engine has been restored."""
+        fixed = self._fixed(self.engine.trainable)
+        self.engine.assign(_Renamed(tensors, "fixed/"), fixed)
+        self._load(tensors, record)
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Look whether `restore` can go on from this record; nothing changes.
+
+        Raises:
+            AFLoRAError: It is of another model or schedule; the message shows the first difference.
+        """
         for option, value in asdict(self.config).items():
-            if record["freezing"].get(option) != value:
+            if record["config"].get(option) != value:
                 raise AFLoRAError(
-                    f"The checkpoint is of another schedule: {option} is {record['freezing'].get(option)} there and "
+                    f"The checkpoint is of another schedule: {option} is {record['config'].get(option)} there and "
                     f"{value} here."
                 )
+        theirs = record["numels"]
+        for name in sorted({*self.numels, *theirs}):
+            if self.numels.get(name) != theirs.get(name):
+                raise AFLoRAError(
+                    f"The checkpoint is of another model: {name} has {theirs.get(name, 'no')} elements there and "
+                    f"{self.numels.get(name, 'no')} here."
+                )
 
-    def _adapter(self) -> list[str]:
-        """Names of all parameters of the low-rank paths."""
+    def _record(self) -> dict[str, Any]:
+        return {"events": [asdict(event) for event in self.events], "config": asdict(self.config), "numels": self.numels}
+
+    def _load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        self.events = [FreezeEvent(**event) for event in record["events"]]
+        self.frozen = {name: event.step for event in self.events for name in event.frozen}
+        for name in self.freezable:
+            path, matrix = self._paths[name]
+            (path.frozen.add if name in self.frozen else path.frozen.discard)(matrix)
+        self._scores = self._new_scores()
+        keys = [f"{kind}/{name}" for kind in _AVERAGES for name in self.remaining]
+        self.engine.fill(tensors, keys, self._score_pieces())
+
+    def _fixed(self, trainable: Sequence[str]) -> list[str]:
+        """Names of the parameters of the low-rank paths that do not train."""
         inside = {id(p) for path, _ in self._paths.values() for p in path.parameters()}
-        return [name for name, p in self.engine.parameters.items() if id(p) in inside]
+        trains = set(trainable)
+        return [name for name, p in self.engine.parameters.items() if id(p) in inside and name not in trains]
 
-    # -- each update -------------------------------------------------------------------------
+    def _gather_scores(self) -> dict[str, Tensor]:
+        numels = {f"{kind}/{name}": self.numels[name] for kind in _AVERAGES for name in self.remaining}
+        return self.engine.collect(self._score_pieces(), numels)
+
+    def _score_pieces(self) -> list[Piece]:
+        return [
+            Piece(f"{kind}/{fragment.name}", fragment.start, getattr(score, kind)[at : at + fragment.numel])
+            for score in self._scores
+            for fragment, at in score.spans()
+            for kind in _AVERAGES
+        ]
+
+    # -- each global batch -------------------------------------------------------------------
 
     def _observe(
         self,
@@ -319,11 +369,11 @@ class AdaptiveFreezing:
             self._scores[bucket].observe(gradients, None if self.config.score == "gradient" else weights(), scale)
         self.seconds += time.perf_counter() - start
 
-    def _updated(self) -> None:
+    def _after_batch(self) -> None:
         count = self.schedule.count(self.step, len(self.policy))
         if count > len(self.policy) - self._remaining_units():
             self._decide(count)
-        self.step += 1
+        self._ending.note(self.step + 1, len(self.remaining))
 
     def _remaining_units(self) -> int:
         return sum(names[0] not in self.frozen for names in self.policy.units.values())
@@ -367,26 +417,38 @@ class AdaptiveFreezing:
             )
         )
         self.seconds += time.perf_counter() - start
-        if self.on_freeze is not None:
-            self.on_freeze(self.events[-1])
+        self._report(self.events[-1])
+
+    def _report(self, event: FreezeEvent) -> None:
+        """Call `on_freeze`; an error of one rank (a full disk, say) is everybody's, or the others would wait for it."""
+        if self.on_freeze is None:
+            return
+        failure: Exception | None = None
+        try:
+            self.on_freeze(event)
+        except Exception as error:
+            failure = error
+        failed = torch.tensor([self.engine.rank if failure else -1], dtype=torch.int64)
+        rank = int(self.engine.max_over_ranks(failed).item())
+        if failure is not None:
+            raise failure
+        if rank >= 0:
+            raise AFLoRAError(f"on_freeze failed on rank {rank} after step {event.step}; what that rank printed tells why.")
 
     def _drop(self, names: list[str]) -> None:
-        """state -> drop names -> rebuild: the same for the optimizer and for the scores."""
-        smoothed = self._gather_scores()
-        state = self.engine.state()
+        """The engine lets go of the matrices, and the scores of the others follow their gradients."""
         for name in names:
             self.frozen[name] = self.step
             path, matrix = self._paths[name]
             path.frozen.add(matrix)
-            del state[name], smoothed[name]
-        self.engine.rebuild(state)
+        old = self._scores
+        moves = self.engine.drop(names)
         self._scores = self._new_scores()
-        for score in self._scores:
-            score.load(smoothed)
-
-    def _gather_scores(self) -> dict[str, Tensor]:
-        pieces: list[tuple[Fragment, Tensor]] = [piece for score in self._scores for piece in score.state()]
-        return self.engine.gather(pieces, {name: self.numels[name] for name in self.remaining}, rows=2)
+        moves = [move for move in moves if move.fragment.name in self.numels]
+        for kind in _AVERAGES:
+            source = place((getattr(score, kind), score.spans()) for score in old)
+            target = place((getattr(score, kind), score.spans()) for score in self._scores)
+            self.engine.carry(moves, source, target)
 
     def _new_scores(self) -> list[FreezingScore]:
         buckets = self.engine.buckets(self.remaining)
@@ -401,19 +463,56 @@ class AdaptiveFreezing:
             for fragments, device in zip(buckets, self.engine.bucket_devices(), strict=True)
         ]
 
-    def optimizer_state_bytes(self) -> int:
-        """Bytes of the optimizer's moments over all ranks. A collective."""
-        local = torch.tensor([self.engine.moment_bytes()], dtype=torch.float64, device=self.engine.device)
-        return int(self.engine.sum_over_ranks(local).item())
-
     def _agree(self, what: str, complaint: str) -> None:
         """Raise on every rank unless all ranks hold the same text. One all-reduce of two numbers."""
-        # 20 bits: the sums stay exact in float64 up to 4,096 ranks.
-        digest = int(hashlib.sha256(what.encode()).hexdigest()[:5], 16)
-        pair = torch.tensor([digest, digest**2], dtype=torch.float64, device=self.engine.device)
-        total, squares = (int(number) for number in self.engine.sum_over_ranks(pair).tolist())
-        if total**2 != squares * self.engine.world_size:  # the variance over ranks is not zero
+        digest = int(hashlib.sha256(what.encode()).hexdigest()[:16], 16) >> 2  # 62 bits: int64 holds its negative, too
+        largest, negated = self.engine.max_over_ranks(torch.tensor([digest, -digest], dtype=torch.int64)).tolist()
+        if largest != -negated:  # the smallest is not the largest
             raise AFLoRAError(f"The ranks {complaint}. Start all of them with the same code, seed and configuration.")
+
+
+class _Ending:
+    """Says at the end of a training, however it is reached, that it was shorter than the schedule was told.
+
+    Knows nothing of the object that it speaks for, and so can outlive it.
+    """
+
+    def __init__(self, total: int, *, speaks: bool) -> None:
+        self.total, self.speaks = total, speaks
+        self.step, self.remaining = 0, 0
+
+    def note(self, step: int, remaining: int) -> None:
+        self.step, self.remaining = step, remaining
+
+    def say(self) -> None:
+        failed = getattr(sys, "last_type", None) is not None or sys.exc_info()[0] is not None
+        if not self.remaining or self.step >= self.total or failed or not self.speaks:
+            return
+        warnings.warn(
+            f"Training ended after {self.step} of the {self.total} global batches that FreezingConfig(total_steps="
+            f"{self.total}) was told, with {self.remaining} projection matrices unfrozen. total_steps counts the optimizer "
+            f"updates of the whole training: examples per epoch / (batch size x ranks x accumulation) x epochs.",
+            stacklevel=2,
+        )
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """The tensors of a mapping whose names begin with a prefix, without it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        self._tensors, self._prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
+
+    def __iter__(self) -> Any:
+        return (key.removeprefix(self._prefix) for key in self._tensors if key.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._prefix}{name}" in self._tensors
 
 
 def _paths(model: nn.Module) -> dict[str, tuple[AFLoRAPath, str]]:

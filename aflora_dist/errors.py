@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 
 class AFLoRAError(ValueError):
@@ -30,6 +29,12 @@ def writing(what: str, path: Path, then: str = "") -> Iterator[None]:
     """Turn a full disk and the like into an error that says what could not be written, where, and what to do then."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except _of_writing() as error:
         reason = getattr(error, "strerror", None) or error
         raise AFLoRAError(f"{what} could not be written to {path}: {reason}. {then}".rstrip()) from None
+
+
+def _of_writing() -> tuple[type[Exception], ...]:
+    """What writing raises. safetensors hides a full disk in an error of its own; if unimported, it raised none."""
+    safetensors = sys.modules.get("safetensors")
+    return (OSError,) if safetensors is None else (OSError, safetensors.SafetensorError)

@@ -62,15 +62,22 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """What `action` returns on the main process, on every rank. A collective.
 
     Raises:
-        AFLoRAError: On every rank, where `action` raised one on the main process.
+        AFLoRAError: On every rank, where `action` raised one on the main process. Any other exception is raised as it is
+            there, and as an AFLoRAError on the other ranks, which would else wait for a process that is gone.
     """
     outcome: list[Any] = [None, None]  # result, complaint
+    failure: Exception | None = None
     if accelerator.is_main_process:
         try:
             outcome[0] = action()
         except AFLoRAError as error:
             outcome[1] = str(error)
+        except Exception as error:
+            failure = error
+            outcome[1] = f"The main process failed: {type(error).__name__}: {error}"
     result, complaint = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
     if complaint is not None:
         raise AFLoRAError(complaint)
     return result

@@ -1,10 +1,11 @@
 """Eq. 1 as a PEFT tuner. Knows nothing of schedules, scores or engines."""
 
+# First and whole: its import ends with that of the modules below (see aflora_dist._registration).
+import peft  # noqa: F401
+
 from .config import AFLoRAConfig
 from .layer import AFLoRALayer, AFLoRAPath
 from .lora import save_as_lora
-from .model import AFLoRAModel, register
-
-register()
+from .model import AFLoRAModel
 
 __all__ = ["AFLoRAConfig", "AFLoRALayer", "AFLoRAModel", "AFLoRAPath", "save_as_lora"]

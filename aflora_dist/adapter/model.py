@@ -32,6 +32,7 @@ class AFLoRAModel(BaseTuner):
         freezing_attached: Set by `AdaptiveFreezing`. While it is False, an adapter whose matrices
             are to freeze adaptively refuses its second training step, so that the freezing cannot
             be forgotten unnoticed.
+        freezing_waived: Set by `AdaptiveFreezing.detach()`: the user wants the rest to train to the end.
     """
 
     prefix = "aflora"
@@ -44,10 +45,11 @@ class AFLoRAModel(BaseTuner):
         refuse_lonely_processes()  # here it can be said in time: prepare() would fail with less to go by
         super().__init__(*args, **kwargs)
         self.freezing_attached = False
+        self.freezing_waived = False
         self._training_forwards = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and torch.is_grad_enabled() and not self.freezing_attached:
+        if self.training and torch.is_grad_enabled() and not (self.freezing_attached or self.freezing_waived):
             self._refuse_forgotten_freezing()
         return self.model(*args, **kwargs)
 

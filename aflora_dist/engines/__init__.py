@@ -1,20 +1,22 @@
-"""One engine object per way of training: gradients by fragment, state by name, rebuild in place."""
+"""One engine object per way of training: gradients by fragment, a drop, the whole state by name."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.optim import Optimizer
 
 from ..errors import UnsupportedEngineError
-from .base import Engine, ParameterState
-from .native import ReplicatedEngine
+from .base import Engine, inner_optimizer
+from .native import Fsdp2Engine, ReplicatedEngine
+from .transfer import Move, place
 
-__all__ = ["Engine", "ParameterState", "create_engine"]
+__all__ = ["Engine", "Move", "create_engine", "place"]
 
 
-def create_engine(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> Engine:
+def create_engine(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:
     """The engine that `accelerator.prepare()` has set up.
 
     Args:
@@ -27,21 +29,19 @@ def create_engine(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
     if kind == DistributedType.DEEPSPEED:
         if accelerator.deepspeed_engine_wrapped is None:
             raise UnsupportedEngineError("Pass the model through accelerator.prepare() before AdaptiveFreezing.")
-        from .deepspeed.zero import check_supported  # DeepSpeed is imported where it is used: it takes seconds
+        from .deepspeed import create_zero_engine  # DeepSpeed is imported where it is used: it takes seconds
 
-        check_supported(accelerator.deepspeed_engine_wrapped.engine)
-        if accelerator.deepspeed_engine_wrapped.engine.zero_optimization_stage() == 3:
-            from .deepspeed.zero3 import Zero3Engine
-
-            return Zero3Engine(accelerator, model)
-        from .deepspeed.zero12 import Zero12Engine
-
-        return Zero12Engine(accelerator, model)
+        inner_optimizer(optimizer)
+        return create_zero_engine(accelerator, optimizer)
+    if kind == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UnsupportedEngineError(
+                "FSDP1 (FullyShardedDataParallel) flattens parameters into units that cannot lose one: use FSDP2 "
+                "(fsdp_version: 2 in accelerate's configuration, see launch/fsdp2.yaml)."
+            )
+        return Fsdp2Engine(accelerator, model, optimizer)
     if kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        inner = optimizer
-        while not isinstance(inner, Optimizer) or hasattr(inner, "optimizer"):
-            inner = inner.optimizer
-        return ReplicatedEngine(accelerator, model, inner)
+        return ReplicatedEngine(accelerator, model, optimizer)
     raise UnsupportedEngineError(
-        f"AFLoRA's freezing does not support {kind.value} yet: use one process, DDP, or DeepSpeed ZeRO-1, 2 or 3."
+        f"AFLoRA's freezing does not support {kind.value} yet: use one process, DDP, FSDP2, or DeepSpeed ZeRO-1, 2 or 3."
     )

@@ -1,37 +1,30 @@
-"""What adaptive freezing asks of a training engine: gradients, state by name, and a rebuild.
+"""What is asked of a training engine: gradients by fragment, a drop, and the whole state by name.
 
-Every engine lays gradients and optimizer state out differently. The classes here hide that: fragments
-and states carry the names of the unwrapped model's parameters, which are the same everywhere.
+Every engine lays gradients and optimizer state out differently. The classes here hide that: fragments and
+snapshots carry the names of the unwrapped model's parameters, which are the same everywhere. An engine knows
+nothing of what is trained or why.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..errors import AFLoRAError, UnsupportedEngineError
 from ..freezing import Fragment
+from .optimizers import OptimizerTraits, examine, plain
+from .transfer import Move, Piece, Placed, carry, collect, distribute
 
-
-@dataclass
-class ParameterState:
-    """One trainable parameter with its optimizer state, whole, on this rank.
-
-    Attributes:
-        value: The parameter flattened, float32 where the engine keeps float32 master weights.
-        moments: The optimizer's element-wise state (Adam's exp_avg, exp_avg_sq), flattened.
-        scalars: The optimizer's other state (Adam's step), as the optimizer holds it.
-    """
-
-    value: Tensor
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    scalars: dict[str, Any] = field(default_factory=dict)
+Record = dict[str, Any]
 
 
 class Observer(Protocol):
@@ -50,30 +43,42 @@ class Engine(ABC):
     """One training engine, bound to a prepared model and optimizer.
 
     Args:
+        accelerator: Whose `prepare()` has set the engine up.
         model: The unwrapped model; its `named_parameters()` give the names.
+        optimizer: The torch optimizer whose param groups the user and the scheduler see.
 
     Attributes:
-        kind: "single", "ddp", "zero1", "zero2" or "zero3".
-        parameters: Every parameter that the optimizer was given, by name.
+        kind: "single", "ddp", "zero1", "zero2", "zero3" or "fsdp2".
+        parameters: Every parameter of the model, by name.
+        traits: How the optimizer keeps its state.
+
+    Raises:
+        UnsupportedEngineError: Freezing would not be exact here; the message says what to use instead.
     """
 
     kind: str
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+        self.accelerator = accelerator
         self.model = model
+        self.optimizer = optimizer
         self.names: dict[nn.Parameter, str] = {p: n for n, p in model.named_parameters()}
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._handles: list[Callable[[], None]] = []
+        # Whose parameters each param group holds, by position: groups that run empty keep their position,
+        # since schedulers address them by it. A matrix that a checkpoint brings back returns to its place.
+        self.members = self._grouped()
+        self.traits: OptimizerTraits = examine(optimizer, self._state_device())
 
     # -- where in the step we are ------------------------------------------------------------
 
     @abstractmethod
-    def watch(self, observe: Observer, updated: Callable[[], None]) -> None:
-        """Call `observe` once per bucket just before each update, and `updated` just after it.
+    def watch(self, observe: Observer, done: Callable[[bool], None]) -> None:
+        """Call `observe` once per bucket just before each update, and `done` after each global batch.
 
-        Neither is called for a skipped (overflowed) update or between accumulated micro-batches.
-        The gradients times the scale are those of the mean loss over the global batch, before
-        clipping.
+        `done(applied)` comes after every global batch, its update applied or skipped (fp16 overflow); neither
+        is called between accumulated micro-batches. The gradients times the scale are those of the mean loss
+        over the global batch, before clipping.
         """
 
     def unwatch(self) -> None:
@@ -81,43 +86,160 @@ class Engine(ABC):
         while self._handles:
             self._handles.pop()()
 
-    # -- gradients ---------------------------------------------------------------------------
-
     @abstractmethod
     def buckets(self, names: Sequence[str]) -> list[list[Fragment]]:
         """Which fragments of the named trainable parameters this rank observes, bucket by bucket.
 
-        Over all ranks every element is in exactly one fragment. Valid until the next rebuild.
+        Over all ranks every element is in exactly one fragment. Valid until the next drop.
         """
 
     def bucket_devices(self) -> list[torch.device]:
         """Where the gradients of each bucket lie."""
         return [self.device]
 
-    # -- state by name -----------------------------------------------------------------------
+    # -- dropping parameters -----------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def trainable(self) -> list[str]:
+        """Names of the parameters that the optimizer updates, param group by param group."""
+
+    def drop(self, names: Iterable[str]) -> list[Move]:
+        """End the training of these parameters: gradient, optimizer state and master weight are released. A collective.
+
+        Survivors keep values, moments, step counts and param-group options to the bit; handles of the user's
+        (model, optimizer, scheduler) stay valid.
+
+        Returns:
+            What each rank keeps or hands over of the survivors: `carry` moves what else is laid out like them.
+            Only ZeRO-1 and 2 hand anything over.
+        """
+        gone = set(names)
+        return self.select([name for name in self.trainable if name not in gone])
 
     @abstractmethod
-    def state(self) -> dict[str, ParameterState]:
-        """The state of every trainable parameter, whole, on every rank. A collective."""
+    def select(self, names: Sequence[str]) -> list[Move]:
+        """Train these parameters from now on, of those that the optimizer was given. A collective, as `drop`.
+
+        One that did not train before starts without optimizer state: `restore` gives it.
+        """
+
+    def carry(self, moves: Sequence[Move], source: Placed, target: Placed) -> None:
+        """Bring state that lies like the survivors' gradients where it lies after a drop. A collective."""
+        carry(moves, source, target, self.rank, self.wire)
+
+    # -- the whole state by name, for checkpoints ----------------------------------------------
 
     @abstractmethod
-    def rebuild(self, state: Mapping[str, ParameterState]) -> None:
-        """Go on with exactly the parameters in `state`, from that state. A collective.
+    def pieces(self, names: Sequence[str], *, every_copy: bool) -> list[Piece]:
+        """Values ("value/NAME") and moments ("moment/KEY/NAME") of trainable parameters that this rank holds.
 
-        All other parameters stop training: gradient, optimizer state and master weight are
-        released. Handles of the user's (model, optimizer, scheduler) stay valid.
+        As many as exist; the views are read and written.
+
+        Args:
+            every_copy: Everything here; else, of what several ranks hold alike, only what the first of them holds.
         """
 
     @abstractmethod
-    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole current values of parameters, trainable or not, on every rank. A collective."""
+    def create_state(self, names: Sequence[str], scalars: Mapping[str, Record], moments: Iterable[str]) -> None:
+        """Give these parameters optimizer state of the right shapes, with these scalars by parameter."""
 
-    def assign(self, values: Mapping[str, Tensor]) -> None:
-        """Give parameters that do not train these values (any shape), on every rank. A collective."""
-        with torch.no_grad():
-            for name, value in values.items():
-                parameter = self.parameters[name]
-                parameter.copy_(value.view(parameter.shape))
+    @abstractmethod
+    def scalars(self, names: Sequence[str]) -> dict[str, Record]:
+        """The optimizer's numbers for each of these parameters (Adam's step), as JSON can hold them."""
+
+    def publish(self, names: Sequence[str]) -> None:  # noqa: B027 - where master weights are the model's own
+        """Bring values that were written to master weights into the model's own weights. A collective."""
+
+    def snapshot(self, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], Record]:
+        """Copies of all that training on needs, whole, on the main process; a collective.
+
+        Args:
+            names: Only of these trainable parameters.
+
+        Returns:
+            On the main process, flat tensors in its CPU memory: "value/NAME" and "moment/KEY/NAME"; none elsewhere.
+            And on every rank a record that JSON can hold.
+        """
+        names = self.trainable if names is None else names
+        pieces = self.pieces(names, every_copy=False)
+        numels = {piece_key: self.numel(name) for name in names for piece_key in self._keys(name)}
+        tensors = self.collect(pieces, numels)
+        scalars = self.scalars(names)
+        record: Record = {
+            "names": list(names),
+            "numels": {name: self.numel(name) for name in names},
+            "optimizer": type(self.optimizer).__name__,
+            "moments": list(self.traits.moments) if scalars else [],  # none before the first update
+            "scalars": scalars,
+            "groups": [{k: plain(group.get(k)) for k in self.traits.group_state} for group in self.optimizer.param_groups],
+            "scaling": self.scaling(),
+        }
+        return tensors, record
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Record) -> None:
+        """Go on from a snapshot of this or another engine on any number of ranks. A collective.
+
+        Args:
+            tensors: On the main process: what `snapshot` gave there, as it is or loaded when asked for.
+            record: The same on every rank.
+        """
+        names = set(record["names"])
+        if names != set(self.trainable):
+            self.select([name for group in self.members for name in group if name in names])
+        self.load(tensors, record)
+
+    def load(self, tensors: Mapping[str, Tensor], record: Record) -> None:
+        """`restore` for a snapshot of some of the parameters; the others go on as they are. A collective."""
+        names = record["names"]
+        self.create_state(names, record["scalars"], record["moments"])
+        self.fill(tensors, [key for name in names for key in self._keys(name)], self.pieces(names, every_copy=True))
+        for group, changed in zip(self.optimizer.param_groups, record["groups"], strict=False):
+            group.update(changed)
+        self.publish(names)
+
+    def _keys(self, name: str) -> list[str]:
+        return [f"value/{name}", *(f"moment/{moment}/{name}" for moment in self.traits.moments)]
+
+    def fill(self, tensors: Mapping[str, Tensor], keys: Sequence[str], pieces: Sequence[Piece]) -> None:
+        """Fill pieces on every rank from whole tensors on the main process. A collective."""
+        distribute(tensors, keys, pieces, self.wire)
+
+    def collect(self, pieces: Sequence[Piece], numels: Mapping[str, int]) -> dict[str, Tensor]:
+        """Whole tensors on the main process from every rank's pieces. A collective."""
+        return collect(pieces, numels, self.wire)
+
+    def check(self, record: Record) -> None:
+        """Look whether `restore` can go on from this record; nothing changes.
+
+        Raises:
+            AFLoRAError: It is of another optimizer.
+        """
+        if record["moments"] and sorted(record["moments"]) != sorted(self.traits.moments):
+            raise AFLoRAError(
+                f"The checkpoint is of another optimizer: {record['optimizer']} keeps {', '.join(record['moments'])}, "
+                f"{type(self.optimizer).__name__} keeps {', '.join(self.traits.moments) or 'nothing'}."
+            )
+
+    @abstractmethod
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole current values of parameters, trainable or not, as copies on every rank. A collective."""
+
+    def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Whole current values of parameters in CPU memory of the main process; nothing elsewhere. A collective.
+
+        One parameter after the other, so that no rank holds more than one of them besides.
+        """
+        found = {}
+        for name in names:
+            (value,) = self.values([name]).values()
+            if self.rank == 0:
+                found[name] = value.cpu()
+        return found
+
+    @abstractmethod
+    def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """Give parameters that do not train the values that the main process holds, flat or shaped. A collective."""
 
     def settle(self) -> None:  # noqa: B027 - most engines have nothing to do
         """Drop what a resumed process would not have; called after a checkpoint, so that both go on alike."""
@@ -130,29 +252,34 @@ class Engine(ABC):
     def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
         """Go on with a loss scale that an engine of this kind gave."""
 
-    @abstractmethod
+    def reload(self) -> None:  # noqa: B027 - most engines have nothing to do
+        """accelerate has loaded a checkpoint of its own: take note of what it replaced."""
+
+    # -- numbers -----------------------------------------------------------------------------
+
     def moment_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds for trainable parameters, padding excluded."""
+        pieces = self.pieces(self.trainable, every_copy=True)
+        return sum(piece.data.nbytes for piece in pieces if piece.key.startswith("moment/"))
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of the optimizer's moments over all ranks. A collective."""
+        return int(self.sum_over_ranks(torch.tensor([self.moment_bytes()], dtype=torch.int64)).item())
+
+    @property
+    def trainable_params(self) -> int:
+        """Elements that the optimizer updates now."""
+        return sum(self.numel(name) for name in self.trainable)
 
     def numel(self, name: str) -> int:
         """Elements of a parameter, whole."""
         return self.parameters[name].numel()
 
     @property
-    @abstractmethod
-    def trainable(self) -> list[str]:
-        """Names of the parameters that the optimizer updates."""
-
-    @property
-    @abstractmethod
-    def optimizer(self) -> Optimizer:
-        """The torch optimizer whose param groups the user and the scheduler see."""
-
-    # -- collectives -------------------------------------------------------------------------
-
-    @property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
+
+    # -- collectives -------------------------------------------------------------------------
 
     @property
     def world_size(self) -> int:
@@ -162,35 +289,86 @@ class Engine(ABC):
     def rank(self) -> int:
         return dist.get_rank() if dist.is_initialized() else 0
 
+    @property
+    def wire(self) -> torch.device:
+        """Where the process group takes its tensors from."""
+        on_cpu = not dist.is_initialized() or "gloo" in str(dist.get_backend())
+        return torch.device("cpu") if on_cpu else self.device
+
     def sum_over_ranks(self, vector: Tensor) -> Tensor:
         """One all-reduce, in place; free where there is one rank."""
+        return self._all_reduce(vector, dist.ReduceOp.SUM)
+
+    def max_over_ranks(self, vector: Tensor) -> Tensor:
+        """One all-reduce, in place; free where there is one rank."""
+        return self._all_reduce(vector, dist.ReduceOp.MAX)
+
+    def _all_reduce(self, vector: Tensor, operation: Any) -> Tensor:
         if self.world_size > 1:
-            dist.all_reduce(vector)
+            wired = vector.to(self.wire)
+            dist.all_reduce(wired, op=operation)
+            vector.copy_(wired)
         return vector
 
-    def gather(
-        self, pieces: Iterable[tuple[Fragment, Tensor]], numels: Mapping[str, int], rows: int
-    ) -> dict[str, Tensor]:
-        """Whole float32 tensors (rows, numel) by name from the fragments that the ranks hold.
+    # -- shared ------------------------------------------------------------------------------
 
-        One all-reduce over the bit patterns: every element has one owner and the others add
-        integer zero, so the result is exact to the bit on every rank.
-        """
-        whole = torch.zeros(rows, sum(numels.values()), dtype=torch.float32, device=self.device)
-        views = dict(zip(numels, whole.split(list(numels.values()), dim=1), strict=True))
-        for fragment, tensor in pieces:
-            views[fragment.name][:, fragment.start : fragment.start + fragment.numel] = tensor
-        self.sum_over_ranks(whole.view(torch.int32))
-        return views
+    @abstractmethod
+    def _grouped(self) -> list[list[str]]:
+        """Names of the parameters in each param group of `optimizer`, by position."""
+
+    def _state_device(self) -> torch.device:
+        return self.device
+
+    def _hang(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        self._handles.append(hang(owner, name, replacement))
 
 
-def split_state(state: Mapping[Any, Any], numel: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state of one tensor as (element-wise, other)."""
-    moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.numel() == numel and v.dim() > 0}
-    return moments, {k: v for k, v in state.items() if k not in moments}
+def hang(owner: Any, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+    """Put a bound method in the place of `owner.name`; it gets the original as its first argument.
+
+    The owner (an accelerator outlives many models) does not keep the method's object alive: once that is gone,
+    or what is returned has been called, the original is called as if nothing had been hung there.
+    """
+    original = getattr(owner, name)
+    reference = weakref.WeakMethod(replacement)
+    taken_down = False
+
+    @functools.wraps(original)  # a scheduler may have left a mark on it
+    def call(*args: Any, **kwargs: Any) -> Any:
+        method = None if taken_down else reference()
+        return original(*args, **kwargs) if method is None else method(original, *args, **kwargs)
+
+    def take_down() -> None:
+        nonlocal taken_down
+        taken_down = True
+        if vars(owner).get(name) is call:  # else somebody else has hung something over it
+            if getattr(original, "__self__", None) is owner:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+    setattr(owner, name, call)
+    return take_down
 
 
 def release(parameter: nn.Parameter) -> None:
     """Stop a parameter's training: an optimizer looks at .grad, not at requires_grad."""
     parameter.requires_grad_(False)
     parameter.grad = None
+
+
+def inner_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's wrappers.
+
+    Raises:
+        UnsupportedEngineError: It is no optimizer.
+    """
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer):
+        raise UnsupportedEngineError(
+            f"AdaptiveFreezing(accelerator, model, optimizer, ...) got {type(optimizer).__name__} as its optimizer. Pass "
+            f"the optimizer that accelerator.prepare() returned."
+        )
+    return inner

@@ -1,7 +1,8 @@
-"""One process, or DDP: every rank holds all gradients and all optimizer state.
+"""Plain PyTorch training: one process, DDP, and FSDP2. A drop moves no byte between ranks.
 
-Scores are sharded all the same: each rank observes an equal share of the elements, so that score
-memory and work fall with the number of ranks.
+With one process and DDP every rank holds all gradients and all optimizer state; scores are sharded all the same:
+each rank observes an equal share of every matrix, so that score memory and work fall with the number of ranks. With
+FSDP2 a rank holds its rows of every parameter, and observes them; of several replicas (HSDP) the first observes.
 """
 
 from __future__ import annotations
@@ -12,222 +13,214 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
-from .base import Engine, Observer, ParameterState, release, split_state
+from .base import Engine, Observer, Record, inner_optimizer, release
+from .clipping import Clipping
+from .optimizers import plain
+from .transfer import Move, Piece, plan
 
-_CLIP_ONCE = (
-    "Freezing scores are taken before clipping, which can only be undone where all gradients are clipped together: "
-    "call accelerator.clip_grad_norm_(model.parameters(), ...) once per update, if accelerator.sync_gradients."
+_LOCAL_SGD = (
+    "The gradients of this update were not reduced over the ranks (model.no_sync(), as accelerate's LocalSGD does): "
+    "each rank would score its own. Train without it; gradient accumulation goes through accelerator.accumulate(model)."
 )
 
 
-class ReplicatedEngine(Engine):
-    """Plain PyTorch training, with or without DistributedDataParallel."""
+class NativeEngine(Engine):
+    """What one process, DDP and FSDP2 have in common: a torch optimizer over the model's own parameters."""
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
-        super().__init__(accelerator.unwrap_model(model, keep_torch_compile=False))
-        self.accelerator = accelerator
-        self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-        self.kind = "ddp" if self.ddp is not None else "single"
-        self._optimizer = optimizer
-        if self.ddp is None and self.world_size > 1:
-            raise UnsupportedEngineError(
-                f"There are {self.world_size} processes, but the model is not wrapped in DDP: pass the model that "
-                f"accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True)."
-            )
-        unknown = [p for group in optimizer.param_groups for p in group["params"] if p not in self.names]
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+        inner = inner_optimizer(optimizer)
+        wrappers = [optimizer, *accelerator._optimizers]
+        self._wrapper = next((w for w in wrappers if isinstance(w, AcceleratedOptimizer) and w.optimizer is inner), None)
+        unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+        known = {id(p) for p in unwrapped.parameters()}
+        unknown = sum(id(p) not in known for group in inner.param_groups for p in group["params"])
         if unknown:
             raise UnsupportedEngineError(
-                f"The optimizer holds {len(unknown)} tensors that are not parameters of the model. Create it from the "
-                f"PEFT model's own parameters, before accelerator.prepare()."
+                f"The optimizer holds {unknown} tensors that are not parameters of the model. Create it from the PEFT "
+                f"model's own parameters, before accelerator.prepare()."
+            )
+        if accelerator.scaler is not None and self._wrapper is None:
+            raise UnsupportedEngineError(
+                "Under fp16 updates can be skipped, which only the optimizer that accelerator.prepare() returned knows of: "
+                "pass the optimizer to prepare(), and step it."
+            )
+        if accelerator.scaler is not None and getattr(inner, "_step_supports_amp_scaling", False):
+            raise UnsupportedEngineError(
+                f"A fused {type(inner).__name__} skips overflowed fp16 updates inside, where freezing cannot see it. "
+                f'Create it with fused=False (Trainer: optim="adamw_torch"), or train in bf16.'
+            )
+        devices = sorted({str(p.device) for group in inner.param_groups for p in group["params"]})
+        if len(devices) > 1:
+            raise UnsupportedEngineError(
+                f"The trained parameters are spread over {', '.join(devices)} (device_map?). Load the model on one device, "
+                f"or spread it with ZeRO-3 or FSDP2."
             )
         self._fragments: list[Fragment] = []
-        self._observing = False
-        self._clipped: tuple[set[int], Tensor] | None = None
-        self._sentinel: tuple[Tensor, int] | None = None
+        self._observed: list[nn.Parameter] = []
+        self._applied = False
+        self._order = {name: i for i, (name, _) in enumerate(unwrapped.named_parameters())}
+        super().__init__(accelerator, unwrapped, inner)
+        self.clipping = Clipping(accelerator, lambda: self._observed)
 
-    @property
-    def optimizer(self) -> Optimizer:
-        return self._optimizer
+    def _grouped(self) -> list[list[str]]:
+        return [[self.names[p] for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups]
 
     @property
     def trainable(self) -> list[str]:
-        return [self.names[p] for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return [self.names[p] for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     # -- the step ----------------------------------------------------------------------------
 
-    def watch(self, observe: Observer, updated: Callable[[], None]) -> None:
-        if self.accelerator.scaler is not None and getattr(self._optimizer, "_step_supports_amp_scaling", False):
-            raise UnsupportedEngineError(
-                f"A fused {type(self._optimizer).__name__} skips overflowed fp16 updates inside, where freezing cannot "
-                f'see it. Create it with fused=False (Trainer: optim="adamw_torch"), or train in bf16.'
-            )
-
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._refuse_unseen_change()
+    def watch(self, observe: Observer, done: Callable[[bool], None]) -> None:
+        def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if self._unreduced():
+                raise UnsupportedEngineError(_LOCAL_SGD)
             parameters = [self.parameters[f.name] for f in self._fragments]
+            scale = self.clipping.factor(parameters)
+            if not self._fragments:
+                return
             observe(
                 0,
                 [self._piece(p, self._gradient(p), f) for p, f in zip(parameters, self._fragments, strict=True)],
                 lambda: [self._piece(p, p.detach(), f) for p, f in zip(parameters, self._fragments, strict=True)],
-                self._unclip(parameters),
+                scale,
             )
 
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._clipped = self._sentinel = None
-            updated()
+        def after(optimizer: Any, args: Any, kwargs: Any) -> None:
+            self._applied = True
+            if self._wrapper is None:
+                self._done(done)
 
-        self._handles.append(self._optimizer.register_step_pre_hook(before).remove)
-        self._handles.append(self._optimizer.register_step_post_hook(after).remove)
-        self._wrap_accelerator("clip_grad_norm_", self._clip_grad_norm)
-        self._wrap_accelerator("clip_grad_value_", self._clip_grad_value)
-        self._wrap_accelerator("backward", self._backward)
+        self._announce = done
+        self._handles.append(self.optimizer.register_step_pre_hook(before).remove)
+        self._handles.append(self.optimizer.register_step_post_hook(after).remove)
+        if self._wrapper is not None:  # it knows of updates that are skipped
+            self._hang(self._wrapper, "step", self._step)
+        self.clipping.watch()
+        self._handles.append(self.clipping.unwatch)
 
-    def _wrap_accelerator(self, name: str, replacement: Callable[..., Any]) -> None:
-        original = getattr(self.accelerator, name)
-        setattr(self.accelerator, name, lambda *args, **kwargs: replacement(original, *args, **kwargs))
-        self._handles.append(lambda: setattr(self.accelerator, name, original))
-
-    def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._clipped = None  # of an update that was skipped
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        self._note_version()
+        if self.accelerator.sync_gradients:
+            self._done(self._announce)
         return result
 
-    def _clip_grad_norm(
-        self, original: Callable[..., Tensor], parameters: Any, max_norm: float, norm_type: float = 2
-    ) -> Tensor:
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if self._observing and not self.accelerator.sync_gradients:
-            raise UnsupportedEngineError(_CLIP_ONCE)
-        norm = original(parameters, max_norm, norm_type)
-        if self._observing:
-            # What torch.nn.utils.clip_grad_norm_ multiplied the gradients with.
-            coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            clipped = {id(p) for p in parameters}
-            if self._clipped is not None:  # clipped once before in this update
-                if self._clipped[0] != clipped:
-                    raise UnsupportedEngineError(_CLIP_ONCE)
-                coefficient = coefficient * self._clipped[1]
-            self._clipped = (clipped, coefficient)
-            self._note_version()
-        return norm
+    def _done(self, done: Callable[[bool], None]) -> None:
+        applied, self._applied = self._applied, False
+        self.clipping.updated()
+        done(applied)
 
-    def _clip_grad_value(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if not self._observing:
-            return original(*args, **kwargs)
-        raise UnsupportedEngineError(
-            "Freezing scores are taken from gradients before clipping, and clipping by value cannot be undone. "
-            "Use accelerator.clip_grad_norm_ instead."
-        )
-
-    def _unclip(self, parameters: Sequence[nn.Parameter]) -> Tensor | float:
-        if self._clipped is None or not parameters:
-            return 1.0
-        clipped, coefficient = self._clipped
-        inside = [id(p) in clipped for p in parameters]
-        if any(inside) and not all(inside):
-            raise UnsupportedEngineError(_CLIP_ONCE)
-        return 1.0 / coefficient.to(torch.float32) if all(inside) else 1.0
-
-    def _note_version(self) -> None:
-        if self._fragments and (grad := self.parameters[self._fragments[0].name].grad) is not None:
-            self._sentinel = (grad, grad._version)
-
-    def _refuse_unseen_change(self) -> None:
-        """Gradients that changed behind our back were clipped by torch itself, most likely."""
-        if self._sentinel is None or self.accelerator.scaler is not None:  # the scaler unscales in place
-            return
-        grad, version = self._sentinel
-        if grad._version != version:
-            raise UnsupportedEngineError(
-                "The gradients changed between accelerator.backward() and optimizer.step(). Freezing scores need "
-                "them before clipping: use accelerator.clip_grad_norm_ instead of torch.nn.utils.clip_grad_norm_."
-            )
+    def _unreduced(self) -> bool:
+        """Whether the gradients of this update are this rank's own."""
+        return False
 
     # -- gradients ---------------------------------------------------------------------------
 
     def buckets(self, names: Sequence[str]) -> list[list[Fragment]]:
-        total = sum(self.parameters[name].numel() for name in names)
-        share = -(-total // self.world_size)
-        low, high = self.rank * share, (self.rank + 1) * share
-        offset, fragments = 0, []
-        for name in names:
-            numel = self.parameters[name].numel()
-            start, stop = max(low - offset, 0), min(high - offset, numel)
-            if start < stop:
-                fragments.append(Fragment(name, start, stop - start))
-            offset += numel
-        self._fragments, self._observing = fragments, bool(names)
-        return [fragments]
+        found = [self._fragment(name) for name in names]
+        self._fragments = [fragment for fragment in found if fragment is not None]
+        self._observed = [self.parameters[name] for name in names]
+        self.clipping.follow()
+        return [self._fragments]
 
-    @staticmethod
-    def _gradient(parameter: nn.Parameter) -> Tensor:
+    def _fragment(self, name: str) -> Fragment | None:
+        """What this rank observes of a parameter."""
+        raise NotImplementedError
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a tensor that is laid out like a parameter."""
+        return tensor
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
         # A matrix outside this step's graph (an unused layer) has had no gradient: it is zero.
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
-    @staticmethod
-    def _piece(parameter: nn.Parameter, tensor: Tensor, fragment: Fragment) -> Tensor:
-        return tensor.reshape(-1)[fragment.start : fragment.start + fragment.numel]
+    def _piece(self, parameter: nn.Parameter, tensor: Tensor, fragment: Fragment) -> Tensor:
+        local = self._local(tensor).reshape(-1)
+        start = fragment.start - self._offset(parameter)
+        return local[start : start + fragment.numel]
+
+    def _offset(self, parameter: nn.Parameter) -> int:
+        """The first element of this rank's part of a parameter."""
+        return 0
+
+    # -- dropping ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def select(self, names: Sequence[str]) -> list[Move]:
+        wanted, observed = set(names), self._fragments
+        for group, members in zip(self.optimizer.param_groups, self.members, strict=True):
+            for member in members:
+                parameter = self.parameters[member]
+                if member in wanted:
+                    parameter.requires_grad_(True)
+                elif parameter.requires_grad:
+                    release(parameter)
+                    self.optimizer.state.pop(parameter, None)
+            group["params"] = [self.parameters[member] for member in members if member in wanted]
+        self._observed = [p for p in self._observed if self.names[p] in wanted]
+        self.clipping.follow()
+        self._trained_set_changed()
+        kept = [fragment for fragment in observed if fragment.name in wanted]
+        return plan({self.rank: kept}, {self.rank: kept})
+
+    def _trained_set_changed(self) -> None:
+        """Other parameters train than before."""
 
     # -- state by name -----------------------------------------------------------------------
 
-    def state(self) -> dict[str, ParameterState]:
-        states = {}
-        for name in self.trainable:
+    @torch.no_grad()
+    def pieces(self, names: Sequence[str], *, every_copy: bool) -> list[Piece]:
+        found = []
+        for name in names:
             parameter = self.parameters[name]
-            moments, scalars = split_state(self._optimizer.state.get(parameter, {}), parameter.numel())
-            flat = {key: moment.view(-1) for key, moment in moments.items()}
-            states[name] = ParameterState(parameter.detach().view(-1), flat, scalars)
-        return states
+            state = self.optimizer.state.get(parameter, {})
+            tensors = {f"value/{name}": parameter.detach()}
+            tensors |= {f"moment/{key}/{name}": state[key] for key in self.traits.moments if key in state}
+            for key, tensor in tensors.items():
+                local = self._local(tensor)
+                if local.numel() and (every_copy or self._holds_first_copy(parameter)):
+                    found.append(Piece(key, self._offset(parameter), _flat(local)))
+        return found
+
+    def _holds_first_copy(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank is the first of those that hold the same of a parameter."""
+        return True
 
     @torch.no_grad()
-    def rebuild(self, state: Mapping[str, ParameterState]) -> None:
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if self.names[parameter] not in state:
-                    release(parameter)
-                    self._optimizer.state.pop(parameter, None)
-            group["params"] = [p for p in group["params"] if self.names[p] in state]
-        for name, held in state.items():
+    def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        found = []
+        for name in names:
             parameter = self.parameters[name]
-            if parameter.data_ptr() == held.value.data_ptr():
-                continue  # the state came from this optimizer and never left it
-            parameter.copy_(held.value.view(parameter.shape))
-            shaped = {key: moment.view(parameter.shape).to(parameter.device) for key, moment in held.moments.items()}
-            self._optimizer.state[parameter] = {**held.scalars, **shaped}
-        if self.ddp is not None:
-            self._rebuild_reducer(self.ddp)
+            if (local := self._local(parameter.detach())).numel():
+                found.append(Piece(name, self._offset(parameter), _flat(local)))
+        self.fill(tensors, names, found)
 
-    @staticmethod
-    def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
-        """Give DDP a reducer over the parameters that still train, as its __init__ does.
+    @torch.no_grad()
+    def create_state(self, names: Sequence[str], scalars: Mapping[str, Record], moments: Iterable[str]) -> None:
+        for name in names:
+            parameter = self.parameters[name]
+            self.optimizer.state.pop(parameter, None)
+            if name in scalars:
+                numbers = {
+                    key: self.traits.scalar(key, scalars[name].get(key), parameter.device) for key in self.traits.scalars
+                }
+                state = {key: torch.zeros_like(parameter) for key in moments}
+                self.optimizer.state[parameter] = {**numbers, **state}
 
-        The old reducer's destructor takes its autograd hooks away, so nothing may hold on to it.
-        """
-        static_graph = ddp.static_graph
-        ddp.reducer = ddp.logger = None  # type: ignore[assignment]
-        parameters, expect_sparse = ddp._build_params_for_reducer()
-        names = ddp._build_debug_param_to_name_mapping(parameters)
-        ddp._ddp_init_helper(parameters, expect_sparse, names, static_graph)
-        for hook, hook_state in ddp._comm_hooks:
-            dist._register_comm_hook(ddp.reducer, hook_state, hook)  # type: ignore[attr-defined]
-        ddp._has_rebuilt_buckets = False
-        if static_graph:
-            ddp._set_static_graph()
+    def scalars(self, names: Sequence[str]) -> dict[str, Record]:
+        states = {name: self.optimizer.state.get(self.parameters[name]) for name in names}
+        return {name: {k: plain(state[k]) for k in self.traits.scalars} for name, state in states.items() if state}
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.parameters[name].detach() for name in names}
-
-    def settle(self) -> None:
-        # A reducer reorders its buckets after its first backward, and with them the order of sums.
-        if self.ddp is not None:
-            self._rebuild_reducer(self.ddp)
+        return {name: self.parameters[name].detach().clone() for name in names}
 
     def scaling(self) -> dict[str, Any]:
         return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
@@ -236,6 +229,111 @@ class ReplicatedEngine(Engine):
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(scaling))
 
-    def moment_bytes(self) -> int:
-        states = self.state().values()
-        return sum(moment.nbytes for state in states for moment in state.moments.values())
+
+class ReplicatedEngine(NativeEngine):
+    """One process, or DistributedDataParallel."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+        self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+        self.kind = "ddp" if self.ddp is not None else "single"
+        if self.ddp is None and self.world_size > 1:
+            raise UnsupportedEngineError(
+                f"There are {self.world_size} processes, but the model is not wrapped in DDP: pass the model that "
+                f"accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True)."
+            )
+        super().__init__(accelerator, model, optimizer)
+
+    def _unreduced(self) -> bool:
+        return self.ddp is not None and not self.ddp.require_backward_grad_sync
+
+    def _fragment(self, name: str) -> Fragment | None:
+        # An equal share of every matrix, so that a drop leaves the rest where it is; the remainders go round.
+        numel = self.parameters[name].numel()
+        share = -(-numel // self.world_size)
+        start = (self.rank + self._order[name]) % self.world_size * share
+        return Fragment(name, start, min(share, numel - start)) if start < numel else None
+
+    def _trained_set_changed(self) -> None:
+        if self.ddp is not None:
+            rebuild_reducer(self.ddp)
+
+    def _holds_first_copy(self, parameter: nn.Parameter) -> bool:
+        return self.rank == 0
+
+    def settle(self) -> None:
+        # A reducer reorders its buckets after its first backward, and with them the order of sums.
+        self._trained_set_changed()
+
+
+class Fsdp2Engine(NativeEngine):
+    """accelerate's FSDP with `fsdp_version: 2`, CPU offload and HSDP included."""
+
+    kind = "fsdp2"
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+        super().__init__(accelerator, model, optimizer)
+        self._places = {p: _place(name, p) for name, p in self.parameters.items()}
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def _offset(self, parameter: nn.Parameter) -> int:
+        return self._places[parameter][0]
+
+    def _holds_first_copy(self, parameter: nn.Parameter) -> bool:
+        return self._places[parameter][1]
+
+    def _fragment(self, name: str) -> Fragment | None:
+        parameter = self.parameters[name]
+        numel = self._local(parameter.detach()).numel()
+        return Fragment(name, self._offset(parameter), numel) if numel and self._holds_first_copy(parameter) else None
+
+    @torch.no_grad()
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        found = {}
+        for name in names:
+            parameter = self.parameters[name].detach()
+            found[name] = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).clone()
+        return found
+
+
+def _place(name: str, parameter: nn.Parameter) -> tuple[int, bool]:
+    """The first element of this rank's part, and whether this is the first rank that holds the part."""
+    if not isinstance(parameter, DTensor):  # left out of the sharding: the same on every rank
+        return 0, dist.get_rank() == 0
+    mesh, first, start = parameter.device_mesh, True, 0
+    for dimension, placement in enumerate(parameter.placements):
+        rank, size = mesh.get_local_rank(dimension), mesh.size(dimension)
+        if placement.is_replicate():
+            first = first and rank == 0
+        elif placement == Shard(0) and start == 0:
+            rows = parameter.shape[0]
+            start = min(rank * -(-rows // size), rows) * (parameter.numel() // max(rows, 1))
+        else:
+            raise UnsupportedEngineError(
+                f"{name} is laid out as {parameter.placements}: freezing is for data parallelism, where FSDP2 shards "
+                f"rows over one dimension of the mesh. Leave tensor, context and expert parallelism out."
+            )
+    return start, first
+
+
+def rebuild_reducer(ddp: DistributedDataParallel) -> None:
+    """Give DDP a reducer over the parameters that still train, as its __init__ does.
+
+    The old reducer's destructor takes its autograd hooks away, so nothing may hold on to it.
+    """
+    static_graph = ddp.static_graph
+    ddp.reducer = ddp.logger = None  # type: ignore[assignment]
+    parameters, expect_sparse = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, expect_sparse, names, static_graph)
+    for hook, hook_state in ddp._comm_hooks:
+        dist._register_comm_hook(ddp.reducer, hook_state, hook)  # type: ignore[attr-defined]
+    ddp._has_rebuilt_buckets = False
+    if static_graph:
+        ddp._set_static_graph()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A 1-D view, to be written through."""
+    return tensor.view(-1)

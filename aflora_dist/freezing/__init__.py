@@ -1,7 +1,22 @@
 """Eq. 2-5, without torch.distributed and without any engine."""
 
+from typing import TYPE_CHECKING, Any
+
+from .kinds import SCORE_KINDS, ScoreKind
 from .policy import FreezingPolicy
 from .schedule import CubicSchedule
-from .score import SCORE_KINDS, Fragment, FreezingScore, ScoreKind
+
+if TYPE_CHECKING:
+    from .score import Fragment, FreezingScore
 
 __all__ = ["SCORE_KINDS", "CubicSchedule", "Fragment", "FreezingPolicy", "FreezingScore", "ScoreKind"]
+
+if not TYPE_CHECKING:  # a type checker would take any name to be here
+
+    def __getattr__(name: str) -> Any:
+        """What computes with torch is imported when first asked for: a command line needs the rest alone."""
+        if name not in ("Fragment", "FreezingScore"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import score
+
+        return getattr(score, name)

@@ -8,6 +8,7 @@ them over ranks and dividing by the sizes is the caller's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,11 @@ class FreezingScore:
         self.uncertainty = torch.zeros(numel, dtype=torch.float32, device=device)  # Ubar
         self._importance = torch.empty(numel, dtype=torch.float32, device=device)
 
+    def spans(self) -> list[tuple[Fragment, int]]:
+        """Each fragment, and where it begins in `smoothed` and `uncertainty`."""
+        starts = accumulate((fragment.numel for fragment in self.fragments), initial=0)
+        return list(zip(self.fragments, starts, strict=False))
+
     @torch.no_grad()
     def observe(
         self, gradients: Sequence[Tensor], weights: Sequence[Tensor] | None = None, scale: Tensor | float = 1.0
@@ -87,24 +93,15 @@ class FreezingScore:
 
     @torch.no_grad()
     def partial_sums(self) -> dict[str, Tensor]:
-        """Sum over this rank's elements of Ibar * Ubar (Eq. 4 before the mean), by name, float64 scalars."""
-        products = (self.smoothed.double() * self.uncertainty.double()).split([f.numel for f in self.fragments])
+        """Sum over this rank's elements of Ibar * Ubar (Eq. 4 before the mean), by name, float64 scalars on the CPU."""
+        if not self.fragments:
+            return {}
+        smoothed, uncertainty = self.smoothed, self.uncertainty
+        if smoothed.device.type == "mps":  # which has no float64
+            smoothed, uncertainty = smoothed.cpu(), uncertainty.cpu()
+        products = (smoothed.double() * uncertainty.double()).split([f.numel for f in self.fragments])
+        totals = torch.stack([product.sum() for product in products]).cpu()  # one transfer
         sums: dict[str, Tensor] = {}
-        for fragment, product in zip(self.fragments, products, strict=True):
-            total = product.sum()
+        for fragment, total in zip(self.fragments, totals, strict=True):
             sums[fragment.name] = sums[fragment.name] + total if fragment.name in sums else total
         return sums
-
-    def state(self) -> list[tuple[Fragment, Tensor]]:
-        """(fragment, (2, numel) tensor of Ibar and Ubar) for each fragment."""
-        both = torch.stack([self.smoothed, self.uncertainty])
-        return list(zip(self.fragments, both.split([f.numel for f in self.fragments], dim=1), strict=True))
-
-    @torch.no_grad()
-    def load(self, whole: dict[str, Tensor]) -> None:
-        """Take this rank's fragments out of whole matrices' averages: name -> (2, matrix numel)."""
-        if not self.fragments:
-            return
-        both = torch.cat([whole[f.name][:, f.start : f.start + f.numel] for f in self.fragments], dim=1)
-        self.smoothed.copy_(both[0])
-        self.uncertainty.copy_(both[1])

@@ -1,1 +1,1 @@
-"""What people look at afterwards. Reads runs' directories; needs neither torch nor a GPU."""
+"""What people look at afterwards. Reads runs' directories; imports no torch, and matplotlib only to draw."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.cm import ScalarMappable
@@ -12,39 +10,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from ..names import Place as Place
+from ..names import grid
+from ..names import place as place
+
 _BLUE, _GOLD, _GREY = "#1f5a96", "#c9a227", "#d9d9d9"
 _MAP = "viridis"
-
-
-@dataclass(frozen=True, order=True)
-class Place:
-    """Where a projection matrix sits.
-
-    Attributes:
-        stack: What comes before the layer's number, such as "bert.encoder.layer".
-        layer: The layer's number; -1 for a matrix outside of numbered layers.
-        kind: The module in the layer and the matrix, such as "intermediate.dense A".
-    """
-
-    stack: str
-    layer: int
-    kind: str
-
-
-def place(name: str) -> Place:
-    """Take a matrix's name apart, as freeze_log.jsonl has it."""
-    module, _, matrix = name.removeprefix("base_model.model.").rpartition(".")
-    module = re.sub(r"\.aflora\.[^.]+$", "", module)
-    numbered = re.match(r"(.*?)\.(\d+)\.(.*)$", module)
-    if numbered is None:
-        return Place("", -1, f"{module} {matrix}")
-    return Place(numbered[1], int(numbered[2]), f"{numbered[3]} {matrix}")
-
-
-def grid(names: Sequence[str]) -> tuple[list[tuple[str, int]], list[str]]:
-    """Columns (stack, layer) and rows (kind) that have room for all these matrices."""
-    places = [place(name) for name in names]
-    return sorted({(p.stack, p.layer) for p in places}), sorted({p.kind for p in places})
 
 
 def freeze_map(names: Sequence[str], frozen: Mapping[str, int], total_steps: int) -> Figure:

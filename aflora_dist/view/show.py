@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import AFLoRAError, writing
+from ..names import grid, place
 
 _BARS = "▁▂▃▄▅▆▇█"
 # Dark to light, as viridis; a step's cell takes the colour of its share of the training.
@@ -111,8 +112,6 @@ def print_run(run: Run, console: Console) -> None:
 
 def print_freeze_map(run: Run, console: Console) -> None:
     """Fig. 5: rows are kinds of matrices, columns layers, a cell the step after which the matrix froze."""
-    from .figures import grid, place
-
     columns, rows = grid(run.names)
     at = {(where.kind, (where.stack, where.layer)): name for name in run.names if (where := place(name))}
     width = len(str(run.total_steps))
@@ -148,7 +147,7 @@ def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
     Raises:
         AFLoRAError: The folder cannot be written.
     """
-    from .figures import curves, freeze_map, score_curves
+    from .figures import curves, freeze_map, score_curves  # matplotlib takes a second, and is needed here alone
 
     lora = run.result["lora_r8_trainable_params"] if run.result else None
     drawn = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -79,10 +79,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--freezing", type=json.loads, default={})
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--precision", default="no")
+    parser.add_argument("--replicas", type=int, default=1, help="HSDP: how many hold the same shards")
     args = parser.parse_args(arguments)
     args.out.mkdir(exist_ok=True)
 
+    options: dict[str, Any] = {}
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        options["cpu"] = True
+        if args.replicas > 1:
+            shards = int(os.environ["WORLD_SIZE"]) // args.replicas
+            options["parallelism_config"] = ParallelismConfig(dp_replicate_size=args.replicas, dp_shard_size=shards)
     accelerator = Accelerator(
+        **options,
         gradient_accumulation_steps=args.accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if "WORLD_SIZE" in os.environ else [],
         step_scheduler_with_optimizer=False,

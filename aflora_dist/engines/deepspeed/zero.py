@@ -1,21 +1,27 @@
-"""What DeepSpeed's ZeRO stages have in common. With zero12.py and zero3.py the only user of DeepSpeed's
-private interface."""
+"""What DeepSpeed's ZeRO stages have in common."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...contract import Private, require
 from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
-from ..base import Engine, Observer, ParameterState, release, split_state
+from ..base import Engine, Observer, Record, release
+from ..optimizers import plain
+from ..transfer import Move, Piece, place, plan
+from . import private
+
+Span = tuple[Fragment, int]  # a fragment, and where in its partition it begins
 
 
 class ZeroEngine(Engine):
@@ -27,22 +33,23 @@ class ZeroEngine(Engine):
     step pre-hook of the inner optimizer is thus where gradients are seen, one partition a bucket.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+    interfaces: Sequence[Private]  # of DeepSpeed's optimizer for this stage
+
+    def __init__(self, accelerator: Accelerator, optimizer: Any) -> None:
         wrapper = accelerator.deepspeed_engine_wrapped
         assert wrapper is not None
         self.ds: Any = wrapper.engine
-        super().__init__(self.ds.module)
-        self.accelerator = accelerator
+        require("deepspeed", self.ds, private.ENGINE)
+        check_supported(self.ds)
+        require("deepspeed", self.zero, [*private.BOTH, *self.interfaces])
         self.kind = f"zero{self.ds.zero_optimization_stage()}"
-        self._inner: Optimizer = self.ds.basic_optimizer
-        # Whose parameters each param group of the inner optimizer holds, by position: groups that
-        # run empty keep their position, since schedulers address them by it.
-        self._groups: list[list[str]] = [[] for _ in self._inner.param_groups]
-        for index, parameters in self._group_parameters():
-            self._groups[index].extend(self.names[p] for p in parameters)
+        self._wrapper = optimizer if isinstance(optimizer, AcceleratedOptimizer) else None
         self._stand_in: Optimizer | None = None
+        self._visible: list[int] = []  # positions of the param groups that the stand-in has
         self._loss_scale = 1.0
-        self._observed: list[list[tuple[Fragment, int]]] = []  # per partition: fragment, place in it
+        self._stepped = False
+        self._observed: list[list[Span]] = []  # per partition
+        super().__init__(accelerator, self.ds.module, self.ds.basic_optimizer)
 
     # -- what the stages differ in -----------------------------------------------------------
 
@@ -55,8 +62,8 @@ class ZeroEngine(Engine):
         """The flat float32 partitions that the inner optimizer updates."""
 
     @abstractmethod
-    def _layout(self) -> list[list[tuple[Fragment, int]]]:
-        """For each partition: this rank's fragments and where in the partition each begins."""
+    def _layouts(self) -> dict[int, list[list[Span]]]:
+        """rank -> partition by partition what it holds: of every rank if a drop moves anything, else of this one."""
 
     @abstractmethod
     def _combined_scale(self) -> Tensor | float:
@@ -66,30 +73,32 @@ class ZeroEngine(Engine):
     def _replace(self, dropped: Sequence[nn.Parameter]) -> None:
         """Make a new ZeRO optimizer over the inner optimizer's params and free the old one."""
 
-    @abstractmethod
-    def _publish(self, state: Mapping[str, ParameterState]) -> None:
-        """Bring `state`'s values, which the float32 partitions hold, into the model's own weights."""
-
     # -- shared ------------------------------------------------------------------------------
 
     def _positions(self) -> list[int]:
         """Where each param group that ZeRO sees stands in the inner optimizer's list."""
-        groups = self._inner.param_groups
+        groups = self.optimizer.param_groups
         return [next(i for i, g in enumerate(groups) if g is group) for group in self.zero.optimizer.param_groups]
+
+    def _grouped(self) -> list[list[str]]:
+        groups: list[list[str]] = [[] for _ in self.optimizer.param_groups]
+        for index, parameters in self._group_parameters():
+            groups[index].extend(self.names[p] for p in parameters)
+        self._groups = [list(group) for group in groups]
+        return groups
+
+    def _state_device(self) -> torch.device:
+        return self._partitions()[0].device  # the CPU under optimizer offload
 
     @property
     def zero(self) -> Any:
         return self.ds.optimizer
 
     @property
-    def optimizer(self) -> Optimizer:
-        return self._inner
-
-    @property
     def trainable(self) -> list[str]:
         return [name for group in self._groups for name in group]
 
-    def watch(self, observe: Observer, updated: Callable[[], None]) -> None:
+    def watch(self, observe: Observer, done: Callable[[bool], None]) -> None:
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             partition = next(p for group in optimizer.param_groups for p in group["params"])
             bucket = next(i for i, flat in enumerate(self._partitions()) if flat is partition)
@@ -105,15 +114,31 @@ class ZeroEngine(Engine):
         original_step = self.ds.step
 
         def step(*args: Any, **kwargs: Any) -> None:
+            whole = self.ds.is_gradient_accumulation_boundary()
             # DeepSpeed adjusts its loss scale before it unscales; the gradients have this one.
             self._loss_scale = float(self.zero.loss_scale)
             original_step(*args, **kwargs)
-            if self.ds.was_step_applied():
-                updated()
+            if whole:
+                self._stepped = True
+                done(self.ds.was_step_applied())
 
         self.ds.step = step
-        self._handles.append(lambda: self.ds.__dict__.pop("step"))
-        self._handles.append(self._inner.register_step_pre_hook(before).remove)
+        self._handles.append(lambda: self.ds.__dict__.pop("step", None))
+        self._handles.append(self.optimizer.register_step_pre_hook(before).remove)
+        if self._wrapper is not None:
+            self._hang(self._wrapper, "step", self._check_stepped)
+
+    def _check_stepped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.accelerator.sync_gradients and not self._stepped:
+            raise UnsupportedEngineError(
+                "optimizer.step() was called, but DeepSpeed has made no update: its update is part of "
+                "accelerator.backward(loss). Call that instead of loss.backward()."
+            )
+        self._stepped = False
+        return original(*args, **kwargs)
+
+    def _layout(self) -> list[list[Span]]:
+        return self._layouts()[self.rank]
 
     def buckets(self, names: Sequence[str]) -> list[list[Fragment]]:
         wanted = set(names)
@@ -121,47 +146,101 @@ class ZeroEngine(Engine):
         return [[f for f, _ in spans] for spans in self._observed]
 
     def bucket_devices(self) -> list[torch.device]:
-        return [flat.device for flat in self._partitions()]  # the CPU under optimizer offload
+        return [flat.device for flat in self._partitions()]
 
-    def state(self) -> dict[str, ParameterState]:
-        layouts, partitions = self._layout(), self._partitions()
-        held = [split_state(self._inner.state.get(flat, {}), flat.numel()) for flat in partitions]
-        keys = sorted({key for moments, _ in held for key in moments})
-        numels = {name: self.numel(name) for name in self.trainable}
-        pieces = []
-        for flat, (moments, _), spans in zip(partitions, held, layouts, strict=True):
-            rows = torch.stack([flat.detach().float(), *(moments[key].float() for key in keys if key in moments)])
-            pieces += [(f, rows[:, at : at + f.numel]) for f, at in spans]
-        whole = self.gather(pieces, numels, rows=1 + len(keys))
-        states = {name: ParameterState(rows[0], dict(zip(keys, rows[1:], strict=True))) for name, rows in whole.items()}
-        for (_, parameters), (_, scalars) in zip(self._group_parameters(), held, strict=True):
-            for parameter in parameters:
-                states[self.names[parameter]].scalars = scalars
-        return states
+    # -- dropping ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def rebuild(self, state: Mapping[str, ParameterState]) -> None:
-        dropped = [self.parameters[name] for name in self.trainable if name not in state]
+    def select(self, names: Sequence[str]) -> list[Move]:
+        wanted, before = set(names), self._fragments()
+        old = self._let_go()
+        dropped = [self.parameters[name] for name in self.trainable if name not in wanted]
         for parameter in dropped:
             release(parameter)
-        self._groups = [[name for name in group if name in state] for group in self._groups]
-        self._inner.state.clear()
-        for group, names in zip(self._inner.param_groups, self._groups, strict=True):
-            group["params"] = [self.parameters[name] for name in names]
+        self._groups = [[name for name in group if name in wanted] for group in self.members]
+        for group, members in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [self.parameters[name].requires_grad_(True) for name in members]
         self._replace(dropped)
         self._keep_positions()
         for wrapped in self.accelerator._optimizers:
-            wrapped.optimizer = self.zero
-        for (_, members), flat, spans in zip(self._group_parameters(), self._partitions(), self._layout(), strict=True):
-            first = state[self.names[members[0]]]
-            moments = {key: torch.zeros_like(flat) for key in first.moments}
+            if isinstance(wrapped, AcceleratedOptimizer):
+                wrapped.optimizer = self.zero
+        moves = plan(before, self._fragments())
+        self._take_over(old, moves)
+        return moves
+
+    def _fragments(self) -> dict[int, list[Fragment]]:
+        return {rank: [f for spans in layout for f, _ in spans] for rank, layout in self._layouts().items()}
+
+    def _let_go(self) -> list[tuple[int, Tensor, list[Span], dict[str, Any]]]:
+        """(param group, partition, what it holds, its optimizer state) of the partitions there are now."""
+        positions = [position for position, _ in self._group_parameters()]
+        parts = zip(positions, self._partitions(), self._layout(), strict=True)
+        old = [(at, flat.detach(), spans, self.optimizer.state.get(flat, {})) for at, flat, spans in parts]
+        self.optimizer.state.clear()
+        return old
+
+    def _take_over(self, old: list[tuple[int, Tensor, list[Span], dict[str, Any]]], moves: Sequence[Move]) -> None:
+        """Fill the new partitions and their state, one kind after the other: a shard of memory on top, no more."""
+        new = list(zip(self._partitions(), self._layout(), strict=True))
+        self.carry(moves, place((flat, spans) for _, flat, spans, _ in old), place((p.detach(), s) for p, s in new))
+        states = [(position, spans, state) for position, _, spans, state in old]
+        del old
+        held = [key for key in self.traits.moments if any(key in state for _, _, state in states)]
+        fresh: list[dict[str, Any]] = [{} for _ in new]
+        for key in held:
+            for (flat, _), state in zip(new, fresh, strict=True):
+                state[key] = torch.zeros_like(flat, requires_grad=False)
+            source = place((state[key], spans) for _, spans, state in states if key in state)
+            target = place((state[key], spans) for (_, spans), state in zip(new, fresh, strict=True))
+            self.carry(moves, source, target)
+            for _, _, state in states:
+                state.pop(key, None)
+            del source
+        numbers = {position: state for position, _, state in states if state}
+        for (position, _), (flat, _), state in zip(self._group_parameters(), new, fresh, strict=True):
+            if state or numbers.get(position):
+                scalars = {key: copy.deepcopy(numbers[position][key]) for key in self.traits.scalars}
+                self.optimizer.state[flat] = {**scalars, **state}
+
+    # -- state by name -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def pieces(self, names: Sequence[str], *, every_copy: bool) -> list[Piece]:
+        wanted, found = set(names), []
+        for flat, spans in zip(self._partitions(), self._layout(), strict=True):
+            state = self.optimizer.state.get(flat, {})
+            kinds = {"value": flat.detach()}
+            kinds |= {f"moment/{key}": state[key] for key in self.traits.moments if key in state}
             for fragment, at in spans:
-                held, whole = state[fragment.name], slice(fragment.start, fragment.start + fragment.numel)
-                flat.data[at : at + fragment.numel] = held.value[whole].to(flat.device)
-                for key, moment in moments.items():
-                    moment[at : at + fragment.numel] = held.moments[key][whole].to(flat.device)
-            self._inner.state[flat] = {**copy.deepcopy(first.scalars), **moments}
-        self._publish(state)
+                if fragment.name in wanted:
+                    for kind, tensor in kinds.items():
+                        piece = tensor[at : at + fragment.numel]
+                        found.append(Piece(f"{kind}/{fragment.name}", fragment.start, piece))
+        return found
+
+    @torch.no_grad()
+    def create_state(self, names: Sequence[str], scalars: Mapping[str, Record], moments: Iterable[str]) -> None:
+        wanted = set(names)
+        for (_, members), flat in zip(self._group_parameters(), self._partitions(), strict=True):
+            here = [self.names[p] for p in members if self.names[p] in wanted]
+            numbers = next((scalars[name] for name in here if name in scalars), None)
+            if numbers is None:
+                if len(here) == len(members):  # no update yet
+                    self.optimizer.state.pop(flat, None)
+                continue
+            state = self.optimizer.state.setdefault(flat, {})
+            state |= {key: self.traits.scalar(key, numbers.get(key), flat.device) for key in self.traits.scalars}
+            state |= {key: torch.zeros_like(flat, requires_grad=False) for key in moments if key not in state}
+
+    def scalars(self, names: Sequence[str]) -> dict[str, Record]:
+        wanted, found = set(names), {}
+        for (_, members), flat in zip(self._group_parameters(), self._partitions(), strict=True):
+            if state := self.optimizer.state.get(flat):
+                for name in (self.names[p] for p in members):
+                    if name in wanted:
+                        found[name] = {key: plain(state[key]) for key in self.traits.scalars}
+        return found
 
     def scaling(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self.zero.loss_scaler).items() if isinstance(value, int | float)}
@@ -169,12 +248,13 @@ class ZeroEngine(Engine):
     def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
         vars(self.zero.loss_scaler).update(scaling)
 
-    def moment_bytes(self) -> int:
-        total = 0
-        for flat, spans in zip(self._partitions(), self._layout(), strict=True):
-            moments, _ = split_state(self._inner.state.get(flat, {}), flat.numel())
-            total += sum(f.numel for f, _ in spans) * sum(m.element_size() for m in moments.values())
-        return total
+    def reload(self) -> None:
+        """Loading gave ZeRO's torch optimizer a new state and new param groups; where a stand-in is at work, share them."""
+        if self.zero.optimizer is not self.optimizer:
+            stand_in = self.zero.optimizer
+            self.optimizer.state = stand_in.state
+            for position, group in zip(self._visible, stand_in.param_groups, strict=True):
+                self.optimizer.param_groups[position] = group
 
     def _visible_groups(self) -> Optimizer:
         """The inner optimizer as ZeRO can take it: without the param groups that have run empty.
@@ -184,13 +264,16 @@ class ZeroEngine(Engine):
         optimizer that owns native memory (CPU Adam) frees it with the first object to go.
         (copy.copy would not do: torch's optimizers leave hooks and extra attributes out.)
         """
-        if all(group["params"] for group in self._inner.param_groups):
-            return self._inner
+        inner = self.optimizer
+        if all(group["params"] for group in inner.param_groups):
+            return inner
         if self._stand_in is None:
-            self._stand_in = object.__new__(type(self._inner))
-            self._stand_in.__dict__.update(self._inner.__dict__)
+            self._stand_in = object.__new__(type(inner))
+            self._stand_in.__dict__.update(inner.__dict__)
             self._stand_in.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the original
-        self._stand_in.param_groups = [group for group in self._inner.param_groups if group["params"]]
+        self._stand_in.state = inner.state
+        self._visible = [i for i, group in enumerate(inner.param_groups) if group["params"]]
+        self._stand_in.param_groups = [inner.param_groups[i] for i in self._visible]
         return self._stand_in
 
     def _keep_positions(self) -> None:
@@ -198,7 +281,7 @@ class ZeroEngine(Engine):
 
         The user's handle leads to it, and schedulers address groups by position.
         """
-        inner, kind = self._inner, type(self.zero)
+        inner, kind = self.optimizer, type(self.zero)
         if self.zero.optimizer is not inner:
             shown = property(lambda zero: inner.param_groups)
             self.zero.__class__ = type(kind.__name__, (kind,), {"param_groups": shown})
@@ -250,6 +333,10 @@ def check_supported(ds: Any) -> None:
         f"the {optimizer} optimizer": (
             "Muon" in optimizer or "OneBit" in optimizer or "ZeroOne" in optimizer,
             "use an element-wise optimizer such as AdamW",
+        ),
+        f"own {type(getattr(ds.optimizer, 'optimizer', None)).__name__} in place of the {optimizer} it was given": (
+            getattr(ds.optimizer, "optimizer", ds.basic_optimizer) is not ds.basic_optimizer,
+            "use torch.optim.AdamW",
         ),
         f"ZeRO stage {ds.zero_optimization_stage()} as {type(ds.optimizer).__name__}": (
             type(ds.optimizer).__name__ not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"),

@@ -1,19 +1,26 @@
-"""ZeRO-1 and ZeRO-2: per param group one flat buffer, cut at arbitrary places into equal partitions."""
+"""ZeRO-1 and ZeRO-2: per param group one flat buffer, cut at arbitrary places into equal partitions.
+
+A drop shortens the buffer and moves the cuts, so that some intervals change their rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...freezing import Fragment
-from ..base import ParameterState
-from .zero import ZeroEngine
+from ..transfer import Piece
+from . import private
+from .zero import Span, ZeroEngine
 
 
 class Zero12Engine(ZeroEngine):
     """DeepSpeedZeroOptimizer (stages 1 and 2), optimizer offload to CPU included."""
+
+    interfaces = private.ZERO12
 
     def _group_parameters(self) -> list[tuple[int, list[nn.Parameter]]]:
         return list(zip(self._positions(), self.zero.bit16_groups, strict=True))
@@ -21,14 +28,20 @@ class Zero12Engine(ZeroEngine):
     def _partitions(self) -> list[Tensor]:
         return self.zero.single_partition_of_fp32_groups
 
-    def _layout(self) -> list[list[tuple[Fragment, int]]]:
-        spans: list[list[tuple[Fragment, int]]] = []
-        for group in self.zero.bit16_groups:
-            spans.append([])
-            for parameter in group:
-                if (mapping := parameter._hp_mapping) is not None:
-                    inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    spans[-1].append((Fragment(self.names[parameter], inside.start, inside.numel), flat.start))
+    def _layouts(self) -> dict[int, list[list[Span]]]:
+        zero = self.zero
+        groups = list(
+            zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, zero.partition_size, strict=True)
+        )
+        return {rank: [self._cut(*group, rank) for group in groups] for rank in range(self.world_size)}
+
+    def _cut(self, parameters: Sequence[nn.Parameter], offsets: Sequence[int], size: int, rank: int) -> list[Span]:
+        """What of a group's buffer lies in the partition of one rank."""
+        low, spans = rank * size, []
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            start, stop = max(offset, low), min(offset + parameter.numel(), low + size)
+            if start < stop:
+                spans.append((Fragment(self.names[parameter], start - offset, stop - start), start - low))
         return spans
 
     def _combined_scale(self) -> Tensor | float:
@@ -55,8 +68,12 @@ class Zero12Engine(ZeroEngine):
         for name, value in kept.items():
             setattr(self.zero, name, value)
 
-    def _publish(self, state: Mapping[str, ParameterState]) -> None:
+    def publish(self, names: Sequence[str]) -> None:
         self.zero.update_lp_params()
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.parameters[name].detach() for name in names}
+        return {name: self.parameters[name].detach().clone() for name in names}
+
+    @torch.no_grad()
+    def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        self.fill(tensors, names, [Piece(name, 0, self.parameters[name].detach().view(-1)) for name in names])

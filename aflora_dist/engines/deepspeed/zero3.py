@@ -1,4 +1,7 @@
-"""ZeRO-3: every parameter is cut into equal pieces, one per rank; sub-groups of pieces form partitions."""
+"""ZeRO-3: every parameter is cut into equal pieces, one per rank; sub-groups of pieces form partitions.
+
+A drop re-forms the partitions and moves nothing between ranks.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from ...freezing import Fragment
-from ..base import ParameterState
-from .zero import ZeroEngine
+from . import private
+from .zero import Span, ZeroEngine
 
 
 class Zero3Engine(ZeroEngine):
     """DeepSpeedZeroOptimizer_Stage3, with optimizer and parameter offload to CPU."""
+
+    interfaces = private.ZERO3
 
     def _group_parameters(self) -> list[tuple[int, list[nn.Parameter]]]:
         positions = self._positions()
@@ -28,8 +33,8 @@ class Zero3Engine(ZeroEngine):
     def _partitions(self) -> list[Tensor]:
         return self.zero.fp32_partitioned_groups_flat
 
-    def _layout(self) -> list[list[tuple[Fragment, int]]]:
-        spans: list[list[tuple[Fragment, int]]] = []
+    def _layouts(self) -> dict[int, list[list[Span]]]:
+        spans: list[list[Span]] = []
         for group in self.zero.fp16_groups:
             spans.append([])
             for parameter in group:
@@ -38,7 +43,7 @@ class Zero3Engine(ZeroEngine):
                 numel = min(length, parameter.ds_numel - start)  # the last pieces may be padding
                 if numel > 0:
                     spans[-1].append((Fragment(self.names[parameter], start, numel), at))
-        return spans
+        return {self.rank: spans}
 
     def numel(self, name: str) -> int:
         parameter: Any = self.parameters[name]
@@ -84,19 +89,24 @@ class Zero3Engine(ZeroEngine):
         for name, value in kept.items():
             setattr(self.zero, name, value)
 
-    def _publish(self, state: Mapping[str, ParameterState]) -> None:
+    def publish(self, names: Sequence[str]) -> None:
         for index in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(index)
-        # Small parameters stay whole on every rank. DeepSpeed would gather them one by one.
-        for parameter in self.zero.persistent_parameters:
-            name = self.names[parameter]
-            if name in state and parameter.ds_status == ZeroParamStatus.AVAILABLE:
-                parameter.data.copy_(state[name].value.view(parameter.ds_shape))
+        # Small parameters stay whole on every rank: have them gathered again, from the new pieces.
+        wanted = set(names)
+        whole = [p for p in self.zero.persistent_parameters if self.names[p] in wanted]
+        whole = [p for p in whole if p.ds_status == ZeroParamStatus.AVAILABLE]
+        if whole:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
 
-    def assign(self, values: Mapping[str, Tensor]) -> None:
-        # Pieces are taken from rank 0's.
-        with deepspeed.zero.GatheredParameters([self.parameters[name] for name in values], modifier_rank=0):
-            super().assign(values)
+    @torch.no_grad()
+    def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        for name in names:  # pieces are taken from rank 0's
+            with deepspeed.zero.GatheredParameters([self.parameters[name]], modifier_rank=0):
+                if self.rank == 0:
+                    parameter = self.parameters[name]
+                    parameter.copy_(tensors[name].view(parameter.shape))
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)

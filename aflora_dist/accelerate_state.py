@@ -1,0 +1,95 @@
+"""accelerate's own checkpoints hold freezing, too: accelerator.save_state and load_state, on every engine."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from .engines.base import hang
+from .errors import AFLoRAError, writing
+from .processes import on_main
+
+if TYPE_CHECKING:
+    from .control import AdaptiveFreezing
+
+_FILE = "aflora_freezing.pt"
+
+
+class AccelerateState:
+    """Writes the freezing beside what accelerate saves, and brings it back around what accelerate loads.
+
+    accelerate's own hooks come too late for DeepSpeed and FSDP: a frozen matrix must have left the optimizer before
+    its state is loaded. The accelerator outlives models, so it does not keep the freezing alive.
+    """
+
+    def __init__(self, accelerator: Accelerator, freezing: AdaptiveFreezing) -> None:
+        self._accelerator = accelerator
+        self._freezing = weakref.ref(freezing)
+        self._handles = [
+            hang(accelerator, "save_state", self._save_state),
+            hang(accelerator, "load_state", self._load_state),
+            hang(accelerator, "end_training", self._end_training),
+        ]
+
+    def close(self) -> None:
+        while self._handles:
+            self._handles.pop()()
+
+    def _save_state(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        folder = original(*args, **kwargs)
+        if (freezing := self._freezing()) is None:
+            return folder
+        state = freezing.state_dict()
+
+        def write() -> None:
+            path = Path(folder) / _FILE
+            with writing("The freezing's state", path):
+                torch.save(state, path.with_suffix(".tmp"))
+                path.with_suffix(".tmp").replace(path)
+
+        on_main(self._accelerator, write)
+        return folder
+
+    def _load_state(self, original: Callable[..., Any], input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if (freezing := self._freezing()) is None:
+            return original(input_dir, *args, **kwargs)
+        state: dict[str, Any] = {"tensors": {}}
+
+        def read() -> dict[str, Any]:
+            path = self._folder(input_dir) / _FILE
+            if not path.exists():
+                raise AFLoRAError(
+                    f"{path.parent} holds no state of freezing ({_FILE}): it was saved without AdaptiveFreezing. Create it "
+                    f"before accelerator.save_state(), or load this before creating it."
+                )
+            state.update(torch.load(path, map_location="cpu", weights_only=True))
+            return state["record"]
+
+        state["record"] = on_main(self._accelerator, read)
+        freezing.prepare_for(state["record"])
+        result = original(input_dir, *args, **kwargs)
+        freezing.engine.reload()
+        freezing.load_state_dict(state)
+        return result
+
+    def _folder(self, input_dir: str | None) -> Path:
+        if input_dir is not None:
+            return Path(input_dir).expanduser()
+        # As accelerate chooses it: the highest number.
+        configuration = self._accelerator.project_configuration
+        folders = [p for p in (Path(configuration.project_dir or ".") / "checkpoints").glob("*") if p.is_dir()]
+        numbered = [(int(found[0]), p) for p in folders if (found := re.findall(r"(\d+)$", p.name))]
+        if not configuration.automatic_checkpoint_naming or not numbered:
+            raise AFLoRAError("accelerator.load_state() needs the folder to load from.")
+        return max(numbered)[1]
+
+    def _end_training(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if (freezing := self._freezing()) is not None:
+            freezing.ended()
+        return original(*args, **kwargs)

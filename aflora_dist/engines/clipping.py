@@ -1,0 +1,153 @@
+"""Gradients before clipping, in loops where the user clips: how clipping is undone, and noticed where it cannot be.
+
+For one process, DDP and FSDP2. DeepSpeed clips by itself, see deepspeed/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import UnsupportedEngineError
+from .base import hang
+
+_CLIP_ONCE = (
+    "Freezing scores are taken before clipping, which can only be undone where all gradients are clipped together: "
+    "call accelerator.clip_grad_norm_(model.parameters(), ...) once per update, if accelerator.sync_gradients."
+)
+
+
+class Clipping:
+    """Knows by what the gradients of this update were multiplied since the backward pass.
+
+    Two watches, since a loop may leave accelerate's methods out. accelerator.clip_grad_norm_ is seen and its
+    factor remembered. Whatever else changes a gradient between the end of the backward pass and the update is seen by
+    the tensor's version, and refused: torch's own clip_grad_norm_, a GradScaler that accelerate knows nothing of.
+
+    Args:
+        observed: The parameters whose gradients are scored now; none: everything is allowed.
+    """
+
+    def __init__(self, accelerator: Accelerator, observed: Callable[[], Sequence[nn.Parameter]]) -> None:
+        self.accelerator = accelerator
+        self.observed = observed
+        self._clipped: tuple[set[int], Tensor] | None = None  # parameters, factor
+        self._versions: dict[int, int] = {}  # of each gradient as the backward pass or a known change left it
+        self._hook: Any = None
+        self._handles: list[Callable[[], None]] = []
+
+    def watch(self) -> None:
+        """Hang the watches up."""
+        for name, replacement in (
+            ("clip_grad_norm_", self._clip_grad_norm),
+            ("clip_grad_value_", self._clip_grad_value),
+            ("backward", self._backward),
+        ):
+            self._handles.append(hang(self.accelerator, name, replacement))
+        if self.accelerator.scaler is not None:
+            self._handles.append(hang(self.accelerator.scaler, "unscale_", self._unscale))
+        self.follow()
+
+    def unwatch(self) -> None:
+        while self._handles:
+            self._handles.pop()()
+        if self._hook is not None:
+            self._hook.remove()
+
+    def follow(self) -> None:
+        """What is observed has changed: watch the backward passes of what still is."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+        if observed := self.observed():  # the last one lies nearest to the loss
+            self._hook = observed[-1].register_post_accumulate_grad_hook(self._accumulated)
+
+    def factor(self, parameters: Sequence[nn.Parameter]) -> Tensor | float:
+        """What to multiply the gradients of these parameters with to have them before clipping.
+
+        Raises:
+            UnsupportedEngineError: They were clipped in a way that cannot be undone, or changed unseen.
+        """
+        self._refuse_unseen_change()
+        if self._clipped is None or not parameters:
+            return 1.0
+        clipped, coefficient = self._clipped
+        inside = [id(p) in clipped for p in parameters]
+        if any(inside) and not all(inside):
+            raise UnsupportedEngineError(_CLIP_ONCE)
+        return 1.0 / coefficient.to(torch.float32) if all(inside) else 1.0
+
+    def updated(self) -> None:
+        """The gradients have been used, or thrown away."""
+        self._clipped, self._versions = None, {}
+
+    # -- what is hung up ---------------------------------------------------------------------
+
+    def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self._note()
+        return result
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        # Of a plain loss.backward(), too. The engine's own callbacks (DDP writes the reduced gradients in one) are
+        # queued by the time ours runs, so one more round comes after all of them.
+        queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+        queue(lambda: queue(self._note))
+
+    def _unscale(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._refuse_unseen_change()
+        result = original(*args, **kwargs)
+        self._note()
+        return result
+
+    def _clip_grad_norm(
+        self, original: Callable[..., Tensor], parameters: Any, max_norm: float, norm_type: float = 2
+    ) -> Tensor:
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        observing = bool(self.observed())
+        if observing and not self.accelerator.sync_gradients:
+            raise UnsupportedEngineError(_CLIP_ONCE)
+        self._refuse_unseen_change()
+        norm = original(parameters, max_norm, norm_type)
+        if observing:
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            # What torch.nn.utils.clip_grad_norm_ multiplied the gradients with.
+            coefficient = (max_norm / (whole + 1e-6)).clamp(max=1.0)
+            clipped = {id(p) for p in parameters}
+            if self._clipped is not None:  # clipped once before in this update
+                if self._clipped[0] != clipped:
+                    raise UnsupportedEngineError(_CLIP_ONCE)
+                coefficient = coefficient * self._clipped[1]
+            self._clipped = (clipped, coefficient)
+            self._note()
+        return norm
+
+    def _clip_grad_value(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.observed():
+            return original(*args, **kwargs)
+        raise UnsupportedEngineError(
+            "Freezing scores are taken from gradients before clipping, and clipping by value cannot be undone. "
+            "Use accelerator.clip_grad_norm_ instead."
+        )
+
+    # -- versions ----------------------------------------------------------------------------
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.observed() if p.grad is not None]
+
+    def _note(self) -> None:
+        self._versions = {id(gradient): gradient._version for gradient in self._gradients()}
+
+    def _refuse_unseen_change(self) -> None:
+        for gradient in self._gradients():
+            if self._versions.get(id(gradient), gradient._version) != gradient._version:
+                raise UnsupportedEngineError(
+                    "The gradients changed between the backward pass and optimizer.step(). Freezing scores need them "
+                    "before clipping: use accelerator.clip_grad_norm_ instead of torch.nn.utils.clip_grad_norm_, and "
+                    "accelerate's mixed_precision instead of a GradScaler of your own."
+                )

@@ -1,0 +1,71 @@
+"""DeepSpeed's private interfaces that its engines use (see aflora_dist/contract.py)."""
+
+from __future__ import annotations
+
+from ...contract import Private
+
+_REBUILD = "a public way to take parameters out of a ZeRO optimizer"
+_LAYOUT = "a public map from parameters to flat partitions"
+
+
+def _of(owner: str, why: str, instead: str, *names: str) -> list[Private]:
+    return [Private(owner, name, why, instead) for name in names]
+
+
+ENGINE = _of(
+    "DeepSpeedEngine",
+    "make a ZeRO optimizer over the parameters that still train",
+    _REBUILD,
+    "_configure_zero_optimizer",
+    "basic_optimizer",
+    "optimizer",
+    "_config",
+) + _of(
+    "DeepSpeedEngine",
+    "know which updates were applied and at which micro-batch",
+    "a public hook after an update",
+    "was_step_applied",
+    "is_gradient_accumulation_boundary",
+)
+BOTH = _of(
+    "DeepSpeedZeroOptimizer",
+    "undo loss scaling and clipping",
+    "unclipped gradients, or the factor applied",
+    "loss_scaler",
+    "dynamic_loss_scale",
+    "overflow",
+    "clip_grad",
+    "_global_grad_norm",
+) + _of("DeepSpeedZeroOptimizer", "let go of an old ZeRO optimizer", _REBUILD, "_grad_acc_hooks")
+ZERO12 = _of(
+    "DeepSpeedZeroOptimizer",
+    "know where each parameter lies in the flat partitions",
+    _LAYOUT,
+    "bit16_groups",
+    "round_robin_bit16_groups",
+    "round_robin_bit16_offsets",
+    "single_partition_of_fp32_groups",
+    "partition_size",
+) + _of("DeepSpeedZeroOptimizer", "bring restored master weights into the model", _REBUILD, "update_lp_params")
+ZERO3 = _of(
+    "DeepSpeedZeroOptimizer_Stage3",
+    "know where each parameter lies in the flat partitions",
+    _LAYOUT,
+    "fp16_groups",
+    "fp32_partitioned_groups_flat",
+    "sub_group_to_group_id",
+    "grad_position",
+    "get_param_id",
+) + _of(
+    "DeepSpeedZeroOptimizer_Stage3",
+    "make a ZeRO-3 optimizer that keeps the module hooks",
+    _REBUILD,
+    "parameter_offload",
+    "persistent_parameters",
+    "initialize_ds_offload",
+    "_leaf_module_hooks",
+    "ipg_buckets",
+    "_unpin_offload_buffers",
+    "_reassign_or_swap_out_partitioned_parameters",
+)
+PRIVATE = {"deepspeed": ENGINE + BOTH + ZERO12 + ZERO3}

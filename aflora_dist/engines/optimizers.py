@@ -1,0 +1,186 @@
+"""What freezing needs of an optimizer, found out by trying one like it on a few small tensors.
+
+A list of names would be wrong twice: for subclasses, and for the next release.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import UnsupportedEngineError
+
+_SHAPE = (64, 72)  # bitsandbytes keeps 8 bits from 4,096 elements on
+_INSTEAD = (
+    "Use an optimizer that treats every element by itself and keeps a number per element, such as torch.optim.AdamW."
+)
+
+
+@dataclass(frozen=True)
+class OptimizerTraits:
+    """How an optimizer keeps the state of one parameter.
+
+    Attributes:
+        moments: Keys that hold a number for each element (Adam's exp_avg, exp_avg_sq).
+        scalars: Keys that hold one number (Adam's step), with an example of its type.
+        group_state: Options of a param group that the optimizer itself changes.
+    """
+
+    moments: tuple[str, ...]
+    scalars: Mapping[str, Any]
+    group_state: tuple[str, ...]
+
+    def scalar(self, key: str, number: Any, device: torch.device) -> Any:
+        """A number out of a snapshot as this optimizer keeps it; `device`: where its parameter lies."""
+        example = self.scalars[key]
+        if isinstance(example, Tensor):
+            beside = example.device.type == device.type
+            return torch.full_like(example, number, device=device if beside else example.device)
+        return number if number is None or example is None else type(example)(number)
+
+
+def plain(value: Any) -> Any:
+    """A scalar of an optimizer's state as JSON can hold it."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def examine(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
+    """Try an optimizer like this one on small tensors: it must not notice that others leave it, nor that it is resumed.
+
+    Args:
+        device: Of the tensors that the optimizer updates. The trial is in float32, where what is exact can be told
+            from what is not.
+
+    Raises:
+        UnsupportedEngineError: Dropping parameters from it, or going on from its state by name, is not exact.
+    """
+    name = type(optimizer).__name__
+    if callable(getattr(type(optimizer), "eval", None)):
+        raise UnsupportedEngineError(
+            f"{name} holds other weights in training than in evaluation (it has an eval()), so a matrix that freezes "
+            f"would keep the wrong ones. {_INSTEAD}"
+        )
+    try:
+        return _try(optimizer, device)
+    except UnsupportedEngineError:
+        raise
+    except Exception as error:  # whatever a strange optimizer does on tensors that are not its own
+        raise UnsupportedEngineError(
+            f"{name} cannot be tried out on small tensors ({type(error).__name__}: {error}), so it is not known "
+            f"whether freezing with it is exact. {_INSTEAD}"
+        ) from error
+
+
+def _try(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
+    name = type(optimizer).__name__
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(_SHAPE, generator=generator)
+    gradients = [torch.randn(_SHAPE, generator=generator) for _ in range(3)]
+
+    def parameter(values: Tensor) -> nn.Parameter:
+        return nn.Parameter(values.to(device).clone())
+
+    def step(trial: Optimizer, parameters: Sequence[nn.Parameter], pieces: Sequence[Tensor]) -> None:
+        for each, gradient in zip(parameters, pieces, strict=True):
+            each.grad = gradient.to(device).clone()
+        trial.step()
+
+    # Undisturbed: the parameter and a companion, three updates.
+    kept, companion = parameter(start), parameter(-start)
+    undisturbed = _like(optimizer, [kept, companion])
+    options = _options(undisturbed)
+    for gradient in gradients:
+        step(undisturbed, [kept, companion], [gradient, gradient])
+    expected = kept.detach().clone()
+    limit = 1e-3 * (expected - start.to(device)).abs().max().item()
+
+    # The companion leaves after two.
+    kept, companion = parameter(start), parameter(-start)
+    left = _like(optimizer, [kept, companion])
+    for gradient in gradients[:2]:
+        step(left, [kept, companion], [gradient, gradient])
+    traits = _traits(name, left, kept, options)
+    left.param_groups[0]["params"] = [kept]
+    left.state.pop(companion, None)
+    companion.grad = None
+
+    # Another one goes on from the state of the first.
+    resumed_parameter = parameter(kept.detach())
+    resumed = _like(optimizer, [resumed_parameter])
+    state = left.state.get(kept, {})
+    resumed.state[resumed_parameter] = {key: state[key].clone() for key in traits.moments} | {
+        key: traits.scalar(key, plain(state[key]), device) for key in traits.scalars
+    }
+    for key in traits.group_state:
+        resumed.param_groups[0][key] = copy.deepcopy(left.param_groups[0][key])
+    step(left, [kept], gradients[2:])
+    step(resumed, [resumed_parameter], gradients[2:])
+
+    # And the parameter in pieces, as a sharding engine holds it.
+    cuts = [5, 1000, start.numel() - 1005]
+    parts = [parameter(part) for part in start.flatten().split(cuts)]
+    sharded = _like(optimizer, parts)
+    for gradient in gradients:
+        step(sharded, parts, gradient.flatten().split(cuts))
+
+    for found, complaint in (
+        (kept, "its updates of one parameter change when another one leaves it"),
+        (resumed_parameter, "it does not go on as before from its state by name"),
+        (torch.cat([part.detach() for part in parts]).view(_SHAPE), "its update of an element depends on other elements"),
+    ):
+        if not (found.detach() - expected).abs().max().item() <= limit:
+            raise UnsupportedEngineError(f"Freezing with {name} would not be exact: {complaint}. {_INSTEAD}")
+    return traits
+
+
+def _traits(name: str, trial: Optimizer, parameter: nn.Parameter, options: Mapping[str, Any]) -> OptimizerTraits:
+    state = trial.state.get(parameter, {})
+    moments = tuple(k for k, v in state.items() if isinstance(v, Tensor) and v.numel() == parameter.numel())
+    scalars = {key: value for key, value in state.items() if key not in moments}
+    for key, value in scalars.items():
+        if not (value is None or isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.dim() == 0)):
+            raise UnsupportedEngineError(
+                f"Freezing with {name} would not be exact: it keeps {key!r} (of {tuple(getattr(value, 'shape', ()))}) "
+                f"for a parameter of {tuple(parameter.shape)}, which belongs neither to one element nor to all alike. "
+                f"{_INSTEAD}"
+            )
+    after = _options(trial)
+    changed = tuple(
+        key for key, value in after.items() if isinstance(value, bool | int | float) and value != options.get(key)
+    )
+    return OptimizerTraits(moments, scalars, changed)
+
+
+def _like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """An optimizer of the same class and options over other parameters, with no state."""
+    options = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    if isinstance(options.get("lr"), float | int):
+        options["lr"] = 0.01  # a warm-up may be at 0, where all optimizers are alike
+    known = inspect.signature(type(optimizer).__init__).parameters
+    arguments = {key: value for key, value in {**optimizer.defaults, **options}.items() if key in known}
+    try:
+        made = type(optimizer)([{"params": list(parameters)}], **arguments)
+    except TypeError:  # a class of the user's that is made from other things
+        if hasattr(type(optimizer), "__del__"):
+            raise  # a copy would free what belongs to the original
+        made = object.__new__(type(optimizer))
+        made.__dict__.update(optimizer.__dict__)
+        made.state = type(optimizer.state)(dict)  # type: ignore[call-arg]
+        made.param_groups = [{}]
+        made._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()  # type: ignore[attr-defined]
+        made._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()  # type: ignore[attr-defined]
+        made.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the original
+    made.param_groups[0].update(copy.deepcopy(options))
+    made.param_groups[0]["params"] = list(parameters)
+    return made
+
+
+def _options(optimizer: Optimizer) -> dict[str, Any]:
+    return {key: copy.deepcopy(value) for key, value in optimizer.param_groups[0].items() if key != "params"}

@@ -1,0 +1,31 @@
+"""torch's and accelerate's private interfaces that the engines use (see aflora_dist/contract.py)."""
+
+from __future__ import annotations
+
+from ..contract import Private
+
+_DDP = "DistributedDataParallel"
+
+REDUCER = [
+    Private(_DDP, name, "give DDP a reducer over the parameters that still train", "a public way to rebuild a reducer")
+    for name in (
+        "_build_params_for_reducer",
+        "_build_debug_param_to_name_mapping",
+        "_ddp_init_helper",
+        "_comm_hooks",
+        "static_graph",
+        "require_backward_grad_sync",
+    )
+]
+AUTOGRAD = [
+    Private(
+        "torch.autograd.Variable",
+        "_execution_engine",
+        "learn when a backward pass has ended (queue_callback)",
+        "a public hook at the end of a backward pass",
+    )
+]
+ACCELERATOR = [
+    Private("Accelerator", "_optimizers", "find the wrapper that knows of skipped updates", "a public list of them")
+]
+PRIVATE = {"torch": REDUCER + AUTOGRAD, "accelerate": ACCELERATOR}

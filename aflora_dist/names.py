@@ -1,0 +1,125 @@
+"""The grammar of parameter names, and the only place that knows it. Text only: needs no torch and no model.
+
+    base_model.model.bert.encoder.layer.3.output.dense.aflora.default.A             a tensor of an adapter
+    base_model.model.classifier.modules_to_save.default.weight                      a head: it trains whole
+
+`base_model.model.` is PEFT's, before every name of the model that it wraps; `default` is the adapter's name,
+which PEFT leaves out of the files that it saves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"(?P<module>.+)\.aflora\.(?P<adapter>[^.]+)\.(?P<tensor>A|B|s_d|s_b)")
+_NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<module>.*)")
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """A tensor of an adapter (Eq. 1), by name.
+
+    Attributes:
+        module: The adapted layer, as the model that was asked for its names calls it.
+        adapter: PEFT's name of the adapter.
+        tensor: A, B, s_d or s_b.
+
+    >>> str(AdapterTensor("base_model.model.layers.0.up_proj", "default", "A"))
+    'base_model.model.layers.0.up_proj.aflora.default.A'
+    """
+
+    module: str
+    adapter: str
+    tensor: str
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a projection matrix, which may freeze; the vectors s_d and s_b never do."""
+        return self.tensor in ("A", "B")
+
+    def __str__(self) -> str:
+        return f"{self.module}.aflora.{self.adapter}.{self.tensor}"
+
+
+def parse(name: str) -> AdapterTensor | None:
+    """Take the name of an adapter's tensor apart; None if it is not one. `str` puts it together again.
+
+    >>> parse("base_model.model.layers.0.up_proj.aflora.default.s_b")
+    AdapterTensor(module='base_model.model.layers.0.up_proj', adapter='default', tensor='s_b')
+    >>> parse("base_model.model.layers.0.up_proj.base_layer.weight") is None
+    True
+    """
+    found = _TENSOR.fullmatch(name)
+    return AdapterTensor(**found.groupdict()) if found else None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the tensor belongs to an AFLoRA adapter, in the model as in a saved file.
+
+    >>> is_adapter("base_model.model.layers.0.up_proj.aflora.A"), is_adapter("base_model.model.embed.weight")
+    (True, False)
+    """
+    return ".aflora." in name
+
+
+def is_head(name: str) -> bool:
+    """Whether the parameter belongs to a module that trains whole, such as a task head, and not to the adapter.
+
+    >>> is_head("base_model.model.classifier.modules_to_save.default.weight")
+    True
+    """
+    return ".modules_to_save." in name
+
+
+def of_base(name: str) -> str:
+    """What the model that PEFT wraps calls this module or parameter itself.
+
+    >>> of_base("base_model.model.bert.pooler"), of_base("bert.pooler")
+    ('bert.pooler', 'bert.pooler')
+    """
+    return name.removeprefix(_PREFIX)
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a projection matrix sits.
+
+    Attributes:
+        stack: What comes before the layer's number, such as "bert.encoder.layer".
+        layer: The layer's number; -1 for a matrix outside of numbered layers.
+        kind: The module in the layer and the matrix, such as "intermediate.dense A".
+    """
+
+    stack: str
+    layer: int
+    kind: str
+
+
+def place(name: str) -> Place:
+    """Where a matrix of freeze_log.jsonl sits.
+
+    >>> place("base_model.model.model.layers.11.mlp.up_proj.aflora.default.B")
+    Place(stack='model.layers', layer=11, kind='mlp.up_proj B')
+    >>> place("base_model.model.up.aflora.default.A")
+    Place(stack='', layer=-1, kind='up A')
+    """
+    parsed = parse(name)
+    module, tensor = (parsed.module, parsed.tensor) if parsed else name.rpartition(".")[::2]
+    module = of_base(module)
+    numbered = _NUMBERED.fullmatch(module)
+    if numbered is None:
+        return Place("", -1, f"{module} {tensor}")
+    return Place(numbered["stack"], int(numbered["layer"]), f"{numbered['module']} {tensor}")
+
+
+def grid(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
+    """Columns (stack, layer) and rows (kind) that have room for all these matrices.
+
+    >>> grid(f"base_model.model.layers.{i}.up_proj.aflora.default.{m}" for i in (0, 1) for m in "AB")
+    ([('layers', 0), ('layers', 1)], ['up_proj A', 'up_proj B'])
+    """
+    places = [place(name) for name in names]
+    return sorted({(p.stack, p.layer) for p in places}), sorted({p.kind for p in places})

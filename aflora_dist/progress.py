@@ -1,0 +1,134 @@
+"""The one clock of a training, and all of it that must survive a restart.
+
+t counts global batches. A batch whose update was skipped (fp16 overflow) moves it all the same, so that whatever depends
+on the position in the training depends on t alone; accumulated micro-batches move nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .engines import Engine
+from .engines.base import Observer, Record
+from .errors import AFLoRAError
+
+
+class Part(Protocol):
+    """Something with a state of its own that must survive a restart, besides the engine's."""
+
+    def snapshot(self) -> tuple[dict[str, Tensor], Record]:
+        """Whole tensors by name on the main process, and on every rank a record that JSON can hold. A collective."""
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Record) -> None:
+        """Go on from what `snapshot` gave, on this or another engine. A collective."""
+
+    def check(self, record: Record) -> None:
+        """Raise AFLoRAError if `restore` cannot go on from this record; nothing changes."""
+
+
+class Progress:
+    """Counts the global batches of one engine's training, and takes its state as a whole.
+
+    Args:
+        engine: Watched from now on.
+
+    Attributes:
+        step: t, the global batches done so far.
+        skipped: How many of them had no update.
+        parts: What else has state, by name.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.precision = str(engine.accelerator.mixed_precision)
+        self.step = 0
+        self.skipped = 0
+        self.parts: dict[str, Part] = {}
+        self.observer: Observer | None = None
+        self.after_batch: list[Callable[[], None]] = []  # called while `step` is still the batch's own t
+        engine.watch(self._observe, self._done)
+
+    def close(self) -> None:
+        """Stop watching the engine."""
+        self.engine.unwatch()
+
+    def _observe(
+        self, bucket: int, gradients: Sequence[Tensor], weights: Callable[[], Sequence[Tensor]], scale: Tensor | float
+    ) -> None:
+        if self.observer is not None:
+            self.observer(bucket, gradients, weights, scale)
+
+    def _done(self, applied: bool) -> None:
+        for call in self.after_batch:
+            call()
+        self.step += 1
+        self.skipped += not applied
+
+    # -- the state as a whole ----------------------------------------------------------------
+
+    def snapshot(self) -> tuple[dict[str, Tensor], Record]:
+        """All that training on needs, whole, as copies. A collective.
+
+        Returns:
+            On the main process the tensors of the engine and of all parts, in its CPU memory; none elsewhere. And on
+            every rank a record that JSON can hold.
+        """
+        tensors, engine = self.engine.snapshot()
+        record: Record = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "kind": self.engine.kind,
+            "precision": self.precision,
+            "engine": engine,
+            "parts": {},
+        }
+        for name, part in self.parts.items():
+            more, record["parts"][name] = part.snapshot()
+            tensors |= more
+        return tensors, record
+
+    def check(self, record: Record) -> None:
+        """Look whether `restore` can go on from this record; nothing changes.
+
+        Raises:
+            AFLoRAError: It is of another model, optimizer, method or schedule; the message shows the first difference.
+        """
+        theirs = record["engine"]["numels"]
+        for name in record["engine"]["names"]:
+            mine = self.engine.numel(name) if name in self.engine.parameters else "no"
+            if mine != theirs[name]:
+                raise AFLoRAError(
+                    f"The checkpoint is of another model: {name} has {theirs[name]} elements there and {mine} here."
+                )
+        unknown = sorted(set(record["engine"]["names"]) - {n for group in self.engine.members for n in group})
+        if unknown:
+            raise AFLoRAError(f"The checkpoint is of another model: {unknown[0]} trains there and not here.")
+        self.engine.check(record["engine"])
+        if record["parts"].keys() != self.parts.keys():
+            raise AFLoRAError(
+                f"The checkpoint is of another method: it has {', '.join(record['parts']) or 'nothing'} besides the "
+                f"optimizer's state, here there is {', '.join(self.parts) or 'nothing'}."
+            )
+        for name, part in self.parts.items():
+            part.check(record["parts"][name])
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Record) -> None:
+        """Go on from what `snapshot` gave, on this or another engine and any number of ranks. A collective.
+
+        Args:
+            tensors: On the main process: as `snapshot` gave them, or loaded when asked for.
+            record: The same on every rank.
+
+        Raises:
+            AFLoRAError: As `check`.
+        """
+        self.check(record)
+        self.engine.restore(tensors, record["engine"])
+        if (record["kind"], record["precision"]) == (self.engine.kind, self.precision):
+            self.engine.restore_scaling(record["engine"]["scaling"])
+        for name, part in self.parts.items():
+            part.restore(tensors, record["parts"][name])
+        self.step, self.skipped = record["step"], record["skipped"]
