@@ -50,7 +50,8 @@ class AccelerateState:
         def write() -> None:
             path = Path(folder) / _FILE
             with writing("The freezing's state", path):
-                torch.save(state, path.with_suffix(".tmp"))
+                with path.with_suffix(".tmp").open("wb") as file:  # an open file reports a full disk as OSError
+                    torch.save(state, file)
                 path.with_suffix(".tmp").replace(path)
 
         on_main(self._accelerator, write)
@@ -65,8 +66,8 @@ class AccelerateState:
             path = self._folder(input_dir) / _FILE
             if not path.exists():
                 raise AFLoRAError(
-                    f"{path.parent} holds no state of freezing ({_FILE}): it was saved without AdaptiveFreezing. Create it "
-                    f"before accelerator.save_state(), or load this before creating it."
+                    f"{path.parent} holds no state of freezing ({_FILE}): it was saved without AdaptiveFreezing. "
+                    f"Create it before accelerator.save_state(), or load this before creating it."
                 )
             state.update(torch.load(path, map_location="cpu", weights_only=True))
             return state["record"]

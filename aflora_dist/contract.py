@@ -55,8 +55,8 @@ def require(library: str, owner: Any, entries: Iterable[Private]) -> None:
 def broken(library: str, what: str, error: Exception) -> UnsupportedEngineError:
     """The error for a rehearsal that failed: an interface is there, but does something else."""
     return UnsupportedEngineError(
-        f"{what} failed when it was rehearsed, before training ({type(error).__name__}: {error}). aflora_dist was tried "
-        f"with {library} {SEEN[library]}, here is {version(library)}: install that release."
+        f"{what} failed when it was rehearsed, before training ({type(error).__name__}: {error}). aflora_dist was "
+        f"tried with {library} {SEEN[library]}, here is {version(library)}: install that release."
     )
 
 

@@ -9,7 +9,6 @@ import hashlib
 import math
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -325,7 +324,11 @@ class AdaptiveFreezing:
                 )
 
     def _record(self) -> dict[str, Any]:
-        return {"events": [asdict(event) for event in self.events], "config": asdict(self.config), "numels": self.numels}
+        return {
+            "events": [asdict(event) for event in self.events],
+            "config": asdict(self.config),
+            "numels": self.numels,
+        }
 
     def _load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self.events = [FreezeEvent(**event) for event in record["events"]]
@@ -433,7 +436,9 @@ class AdaptiveFreezing:
         if failure is not None:
             raise failure
         if rank >= 0:
-            raise AFLoRAError(f"on_freeze failed on rank {rank} after step {event.step}; what that rank printed tells why.")
+            raise AFLoRAError(
+                f"on_freeze failed on rank {rank} after step {event.step}; what that rank printed tells why."
+            )
 
     def _drop(self, names: list[str]) -> None:
         """The engine lets go of the matrices, and the scores of the others follow their gradients."""
@@ -488,11 +493,12 @@ class _Ending:
         failed = getattr(sys, "last_type", None) is not None or sys.exc_info()[0] is not None
         if not self.remaining or self.step >= self.total or failed or not self.speaks:
             return
-        warnings.warn(
-            f"Training ended after {self.step} of the {self.total} global batches that FreezingConfig(total_steps="
-            f"{self.total}) was told, with {self.remaining} projection matrices unfrozen. total_steps counts the optimizer "
-            f"updates of the whole training: examples per epoch / (batch size x ranks x accumulation) x epochs.",
-            stacklevel=2,
+        print(
+            f"aflora: warning: training ended after {self.step} of the {self.total} global batches that "
+            f"FreezingConfig(total_steps={self.total}) was told, with {self.remaining} projection matrices unfrozen. "
+            f"total_steps counts updates: epochs x examples / (ranks x batch size x accumulation).",
+            file=sys.stderr,
+            flush=True,
         )
 
 

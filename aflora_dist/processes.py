@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
 from .errors import AFLoRAError
 
@@ -55,6 +55,12 @@ def launched_accelerator(**options: Any) -> Accelerator:
         **options,
     )
     refuse_lonely_processes()
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if asked and accelerator.distributed_type != DistributedType.FSDP:
+        raise AFLoRAError(
+            "FSDP was asked for, but accelerate leaves it out on CPUs: every process would hold the whole model. Use "
+            "launch/ddp.yaml or launch/zero3.yaml there."
+        )
     return accelerator
 
 
@@ -62,8 +68,8 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """What `action` returns on the main process, on every rank. A collective.
 
     Raises:
-        AFLoRAError: On every rank, where `action` raised one on the main process. Any other exception is raised as it is
-            there, and as an AFLoRAError on the other ranks, which would else wait for a process that is gone.
+        AFLoRAError: On every rank, where `action` raised one on the main process. Any other exception is raised
+            there as it is, and on the other ranks, which would else wait for a process that is gone, as an AFLoRAError.
     """
     outcome: list[Any] = [None, None]  # result, complaint
     failure: Exception | None = None

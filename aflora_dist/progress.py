@@ -1,13 +1,13 @@
 """The one clock of a training, and all of it that must survive a restart.
 
-t counts global batches. A batch whose update was skipped (fp16 overflow) moves it all the same, so that whatever depends
-on the position in the training depends on t alone; accumulated micro-batches move nothing.
+t counts global batches. A batch whose update was skipped (fp16 overflow) moves it all the same, so that
+whatever depends on the position in the training depends on t alone; accumulated micro-batches move nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 

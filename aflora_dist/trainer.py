@@ -55,7 +55,7 @@ class FreezingCallback(TrainerCallback):
                 "Start from the beginning (resume_from_checkpoint=None)."
             )
         if self.freezing is not None:
-            self.freezing.detach()  # of a training that was interrupted
+            self.freezing.release()  # of a training that was interrupted
         total = state.max_steps
         if args.max_steps <= 0:  # Trainer has counted epochs, perhaps a fraction of one
             per_epoch = total / args.num_train_epochs
@@ -77,4 +77,4 @@ class FreezingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.freezing is not None:
-            self.freezing.detach()
+            self.freezing.release()

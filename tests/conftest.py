@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.launch import MAIN_JOB, launch
+from tests.runs import command_line, options, start_all
+from tests.small import make_tiny_model, write_reviews
+
+torch.set_num_threads(1)  # small models; two threads would wait for each other where something else is at work
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -18,6 +24,75 @@ def glue() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder of GLUE's TSV files beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.csv (100 rows) and dev.csv (33 rows: not a multiple of anything)."""
+    folder = tmp_path_factory.mktemp("reviews")
+    write_reviews(folder / "train.csv", 100, seed=0)
+    write_reviews(folder / "dev.csv", 33, seed=1)
+    return folder
+
+
+@pytest.fixture
+def arguments(tiny_model: Path, reviews: Path, tmp_path: Path) -> list[str]:
+    """Command line of a short run: 2 epochs of 6 updates of 16 examples."""
+    chosen = {
+        "run.dir": tmp_path / "run",
+        "run.log_every": 1,
+        "model.name": tiny_model,
+        "data.task": "files",
+        "data.train_file": reviews / "train.csv",
+        "data.validation_file": reviews / "dev.csv",
+        "train.epochs": 2,
+        "train.batch_size": 16,
+        "freezing.initial_epochs": 0.5,
+        "freezing.final_epochs": 0.5,
+    }
+    return command_line(chosen)
+
+
+@pytest.fixture(scope="session")
+def profiled(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of two ranks with ZeRO-2 and --profile."""
+    folder = tmp_path_factory.mktemp("profiled") / "run"
+    chosen = {
+        "run.dir": folder,
+        "run.log_every": 2,
+        "model.name": tiny_model,
+        "data.task": "files",
+        "data.train_file": reviews / "train.csv",
+        "data.validation_file": reviews / "dev.csv",
+        "train.epochs": 4,
+        "train.batch_size": 16,
+        "freezing.initial_epochs": 1,
+        "freezing.final_epochs": 1,
+        "profile.steps": 3,
+    }
+    done = launch("zero2", 2, *MAIN_JOB, *command_line(chosen), "--profile")
+    assert done.returncode == 0, done.stderr
+    assert "1_before, 2_middle, 3_after" in " ".join(done.stdout.replace("│", " ").split())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(engine, epochs) -> directory of an uninterrupted run with checkpoints after every 5 updates."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def run(engine: str, epochs: int = 4) -> Path:
+        ended = folder / f"{engine}_{epochs}"
+        if not ended.exists():
+            start_all(engine, [options(ended, tiny_model, reviews, **{"train.epochs": epochs})])
+        return ended
+
+    return run
 
 
 @pytest.hookimpl(hookwrapper=True)

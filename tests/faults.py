@@ -2,10 +2,9 @@
 
     python -m tests.faults --kills 100
 
-Each kill takes one rank, or all of them and the launcher, with SIGKILL, a random while after the run has done its
-first new update. Checked each time: the job ends within 30 s, no checkpoint is damaged, at most the update since the
-last save is lost. Checked at the end of every run: losses, freeze log and weights are those of an undisturbed run, to
-the bit.
+Each kill takes one rank, or all of them, with SIGKILL, a random while after the run has done its first new update.
+Checked each time: the job ends within 30 s, no checkpoint is damaged, at most the update since the last save is lost.
+Checked at the end of every run: losses, freeze log and weights are those of an undisturbed run, to the bit.
 """
 
 from __future__ import annotations
@@ -14,22 +13,21 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
-
 from aflora_dist.store import checkpoint
-from tests.training.conftest import make_tiny_model, write_reviews
-from tests.training.test_resume import assert_same_to_the_bit, begin, lines, options, ranks
+from tests.runs import assert_same_to_the_bit, begin_job, lines, options
+from tests.small import make_tiny_model, write_reviews
 
 EPOCHS = 12
 
 
-def main(argv: list[str] | None = None) -> dict[str, int]:
+def main(argv: list[str] | None = None) -> Counter[str]:
     """Run the campaign; returns how often what was hit."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
@@ -46,9 +44,9 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         write_reviews(home / "dev.csv", 33, seed=1)
         more = {"train.epochs": EPOCHS, "run.save_every": 1, "run.keep": 3, "freezing.final_epochs": 2}
         undisturbed = home / "undisturbed"
-        process = begin(args.engine, options(undisturbed, home / "model", home, **more))
-        said = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, said
+        job = begin_job(args.engine, options(undisturbed, home / "model", home, **more))
+        said = job.communicate(timeout=300)
+        assert job.returncode == 0, said
         while sum(hit[what] for what in ("rank 0", "rank 1", "everything")) < args.kills:
             folder = home / "run"
             command = [*options(folder, home / "model", home, **more), "--resume"]
@@ -58,37 +56,32 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
             hit["runs compared"] += 1
             shutil.rmtree(folder)
     print(f"{dict(hit)} in {time.monotonic() - began:.0f} s")
-    return dict(hit)
+    return hit
 
 
 def strike(engine: str, command: list[str], folder: Path, chance: random.Random, hit: Counter[str], kills: int) -> None:
     """Start or resume the run, and kill it unless it ends before (or enough has been killed)."""
-    process = begin(engine, command)
+    job = begin_job(engine, command)
     first = saved(folder)
     enough = sum(hit[what] for what in ("rank 0", "rank 1", "everything")) >= kills
-    while process.poll() is None and (saved(folder) <= first or enough):
+    while job.poll() is None and (saved(folder) <= first or enough):
         time.sleep(0.005)
     end = time.monotonic() + chance.uniform(0, 1.0)
-    while process.poll() is None and time.monotonic() < end:
+    while job.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
-    if process.poll() is not None:
-        said = process.communicate()[0]
-        assert process.returncode == 0, said
+    if job.poll() is not None:
+        said = job.communicate()
+        assert job.returncode == 0, said
         return
-    training = ranks(process)
-    victim = chance.choice(["rank 0", "rank 1", "everything"] if len(training) > 1 else ["everything"])
-    launcher = psutil.Process(process.pid)
-    targets = [*training, launcher] if victim == "everything" else [training[int(victim[-1])]]
-    for target in targets:
-        try:
-            target.kill()
-        except psutil.NoSuchProcess:
-            continue
+    victim = chance.choice(["rank 0", "rank 1", "everything"] if len(job.pids) > 1 else ["everything"])
+    if victim == "everything":
+        job.kill()
+    else:
+        job.send_signal(signal.SIGKILL, int(victim[-1]))
     try:
-        process.communicate(timeout=30)
+        job.wait(timeout=30)
     except subprocess.TimeoutExpired:
         raise AssertionError(f"the job went on for 30 s after {victim} was killed") from None
-    psutil.wait_procs(training, timeout=30)
     if (folder / "result.json").exists():
         return
     hit[victim] += 1

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..names import is_adapter, of_base
 from .config import AFLoRAConfig
 from .layer import AFLoRALayer
 
@@ -44,9 +45,9 @@ def save_as_lora(model: PeftModel, directory: str | Path, adapter_name: str = "d
             path = layer.path(adapter_name)
             tensors[f"{name}.lora_A.weight"] = path.A.detach().clone().contiguous()
             tensors[f"{name}.lora_B.weight"] = (path.s_b.unsqueeze(1) * path.B * path.s_d).contiguous()
-            targets.append(name.removeprefix("base_model.model."))
+            targets.append(of_base(name))
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors |= {key: value.detach().clone().contiguous() for key, value in saved.items() if ".aflora." not in key}
+    tensors |= {key: value.detach().clone().contiguous() for key, value in saved.items() if not is_adapter(key)}
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.r,

@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 from peft import mapping
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners import tuners_utils
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..contract import require
 from ..errors import AFLoRAError
+from ..names import AdapterTensor
 from ..processes import refuse_lonely_processes
+from . import private
 from .architectures import ARCHITECTURES, kind_of, target_modules
 from .config import AFLoRAConfig, AFLoRAPeftType
 from .layer import AFLoRALayer
@@ -72,7 +76,7 @@ class AFLoRAModel(BaseTuner):
         """
         adaptive = [name for name in self.active_adapters if self.peft_config[name].freezing == "adaptive"]
         return {
-            f"{module_name}.aflora.{adapter}.{matrix}": path.get_parameter(matrix)
+            str(AdapterTensor(module_name, adapter, matrix)): path.get_parameter(matrix)
             for module_name, layer in self.named_modules()
             if isinstance(layer, AFLoRALayer)
             for adapter in adaptive
@@ -172,7 +176,17 @@ class AFLoRAModel(BaseTuner):
 
 
 def register() -> None:
-    """Make PEFT know the method: get_peft_model, save_pretrained and from_pretrained work then."""
+    """Make PEFT know the method: get_peft_model, save_pretrained and from_pretrained work then.
+
+    Called by aflora_dist/_registration.py, once PEFT has been imported.
+    """
+    for owner, entries in (
+        (mapping, private.MAPPINGS),
+        (BaseTuner, private.TUNER),
+        (BaseTunerLayer, private.LAYER),
+        (tuners_utils, private.FUNCTIONS),
+    ):
+        require("peft", owner, entries)
     kind: Any = AFLoRAPeftType.AFLORA
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = AFLoRAConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = AFLoRAModel

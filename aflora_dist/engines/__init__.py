@@ -43,5 +43,5 @@ def create_engine(accelerator: Accelerator, model: nn.Module, optimizer: Any) ->
     if kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         return ReplicatedEngine(accelerator, model, optimizer)
     raise UnsupportedEngineError(
-        f"AFLoRA's freezing does not support {kind.value} yet: use one process, DDP, FSDP2, or DeepSpeed ZeRO-1, 2 or 3."
+        f"Freezing does not support {kind.value} yet: use one process, DDP, FSDP2, or DeepSpeed ZeRO-1, 2 or 3."
     )

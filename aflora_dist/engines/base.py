@@ -172,7 +172,10 @@ class Engine(ABC):
             "optimizer": type(self.optimizer).__name__,
             "moments": list(self.traits.moments) if scalars else [],  # none before the first update
             "scalars": scalars,
-            "groups": [{k: plain(group.get(k)) for k in self.traits.group_state} for group in self.optimizer.param_groups],
+            "groups": [
+                {k: plain(group[k]) for k in self.traits.group_state if k in group}
+                for group in self.optimizer.param_groups
+            ],
             "scaling": self.scaling(),
         }
         return tensors, record
@@ -368,7 +371,7 @@ def inner_optimizer(optimizer: Any) -> Optimizer:
         inner = inner.optimizer
     if not isinstance(inner, Optimizer):
         raise UnsupportedEngineError(
-            f"AdaptiveFreezing(accelerator, model, optimizer, ...) got {type(optimizer).__name__} as its optimizer. Pass "
-            f"the optimizer that accelerator.prepare() returned."
+            f"AdaptiveFreezing(accelerator, model, optimizer, ...) got {type(optimizer).__name__} as its optimizer. "
+            f"Pass the optimizer that accelerator.prepare() returned."
         )
     return inner

@@ -5,6 +5,7 @@ For one process, DDP and FSDP2. DeepSpeed clips by itself, see deepspeed/.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,7 +66,15 @@ class Clipping:
             self._hook.remove()
         self._hook = None
         if observed := self.observed():  # the last one lies nearest to the loss
-            self._hook = observed[-1].register_post_accumulate_grad_hook(self._accumulated)
+            # Weak, for autograd holds hooks where the garbage collector does not see them: model, hook and engine would
+            # keep each other alive for ever.
+            accumulated = weakref.WeakMethod(self._accumulated)
+
+            def hook(parameter: Tensor) -> None:
+                if (method := accumulated()) is not None:
+                    method()
+
+            self._hook = observed[-1].register_post_accumulate_grad_hook(hook)
 
     def factor(self, parameters: Sequence[nn.Parameter]) -> Tensor | float:
         """What to multiply the gradients of these parameters with to have them before clipping.
@@ -93,10 +102,10 @@ class Clipping:
         self._note()
         return result
 
-    def _accumulated(self, parameter: Tensor) -> None:
+    def _accumulated(self) -> None:
         # Of a plain loss.backward(), too. The engine's own callbacks (DDP writes the reduced gradients in one) are
         # queued by the time ours runs, so one more round comes after all of them.
-        queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+        queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self._note))
 
     def _unscale(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ..contract import require
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
+from . import private
 from .base import Engine, Observer, Record, inner_optimizer, release
 from .clipping import Clipping
 from .optimizers import plain
@@ -35,9 +37,13 @@ class NativeEngine(Engine):
     """What one process, DDP and FSDP2 have in common: a torch optimizer over the model's own parameters."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+        require("accelerate", accelerator, private.ACCELERATOR)
+        require("torch", torch.autograd.Variable, private.AUTOGRAD)
         inner = inner_optimizer(optimizer)
         wrappers = [optimizer, *accelerator._optimizers]
-        self._wrapper = next((w for w in wrappers if isinstance(w, AcceleratedOptimizer) and w.optimizer is inner), None)
+        self._wrapper = next(
+            (w for w in wrappers if isinstance(w, AcceleratedOptimizer) and w.optimizer is inner), None
+        )
         unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
         known = {id(p) for p in unwrapped.parameters()}
         unknown = sum(id(p) not in known for group in inner.param_groups for p in group["params"])
@@ -48,8 +54,8 @@ class NativeEngine(Engine):
             )
         if accelerator.scaler is not None and self._wrapper is None:
             raise UnsupportedEngineError(
-                "Under fp16 updates can be skipped, which only the optimizer that accelerator.prepare() returned knows of: "
-                "pass the optimizer to prepare(), and step it."
+                "Under fp16 updates can be skipped, which only the optimizer that accelerator.prepare() returned knows "
+                "of: pass the optimizer to prepare(), and step it."
             )
         if accelerator.scaler is not None and getattr(inner, "_step_supports_amp_scaling", False):
             raise UnsupportedEngineError(
@@ -59,8 +65,8 @@ class NativeEngine(Engine):
         devices = sorted({str(p.device) for group in inner.param_groups for p in group["params"]})
         if len(devices) > 1:
             raise UnsupportedEngineError(
-                f"The trained parameters are spread over {', '.join(devices)} (device_map?). Load the model on one device, "
-                f"or spread it with ZeRO-3 or FSDP2."
+                f"The trained parameters are spread over {', '.join(devices)} (device_map?). "
+                f"Load the model on one device, or spread it with ZeRO-3 or FSDP2."
             )
         self._fragments: list[Fragment] = []
         self._observed: list[nn.Parameter] = []
@@ -210,7 +216,8 @@ class NativeEngine(Engine):
             self.optimizer.state.pop(parameter, None)
             if name in scalars:
                 numbers = {
-                    key: self.traits.scalar(key, scalars[name].get(key), parameter.device) for key in self.traits.scalars
+                    key: self.traits.scalar(key, scalars[name].get(key), parameter.device)
+                    for key in self.traits.scalars
                 }
                 state = {key: torch.zeros_like(parameter) for key in moments}
                 self.optimizer.state[parameter] = {**numbers, **state}
@@ -241,6 +248,8 @@ class ReplicatedEngine(NativeEngine):
                 f"There are {self.world_size} processes, but the model is not wrapped in DDP: pass the model that "
                 f"accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True)."
             )
+        if self.ddp is not None:
+            require("torch", self.ddp, private.REDUCER)
         super().__init__(accelerator, model, optimizer)
 
     def _unreduced(self) -> bool:

@@ -133,7 +133,10 @@ def _try(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
     for found, complaint in (
         (kept, "its updates of one parameter change when another one leaves it"),
         (resumed_parameter, "it does not go on as before from its state by name"),
-        (torch.cat([part.detach() for part in parts]).view(_SHAPE), "its update of an element depends on other elements"),
+        (
+            torch.cat([part.detach() for part in parts]).view(_SHAPE),
+            "its update of an element depends on other elements",
+        ),
     ):
         if not (found.detach() - expected).abs().max().item() <= limit:
             raise UnsupportedEngineError(f"Freezing with {name} would not be exact: {complaint}. {_INSTEAD}")
@@ -145,7 +148,9 @@ def _traits(name: str, trial: Optimizer, parameter: nn.Parameter, options: Mappi
     moments = tuple(k for k, v in state.items() if isinstance(v, Tensor) and v.numel() == parameter.numel())
     scalars = {key: value for key, value in state.items() if key not in moments}
     for key, value in scalars.items():
-        if not (value is None or isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.dim() == 0)):
+        if not (
+            value is None or isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+        ):
             raise UnsupportedEngineError(
                 f"Freezing with {name} would not be exact: it keeps {key!r} (of {tuple(getattr(value, 'shape', ()))}) "
                 f"for a parameter of {tuple(parameter.shape)}, which belongs neither to one element nor to all alike. "
@@ -172,10 +177,10 @@ def _like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer
             raise  # a copy would free what belongs to the original
         made = object.__new__(type(optimizer))
         made.__dict__.update(optimizer.__dict__)
-        made.state = type(optimizer.state)(dict)  # type: ignore[call-arg]
+        made.state = type(optimizer.state)(dict)
         made.param_groups = [{}]
-        made._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()  # type: ignore[attr-defined]
-        made._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()  # type: ignore[attr-defined]
+        made._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
+        made._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
         made.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the original
     made.param_groups[0].update(copy.deepcopy(options))
     made.param_groups[0]["params"] = list(parameters)

@@ -146,9 +146,7 @@ def collect(pieces: Sequence[Piece], numels: Mapping[str, int], device: torch.de
 
 
 @torch.no_grad()
-def distribute(
-    whole: Mapping[str, Tensor], keys: Sequence[str], pieces: Sequence[Piece], device: torch.device
-) -> None:
+def distribute(whole: Mapping[str, Tensor], keys: Sequence[str], pieces: Sequence[Piece], device: torch.device) -> None:
     """Fill every rank's pieces from whole tensors that the main process holds. A collective.
 
     Args:
@@ -169,7 +167,9 @@ def distribute(
         step = CHUNK_BYTES // dtype.itemsize
         for low in range(0, numel, step):
             high = min(low + step, numel)
-            part = source[low:high].to(device) if source is not None else torch.empty(high - low, dtype=dtype).to(device)
+            part = (
+                source[low:high].to(device) if source is not None else torch.empty(high - low, dtype=dtype).to(device)
+            )
             if _world_size() > 1:
                 part = part.contiguous()
                 dist.broadcast(part.view(torch.uint8), 0)

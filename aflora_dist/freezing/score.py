@@ -8,15 +8,13 @@ them over ranks and dividing by the sizes is the caller's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-ScoreKind = Literal["gradient", "sensitivity", "relative"]
-SCORE_KINDS: tuple[ScoreKind, ...] = ("gradient", "sensitivity", "relative")
+from .kinds import ScoreKind
 
 
 @dataclass(frozen=True)

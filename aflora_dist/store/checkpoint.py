@@ -13,17 +13,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import AFLoRAError, DamagedError
 
-FORMAT = 1
+FORMAT = 2
 _STATE, _TRAINING, _MANIFEST = "state.safetensors", "training.json", "manifest.json"
 
 
@@ -32,13 +33,36 @@ class Checkpoint:
     """One checkpoint's content.
 
     Attributes:
-        tensors: state.safetensors, on the CPU.
+        tensors: state.safetensors, each read when asked for.
         training: training.json.
     """
 
     path: Path
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     training: dict[str, Any]
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """A safetensors file's content, on the CPU; no tensor is read before it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(str(path), framework="pt")
+        self._keys = list(self._file.keys())
+        self._known = set(self._keys)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._known:
+            raise KeyError(key)
+        return self._file.get_tensor(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], training: Mapping[str, Any], keep: int) -> Path:
@@ -90,10 +114,12 @@ def load(path: Path) -> Checkpoint:
         raise DamagedError(f"The checkpoint {path} is damaged: {complaint}.")
     training = json.loads((path / _TRAINING).read_text(encoding="utf-8"))
     if training.get("format") != FORMAT:
+        old = " Format 1 counted skipped updates twice: finish that run with aflora_dist 0.1, or begin anew."
         raise AFLoRAError(
             f"The checkpoint {path} has format {training.get('format')}; this version of aflora_dist reads {FORMAT}."
+            f"{old if training.get('format') == 1 else ''}"
         )
-    return Checkpoint(path, load_file(str(path / _STATE)), training)
+    return Checkpoint(path, StoredTensors(path / _STATE), training)
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:

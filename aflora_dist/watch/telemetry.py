@@ -12,8 +12,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from ..names import place
 from ..training.config import Config
-from ..view.figures import freeze_map, place
 
 # The columns of the HPARAMS tab, the same for every run: TensorBoard takes one run's list for all of them.
 _RESULTS = ("metric", "train_seconds", "samples_per_second", "avg_trainable_params", "peak_memory_bytes")
@@ -57,6 +57,8 @@ class Telemetry:
     def freeze_map(self, names: Sequence[str], frozen: Mapping[str, int], total_steps: int, step: int) -> None:
         """Fig. 5 as it stands now."""
         if names and self.on:
+            from ..view.figures import freeze_map  # matplotlib, only where something is drawn
+
             figure = freeze_map(names, frozen, total_steps)
             figure.set_dpi(120)
             self._write(lambda writer: writer.add_figure("freezing/Fig. 5", figure, step))

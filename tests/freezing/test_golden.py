@@ -54,11 +54,14 @@ def run(case: dict[str, Any], ranks: int) -> tuple[list[dict[str, Any]], dict[st
         frozen = policy.next_frozen(values, schedule.count(step, len(policy)))
         if frozen:
             log.append({"step": step, "frozen": sorted(frozen)})
-            whole = {n: torch.cat([t for s in scores for f, t in s.state() if f.name == n], dim=1) for n in remaining}
             remaining = [n for n in remaining if n not in frozen]
-            scores = build()
-            for score in scores:
-                score.load(whole)
+            old, scores = scores, build()
+            for before, after in zip(old, scores, strict=True):
+                kept = {fragment: at for fragment, at in before.spans()}
+                for fragment, at in after.spans():
+                    for kind in ("smoothed", "uncertainty"):
+                        source = getattr(before, kind)[kept[fragment] :][: fragment.numel]
+                        getattr(after, kind)[at : at + fragment.numel] = source
         if not remaining:
             break
     return log, recorded, ratios

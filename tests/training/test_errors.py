@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from aflora_dist.training.run import main
-from tests.launch import ROOT, launch
-from tests.training.conftest import write_reviews
+from tests.launch import MAIN_JOB, ROOT, launch
+from tests.small import write_reviews
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -140,7 +139,7 @@ def test_an_unwritable_directory_is_refused(arguments: list[str], capsys: pytest
 
 @pytest.mark.distributed
 def test_every_rank_ends_and_one_speaks(arguments: list[str]) -> None:
-    done = launch("zero2", 2, "-m", "aflora_dist.training.run", *arguments, "--adapter.target_modules", "[query]")
+    done = launch("zero2", 2, *MAIN_JOB, *arguments, "--adapter.target_modules", "[query]", true_launch=True)
     assert done.returncode != 0
     assert done.stderr.count("aflora: error:") == 1
     assert "Error" not in done.stderr.replace("ChildFailedError", "").replace("aflora: error:", "")
@@ -149,7 +148,7 @@ def test_every_rank_ends_and_one_speaks(arguments: list[str]) -> None:
 
 @pytest.mark.distributed
 def test_lonely_processes_are_noticed() -> None:
-    done = launch("zero2", 2, str(ROOT / "tests" / "workers" / "lonely.py"))
+    done = launch("zero2", 2, str(ROOT / "tests" / "workers" / "lonely.py"), true_launch=True)
     assert done.returncode != 0
     assert "2 processes were launched, but this one knows of 1" in done.stderr
 
@@ -168,15 +167,6 @@ def test_deepspeed_settings_that_cannot_be_honoured_are_refused(
     settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | change
     (tmp_path / "ds.json").write_text(json.dumps(settings))
     launcher = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "ds.json"), "--num_processes", "2"]
-    done = launch("zero2", 2, "-m", "aflora_dist.training.run", *arguments, launcher=[*launcher, "--num_machines", "1"])
+    done = launch("zero2", 2, *MAIN_JOB, *arguments, launcher=[*launcher, "--num_machines", "1"])
     assert done.returncode != 0
     assert said in done.stderr
-
-
-@pytest.mark.distributed
-def test_when_one_rank_dies_the_others_end_too() -> None:
-    start = time.monotonic()
-    done = launch("ddp", 2, str(ROOT / "tests" / "workers" / "dying.py"), timeout=120)
-    assert done.returncode != 0
-    assert "SIGKILL" in done.stderr
-    assert time.monotonic() - start < 100  # the workers would otherwise wait for half an hour

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from aflora_dist.training.run import main
-from tests.launch import ROOT, launch
+from tests.launch import MAIN_JOB, ROOT, launch
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_the_launch_configurations_give_the_results_of_one_process_on_a_cpu(
 ) -> None:
     launcher = ["--config_file", str(ROOT / "launch" / f"{name}.yaml"), "--mixed_precision", "no"]
     launched = [*arguments, "--run.dir", str(tmp_path / "launched"), "--train.accumulation", "2"]
-    done = launch(name, 2, "-m", "aflora_dist.training.run", *launched, launcher=launcher, timeout=420)
+    done = launch(name, 2, *MAIN_JOB, *launched, launcher=launcher, timeout=420, true_launch=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "trainable parameters" in done.stdout
     theirs = read(tmp_path / "launched")

@@ -10,17 +10,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.launch import ROOT
+from tests.runs import assert_same_to_the_bit, lines, options, start_all
 from tests.slurm import SlurmCluster
 
-from .test_resume import assert_same_to_the_bit, lines, options
-
 pytestmark = pytest.mark.distributed
-EPOCHS = 60  # long enough to be caught in the act
+EPOCHS = 150  # long enough to be caught in the act
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +74,19 @@ class Job:
 def submit(
     cluster: SlurmCluster, tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Job, Path]]:
-    def submit(*sbatch: str, **more: Any) -> tuple[Job, Path]:
+    """(launch configuration, options of sbatch) -> a job on two nodes and its run's directory.
+
+    Evaluating one by one, and saving always, change no bit and make the run last longer.
+    """
+
+    def submit(launch: str, *sbatch: str) -> tuple[Job, Path]:
         folder = tmp_path_factory.mktemp("job")
-        common = {"train.epochs": EPOCHS, "run.keep": 2, "data.validation_file": reviews / "train.csv"}
-        arguments = options(folder / "run", tiny_model, reviews, **{**common, **more})
-        return Job(cluster, folder / "out.txt", ["--nodes=2", *sbatch], arguments), folder / "run"
+        more = {"train.epochs": EPOCHS, "run.keep": 2, "train.eval_batch_size": 1, "run.save_every": 1}
+        arguments = options(folder / "run", tiny_model, reviews, **more)
+        job = Job(cluster, folder / "out.txt", ["--nodes=2", *sbatch], arguments, AFLORA_LAUNCH=f"launch/{launch}.yaml")
+        return job, folder / "run"
 
     return submit
-
-
-@pytest.fixture(scope="module")
-def undisturbed(submit: Callable[..., tuple[Job, Path]]) -> Path:
-    """The run directory of a two-node ZeRO-2 job that nobody interrupts."""
-    job, folder = submit()
-    job.wait_for_end()
-    assert "start 1, 2 node(s)" in job.said()
-    assert json.loads((folder / "result.json").read_text())["engine"] == "zero2"
-    assert json.loads((folder / "result.json").read_text())["world_size"] == 2
-    return folder
 
 
 def wait_for_updates(job: Job, folder: Path, starts: int) -> None:
@@ -103,45 +96,40 @@ def wait_for_updates(job: Job, folder: Path, starts: int) -> None:
     job.wait(lambda: len(lines(folder, "metrics.jsonl")) > done + 20)
 
 
-def test_a_job_interrupted_three_times_comes_back_and_ends_with_the_same_model(
-    submit: Callable[..., tuple[Job, Path]], undisturbed: Path
+def test_a_job_interrupted_in_four_ways_comes_back_and_ends_with_the_same_model(
+    submit: Callable[..., tuple[Job, Path]], tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    job, folder = submit()
-    wait_for_updates(job, folder, starts=1)
-    job.cluster.run("scancel", "--batch", "--signal=USR1", job.id)  # as ahead of a preemption
+    """As two ranks of one machine that nobody interrupts. DDP starts much faster than DeepSpeed."""
+    # A limit of a minute, the signal 55 s ahead; Slurm looks every 30 s.
+    job, folder = submit("ddp", "--time=1", "--signal=B:USR1@55")
+    job.wait(lambda: "goes back into the queue" in job.said() or job.ended())
+    assert "Stopped as asked" in job.said(), "make EPOCHS larger if the run ended before its time limit's signal"
+    job.cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=60")  # once is enough
     wait_for_updates(job, folder, starts=2)
-    assert "Stopped as asked" in job.said()
-    assert "goes back into the queue" in job.said()
-    job.cluster.run("scontrol", "requeue", job.id)
+    job.cluster.run("scancel", "--batch", "--signal=USR1", job.id)  # as ahead of a preemption
     wait_for_updates(job, folder, starts=3)
+    assert job.said().count("goes back into the queue") == job.said().count("Stopped as asked") == 2
+    job.cluster.run("scontrol", "requeue", job.id)
+    wait_for_updates(job, folder, starts=4)
     job.cluster.run("scontrol", "update", "nodename=127.0.0.3", "state=down", "reason=test")
     job.wait(lambda: job.state() == "PENDING")
     job.cluster.run("scontrol", "update", "nodename=127.0.0.3", "state=resume")
     job.wait_for_end()
-    assert "start 4, 2 node(s)" in job.said()
-    assert_same_to_the_bit(folder, undisturbed)
+    assert "start 5, 2 node(s)" in job.said()
+    quick = {"train.epochs": EPOCHS, "run.save_every": 0}
+    start_all("ddp", [options(tmp_path / "undisturbed", tiny_model, reviews, **quick)])
+    assert_same_to_the_bit(folder, tmp_path / "undisturbed")
 
 
 def test_a_signal_to_the_ranks_saves_and_ends_the_job(submit: Callable[..., tuple[Job, Path]]) -> None:
     """No requeue was asked for."""
-    job, folder = submit()
+    job, folder = submit("zero2")
     wait_for_updates(job, folder, starts=1)
+    assert "start 1, 2 node(s)" in job.said()
     job.cluster.run("scancel", "--signal=USR1", job.id)
     job.wait_for_end()
     assert "Stopped as asked" in job.said()
     assert not (folder / "result.json").exists()
-
-
-def test_a_job_at_its_time_limit_comes_back(submit: Callable[..., tuple[Job, Path]], undisturbed: Path) -> None:
-    """A limit of a minute, the signal 55 s ahead; Slurm looks every 30 s. What changes no bit makes it last longer."""
-    job, folder = submit("--time=1", "--signal=B:USR1@55", **{"train.eval_batch_size": 1, "run.save_every": 1})
-    job.wait(lambda: "goes back into the queue" in job.said() or job.ended())
-    job.cluster.run("scontrol", "update", f"jobid={job.id}", "timelimit=60")  # once is enough
-    job.wait_for_end()
-    if "start 2" not in job.said():
-        pytest.fail(f"the run ended before its time limit's signal: make EPOCHS larger\n{job.said()}")
-    assert "Stopped as asked" in job.said()
-    assert_same_to_the_bit(folder, undisturbed)
 
 
 def test_an_array_of_seeds_is_collected_into_a_table(
@@ -150,7 +138,8 @@ def test_an_array_of_seeds_is_collected_into_a_table(
     from aflora_dist.view.collect import main as collect
 
     arguments = options(tmp_path / "table", tiny_model, reviews)
-    job = Job(cluster, tmp_path / "out-%a.txt", ["--array=0-1"], arguments, AFLORA_SEEDS="3 5")
+    variables = {"AFLORA_SEEDS": "3 5", "AFLORA_LAUNCH": "launch/cpu.yaml"}
+    job = Job(cluster, tmp_path / "out-%a.txt", ["--array=0-1"], arguments, **variables)
     job.wait_for_end()
     results = [json.loads((tmp_path / "table" / f"seed_{seed}" / "result.json").read_text()) for seed in (3, 5)]
     first, second = (result["metrics"]["accuracy"] for result in results)

@@ -26,14 +26,16 @@ model, optimizer = accelerator.prepare(model, build_optimizer(model, "head"))
 freezing = AdaptiveFreezing(
     accelerator, model, optimizer, FreezingConfig(total_steps=12, initial_steps=2, final_steps=3)
 )
-steps = []
+steps, frozen = [], []
 for number in range(12):
     batch = {k: v[accelerator.process_index * share :][:share] for k, v in global_batch(number).items()}
     accelerator.backward(model(**batch).loss * (float("inf") if number == 4 else 1.0))
     optimizer.step()
     optimizer.zero_grad()
     steps.append(freezing.step)
+    frozen.append(len(freezing.frozen))
 if accelerator.is_main_process:
     event = freezing.events[0]
-    print("RESULT " + json.dumps({"steps": steps, "step": event.step, "frozen": event.frozen, "scores": event.scores}))
+    found = {"steps": steps, "step": event.step, "frozen": event.frozen, "scores": event.scores}
+    print("RESULT " + json.dumps(found | {"skipped": freezing.progress.skipped, "frozen_counts": frozen}))
 accelerator.end_training()

@@ -249,7 +249,7 @@ class ZeroEngine(Engine):
         vars(self.zero.loss_scaler).update(scaling)
 
     def reload(self) -> None:
-        """Loading gave ZeRO's torch optimizer a new state and new param groups; where a stand-in is at work, share them."""
+        """Loading gave the optimizer inside ZeRO a new state and new param groups: if it is a stand-in, share them."""
         if self.zero.optimizer is not self.optimizer:
             stand_in = self.zero.optimizer
             self.optimizer.state = stand_in.state

@@ -6,7 +6,6 @@ A drop shortens the buffer and moves the cuts, so that some intervals change the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from aflora_dist import AFLoRAError
-from aflora_dist.training.config import DataConfig, parse
 from aflora_dist.tasks.data import GlobalBatchSampler, load_data
-from aflora_dist.tasks.metrics import compute
 from aflora_dist.tasks.glue import TASKS
+from aflora_dist.tasks.metrics import compute
+from aflora_dist.training.config import DataConfig, parse
 
 # Two lines of each task's files, as GLUE distributes them, and the label of the first.
 TSV: dict[str, tuple[str | None, list[str], Any]] = {

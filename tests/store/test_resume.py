@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import itertools
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from aflora_dist.store import checkpoint
 from aflora_dist.training.run import main
-from tests.launch import ENGINES, ROOT, free_port, launch, launch_arguments, launch_series
+from tests import faults
+from tests.launch import ENGINES, MAIN_JOB, ROOT, begin_truly, launch, launch_series
+from tests.runs import assert_same_to_the_bit, begin_job, freezes, lines, options, start, start_all, wait_for, weights
 
 ALL = ("single", *ENGINES)
 PAIRS = [*itertools.product(ALL, ALL), ("single", "offload"), ("offload", "single"), ("offload", "offload")]
@@ -33,90 +27,6 @@ KINDS = {"single": ("single", 1), "offload": ("zero3", 2), "ddpx4": ("ddp", 4)}
 LONG = 40  # epochs of a run that can be caught in the act
 SAVED = 10  # of 24 updates: within the second epoch of four, between two freezes
 SAVED_NAME = f"step_{SAVED:08d}"
-
-
-def options(folder: Path, model: Path, data: Path, **more: Any) -> list[str]:
-    chosen = {
-        "run.dir": folder,
-        "run.log_every": 1,
-        "run.save_every": 5,
-        "run.keep": 100,
-        "run.tensorboard": False,
-        "model.name": model,
-        "data.task": "files",
-        "data.train_file": data / "train.csv",
-        "data.validation_file": data / "dev.csv",
-        "train.epochs": 4,
-        "train.batch_size": 16,
-        "freezing.initial_epochs": 0.5,
-        "freezing.final_epochs": 1,
-        **more,
-    }
-    return [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
-
-
-def start(engine: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The main job on two ranks, or in this process ("single")."""
-    if engine != "single":
-        return launch(engine, 2, "-m", "aflora_dist.training.run", *arguments)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-
-
-def start_all(engine: str, runs: list[list[str]]) -> list[str]:
-    """The main job with each of these command lines, in one launch ("x4": on four ranks; "offload": ZeRO-3 with CPU
-    Adam); what each printed."""
-    if engine == "single":
-        done = [start(engine, arguments) for arguments in runs]
-        assert [d.returncode for d in done] == [0] * len(done), [d.stderr for d in done]
-        return [d.stdout for d in done]
-    series = [["aflora_dist.training.run", *arguments] for arguments in runs]
-    if engine == "offload":
-        launcher = ["--config_file", "launch/zero3_offload.yaml", "--num_processes", "2"]
-        return launch_series("zero3", 2, series, launcher=[*launcher, "--main_process_port", str(free_port())])
-    return launch_series(engine.removesuffix("x4"), 4 if engine.endswith("x4") else 2, series)
-
-
-def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def freezes(folder: Path) -> list[tuple[int, list[str]]]:
-    return [(event["step"], event["frozen"]) for event in lines(folder, "freeze_log.jsonl")]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def assert_same_to_the_bit(ours: Path, undisturbed: Path) -> None:
-    """Losses, freeze log with scores, evaluations, weights."""
-    assert [m["loss"] for m in lines(ours, "metrics.jsonl")] == [m["loss"] for m in lines(undisturbed, "metrics.jsonl")]
-    logs = [[{**e, "rebuild_seconds": 0} for e in lines(f, "freeze_log.jsonl")] for f in (ours, undisturbed)]
-    assert logs[0] == logs[1]
-    results = [json.loads((f / "result.json").read_text()) for f in (ours, undisturbed)]
-    for key in ("evaluations", "steps", "avg_trainable_params"):
-        assert results[0][key] == results[1][key]
-    mine, theirs = weights(ours), weights(undisturbed)
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]), name
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(engine, epochs) -> directory of an uninterrupted run with checkpoints after every 5 updates."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-
-    def run(engine: str, epochs: int = 4) -> Path:
-        ended = folder / f"{engine}_{epochs}"
-        if not ended.exists():
-            start_all(engine, [options(ended, tiny_model, reviews, **{"train.epochs": epochs})])
-        return ended
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -187,22 +97,31 @@ def test_half_precision_goes_on_to_the_bit(
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+SAVING = {"run.save_every": 1, "adapter.dropout": 0.1, "train.accumulation": 2, "run.log_every": 3}
+
+
+@pytest.fixture(scope="module")
+def saved_always(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run with dropout and accumulation that was saved after every update."""
+    folder = tmp_path_factory.mktemp("saved_always") / "run"
+    assert main(options(folder, tiny_model, reviews, **SAVING)) == 0
+    return folder
+
+
 @pytest.mark.parametrize("after", [1, 2, 4, 6, 9, 12, 23, 24])
 def test_one_process_goes_on_to_the_bit_from_any_update(
-    after: int, tiny_model: Path, reviews: Path, tmp_path: Path
+    after: int, saved_always: Path, tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    """With dropout and accumulation; before, between and after freezes; within and at the end of an epoch."""
-    more = {"run.save_every": 1, "adapter.dropout": 0.1, "train.accumulation": 2, "run.log_every": 3}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(options(whole, tiny_model, reviews, **more)) == 0
-    shutil.copytree(whole, cut)
+    """Before, between and after freezes; within and at the end of an epoch."""
+    cut = tmp_path / "cut"
+    shutil.copytree(saved_always, cut)
     (cut / "result.json").unlink()
     shutil.rmtree(cut / "adapter")
     for path in checkpoint.list_checkpoints(cut / "checkpoints"):
         if path.name > f"step_{after:08d}":
             shutil.rmtree(path)
-    assert main([*options(cut, tiny_model, reviews, **more), "--resume"]) == 0
-    assert_same_to_the_bit(cut, whole)
+    assert main([*options(cut, tiny_model, reviews, **SAVING), "--resume"]) == 0
+    assert_same_to_the_bit(cut, saved_always)
 
 
 def test_resume_begins_where_there_is_nothing_and_ends_where_all_is_done(
@@ -235,8 +154,8 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
     wider = tmp_path / "wider"
     shutil.copytree(undisturbed("single") / "checkpoints" / SAVED_NAME, wider)
     training = json.loads((wider / "training.json").read_text())
-    name = next(iter(training["adaptive"]["numels"]))
-    training["adaptive"]["numels"][name] += 1
+    name = next(iter(training["progress"]["engine"]["numels"]))
+    training["progress"]["engine"]["numels"][name] += 1
     (wider / "training.json").write_text(json.dumps(training))
     (wider / "manifest.json").write_text(
         json.dumps({n: checkpoint._fingerprint(wider / n) for n in ("state.safetensors", "training.json")})
@@ -269,22 +188,13 @@ def test_what_does_not_change_the_training_may_differ(
     assert freezes(tmp_path / "run") == freezes(undisturbed("single"))
 
 
+@pytest.mark.distributed
 def test_a_full_disk_ends_in_an_error_and_spares_what_was_saved(
-    tiny_model: Path, reviews: Path, tmp_path: Path
+    undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
     """From the third checkpoint on no file may grow beyond 20 kB; a checkpoint's state is larger."""
-    code = (
-        "import resource, sys; from aflora_dist.store import checkpoint; from aflora_dist.training import run\n"
-        "save = checkpoint.save\n"
-        "def limited(folder, step, *rest, **more):\n"
-        "    if step >= 15: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "    return save(folder, step, *rest, **more)\n"
-        "checkpoint.save = limited\n"
-        "sys.exit(run.main(sys.argv[1:]))"
-    )
     arguments = options(tmp_path / "run", tiny_model, reviews)
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
+    done = launch("single", 1, str(ROOT / "tests" / "workers" / "full_disk.py"), "20000", "15", *arguments)
     assert done.returncode == 2, done.stderr
     assert "A checkpoint could not be written" in done.stderr
     assert "Traceback" not in done.stderr
@@ -292,39 +202,8 @@ def test_a_full_disk_ends_in_an_error_and_spares_what_was_saved(
     assert found is not None
     assert found.path.name == "step_00000010"
     assert not complaints
-    whole = tmp_path / "whole"
-    assert main(options(whole, tiny_model, reviews)) == 0
     assert main([*arguments, "--resume"]) == 0
-    assert_same_to_the_bit(tmp_path / "run", whole)
-
-
-def begin(engine: str, arguments: list[str]) -> subprocess.Popen[str]:
-    """Start a run in the background."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
-    launcher = ["-m", "accelerate.commands.launch", *launch_arguments(engine, 2)] if engine != "single" else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "aflora_dist.training.run", *arguments],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes, rank 0 first."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    return sorted((p for p in family if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
+    assert_same_to_the_bit(tmp_path / "run", undisturbed("single"))
 
 
 @pytest.mark.distributed
@@ -334,16 +213,16 @@ def test_a_wish_to_stop_saves_and_leaves_together(
 ) -> None:
     folder = tmp_path / "run"
     arguments = options(folder, tiny_model, reviews, **{"run.save_every": 0, "train.epochs": LONG})
-    process = begin("ddp", arguments)
-    wait_for(lambda: (folder / "metrics.jsonl").exists(), process)
+    job = begin_job("ddp", arguments)
+    wait_for(lambda: (folder / "metrics.jsonl").exists(), job)
     if how == "stop file":
         (folder / "stop").touch()
     else:
-        ranks(process)[1].send_signal(signal.SIGUSR1 if how.startswith("USR1") else signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
+        job.send_signal(signal.SIGUSR1 if how.startswith("USR1") else signal.SIGTERM, rank=1)
+    said, complaints = job.communicate(timeout=60)
     if (folder / "result.json").exists():
         pytest.fail("the run ended before it noticed")
-    assert process.returncode == 0, said
+    assert job.returncode == 0, complaints
     assert "Stopped as asked, after step" in said
     assert not (folder / "stop").exists()
     (saved,) = checkpoint.list_checkpoints(folder / "checkpoints")
@@ -361,37 +240,58 @@ def test_a_second_job_on_one_directory_is_refused_until_the_first_is_gone(
 ) -> None:
     folder = tmp_path / "run"
     arguments = options(folder, tiny_model, reviews, **{"train.epochs": 400})
-    first = begin("single", arguments)
+    first = begin_job("single", arguments)
     wait_for(lambda: (folder / "metrics.jsonl").exists(), first)
     second = start("single", [*arguments, "--resume"])
     assert second.returncode == 2
-    assert f"Another job is at work in {folder}: process {first.pid} on" in second.stderr
+    assert f"Another job is at work in {folder}: process {first.pids[0]} on" in second.stderr
     assert first.poll() is None
     first.kill()
     first.wait()
-    third = begin("single", [*arguments, "--resume"])
+    third = begin_job("single", [*arguments, "--resume"])
     count = len(lines(folder, "metrics.jsonl"))
     wait_for(lambda: len(lines(folder, "metrics.jsonl")) > count + 10, third)
-    third.terminate()
+    third.send_signal(signal.SIGTERM, rank=0)
     assert "Stopped as asked" in third.communicate(timeout=60)[0]
+
+
+def assert_resume_gives_the_same(arguments: list[str], folder: Path, undisturbed: Path) -> None:
+    assert not (folder / "result.json").exists()
+    done = start("zero2", [*arguments, "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert_same_to_the_bit(folder, undisturbed)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_job_with_a_message_and_resume_gives_the_same(
+def test_when_a_rank_is_killed_the_other_ends_with_a_message_and_resume_gives_the_same(
     victim: int, undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     arguments = options(folder, tiny_model, reviews, **{"train.epochs": LONG})
-    process = begin("zero2", arguments)
-    wait_for(lambda: (folder / "checkpoints" / "step_00000005").exists(), process)
-    ranks(process)[victim].kill()
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode != 0
-    assert "Signal 9 (SIGKILL)" in said or "another rank has ended" in said
-    done = start("zero2", [*arguments, "--resume"])
-    assert done.returncode == 0, done.stderr
-    assert_same_to_the_bit(folder, undisturbed("zero2", LONG))
+    job = begin_job("zero2", arguments)
+    wait_for(lambda: (folder / "checkpoints" / "step_00000005").exists(), job)
+    job.send_signal(signal.SIGKILL, victim)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == -signal.SIGKILL
+    assert ("another rank has ended" in said) == (victim == 1)  # one rank speaks for all of a machine
+    assert_resume_gives_the_same(arguments, folder, undisturbed("zero2", LONG))
+
+
+@pytest.mark.distributed
+def test_a_rank_killed_under_the_launcher_ends_the_job_and_resume_gives_the_same(
+    undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = options(folder, tiny_model, reviews, **{"train.epochs": LONG})
+    job = begin_truly("zero2", 2, *MAIN_JOB, *arguments)
+    wait_for(lambda: (folder / "checkpoints" / "step_00000005").exists(), job)
+    family = psutil.Process(job.pid).children(recursive=True)
+    next(process for process in family if process.environ().get("RANK") == "1").kill()
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode != 0
+    assert "another rank has ended" in said
+    assert_resume_gives_the_same(arguments, folder, undisturbed("zero2", LONG))
 
 
 def test_a_finished_run_branches_off_from_an_older_checkpoint_and_keeps_what_it_came_to(
@@ -412,8 +312,6 @@ def test_a_finished_run_branches_off_from_an_older_checkpoint_and_keeps_what_it_
 @pytest.mark.distributed
 def test_a_short_campaign_of_kills() -> None:
     """`python -m tests.faults` is the long one."""
-    from tests import faults
-
-    hit = faults.main(["--kills", "3", "--engine", "single"])
-    assert hit["everything"] == 3
+    hit = faults.main(["--kills", "4", "--engine", "ddp"])
+    assert hit["rank 0"] + hit["rank 1"] + hit["everything"] == 4
     assert hit["runs compared"] >= 1

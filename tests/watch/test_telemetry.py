@@ -1,21 +1,15 @@
-"""What a reviewer finds in TensorBoard and in the terminal, looked up in a real server and a real browser."""
+"""What a reviewer finds in TensorBoard, looked up in a real server and a real browser."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from aflora_dist.view.figures import Place, freeze_map, place
-from aflora_dist.training.run import main
-from aflora_dist.view.show import Run, sparkline
-from aflora_dist.view.show import main as show
 from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
-from tests.launch import ROOT
+from tests.launch import ROOT, launch
 from tests.tensorboard import PROFILER, TensorBoard
 
 RANGES = ["forward", "backward", "optimizer"] + [f"aflora.{n}" for n in ("observe", "decide", "all_reduce", "rebuild")]
@@ -87,58 +81,13 @@ def test_scalars_and_hparams_say_what_the_run_directory_says(board: TensorBoard,
     assert values["result/avg_trainable_params"] == pytest.approx(result["avg_trainable_params"])
 
 
-def test_show_tells_the_story_and_writes_figures(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 0
-    capsys.readouterr()
-    folder = tmp_path / "run"
-    assert show([str(folder), "--figures", str(tmp_path / "figures"), "--format", "svg"]) == 0
-    said = capsys.readouterr().out
-    run = Run(folder)
-    assert "8 of 8 projection matrices frozen" in said
-    row = next(line for line in said.splitlines() if "intermediate.dense A" in line)
-    stem = "base_model.model.bert.encoder.layer.{}.intermediate.dense.aflora.default.A"
-    assert [int(word) for word in row.split() if word.isdigit()] == [run.frozen[stem.format(i)] for i in (0, 1)]
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["curves.svg", "freeze_map.svg", "scores.svg"]
-    (axis, _) = freeze_map(run.names, run.frozen, run.total_steps).axes
-    assert sorted(int(text.get_text()) for text in axis.texts) == sorted(run.frozen.values())
-    # while the run goes on: no result, half of the events
-    (folder / "result.json").unlink()
-    events = (folder / "freeze_log.jsonl").read_text().splitlines(keepends=True)
-    (folder / "freeze_log.jsonl").write_text("".join(events[:2]))
-    assert show([str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "after 12 of 12 steps" in said
-    assert "trains" in said
-
-
-def test_show_refuses_what_is_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert show([str(tmp_path)]) == 2
-    assert "is not a run's directory" in capsys.readouterr().err
-
-
+@pytest.mark.distributed
 def test_a_full_disk_costs_telemetry_and_traces_but_not_the_training(arguments: list[str], tmp_path: Path) -> None:
     """No file may grow beyond 30 kB: less than the events and a trace, more than the run's own files."""
-    code = (
-        "import resource, sys; from aflora_dist.training.run import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, *arguments, "--profile", "--profile.steps", "1", "--run.save_every", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
+    more = ["--profile", "--profile.steps", "1", "--run.save_every", "0"]
+    done = launch("single", 1, str(ROOT / "tests" / "workers" / "full_disk.py"), "30000", "0", *arguments, *more)
     assert done.returncode == 0, done.stderr
     assert "TensorBoard's events could not be written" in done.stderr
     assert "the profiler's trace 1_before could not be written" in done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 12
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-
-
-def test_names_are_taken_apart_into_layer_and_kind() -> None:
-    llama = "base_model.model.model.layers.11.mlp.up_proj.aflora.default.B"
-    assert place(llama) == Place("model.layers", 11, "mlp.up_proj B")
-    assert place("base_model.model.up.aflora.other.A") == Place("", -1, "up A")
-
-
-def test_sparkline() -> None:
-    assert sparkline([0.0, 1.0, None, 0.5]) == "▁█▅"
-    assert len(sparkline(list(range(1000)))) <= 60

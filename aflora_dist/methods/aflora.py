@@ -1,0 +1,98 @@
+"""AFLoRA as a method of the main job: the adapter, and its adaptive freezing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftModel, TaskType, get_peft_model
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+
+from ..adapter import AFLoRAConfig, AFLoRALayer
+from ..control import AdaptiveFreezing, FreezeEvent, FreezingConfig
+from ..errors import AFLoRAError
+from ..freezing import CubicSchedule
+from ..names import is_adapter, is_head
+from ..progress import Progress
+from ..training.config import Config
+
+
+class AFLoRA:
+    """Low-rank paths whose projection matrices freeze one after the other (Eq. 1-5)."""
+
+    name = "aflora"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._freezing: FreezingConfig | None = None
+
+    def adapt(self, model: Any, head: Sequence[str]) -> PeftModel:
+        """Put the adapter in, with the head among the modules to save.
+
+        Raises:
+            AFLoRAError: No module matched, nothing is freezable, or the rank is not positive.
+        """
+        options = self.config.adapter
+        adapter = AFLoRAConfig(
+            r=options.r,
+            target_modules=options.target_modules,
+            freezable=options.freezable,
+            freezing=options.freezing,
+            aflora_dropout=options.dropout,
+            # PEFT adds the usual heads of classifiers itself.
+            modules_to_save=[name for name in head if name not in SEQ_CLS_HEAD_NAMES] or None,
+            task_type=TaskType.SEQ_CLS,
+        )
+        try:
+            return get_peft_model(model, adapter)
+        except AFLoRAError:
+            raise
+        except ValueError as error:  # PEFT's own: no target module matched
+            raise AFLoRAError(f"The adapter could not be put in: {' '.join(str(error).split())}") from error
+
+    def check(self, updates_per_epoch: int) -> None:
+        self._freezing = self._schedule(updates_per_epoch)
+
+    def attach(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        progress: Progress,
+        log: Callable[[FreezeEvent], None],
+    ) -> AdaptiveFreezing:
+        assert self._freezing is not None, "check() comes first"
+        return AdaptiveFreezing(accelerator, model, optimizer, self._freezing, on_freeze=log, progress=progress)
+
+    def saved(self, name: str, trains: bool) -> bool:
+        return is_adapter(name) or is_head(name) or trains  # a frozen A or B was learned like the rest
+
+    def _schedule(self, updates_per_epoch: int) -> FreezingConfig:
+        epochs, freezing = self.config.train.epochs, self.config.freezing
+        t_i, t_f = freezing.epochs(epochs)  # they fit in epochs, and so they do when rounded
+        total = epochs * updates_per_epoch
+        adaptive = self.config.adapter.freezing == "adaptive"
+        initial = round(t_i * updates_per_epoch) if adaptive else 0
+        return FreezingConfig(
+            total_steps=total,
+            initial_steps=initial,
+            final_steps=min(round(t_f * updates_per_epoch), total - initial) if adaptive else 0,
+            beta1=freezing.beta1,
+            beta2=freezing.beta2,
+            score=freezing.score,
+            pairwise=freezing.pairwise,
+        )
+
+
+def lora_parameters(model: nn.Module, r: int = 8) -> int:
+    """Trainable elements of LoRA on the same layers, for comparison (Table 1 uses r = 8)."""
+    layers = (module for module in model.modules() if isinstance(module, AFLoRALayer))
+    return sum(r * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def schedule_of(control: Any, total_steps: int) -> CubicSchedule:
+    """When something freezes; never, with a control that has no schedule."""
+    never = CubicSchedule(total_steps=total_steps, initial_steps=0, final_steps=0)
+    return control.schedule if isinstance(control, AdaptiveFreezing) else never

@@ -1,0 +1,93 @@
+"""What the training loop asks of a method. Knows no engine and no task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..progress import Progress
+
+
+class Control(Protocol):
+    """What a method does while training goes on, besides the gradient steps.
+
+    Attributes:
+        freezable, frozen: Parameters that may stop training; those that have, with the step after which they did.
+        events: What happened so far, one for each line of freeze_log.jsonl.
+        seconds: Host time spent so far.
+    """
+
+    freezable: list[str]
+    frozen: dict[str, int]
+    events: list[Any]
+    seconds: float
+
+    def scores(self) -> Mapping[str, float]:
+        """A number for each parameter that may still stop training. A collective.
+
+        Raises:
+            DivergedError: One is not finite; on every rank.
+        """
+
+    def metrics(self) -> Mapping[str, float]:
+        """What it adds to a line of metrics.jsonl."""
+
+    def interrupted(self) -> None:
+        """The training ends early, on purpose, and will go on from a checkpoint."""
+
+    def ended(self) -> None:
+        """The training is over."""
+
+
+@dataclass
+class NoControl:
+    """For methods that train the same parameters from the first step to the last."""
+
+    freezable: list[str] = field(default_factory=list)
+    frozen: dict[str, int] = field(default_factory=dict)
+    events: list[Any] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def scores(self) -> Mapping[str, float]:
+        return {}
+
+    def metrics(self) -> Mapping[str, float]:
+        return {}
+
+    def interrupted(self) -> None:
+        return
+
+    def ended(self) -> None:
+        return
+
+
+class Method(Protocol):
+    """A way of fine-tuning.
+
+    Attributes:
+        name: What result.json calls it.
+    """
+
+    name: str
+
+    def adapt(self, model: Any, head: Sequence[str]) -> Any:
+        """The model with what trains in it; the modules named by `head` are new and train whole.
+
+        Raises:
+            AFLoRAError: It does not fit this model.
+        """
+
+    def check(self, updates_per_epoch: int) -> None:
+        """Raise AFLoRAError for what can be refused before the model is prepared."""
+
+    def attach(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
+    ) -> Control:
+        """What it does while training; `log` takes each of its events. A collective."""
+
+    def saved(self, name: str, trains: bool) -> bool:
+        """Whether the adapter's folder holds this parameter."""

@@ -1,0 +1,42 @@
+"""A small model in a folder and small data files, for the main job."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "a", "is", "was", "very", "not"]
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """A BERT of two small layers without dropout, with its tokenizer, in a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=5 + len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def write_reviews(path: Path, rows: int, seed: int) -> None:
+    rng = random.Random(seed)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for _ in range(rows):
+            label = rng.choice(["positive", "negative"])
+            mood = WORDS[:3] if label == "positive" else WORDS[3:6]
+            writer.writerow([" ".join([rng.choice(WORDS[6:]), rng.choice(WORDS[6:]), rng.choice(mood)]), label])

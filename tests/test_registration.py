@@ -1,0 +1,225 @@
+"""After `import aflora_dist` PEFT knows the method, whoever imports PEFT and when; it is not imported for that alone.
+
+Each in a process of its own: what is imported stays imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from peft import get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from aflora_dist import AFLoRAConfig
+from tests.launch import ROOT
+
+
+def python(code: str, *arguments: object, path: Path | None = None) -> str:
+    """What the code prints; modules in `path` come before the installed ones."""
+    environment = os.environ | ({} if path is None else {"PYTHONPATH": str(path)})
+    command = [sys.executable, "-c", dedent(code), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An AFLoRA adapter in a folder, and the model that it names as its base."""
+    folder = tmp_path_factory.mktemp("registration")
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
+    BertForSequenceClassification(config).save_pretrained(folder / "base")
+    base = BertForSequenceClassification.from_pretrained(folder / "base")
+    get_peft_model(base, AFLoRAConfig(r=2, task_type="SEQ_CLS")).save_pretrained(folder / "adapter")
+    return folder
+
+
+LOADED = """
+from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_config
+from transformers import AutoModelForSequenceClassification
+
+folder = sys.argv[1]
+assert type(get_peft_config({"peft_type": "AFLORA", "r": 2})).__name__ == "AFLoRAConfig"
+base = AutoModelForSequenceClassification.from_pretrained(folder + "/base")
+for model in (
+    PeftModel.from_pretrained(base, folder + "/adapter"),
+    AutoPeftModelForSequenceClassification.from_pretrained(folder + "/adapter"),
+):
+    assert type(model.base_model).__name__ == "AFLoRAModel"
+assert not any(type(finder).__module__.startswith("aflora_dist") for finder in sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        pytest.param("import peft, aflora_dist", id="after PEFT"),
+        pytest.param("import aflora_dist; assert not {'peft', 'torch'} & set(sys.modules)", id="before PEFT"),
+        pytest.param("import aflora_dist; from transformers import Trainer", id="before transformers imports PEFT"),
+        pytest.param("import aflora_dist.adapter.layer", id="by the adapter, which imports PEFT itself"),
+        pytest.param(
+            """
+            class Plugin:
+                def find_spec(self, name, path=None, target=None):
+                    if name == "peft.tuners":
+                        import aflora_dist
+
+            sys.meta_path.insert(0, Plugin())
+            """,
+            id="in the middle of PEFT's import",
+        ),
+        pytest.param(
+            """
+            import threading, time, aflora_dist
+
+            class Plugin:
+                def find_spec(self, name, path=None, target=None):
+                    if name == "peft.tuners":
+                        threading.Thread(target=lambda: aflora_dist.AFLoRAConfig).start()
+                        time.sleep(0.5)
+
+            sys.meta_path.insert(0, Plugin())
+            """,
+            id="used by a thread while another imports PEFT",
+        ),
+    ],
+)
+def test_a_saved_adapter_loads_when_the_package_is_imported(imports: str, adapter: Path) -> None:
+    python("import sys\n" + dedent(imports) + LOADED, adapter)
+
+
+# A peft that imports quickly; what it does is written into it by each test.
+STANDIN = """
+import sys
+import aflora_dist
+from aflora_dist import _registration
+
+_registration._register = lambda: print("registered", sys.modules["peft"].whole)
+"""
+
+
+def standin(folder: Path, content: str) -> Path:
+    (folder / "peft").mkdir()
+    (folder / "peft" / "__init__.py").write_text(dedent(content))
+    return folder
+
+
+def test_asking_where_peft_is_neither_imports_it_nor_ends_the_watch(tmp_path: Path) -> None:
+    code = """
+    import inspect
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import find_spec
+
+    for _ in range(2):
+        assert find_spec("peft").loader.get_filename("peft") == find_spec("peft").origin
+    assert "peft" not in sys.modules
+    print("asked")
+    import peft
+
+    assert "whole = True" in inspect.getsource(peft)
+    assert type(peft.__loader__) is type(peft.__spec__.loader) is SourceFileLoader
+    """
+    assert python(STANDIN + dedent(code), path=standin(tmp_path, "whole = True")) == "asked\nregistered True\n"
+
+
+def test_a_peft_that_cannot_be_imported_says_so_itself_and_is_waited_for_further(tmp_path: Path) -> None:
+    code = """
+    import os
+
+    for _ in range(2):
+        try:
+            import peft
+        except OSError as error:
+            print(error)
+    os.environ["REPAIRED"] = "1"
+    import peft
+    """
+    content = """
+    import os
+
+    if "REPAIRED" not in os.environ:
+        raise OSError("peft's own trouble")
+    whole = True
+    """
+    said = python(STANDIN + dedent(code), path=standin(tmp_path, content))
+    assert said == "peft's own trouble\npeft's own trouble\nregistered True\n"
+
+
+def test_a_half_imported_peft_that_fails_is_waited_for_too(tmp_path: Path) -> None:
+    code = """
+    import os
+
+    try:
+        import peft
+    except OSError as error:
+        print(error)
+    os.environ["REPAIRED"] = "1"
+    import peft
+    """
+    content = """
+    import os
+
+    if "REPAIRED" not in os.environ:
+        raise OSError("peft's own trouble")
+    whole = True
+    """
+    said = python(code, path=standin(tmp_path, STANDIN + dedent(content)))
+    assert said == "peft's own trouble\nregistered True\n"
+
+
+def test_no_peft_at_all_is_not_found_as_ever() -> None:
+    code = """
+    sys.path[:] = [folder for folder in sys.path if "site-packages" not in folder]
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        print(error)
+    """
+    assert python(STANDIN + dedent(code)) == "No module named 'peft'\n"
+
+
+def test_threads_see_peft_only_once_it_knows_the_method(tmp_path: Path) -> None:
+    code = """
+    import importlib, threading, time
+
+    known = []
+    _registration._register = lambda: (time.sleep(0.2), known.append(True))
+    seen = []
+
+    def use(start):
+        start.wait()
+        importlib.reload(aflora_dist)
+        import peft
+
+        seen.append(bool(known) and peft.whole)
+
+    start = threading.Barrier(8)
+    threads = [threading.Thread(target=use, args=(start,)) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert seen == [True] * 8
+    importlib.reload(aflora_dist)
+    assert not any(isinstance(finder, _registration._PeftFinder) for finder in sys.meta_path)
+    """
+    python(STANDIN + dedent(code), path=standin(tmp_path, "import time; time.sleep(0.2); whole = True"))
+
+
+def test_the_package_has_its_public_names_and_no_others() -> None:
+    code = """
+    import sys, aflora_dist
+
+    assert set(aflora_dist.__all__) <= set(dir(aflora_dist))
+    assert aflora_dist.AFLoRAError and "torch" not in sys.modules
+    assert not hasattr(aflora_dist, "FreezingCallBack") and "torch" not in sys.modules
+    from aflora_dist import *
+    from aflora_dist.freezing import *
+
+    for name in (*aflora_dist.__all__, *aflora_dist.freezing.__all__):
+        assert name in globals(), name
+    """
+    python(code)
