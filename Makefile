@@ -1,15 +1,19 @@
 # make demo   fine-tune the embedded model on the embedded reviews: two processes, ZeRO-2, a few minutes on a CPU
 # make test   all tests;  make test-fast  those that start no processes;  make lint  ruff and mypy
+# make test-latest  all tests with the newest releases of all but torch; with TORCH=torch (or torch==VERSION) of torch too
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LATEST := .venv-latest
+# Has a build without CUDA; others come with gigabytes of CUDA's packages.
+TORCH ?= torch==2.13.0
 # The demo's two processes share the cores.
 THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast test-latest lint format clean
 
 demo: $(READY)
 	$(QUIET) DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
@@ -22,6 +26,13 @@ test: $(READY)
 test-fast: $(READY)
 	$(QUIET) $(BIN)/python -m pytest -m "not distributed"
 
+test-latest:
+	$(PYTHON) -m venv --clear $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,profiling,dev]'
+	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|accelerate|deepspeed|peft|transformers) '
+	$(QUIET) PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" $(LATEST)/bin/python -m pytest
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,10 +43,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LATEST)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,profiling,dev]'
 	@touch $(READY)

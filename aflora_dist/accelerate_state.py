@@ -35,6 +35,7 @@ class AccelerateState:
             hang(accelerator, "save_state", self._save_state),
             hang(accelerator, "load_state", self._load_state),
             hang(accelerator, "end_training", self._end_training),
+            hang(accelerator, "free_memory", self._free_memory),
         ]
 
     def close(self) -> None:
@@ -93,4 +94,10 @@ class AccelerateState:
     def _end_training(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if (freezing := self._freezing()) is not None:
             freezing.ended()
+        return original(*args, **kwargs)
+
+    def _free_memory(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if (freezing := self._freezing()) is not None:
+            freezing.release()  # DeepSpeed keeps a ZeRO-3 model alive, and with it whoever watches it
+            del freezing
         return original(*args, **kwargs)

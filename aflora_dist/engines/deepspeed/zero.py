@@ -199,7 +199,7 @@ class ZeroEngine(Engine):
             del source
         numbers = {position: state for position, _, state in states if state}
         for (position, _), (flat, _), state in zip(self._group_parameters(), new, fresh, strict=True):
-            if state or numbers.get(position):
+            if position in numbers:  # not in a group that a checkpoint brings back: it gets its state from there
                 scalars = {key: copy.deepcopy(numbers[position][key]) for key in self.traits.scalars}
                 self.optimizer.state[flat] = {**scalars, **state}
 
