@@ -628,3 +628,21 @@ def test_ranks_that_disagree_end_with_an_error_on_every_rank(what: str) -> None:
     assert done.returncode != 0
     for rank in (0, 1):
         assert f"rank {rank}: The ranks" in done.stdout
+
+
+FAILURES = {
+    "on_freeze": ("ddp", ["OSError: [Errno 28] No space left", "AFLoRAError: on_freeze failed on rank 0 after step 3"]),
+    "on_main": ("ddp", ["ZeroDivisionError: an oversight", "AFLoRAError: The main process failed: ZeroDivisionError"]),
+    "local SGD": ("ddp", ["UnsupportedEngineError: The gradients of this update were not reduced"] * 2),
+    "plain backward": ("zero2", ["UnsupportedEngineError: optimizer.step() was called, but DeepSpeed has made no"] * 2),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", FAILURES)
+def test_what_goes_wrong_on_one_rank_ends_all_with_the_reason(how: str) -> None:
+    engine, expected = FAILURES[how]
+    done = launch(engine, 2, str(ROOT / "tests" / "workers" / "failing.py"), how, timeout=120)
+    assert done.returncode != 0
+    for rank, said in enumerate(expected):
+        assert f"rank {rank}: {said}" in done.stdout, done.stdout + done.stderr[-2000:]

@@ -26,13 +26,27 @@ CASES: dict[str, list[str]] = {
 }
 
 
+THREE = ("clip", "a group of matrices", "groups of A and of B")  # cases on three ranks
+FOUR = {"ddp": ("plain",), "zero2": ("plain",), "fsdp2": ("plain", "two replicas")}  # and on four
+EVERY = (*ENGINES, "fsdp2")
+
+
+def cases(engine: str, processes: int) -> dict[str, list[str]]:
+    """Name of a case and what tests/workers/tiny.py is told."""
+    known = CASES | {"two replicas": ["--replicas", "2", "--clip", "0.05"]}
+    if processes <= 2:
+        return CASES
+    return {case: known[case] for case in (THREE if processes == 3 else FOUR[engine])}
+
+
 @functools.cache
 def run(engine: str, processes: int) -> dict[str, list[dict[str, Any]]]:
-    """What each rank saw in each case; on four ranks the plain one only."""
-    cases = CASES if processes <= 2 else {"plain": CASES["plain"]}
+    """What each rank saw in each case."""
+    told = cases(engine, processes)
+    worker = ["tests.workers.fsdp"] if engine == "fsdp2" else []
     with tempfile.TemporaryDirectory() as out:
-        folders = {case: Path(out) / str(number) for number, case in enumerate(cases)}
-        runs = [["tests.workers.tiny", str(folders[case]), *arguments] for case, arguments in cases.items()]
+        folders = {case: Path(out) / str(number) for number, case in enumerate(told)}
+        runs = [[*worker, "tests.workers.tiny", str(folders[case]), *arguments] for case, arguments in told.items()]
         launch_series(engine, processes, runs)
         return {
             case: [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
@@ -74,16 +88,29 @@ def check_against_one_process(results: list[dict[str, Any]], reference: dict[str
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "bf16"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", EVERY)
 def test_two_ranks_equal_one_process(engine: str, case: str) -> None:
     results = run(engine, 2)[case]
     assert {(r["kind"], r["world_size"]) for r in results} == {(engine, 2)}
     check_against_one_process(results, one_process(case))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+@pytest.mark.parametrize("case", THREE)
+@pytest.mark.parametrize("engine", EVERY)
+def test_three_ranks_equal_one_process(engine: str, case: str) -> None:
+    results = run(engine, 3)[case]
+    assert {(r["kind"], r["world_size"]) for r in results} == {(engine, 3)}
+    check_against_one_process(results, one_process(case))
+
+
+@pytest.mark.parametrize("engine", FOUR)
 def test_four_ranks_equal_one_process(engine: str) -> None:
     check_against_one_process(run(engine, 4)["plain"], one_process("plain"))
+
+
+def test_replicas_of_shards_equal_one_process() -> None:
+    """HSDP, two by two: of the ranks that hold the same shard one observes, and every element counts once."""
+    check_against_one_process(run("fsdp2", 4)["two replicas"], one_process("clip"))
 
 
 def test_clipping_was_active_and_scores_do_not_see_it() -> None:
@@ -106,7 +133,7 @@ def test_a_group_ran_empty_while_others_trained() -> None:
     assert empty[0] < events[-1]["step"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", EVERY)
 def test_bfloat16_trains_and_freezes_the_same_on_both_ranks(engine: str) -> None:
     first, second = run(engine, 2)["bf16"]
     assert first["events"][-1]["remaining"] == 0

@@ -1,32 +1,49 @@
-"""Who holds which score fragments on thousands of ranks, by torch's fake process group."""
+"""Which score fragments each of many ranks holds: every element once, and no rank much more than its share."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from itertools import pairwise
+from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
-from profiling.overhead import layout
-from tests.launch import ROOT
+from aflora_dist.engines import create_engine
+from aflora_dist.engines.native import ReplicatedEngine
+from aflora_dist.engines.transfer import Fragment, plan
+from tests.workers.tiny import build_model, build_optimizer
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(("rank", "world"), [(3, 64), (1000, 4096)])
-def test_every_rank_holds_its_share_and_no_more(rank: int, world: int) -> None:
-    command = [sys.executable, "-m", "tests.workers.fake", str(rank), str(world)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    elements = sum(found["numels"].values())
-    held = {
-        offset + start + i
-        for name, start, numel in found["fragments"]
-        for offset in [sum(n for _, n in list(found["numels"].items())[: list(found["numels"]).index(name)])]
-        for i in range(numel)
-    }
-    share = -(-elements // world)
-    assert held == set(range(rank * share, min((rank + 1) * share, elements)))
-    # float32 averages of gradient and uncertainty, as the table on paper says
-    assert layout(world, elements=elements)["score_bytes_held"] == 2 * 4 * len(held)
+class OneOfMany(ReplicatedEngine):
+    """One rank of a DDP training, as far as it decides what it observes."""
+
+    rank, world_size = 0, 1  # type: ignore[assignment]
+
+
+def fragments(names: list[str], world_size: int, engine: Any) -> list[list[Fragment]]:
+    found = []
+    engine.__class__ = type("Rank", (OneOfMany,), {})
+    for rank in range(world_size):
+        engine.__class__.rank, engine.__class__.world_size = rank, world_size
+        found.append(engine.buckets(names)[0])
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 64, 4096])
+def test_every_element_is_observed_by_one_rank_and_stays_there_when_others_freeze(world_size: int) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build_model()
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, "head"))
+    engine = create_engine(accelerator, model, optimizer)
+    names = [name for name in engine.trainable if name.endswith((".A", ".B"))]
+    held = fragments(names, world_size, engine)
+    for name in names:
+        covered = sorted((f.start, f.start + f.numel) for rank in held for f in rank if f.name == name)
+        assert covered[0][0] == 0
+        assert covered[-1][1] == engine.numel(name)
+        assert all(before[1] == after[0] for before, after in pairwise(covered))
+    loads = [sum(f.numel for f in rank) for rank in held]
+    assert max(loads) <= sum(loads) / world_size + len(names)
+    fewer = fragments(names[::2], world_size, engine)
+    before, after = dict(enumerate(held)), dict(enumerate(fewer))
+    assert all(move.source == move.target for move in plan(before, after))

@@ -57,7 +57,7 @@ def run(case: dict[str, Any], ranks: int) -> tuple[list[dict[str, Any]], dict[st
             remaining = [n for n in remaining if n not in frozen]
             old, scores = scores, build()
             for before, after in zip(old, scores, strict=True):
-                kept = {fragment: at for fragment, at in before.spans()}
+                kept = dict(before.spans())
                 for fragment, at in after.spans():
                     for kind in ("smoothed", "uncertainty"):
                         source = getattr(before, kind)[kept[fragment] :][: fragment.numel]

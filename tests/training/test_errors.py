@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from aflora_dist.freezing import FreezingScore
 from aflora_dist.training.run import main
 from tests.launch import MAIN_JOB, ROOT, launch
+from tests.runs import options
 from tests.small import write_reviews
 
 
@@ -170,3 +172,31 @@ def test_deepspeed_settings_that_cannot_be_honoured_are_refused(
     done = launch("zero2", 2, *MAIN_JOB, *arguments, launcher=[*launcher, "--num_machines", "1"])
     assert done.returncode != 0
     assert said in done.stderr
+
+
+@pytest.mark.distributed
+def test_a_full_disk_of_the_main_process_ends_every_rank_with_the_reason(
+    tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    """Within an update, where the others wait for it; and the launcher's SIGTERM is no wish to save and go on."""
+    arguments = options(tmp_path / "run", tiny_model, reviews, **{"train.epochs": 40, "run.save_every": 0})
+    done = launch("ddp", 2, str(ROOT / "tests" / "workers" / "full_log.py"), *arguments, true_launch=True)
+    assert done.returncode != 0
+    assert done.stderr.count("aflora: error: freeze_log.jsonl could not be written") == 1
+    assert "Stopped as asked" not in done.stdout
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 240  # it did not train on to the end
+
+
+def test_a_score_that_is_not_finite_ends_the_run_with_and_without_tensorboard(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: FreezingScore, *args: object, **more: object) -> None:
+        self.smoothed.fill_(float("nan"))
+
+    monkeypatch.setattr(FreezingScore, "observe", broken)
+    late = ["--freezing.initial_epochs", "1.5", "--freezing.final_epochs", "0"]  # no decision looks at the scores
+    for tensorboard in ("true", "false"):
+        folder = ["--run.dir", str(tmp_path / tensorboard), "--run.tensorboard", tensorboard]
+        assert "is not finite after step" in refused([*arguments, *late, *folder], capsys)

@@ -70,7 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
     gc.collect()
     ground = memory("VmRSS")
     fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **({"cpu": True} if fsdp else {}))
+    accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **({"cpu": True} if fsdp else {})
+    )
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = GLOBAL_BATCH // accelerator.num_processes
         plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = 1_000_000
