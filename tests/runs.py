@@ -55,13 +55,16 @@ def start(engine: str, arguments: list[str]) -> subprocess.CompletedProcess[str]
 
 
 def start_all(engine: str, runs: list[list[str]]) -> list[str]:
-    """The main job with each of these command lines, in one launch ("x4": on four ranks; "offload": ZeRO-3 with CPU
-    Adam); what each printed."""
+    """The main job with each of these command lines, in one launch; what each printed.
+
+    "x4": on four ranks; "offload": ZeRO-3 with CPU Adam. Only the main process may read checkpoints.
+    """
     if engine == "single":
         done = [start(engine, arguments) for arguments in runs]
         assert [d.returncode for d in done] == [0] * len(done), [d.stderr for d in done]
         return [d.stdout for d in done]
-    series = [["aflora_dist.training.run", *arguments] for arguments in runs]
+    worker = ["tests.workers.fsdp"] if engine == "fsdp2" else []
+    series = [[*worker, "tests.workers.one_reader", *arguments] for arguments in runs]
     if engine == "offload":
         launcher = ["--config_file", "launch/zero3_offload.yaml", "--num_processes", "2"]
         return launch_series("zero3", 2, series, launcher=[*launcher, "--main_process_port", str(free_port())])

@@ -20,7 +20,7 @@ from tests import faults
 from tests.launch import ENGINES, MAIN_JOB, ROOT, begin_truly, launch, launch_series
 from tests.runs import assert_same_to_the_bit, begin_job, freezes, lines, options, start, start_all, wait_for, weights
 
-ALL = ("single", *ENGINES)
+ALL = ("single", *ENGINES, "fsdp2")
 PAIRS = [*itertools.product(ALL, ALL), ("single", "offload"), ("offload", "single"), ("offload", "offload")]
 PAIRS += [("ddpx4", "ddpx4"), ("ddpx4", "zero2")]
 KINDS = {"single": ("single", 1), "offload": ("zero3", 2), "ddpx4": ("ddp", 4)}

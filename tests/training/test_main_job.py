@@ -100,12 +100,12 @@ CONFIGS = {
     "zero2": ("zero2", 2),
     "zero3": ("zero3", 2),
     "zero3_offload": ("zero3", 2),
+    "fsdp2": ("fsdp2", 2),
 }
 
 
 def test_every_launch_configuration_is_started_below() -> None:
-    needs_gpus = {"fsdp2"}
-    assert {path.stem for path in (ROOT / "launch").glob("*.yaml")} - needs_gpus == set(CONFIGS)
+    assert {path.stem for path in (ROOT / "launch").glob("*.yaml")} == set(CONFIGS)
 
 
 @pytest.mark.distributed
@@ -115,7 +115,9 @@ def test_the_launch_configurations_give_the_results_of_one_process_on_a_cpu(
 ) -> None:
     launcher = ["--config_file", str(ROOT / "launch" / f"{name}.yaml"), "--mixed_precision", "no"]
     launched = [*arguments, "--run.dir", str(tmp_path / "launched"), "--train.accumulation", "2"]
-    done = launch(name, 2, *MAIN_JOB, *launched, launcher=launcher, timeout=420, true_launch=True)
+    # accelerate leaves FSDP out on CPUs, unless it takes them for GPUs
+    job = MAIN_JOB if name != "fsdp2" else (str(ROOT / "tests" / "workers" / "fsdp.py"), MAIN_JOB[1])
+    done = launch(name, 2, *job, *launched, launcher=launcher, timeout=420, true_launch=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "trainable parameters" in done.stdout
     theirs = read(tmp_path / "launched")
@@ -129,6 +131,14 @@ def test_the_launch_configurations_give_the_results_of_one_process_on_a_cpu(
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     assert theirs["result"]["metrics"] == pytest.approx(run["result"]["metrics"])  # 33 examples, each counted once
     assert theirs["result"]["avg_trainable_params"] == run["result"]["avg_trainable_params"]
+
+
+@pytest.mark.distributed
+def test_fsdp_on_cpus_is_refused_and_not_taken_for_ddp(arguments: list[str]) -> None:
+    launcher = ["--config_file", str(ROOT / "launch" / "fsdp2.yaml"), "--mixed_precision", "no"]
+    done = launch("fsdp2", 2, *MAIN_JOB, *arguments, launcher=launcher)
+    assert done.returncode == 2
+    assert "FSDP was asked for, but accelerate leaves it out on CPUs" in done.stderr
 
 
 @pytest.mark.parametrize("mode", ["never", "always"])
