@@ -1,6 +1,6 @@
-"""What freezing itself costs, per engine: observing a step, a decision, a rebuild, bytes communicated.
+"""What freezing itself costs, per engine: observing a step, a decision, a drop, bytes communicated.
 
-    python -m profiling.overhead                       # DDP and ZeRO-1/2/3, 1, 2 and 4 processes on this machine
+    python -m profiling.overhead           # DDP, ZeRO-1/2/3 and FSDP2, 1, 2 and 4 processes on this machine
 
 Writes overhead.json, overhead.md and overhead.png to --out. Processes are started through `accelerate
 launch`; the model is small and its matrices many, for the cost of interest grows with their number.
@@ -17,26 +17,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from .traffic import Traffic
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}
+FSDP |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 MATRICES_PER_LAYER = 4  # BERT: A and B of two feed-forward layers
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure every combination and write the report; with --worker, be one process of one combination."""
     parser = argparse.ArgumentParser(prog="python -m profiling.overhead", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engines", nargs="+", default=["single", "ddp", "zero1", "zero2", "zero3"])
+    parser.add_argument("--engines", nargs="+", default=["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--matrices", nargs="+", type=int, default=[24, 96, 448])
     parser.add_argument("--hidden", type=int, default=64, help="size of the model's layers")
     parser.add_argument("--steps", type=int, default=10, help="observed steps")
-    parser.add_argument("--rebuilds", type=int, default=4, help="measured decisions and rebuilds")
+    parser.add_argument("--rebuilds", type=int, default=4, help="measured decisions and drops")
     parser.add_argument("--out", type=Path, default=Path("runs/overhead"))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             if (engine == "single") == (ranks == 1):
                 rows += launch(engine, ranks, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    report = {"rows": rows, "layout": [layout(ranks) for ranks in (1, 8, 64, 512, 4096)]}
+    report = {"rows": rows}
     (args.out / "overhead.json").write_text(json.dumps(report, indent=2) + "\n")
     (args.out / "overhead.md").write_text(markdown(report))
     figure(rows, args.out / "overhead.png")
@@ -61,17 +64,23 @@ def launch(engine: str, ranks: int, args: argparse.Namespace) -> list[dict[str, 
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    kind = {"single": [], "ddp": ["--multi_gpu"]}.get(engine, ["--use_deepspeed", "--zero_stage", engine[-1]])
+    sharded = ["--use_deepspeed", "--zero_stage", engine[-1]]
+    kind = {"single": [], "ddp": ["--multi_gpu"], "fsdp2": ["--multi_gpu"]}.get(engine, sharded)
+    on_cpu = ["profiling.fsdp_on_cpu"] if engine == "fsdp2" and not torch.cuda.is_available() else []
     launcher = [*kind, "--num_processes", str(ranks), "--num_machines", "1", "--main_process_port", str(port)]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--mixed_precision", "no"]
-        command += ["--dynamo_backend", "no", "-m", "profiling.overhead", "--worker", str(out)]
+        command += ["--dynamo_backend", "no", "-m", *on_cpu, "profiling.overhead", "--worker", str(out)]
         for name in ("hidden", "steps", "rebuilds"):
             command += [f"--{name}", str(getattr(args, name))]
         command += ["--matrices", *map(str, args.matrices)]
         done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if engine == "fsdp2" else {})},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise SystemExit(f"{engine} on {ranks} ranks failed:\n{done.stderr[-2000:]}")
@@ -123,8 +132,8 @@ def work(args: argparse.Namespace) -> None:
                 "observe_seconds": observe / count,
                 "decision_seconds": statistics.median(decisions),
                 "rebuild_seconds": statistics.median(rebuilds),
-                "decision_bytes": traffic[0][0],
-                "rebuild_bytes": traffic[0][1],
+                "decision_bytes": max(decided for decided, _ in traffic),
+                "rebuild_bytes": max(moved for _, moved in traffic),
             }
         )
         freezing.detach()
@@ -135,13 +144,14 @@ def work(args: argparse.Namespace) -> None:
 
 
 def freeze_one(freezing: Any) -> tuple[float, float, tuple[int, int]]:
-    """Seconds of a decision and of a rebuild, and the bytes of each."""
-    names = freezing.remaining[:1]
-    with counted_bytes() as decided:
-        decision = timed(lambda: freezing._agree(str(freezing.scores()), "disagree"))
-    with counted_bytes() as moved:
-        rebuild = timed(lambda: freezing.freeze(names))
-    return decision, rebuild, (decided["bytes"], moved["bytes"])
+    """Seconds of a decision and of a drop, and the bytes of each."""
+    with Traffic() as decided:
+        freezing._agree(str(freezing.scores()), "disagree")
+    decision = timed(lambda: freezing._agree(str(freezing.scores()), "disagree"))
+    with Traffic() as moved:  # what a freeze does, without the line for the log
+        freezing._drop(freezing.remaining[:1])
+    rebuild = timed(lambda: freezing._drop(freezing.remaining[:1]))
+    return decision, rebuild, (decided.bytes, moved.bytes)
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -152,67 +162,18 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-@contextmanager
-def counted_bytes() -> Iterator[dict[str, int]]:
-    """Bytes of the tensors that this rank hands to torch.distributed's all_reduce and all_gather."""
-    total = {"bytes": 0}
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_into_tensor")}
-
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-            total["bytes"] += max((t.nbytes for t in tensors), default=0)
-            return original(*args, **kwargs)
-
-        return call
-
-    for name, original in originals.items():
-        setattr(dist, name, wrap(original))
-    try:
-        yield total
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
-def layout(ranks: int, matrices: int = 48, elements: int = 368_640) -> dict[str, Any]:
-    """On paper, for DeBERTaV3-base: what a rank holds and sends at so many ranks.
-
-    A ring all-reduce of n bytes sends 2 n (W - 1) / W bytes from each rank, so cost per rank is
-    bounded, whatever W: a decision is `matrices` float64 sums, a rebuild three float32 numbers per
-    trained element (value and Adam's two moments) and two for the scores.
-    """
-    share = 2 * (ranks - 1) / ranks
-    return {
-        "ranks": ranks,
-        "score_bytes_held": 2 * 4 * -(-elements // ranks),
-        "decision_bytes_sent": round(share * 8 * (matrices + 2)),
-        "rebuild_bytes_sent_at_most": round(share * (3 * 4 * (elements + 83_232) + 2 * 4 * elements)),
-    }
-
-
 def markdown(report: dict[str, Any]) -> str:
     lines = [
-        "| engine | ranks | matrices | step, ms | observe, ms | of the step | decide, ms | rebuild, ms "
-        "| decision, bytes | rebuild, kB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| engine | ranks | matrices | step, ms | observe, ms | of the step | decide, ms | drop, ms | of a step "
+        "| decision, bytes | drop, bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in report["rows"]:
         lines.append(
             f"| {r['engine']} | {r['ranks']} | {r['matrices']} | {r['step_seconds'] * 1e3:.1f} "
             f"| {r['observe_seconds'] * 1e3:.2f} | {r['observe_seconds'] / r['step_seconds']:.2%} "
-            f"| {r['decision_seconds'] * 1e3:.1f} | {r['rebuild_seconds'] * 1e3:.1f} | {r['decision_bytes']:,} "
-            f"| {r['rebuild_bytes'] / 1e3:.0f} |"
-        )
-    lines += ["", "DeBERTaV3-base on more ranks, on paper (ring all-reduce):", ""]
-    lines += [
-        "| ranks | score memory per rank, bytes | a decision sends, bytes | a rebuild sends at most, MB |",
-        "|---|---|---|---|",
-    ]
-    for r in report["layout"]:
-        lines.append(
-            f"| {r['ranks']:,} | {r['score_bytes_held']:,} | {r['decision_bytes_sent']:,} "
-            f"| {r['rebuild_bytes_sent_at_most'] / 1e6:.1f} |"
+            f"| {r['decision_seconds'] * 1e3:.1f} | {r['rebuild_seconds'] * 1e3:.1f} "
+            f"| {r['rebuild_seconds'] / r['step_seconds']:.0%} | {r['decision_bytes']:,} | {r['rebuild_bytes']:,} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -230,7 +191,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             line = [r for r in rows if (r["engine"], r["ranks"]) == (engine, ranks)]
             label = f"{engine}, {ranks} rank{'s' if ranks > 1 else ''}"
             axis.plot([r["matrices"] for r in line], [r[f"{key}_seconds"] * 1e3 for r in line], marker="o", label=label)
-        axis.set(xscale="log", yscale="log", xlabel="freezable matrices", title=key)
+        axis.set(xscale="log", yscale="log", xlabel="freezable matrices", title="drop" if key == "rebuild" else key)
         axis.set_xticks(sorted({r["matrices"] for r in rows}), sorted({r["matrices"] for r in rows}))
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)

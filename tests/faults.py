@@ -89,8 +89,8 @@ def strike(engine: str, command: list[str], folder: Path, chance: random.Random,
     assert not complaints, complaints
     assert found is not None
     done = lines_of(folder)
-    hit["before its save"] += done > found.training["log"]["step"]
-    assert done <= found.training["log"]["step"] + 1, "more than the work since the last save was lost"
+    hit["before its save"] += done > found.training["progress"]["step"]
+    assert done <= found.training["progress"]["step"] + 1, "more than the work since the last save was lost"
 
 
 def saved(folder: Path) -> int:

@@ -63,7 +63,7 @@ def start_all(engine: str, runs: list[list[str]]) -> list[str]:
         done = [start(engine, arguments) for arguments in runs]
         assert [d.returncode for d in done] == [0] * len(done), [d.stderr for d in done]
         return [d.stdout for d in done]
-    worker = ["tests.workers.fsdp"] if engine == "fsdp2" else []
+    worker = ["profiling.fsdp_on_cpu"] if engine == "fsdp2" else []
     series = [[*worker, "tests.workers.one_reader", *arguments] for arguments in runs]
     if engine == "offload":
         launcher = ["--config_file", "launch/zero3_offload.yaml", "--num_processes", "2"]

@@ -18,7 +18,7 @@ WORKERS = ROOT / "tests" / "workers"
 def command(engine: str, module: str, *arguments: str) -> list[str]:
     """What to launch for `MODULE.main(ARGUMENTS)` on an engine."""
     if engine == "fsdp2":
-        return [str(WORKERS / "fsdp.py"), f"tests.workers.{module}", *arguments]
+        return ["-m", "profiling.fsdp_on_cpu", f"tests.workers.{module}", *arguments]
     return ["-m", f"tests.workers.{module}", *arguments]
 
 

@@ -43,7 +43,7 @@ def cases(engine: str, processes: int) -> dict[str, list[str]]:
 def run(engine: str, processes: int) -> dict[str, list[dict[str, Any]]]:
     """What each rank saw in each case."""
     told = cases(engine, processes)
-    worker = ["tests.workers.fsdp"] if engine == "fsdp2" else []
+    worker = ["profiling.fsdp_on_cpu"] if engine == "fsdp2" else []
     with tempfile.TemporaryDirectory() as out:
         folders = {case: Path(out) / str(number) for number, case in enumerate(told)}
         runs = [[*worker, "tests.workers.tiny", str(folders[case]), *arguments] for case, arguments in told.items()]

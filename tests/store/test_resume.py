@@ -226,7 +226,7 @@ def test_a_wish_to_stop_saves_and_leaves_together(
     assert "Stopped as asked, after step" in said
     assert not (folder / "stop").exists()
     (saved,) = checkpoint.list_checkpoints(folder / "checkpoints")
-    assert checkpoint.load(saved).training["log"]["step"] == len(lines(folder, "metrics.jsonl"))
+    assert checkpoint.load(saved).training["progress"]["step"] == len(lines(folder, "metrics.jsonl"))
     if how != "USR1 to one rank":
         return  # once is enough
     done = start("ddp", [*arguments, "--resume"])

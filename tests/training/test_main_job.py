@@ -116,7 +116,7 @@ def test_the_launch_configurations_give_the_results_of_one_process_on_a_cpu(
     launcher = ["--config_file", str(ROOT / "launch" / f"{name}.yaml"), "--mixed_precision", "no"]
     launched = [*arguments, "--run.dir", str(tmp_path / "launched"), "--train.accumulation", "2"]
     # accelerate leaves FSDP out on CPUs, unless it takes them for GPUs
-    job = MAIN_JOB if name != "fsdp2" else (str(ROOT / "tests" / "workers" / "fsdp.py"), MAIN_JOB[1])
+    job = MAIN_JOB if name != "fsdp2" else ("-m", "profiling.fsdp_on_cpu", MAIN_JOB[1])
     done = launch(name, 2, *job, *launched, launcher=launcher, timeout=420, true_launch=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "trainable parameters" in done.stdout

@@ -18,27 +18,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from peft import get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
+from profiling.traffic import Traffic
 from tests.workers.tiny import GLOBAL_BATCH, VOCABULARY, global_batch
 
 CLASSES, WIDTH = 500_000, 32  # 16 million elements
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes of the tensors that this rank gives to or takes from torch.distributed, whoever asks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and "barrier" not in func.name():
-            leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-            self.bytes += sum(t.nbytes for t in leaves if isinstance(t, torch.Tensor))
-        return func(*args, **(kwargs or {}))
 
 
 def memory(field: str) -> int:

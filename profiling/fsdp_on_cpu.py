@@ -1,8 +1,9 @@
 """FSDP2 on CPU ranks: accelerate leaves FSDP out there, so its state is told that the ranks are GPUs, over gloo.
 
-    ... tests/workers/fsdp.py MODULE [ARGUMENT ...]
+    accelerate launch --multi_gpu --num_processes 2 -m profiling.fsdp_on_cpu MODULE [ARGUMENT ...]
 
-prepares this and calls MODULE.main([ARGUMENT, ...]); the launcher's FSDP_* variables say the rest.
+prepares this and calls MODULE.main([ARGUMENT, ...]). For tests and measurements without GPUs; FSDP_* variables of the
+launcher's configuration come before those below.
 """
 
 from __future__ import annotations
