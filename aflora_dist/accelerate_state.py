@@ -18,7 +18,7 @@ from .processes import on_main
 if TYPE_CHECKING:
     from .control import AdaptiveFreezing
 
-_FILE = "aflora_freezing.pt"
+_FILE = "aflora_freezing{}.pt"
 
 
 class AccelerateState:
@@ -31,6 +31,10 @@ class AccelerateState:
     def __init__(self, accelerator: Accelerator, freezing: AdaptiveFreezing) -> None:
         self._accelerator = accelerator
         self._freezing = weakref.ref(freezing)
+        models = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in accelerator._models]
+        number = next((i for i, model in enumerate(models) if model is freezing.engine.model), 0)
+        self._file = _FILE.format(f"_{number}" if number else "")  # as accelerate numbers models
+        del models
         self._handles = [
             hang(accelerator, "save_state", self._save_state),
             hang(accelerator, "load_state", self._load_state),
@@ -49,7 +53,7 @@ class AccelerateState:
         state = freezing.state_dict()
 
         def write() -> None:
-            path = Path(folder) / _FILE
+            path = Path(folder) / self._file
             with writing("The freezing's state", path):
                 with path.with_suffix(".tmp").open("wb") as file:  # an open file reports a full disk as OSError
                     torch.save(state, file)
@@ -64,10 +68,10 @@ class AccelerateState:
         state: dict[str, Any] = {"tensors": {}}
 
         def read() -> dict[str, Any]:
-            path = self._folder(input_dir) / _FILE
+            path = self._folder(input_dir) / self._file
             if not path.exists():
                 raise AFLoRAError(
-                    f"{path.parent} holds no state of freezing ({_FILE}): it was saved without AdaptiveFreezing. "
+                    f"{path.parent} holds no state of freezing ({self._file}): it was saved without AdaptiveFreezing. "
                     f"Create it before accelerator.save_state(), or load this before creating it."
                 )
             state.update(torch.load(path, map_location="cpu", weights_only=True))

@@ -118,7 +118,8 @@ class Clipping:
         self, original: Callable[..., Tensor], parameters: Any, max_norm: float, norm_type: float = 2
     ) -> Tensor:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        observing = bool(self.observed())
+        clipped = {id(p) for p in parameters}
+        observing = any(id(p) in clipped for p in self.observed())  # else another model is clipped, or the head alone
         if observing and not self.accelerator.sync_gradients:
             raise UnsupportedEngineError(_CLIP_ONCE)
         self._refuse_unseen_change()
@@ -127,7 +128,6 @@ class Clipping:
             whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
             # What torch.nn.utils.clip_grad_norm_ multiplied the gradients with.
             coefficient = (max_norm / (whole + 1e-6)).clamp(max=1.0)
-            clipped = {id(p) for p in parameters}
             if self._clipped is not None:  # clipped once before in this update
                 if self._clipped[0] != clipped:
                     raise UnsupportedEngineError(_CLIP_ONCE)

@@ -26,6 +26,7 @@ AUTOGRAD = [
     )
 ]
 ACCELERATOR = [
-    Private("Accelerator", "_optimizers", "find the wrapper that knows of skipped updates", "a public list of them")
+    Private("Accelerator", "_optimizers", "find the wrapper that knows of skipped updates", "a public list of them"),
+    Private("Accelerator", "_models", "number the state of several models as accelerate does", "a public list of them"),
 ]
 PRIVATE = {"torch": REDUCER + AUTOGRAD, "accelerate": ACCELERATOR}

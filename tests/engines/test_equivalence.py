@@ -35,7 +35,7 @@ def cases(engine: str, processes: int) -> dict[str, list[str]]:
     """Name of a case and what tests/workers/tiny.py is told."""
     known = CASES | {"two replicas": ["--replicas", "2", "--clip", "0.05"]}
     if processes <= 2:
-        return CASES
+        return CASES | ({"offload": ["--offload", "--clip", "0.05"]} if engine == "fsdp2" else {})
     return {case: known[case] for case in (THREE if processes == 3 else FOUR[engine])}
 
 
@@ -106,6 +106,10 @@ def test_three_ranks_equal_one_process(engine: str, case: str) -> None:
 @pytest.mark.parametrize("engine", FOUR)
 def test_four_ranks_equal_one_process(engine: str) -> None:
     check_against_one_process(run(engine, 4)["plain"], one_process("plain"))
+
+
+def test_offload_to_the_cpu_equals_one_process() -> None:
+    check_against_one_process(run("fsdp2", 2)["offload"], one_process("clip"))
 
 
 def test_replicas_of_shards_equal_one_process() -> None:

@@ -13,8 +13,10 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from aflora_dist.freezing import CubicSchedule
 from aflora_dist.training.run import main
 from tests.launch import MAIN_JOB, ROOT, launch
+from tests.runs import options
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -131,6 +133,30 @@ def test_the_launch_configurations_give_the_results_of_one_process_on_a_cpu(
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     assert theirs["result"]["metrics"] == pytest.approx(run["result"]["metrics"])  # 33 examples, each counted once
     assert theirs["result"]["avg_trainable_params"] == run["result"]["avg_trainable_params"]
+
+
+@pytest.mark.distributed
+def test_updates_that_overflow_move_the_one_clock(tiny_model: Path, reviews: Path, tmp_path: Path) -> None:
+    """fp16 from a loss scale of 2**30: the first updates are skipped. Every file counts the same steps."""
+    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    settings["fp16"] = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    launcher = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "ds.json"), "--num_processes", "2"]
+    arguments = options(tmp_path / "run", tiny_model, reviews, **{"run.save_every": 0})
+    worker = str(ROOT / "tests" / "workers" / "half.py")
+    done = launch("zero2", 2, worker, *arguments, launcher=[*launcher, "--num_machines", "1"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = read(tmp_path / "run")
+    assert run["result"]["steps"] == 24
+    assert 3 <= run["result"]["skipped_updates"] == run["metrics"][-1]["skipped"] < 20
+    assert [line["step"] for line in run["metrics"]] == list(range(24))
+    schedule = CubicSchedule(total_steps=24, initial_steps=3, final_steps=6)
+    frozen = {event["step"]: 8 - event["remaining"] for event in run["freeze_log"]}
+    for line in run["metrics"]:
+        t = line["step"]
+        assert line["freezing_fraction"] == schedule.fraction(t)
+        assert line["frozen"] == schedule.count(t, 8) == max((n for s, n in frozen.items() if s <= t), default=0)
+        assert line["lr"] == pytest.approx(1e-2 * (t if t < 1 else (24 - t) / 23))  # warm-up of one step, then down
 
 
 @pytest.mark.distributed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -13,3 +15,7 @@ def main(arguments: list[str]) -> int:
     get_accelerator().is_bf16_supported = lambda: True
     get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float16, torch.bfloat16]
     return run.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

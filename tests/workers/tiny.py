@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--freezing", type=json.loads, default={})
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--precision", default="no")
+    parser.add_argument("--offload", action="store_true", help="FSDP2: parameters and optimizer state in CPU memory")
     parser.add_argument("--replicas", type=int, default=1, help="HSDP: how many hold the same shards")
     args = parser.parse_args(arguments)
     args.out.mkdir(exist_ok=True)
@@ -86,6 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     options: dict[str, Any] = {}
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         options["cpu"] = True
+        os.environ["FSDP_OFFLOAD_PARAMS"] = str(args.offload).lower()
         if args.replicas > 1:
             shards = int(os.environ["WORLD_SIZE"]) // args.replicas
             options["parallelism_config"] = ParallelismConfig(dp_replicate_size=args.replicas, dp_shard_size=shards)
