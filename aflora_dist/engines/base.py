@@ -141,8 +141,23 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def create_state(self, names: Sequence[str], scalars: Mapping[str, Record], moments: Iterable[str]) -> None:
-        """Give these parameters optimizer state of the right shapes, with these scalars by parameter."""
+    def create_state(
+        self, names: Sequence[str], scalars: Mapping[str, Record], moments: Mapping[str, torch.dtype]
+    ) -> None:
+        """Give these parameters optimizer state of the right shapes, with these scalars by parameter.
+
+        Those without scalars get none: no update has reached them. `moments` says of which dtype each was; flat
+        partitions have their own.
+        """
+
+    def _moment_types(self) -> dict[str, str]:
+        """The dtype of each moment, such as "float32"; none before the first update."""
+        types: dict[str, str] = {}
+        for state in self.optimizer.state.values():
+            for key in self.traits.moments:
+                if key in state:
+                    types.setdefault(key, str(state[key].dtype).removeprefix("torch."))
+        return types
 
     @abstractmethod
     def scalars(self, names: Sequence[str]) -> dict[str, Record]:
@@ -170,7 +185,7 @@ class Engine(ABC):
             "names": list(names),
             "numels": {name: self.numel(name) for name in names},
             "optimizer": type(self.optimizer).__name__,
-            "moments": list(self.traits.moments) if scalars else [],  # none before the first update
+            "moments": self._moment_types(),
             "scalars": scalars,
             "groups": [
                 {k: plain(group[k]) for k in self.traits.group_state if k in group}
@@ -195,7 +210,8 @@ class Engine(ABC):
     def load(self, tensors: Mapping[str, Tensor], record: Record) -> None:
         """`restore` for a snapshot of some of the parameters; the others go on as they are. A collective."""
         names = record["names"]
-        self.create_state(names, record["scalars"], record["moments"])
+        types = {key: getattr(torch, name) for key, name in record["moments"].items()}
+        self.create_state(names, record["scalars"], types)
         self.fill(tensors, [key for name in names for key in self._keys(name)], self.pieces(names, every_copy=True))
         for group, changed in zip(self.optimizer.param_groups, record["groups"], strict=False):
             group.update(changed)

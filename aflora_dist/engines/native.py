@@ -210,7 +210,9 @@ class NativeEngine(Engine):
         self.fill(tensors, names, found)
 
     @torch.no_grad()
-    def create_state(self, names: Sequence[str], scalars: Mapping[str, Record], moments: Iterable[str]) -> None:
+    def create_state(
+        self, names: Sequence[str], scalars: Mapping[str, Record], moments: Mapping[str, torch.dtype]
+    ) -> None:
         for name in names:
             parameter = self.parameters[name]
             self.optimizer.state.pop(parameter, None)
@@ -219,7 +221,7 @@ class NativeEngine(Engine):
                     key: self.traits.scalar(key, scalars[name].get(key), parameter.device)
                     for key in self.traits.scalars
                 }
-                state = {key: torch.zeros_like(parameter) for key in moments}
+                state = {key: torch.zeros_like(parameter, dtype=dtype) for key, dtype in moments.items()}
                 self.optimizer.state[parameter] = {**numbers, **state}
 
     def scalars(self, names: Sequence[str]) -> dict[str, Record]:

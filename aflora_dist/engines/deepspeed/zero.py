@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -220,7 +220,9 @@ class ZeroEngine(Engine):
         return found
 
     @torch.no_grad()
-    def create_state(self, names: Sequence[str], scalars: Mapping[str, Record], moments: Iterable[str]) -> None:
+    def create_state(
+        self, names: Sequence[str], scalars: Mapping[str, Record], moments: Mapping[str, torch.dtype]
+    ) -> None:
         wanted = set(names)
         for (_, members), flat in zip(self._group_parameters(), self._partitions(), strict=True):
             here = [self.names[p] for p in members if self.names[p] in wanted]
