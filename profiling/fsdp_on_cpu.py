@@ -43,4 +43,5 @@ def main(arguments: list[str]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.exit(status if isinstance(status, int) else 0)

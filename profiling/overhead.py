@@ -136,6 +136,7 @@ def work(args: argparse.Namespace) -> None:
                 "rebuild_bytes": max(moved for _, moved in traffic),
             }
         )
+        freezing.interrupted()  # it was never meant to reach its last step
         freezing.detach()
         accelerator.free_memory()
     if int(os.environ.get("RANK", "0")) == 0:

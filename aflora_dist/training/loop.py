@@ -117,7 +117,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                         accelerator.wait_for_everyone()
                         accelerator.end_training()
                         return None
-                wish.agreed(run.failure, now=True)
+                wish.settle(run.failure)
             evaluations.append(evaluate(model, evaluation, data, accelerator))
             log.evaluated(evaluations[-1])
         save_adapter(method, progress, run, accelerator)

@@ -43,34 +43,49 @@ class StopWish:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._wished = True
 
-    def agreed(self, failure: str | None = None, *, now: bool = False) -> bool:
+    def agreed(self, failure: str | None = None) -> bool:
         """Call it after each update: True after the same one on every rank. A collective.
 
         Args:
             failure: Why this rank cannot go on.
-            now: Exchange in any case.
 
         Raises:
             AFLoRAError: On every rank, with the reason, if one of them cannot go on.
         """
         self._updates -= 1
-        if self._updates > 0 and not now:
+        if self._updates:
             return False
         took, self._began = time.monotonic() - self._began, time.monotonic()
         wished = self._wished or (self.file is not None and self.file.exists())
         a_second = int(self._every * _SECONDS / max(took, 1e-3))
         following = max(1, min(a_second, 2 * self._every))
         # The maximum: any wish, any failure, the fewest updates.
-        numbers = torch.tensor([float(wished), float(failure is not None), -float(following)])
-        if self._group is not None:
-            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
-        self._updates = self._every = int(-numbers[2].item())
-        if numbers[1].item():
-            raise AFLoRAError(next(reason for reason in gather_object([failure]) if reason is not None))
-        decided = bool(numbers[0].item())
-        if decided and self.file is not None:
+        any_wish, any_failure, fewest = self._maximum(float(wished), float(failure is not None), -float(following))
+        self._updates = self._every = int(-fewest)
+        self._raise(failure, any_failure)
+        if any_wish and self.file is not None:
             self.file.unlink(missing_ok=True)  # it was about this process, not about the next
-        return decided
+        return bool(any_wish)
+
+    def settle(self, failure: str | None) -> None:
+        """Raise on every rank if one of them cannot go on, without waiting for the next exchange. A collective.
+
+        Raises:
+            AFLoRAError: On every rank, with the reason.
+        """
+        (any_failure,) = self._maximum(float(failure is not None))
+        self._raise(failure, any_failure)
+
+    def _maximum(self, *numbers: float) -> list[float]:
+        vector = torch.tensor(numbers)
+        if self._group is not None:
+            dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._group)
+        return vector.tolist()
+
+    @staticmethod
+    def _raise(failure: str | None, anywhere: float) -> None:
+        if anywhere:
+            raise AFLoRAError(next(reason for reason in gather_object([failure]) if reason is not None))
 
     def close(self) -> None:
         """Give the signals back."""
