@@ -387,7 +387,7 @@ class AdaptiveFreezing:
             scores = self.scores()
             names = self.policy.next_frozen(scores, count)
             self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
-        self._freeze(names, scores, start)
+        self._freeze(names, scores, start, self.step)
 
     def freeze(self, names: Sequence[str]) -> None:
         """Freeze these matrices now, whatever the schedule says. A collective: call it on every rank.
@@ -403,14 +403,15 @@ class AdaptiveFreezing:
         chosen = set(names)
         whole = [name for unit in self.policy.units.values() if chosen & set(unit) for name in unit]
         self._agree(f"{self.step}{whole}", "were told to freeze different matrices")
-        self._freeze(whole, {}, time.perf_counter())
+        self._freeze(whole, {}, time.perf_counter(), max(self.step - 1, 0))
 
-    def _freeze(self, names: list[str], scores: dict[str, float], start: float) -> None:
+    def _freeze(self, names: list[str], scores: dict[str, float], start: float, step: int) -> None:
+        """Freeze after the global batch `step`."""
         with torch.profiler.record_function("aflora.rebuild"):
-            self._drop(names)
+            self._drop(names, step)
         self.events.append(
             FreezeEvent(
-                step=self.step,
+                step=step,
                 frozen=names,
                 scores=scores,
                 remaining=len(self.remaining),
@@ -440,10 +441,10 @@ class AdaptiveFreezing:
                 f"on_freeze failed on rank {rank} after step {event.step}; what that rank printed tells why."
             )
 
-    def _drop(self, names: list[str]) -> None:
+    def _drop(self, names: list[str], step: int) -> None:
         """The engine lets go of the matrices, and the scores of the others follow their gradients."""
         for name in names:
-            self.frozen[name] = self.step
+            self.frozen[name] = step
             path, matrix = self._paths[name]
             path.frozen.add(matrix)
         old = self._scores

@@ -39,4 +39,6 @@ def write_reviews(path: Path, rows: int, seed: int) -> None:
         for _ in range(rows):
             label = rng.choice(["positive", "negative"])
             mood = WORDS[:3] if label == "positive" else WORDS[3:6]
-            writer.writerow([" ".join([rng.choice(WORDS[6:]), rng.choice(WORDS[6:]), rng.choice(mood)]), label])
+            count = rng.randint(1, 4)  # of different lengths, by which they are dealt
+            pairs = zip(rng.choices(WORDS[6:], k=count), rng.choices(mood, k=count), strict=True)
+            writer.writerow([" ".join(word for pair in pairs for word in pair), label])

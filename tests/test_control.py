@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import json
+import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -521,6 +523,186 @@ def test_a_training_shorter_than_its_schedule_says_so(capsys: pytest.CaptureFixt
     del forgotten
     gc.collect()
     assert "ended after 5 of the 12" in capsys.readouterr().err
+
+
+# -- loops and optimizers as people write them -----------------------------------------------------
+
+
+def groups_of(first: dict[str, Any], second: dict[str, Any]) -> Callable[[list[nn.Parameter]], list[dict[str, Any]]]:
+    return lambda p: [{"params": p[::2], **first}, {"params": p[1::2], **second}]
+
+
+MIXED: dict[str, Create] = {
+    "amsgrad in the second group": lambda p: torch.optim.AdamW(groups_of({}, {"amsgrad": True})(p), lr=1e-2),
+    "momentum in the second group": lambda p: torch.optim.SGD(groups_of({}, {"momentum": 0.9})(p), lr=0.1),
+    "momentum in the first group": lambda p: torch.optim.SGD(groups_of({"momentum": 0.9}, {})(p), lr=0.1),
+    "a rate that is a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2)),
+    "named parameters": lambda p: torch.optim.AdamW([(f"p{i}", q) for i, q in enumerate(p)], lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_param_groups_of_different_kinds_resume_to_the_bit_and_are_not_touched_by_attaching(name: str) -> None:
+    whole, cut, again = (Loop(optimizer=MIXED[name]) for _ in range(3))
+    whole.train()
+    cut.train(0, 6)
+    cut.freezing.progress.snapshot()
+    tensors, record = cut.freezing.progress.snapshot()
+    again.freezing.progress.restore(tensors, json.loads(json.dumps(record)))
+    again.train(6, 12)
+    assert_same(again.weights(), whole.weights())
+    # attached in the middle of a training, the rehearsal leaves the optimizer's state as it is
+    before = {key: dict(state) for key, state in cut.optimizer.optimizer.state.items()}
+    cut.freezing.release()
+    cut.freezing = AdaptiveFreezing(cut.accelerator, cut.model, cut.optimizer, CONFIG)
+    after = cut.optimizer.optimizer.state
+    assert {key: set(state) for key, state in after.items()} == {key: set(state) for key, state in before.items()}
+    for group in again.optimizer.param_groups:
+        assert len(group.get("param_names", group["params"])) == len(group["params"])
+
+
+def test_a_bf16_base_with_a_float32_adapter_resumes_to_the_bit() -> None:
+    """PEFT's default: adapters are float32, the head has the base's dtype."""
+
+    def loop() -> Loop:
+        return Loop(optimizer=lambda p: torch.optim.AdamW(sorted(p, key=lambda q: q.dtype != torch.bfloat16), lr=1e-2))
+
+    original = build_model
+
+    def build(**adapter: Any) -> Any:
+        model = original(**adapter)
+        for name, parameter in model.named_parameters():
+            if "aflora" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.test_control.build_model", build)
+        whole, cut, again = loop(), loop(), loop()
+    whole.train()
+    cut.train(0, 6)
+    again.freezing.progress.restore(*cut.freezing.progress.snapshot())
+    again.train(6, 12)
+    assert_same(again.weights(), whole.weights())
+
+
+def test_a_scheduler_made_after_attaching_sees_every_step() -> None:
+    plain, loop = Loop(), Loop()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda t: 1.0)
+    for number in range(12):
+        plain.step(number)
+        loop.step(number)
+        scheduler.step()
+    assert loop.freezing.step == 12
+    assert_same(loop.weights(), plain.weights())
+
+
+def test_a_batch_that_is_skipped_after_clipping_leaves_no_trace() -> None:
+    plain, skipping = Loop(), Loop()
+    for number in range(4):
+        plain.step(number, clip=0.05)
+        skipping.backward(number, factor=1e4)
+        skipping.accelerator.clip_grad_norm_(skipping.model.parameters(), 0.05)
+        skipping.optimizer.zero_grad()  # its norm was too large, say
+        skipping.backward(number, factor=1e4)
+        skipping.accelerator.clip_grad_norm_(skipping.model.parameters(), 0.05)
+        skipping.model.zero_grad()  # the other way
+        skipping.step(number, clip=0.05)
+    assert skipping.freezing.scores() == plain.freezing.scores()
+
+
+REFUSED_LOOPS: dict[str, tuple[Callable[[Loop], Any], str]] = {
+    "a backward pass after clipping": (
+        lambda loop: (
+            loop.backward(0),
+            loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.01),
+            loop.backward(1),
+        ),
+        "once per update",
+    ),
+    "a closure": (lambda loop: loop.optimizer.step(lambda: None), "closure"),
+    "the inner optimizer": (lambda loop: (loop.backward(0), loop.optimizer.optimizer.step()), "step the latter"),
+    "new gradients in place of the old": (
+        lambda loop: (
+            loop.backward(0),
+            [setattr(p, "grad", p.grad * 0.5) for p in loop.model.parameters() if p.grad is not None],
+            loop.optimizer.step(),
+        ),
+        "changed between the backward pass",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_LOOPS)
+def test_a_loop_in_which_scores_would_be_wrong_is_refused(what: str) -> None:
+    loop = Loop()
+    call, said = REFUSED_LOOPS[what]
+    with pytest.raises(AFLoRAError, match=said):
+        call(loop)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Zhang et al. 2019: an optimizer around another one, with slow weights of its own."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+
+    def step(self, closure: Any = None) -> None:
+        self.base.step()
+
+
+def test_an_optimizer_around_another_one_is_refused_and_moves_nothing() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build_model()
+    wrapped = Lookahead(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    model, optimizer = accelerator.prepare(model, wrapped)
+    accelerator.backward(model(**global_batch(0)).loss)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(AFLoRAError, match="cannot be tried out"):
+        AdaptiveFreezing(accelerator, model, optimizer, CONFIG)
+    assert_same({n: p.detach() for n, p in model.named_parameters()}, before)
+    assert not wrapped.base.state
+
+
+def test_a_rate_of_zero_hides_nothing() -> None:
+    with pytest.raises(AFLoRAError, match="depends on other elements"):
+        Loop(optimizer=lambda p: NormScaled(p, lr=torch.tensor(0.0)))  # type: ignore[arg-type]
+
+
+def test_a_parameter_that_is_not_contiguous_is_refused_when_attached() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build_model()
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    head.weight = nn.Parameter(head.weight.detach().T.contiguous().T)
+    with pytest.raises(AFLoRAError, match=r"classifier.*weight is not contiguous"):
+        AdaptiveFreezing(accelerator, *accelerator.prepare(model, build_optimizer(model, "head")), CONFIG)
+
+
+def test_what_does_not_train_and_what_is_added_later_stays_in_the_optimizer() -> None:
+    loop = Loop()
+    kept = len(loop.optimizer.param_groups[0]["params"])
+    extra = nn.Parameter(torch.zeros(3))
+    loop.optimizer.add_param_group({"params": [extra]})
+    extra.grad = torch.ones(3)
+    loop.train()
+    assert not loop.freezing.remaining
+    assert loop.optimizer.param_groups[-1]["params"] == [extra]
+    assert len(loop.optimizer.param_groups[0]["params"]) == kept - 8
+
+
+def test_copies_of_a_prepared_optimizer_are_on_their_own() -> None:
+    loop = Loop()
+    loop.train(0, 2)
+    other = copy.deepcopy(loop.optimizer)
+    before = loop.weights()
+    for group in other.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    other.step()
+    assert loop.freezing.step == 2
+    assert_same(loop.weights(), before)
+    assert pickle.loads(pickle.dumps(loop.optimizer)).param_groups[0]["lr"] == loop.optimizer.param_groups[0]["lr"]
 
 
 # -- accelerate's own ways ----------------------------------------------------------------------

@@ -8,6 +8,7 @@ nothing of what is trained or why.
 from __future__ import annotations
 
 import functools
+import types
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -141,27 +143,22 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def create_state(
-        self, names: Sequence[str], scalars: Mapping[str, Record], moments: Mapping[str, torch.dtype]
-    ) -> None:
-        """Give these parameters optimizer state of the right shapes, with these scalars by parameter.
+    def create_state(self, names: Sequence[str], state: Mapping[str, Record]) -> None:
+        """Give these parameters optimizer state as `state()` told of it, moments at zero.
 
-        Those without scalars get none: no update has reached them. `moments` says of which dtype each was; flat
-        partitions have their own.
+        Those that it does not tell of get none: no update has reached them.
         """
 
-    def _moment_types(self) -> dict[str, str]:
-        """The dtype of each moment, such as "float32"; none before the first update."""
-        types: dict[str, str] = {}
-        for state in self.optimizer.state.values():
-            for key in self.traits.moments:
-                if key in state:
-                    types.setdefault(key, str(state[key].dtype).removeprefix("torch."))
-        return types
-
     @abstractmethod
-    def scalars(self, names: Sequence[str]) -> dict[str, Record]:
-        """The optimizer's numbers for each of these parameters (Adam's step), as JSON can hold them."""
+    def state(self, names: Sequence[str]) -> dict[str, Record]:
+        """What the optimizer holds for each of these parameters, as JSON can hold it.
+
+        {"moments": {"exp_avg": "float32", ...}, "scalars": {"step": 3.0}}; nothing for those without state.
+        """
+
+    def _told(self, held: Mapping[str, Any]) -> Record:
+        types = {key: str(held[key].dtype).removeprefix("torch.") for key in self.traits.moments if key in held}
+        return {"moments": types, "scalars": {key: plain(held[key]) for key in self.traits.scalars if key in held}}
 
     def publish(self, names: Sequence[str]) -> None:  # noqa: B027 - where master weights are the model's own
         """Bring values that were written to master weights into the model's own weights. A collective."""
@@ -180,13 +177,11 @@ class Engine(ABC):
         pieces = self.pieces(names, every_copy=False)
         numels = {piece_key: self.numel(name) for name in names for piece_key in self._keys(name)}
         tensors = self.collect(pieces, numels)
-        scalars = self.scalars(names)
         record: Record = {
             "names": list(names),
             "numels": {name: self.numel(name) for name in names},
             "optimizer": type(self.optimizer).__name__,
-            "moments": self._moment_types(),
-            "scalars": scalars,
+            "state": self.state(names),
             "groups": [
                 {k: plain(group[k]) for k in self.traits.group_state if k in group}
                 for group in self.optimizer.param_groups
@@ -210,8 +205,7 @@ class Engine(ABC):
     def load(self, tensors: Mapping[str, Tensor], record: Record) -> None:
         """`restore` for a snapshot of some of the parameters; the others go on as they are. A collective."""
         names = record["names"]
-        types = {key: getattr(torch, name) for key, name in record["moments"].items()}
-        self.create_state(names, record["scalars"], types)
+        self.create_state(names, record["state"])
         self.fill(tensors, [key for name in names for key in self._keys(name)], self.pieces(names, every_copy=True))
         for group, changed in zip(self.optimizer.param_groups, record["groups"], strict=False):
             group.update(changed)
@@ -234,9 +228,10 @@ class Engine(ABC):
         Raises:
             AFLoRAError: It is of another optimizer.
         """
-        if record["moments"] and sorted(record["moments"]) != sorted(self.traits.moments):
+        theirs = {key for state in record["state"].values() for key in state["moments"]}
+        if theirs and theirs != set(self.traits.moments):
             raise AFLoRAError(
-                f"The checkpoint is of another optimizer: {record['optimizer']} keeps {', '.join(record['moments'])}, "
+                f"The checkpoint is of another optimizer: {record['optimizer']} keeps {', '.join(sorted(theirs))}, "
                 f"{type(self.optimizer).__name__} keeps {', '.join(self.traits.moments) or 'nothing'}."
             )
 
@@ -348,25 +343,30 @@ def hang(owner: Any, name: str, replacement: Callable[..., Any]) -> Callable[[],
     The owner (an accelerator outlives many models) does not keep the method's object alive: once that is gone,
     or what is returned has been called, the original is called as if nothing had been hung there.
     """
-    original = getattr(owner, name)
+    original, held = getattr(owner, name), vars(owner).get(name)
     reference = weakref.WeakMethod(replacement)
     taken_down = False
 
     @functools.wraps(original)  # a scheduler may have left a mark on it
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(bound_to: Any, *args: Any, **kwargs: Any) -> Any:
+        if bound_to is not owner:  # a copy of the owner is nobody's business
+            return getattr(type(bound_to), name)(bound_to, *args, **kwargs)
         method = None if taken_down else reference()
         return original(*args, **kwargs) if method is None else method(original, *args, **kwargs)
+
+    # A method, not a function: a scheduler that is made later unwraps it, and copies bind it to themselves.
+    hung = types.MethodType(call, owner)
 
     def take_down() -> None:
         nonlocal taken_down
         taken_down = True
-        if vars(owner).get(name) is call:  # else somebody else has hung something over it
-            if getattr(original, "__self__", None) is owner:
+        if vars(owner).get(name) is hung:  # else somebody else has hung something over it
+            if held is None:
                 delattr(owner, name)
             else:
-                setattr(owner, name, original)
+                setattr(owner, name, held)
 
-    setattr(owner, name, call)
+    setattr(owner, name, hung)
     return take_down
 
 
@@ -376,16 +376,18 @@ def release(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-def inner_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's wrappers.
+def inner_optimizer(optimizer: Any) -> Any:
+    """What accelerate has wrapped: a torch optimizer, or DeepSpeed's around one.
+
+    An optimizer that itself wraps another one stays whole: it has state of its own.
 
     Raises:
         UnsupportedEngineError: It is no optimizer.
     """
     inner = optimizer
-    while hasattr(inner, "optimizer"):
+    while isinstance(inner, AcceleratedOptimizer):
         inner = inner.optimizer
-    if not isinstance(inner, Optimizer):
+    if not isinstance(inner, Optimizer) and "deepspeed" not in type(inner).__module__:
         raise UnsupportedEngineError(
             f"AdaptiveFreezing(accelerator, model, optimizer, ...) got {type(optimizer).__name__} as its optimizer. "
             f"Pass the optimizer that accelerator.prepare() returned."

@@ -39,7 +39,9 @@ class Clipping:
         self.observed = observed
         self._clipped: tuple[set[int], Tensor] | None = None  # parameters, factor
         self._versions: dict[int, int] = {}  # of each gradient as the backward pass or a known change left it
-        self._hook: Any = None
+        self._clipped_gradients: list[weakref.ref[Tensor]] = []
+        self._hooks: list[Any] = []
+        self._queued = False
         self._handles: list[Callable[[], None]] = []
 
     def watch(self) -> None:
@@ -57,24 +59,23 @@ class Clipping:
     def unwatch(self) -> None:
         while self._handles:
             self._handles.pop()()
-        if self._hook is not None:
-            self._hook.remove()
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
 
     def follow(self) -> None:
         """What is observed has changed: watch the backward passes of what still is."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
-        if observed := self.observed():  # the last one lies nearest to the loss
-            # Weak, for autograd holds hooks where the garbage collector does not see them: model, hook and engine would
-            # keep each other alive for ever.
-            accumulated = weakref.WeakMethod(self._accumulated)
+        for handle in self._hooks:
+            handle.remove()
+        # Weak, for autograd holds hooks where the garbage collector does not see them: model, hook and engine would
+        # keep each other alive for ever.
+        accumulated = weakref.WeakMethod(self._accumulated)
 
-            def hook(parameter: Tensor) -> None:
-                if (method := accumulated()) is not None:
-                    method()
+        def hook(parameter: Tensor) -> None:
+            if (method := accumulated()) is not None:
+                method()
 
-            self._hook = observed[-1].register_post_accumulate_grad_hook(hook)
+        self._hooks = [parameter.register_post_accumulate_grad_hook(hook) for parameter in self.observed()]
 
     def factor(self, parameters: Sequence[nn.Parameter]) -> Tensor | float:
         """What to multiply the gradients of these parameters with to have them before clipping.
@@ -93,20 +94,32 @@ class Clipping:
 
     def updated(self) -> None:
         """The gradients have been used, or thrown away."""
-        self._clipped, self._versions = None, {}
+        self._clipped, self._clipped_gradients, self._versions = None, [], {}
+        self._queued = False
 
     # -- what is hung up ---------------------------------------------------------------------
 
     def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        self._note()
+        self._backward_ended()
         return result
 
     def _accumulated(self) -> None:
         # Of a plain loss.backward(), too. The engine's own callbacks (DDP writes the reduced gradients in one) are
         # queued by the time ours runs, so one more round comes after all of them.
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: queue(self._note))
+        if not self._queued:
+            self._queued = True
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._backward_ended))
+
+    def _backward_ended(self) -> None:
+        self._queued = False
+        if self._clipped is not None:
+            clipped = {id(g) for ref in self._clipped_gradients if (g := ref()) is not None}
+            if any(id(gradient) in clipped for gradient in self._gradients()):
+                raise UnsupportedEngineError(_CLIP_ONCE)  # something was added to gradients that were clipped already
+            self.updated()  # they were thrown away: a batch was skipped
+        self._note()
 
     def _unscale(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._refuse_unseen_change()
@@ -133,6 +146,7 @@ class Clipping:
                     raise UnsupportedEngineError(_CLIP_ONCE)
                 coefficient = coefficient * self._clipped[1]
             self._clipped = (clipped, coefficient)
+            self._clipped_gradients = [weakref.ref(gradient) for gradient in self._gradients()]
             self._note()
         return norm
 
@@ -153,8 +167,10 @@ class Clipping:
         self._versions = {id(gradient): gradient._version for gradient in self._gradients()}
 
     def _refuse_unseen_change(self) -> None:
+        if not self._versions:
+            return
         for gradient in self._gradients():
-            if self._versions.get(id(gradient), gradient._version) != gradient._version:
+            if self._versions.get(id(gradient)) != gradient._version:
                 raise UnsupportedEngineError(
                     "The gradients changed between the backward pass and optimizer.step(). Freezing scores need them "
                     "before clipping: use accelerator.clip_grad_norm_ instead of torch.nn.utils.clip_grad_norm_, and "

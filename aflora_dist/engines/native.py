@@ -24,7 +24,6 @@ from ..freezing import Fragment
 from . import private
 from .base import Engine, Observer, Record, inner_optimizer, release
 from .clipping import Clipping
-from .optimizers import plain
 from .transfer import Move, Piece, plan
 
 _LOCAL_SGD = (
@@ -68,9 +67,16 @@ class NativeEngine(Engine):
                 f"The trained parameters are spread over {', '.join(devices)} (device_map?). "
                 f"Load the model on one device, or spread it with ZeRO-3 or FSDP2."
             )
+        scattered = [n for n, p in unwrapped.named_parameters() if p.requires_grad and not p.is_contiguous()]
+        if scattered:
+            raise UnsupportedEngineError(
+                f"The trained parameter {scattered[0]} is not contiguous in memory, so it cannot be kept by element: "
+                f"replace it by nn.Parameter(parameter.contiguous()) before the optimizer is created."
+            )
         self._fragments: list[Fragment] = []
         self._observed: list[nn.Parameter] = []
-        self._applied = False
+        self._applied = self._stepping = False
+        self._originals = [(list(g["params"]), g.get("param_names")) for g in inner.param_groups]
         self._order = {name: i for i, (name, _) in enumerate(unwrapped.named_parameters())}
         super().__init__(accelerator, unwrapped, inner)
         self.clipping = Clipping(accelerator, lambda: self._observed)
@@ -80,12 +86,23 @@ class NativeEngine(Engine):
 
     @property
     def trainable(self) -> list[str]:
-        return [self.names[p] for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        groups = self.optimizer.param_groups  # a later one may hold tensors that are not the model's
+        return [self.names[p] for g in groups for p in g["params"] if p.requires_grad and p in self.names]
 
     # -- the step ----------------------------------------------------------------------------
 
     def watch(self, observe: Observer, done: Callable[[bool], None]) -> None:
         def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+                raise UnsupportedEngineError(
+                    "optimizer.step(closure) computes gradients inside the update, where they cannot be scored before "
+                    "it: call backward() and then optimizer.step()."
+                )
+            if self._wrapper is not None and not self._stepping:
+                raise UnsupportedEngineError(
+                    "The optimizer inside the one that accelerator.prepare() returned was stepped: step the latter, "
+                    "which knows of accumulation and of updates that are skipped."
+                )
             if self._unreduced():
                 raise UnsupportedEngineError(_LOCAL_SGD)
             parameters = [self.parameters[f.name] for f in self._fragments]
@@ -109,14 +126,24 @@ class NativeEngine(Engine):
         self._handles.append(self.optimizer.register_step_post_hook(after).remove)
         if self._wrapper is not None:  # it knows of updates that are skipped
             self._hang(self._wrapper, "step", self._step)
+        self._hang(self._wrapper or self.optimizer, "zero_grad", self._zero_grad)
         self.clipping.watch()
         self._handles.append(self.clipping.unwatch)
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+        self._stepping = True
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            self._stepping = False
         if self.accelerator.sync_gradients:
             self._done(self._announce)
         return result
+
+    def _zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.accelerator.sync_gradients or self._wrapper is None:  # else accelerate does nothing
+            self.clipping.updated()
+        return original(*args, **kwargs)
 
     def _done(self, done: Callable[[bool], None]) -> None:
         applied, self._applied = self._applied, False
@@ -162,7 +189,10 @@ class NativeEngine(Engine):
     @torch.no_grad()
     def select(self, names: Sequence[str]) -> list[Move]:
         wanted, observed = set(names), self._fragments
-        for group, members in zip(self.optimizer.param_groups, self.members, strict=True):
+        # Parameters that never trained, and param groups that were added since, stay as they are.
+        for group, members, (parameters, named) in zip(
+            self.optimizer.param_groups, self.members, self._originals, strict=False
+        ):
             for member in members:
                 parameter = self.parameters[member]
                 if member in wanted:
@@ -170,7 +200,10 @@ class NativeEngine(Engine):
                 elif parameter.requires_grad:
                     release(parameter)
                     self.optimizer.state.pop(parameter, None)
-            group["params"] = [self.parameters[member] for member in members if member in wanted]
+            gone = {id(self.parameters[member]) for member in members if member not in wanted}
+            group["params"] = [p for p in parameters if id(p) not in gone]
+            if named is not None:
+                group["param_names"] = [n for n, p in zip(named, parameters, strict=True) if id(p) not in gone]
         self._observed = [p for p in self._observed if self.names[p] in wanted]
         self.clipping.follow()
         self._trained_set_changed()
@@ -210,23 +243,20 @@ class NativeEngine(Engine):
         self.fill(tensors, names, found)
 
     @torch.no_grad()
-    def create_state(
-        self, names: Sequence[str], scalars: Mapping[str, Record], moments: Mapping[str, torch.dtype]
-    ) -> None:
+    def create_state(self, names: Sequence[str], state: Mapping[str, Record]) -> None:
         for name in names:
             parameter = self.parameters[name]
             self.optimizer.state.pop(parameter, None)
-            if name in scalars:
-                numbers = {
-                    key: self.traits.scalar(key, scalars[name].get(key), parameter.device)
-                    for key in self.traits.scalars
-                }
-                state = {key: torch.zeros_like(parameter, dtype=dtype) for key, dtype in moments.items()}
-                self.optimizer.state[parameter] = {**numbers, **state}
+            if name in state:
+                numbers = state[name]["scalars"].items()
+                scalars = {key: self.traits.scalar(key, number, parameter.device) for key, number in numbers}
+                types = {key: getattr(torch, dtype) for key, dtype in state[name]["moments"].items()}
+                moments = {key: torch.zeros_like(parameter, dtype=dtype) for key, dtype in types.items()}
+                self.optimizer.state[parameter] = {**scalars, **moments}
 
-    def scalars(self, names: Sequence[str]) -> dict[str, Record]:
+    def state(self, names: Sequence[str]) -> dict[str, Record]:
         states = {name: self.optimizer.state.get(self.parameters[name]) for name in names}
-        return {name: {k: plain(state[k]) for k in self.traits.scalars} for name, state in states.items() if state}
+        return {name: self._told(held) for name, held in states.items() if held}
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.parameters[name].detach().clone() for name in names}

@@ -68,7 +68,15 @@ def examine(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
             f"would keep the wrong ones. {_INSTEAD}"
         )
     try:
-        return _try(optimizer, device)
+        moments: dict[str, None] = {}
+        scalars: dict[str, Any] = {}
+        group_state: dict[str, None] = {}
+        for options in _distinct(optimizer):
+            traits = _try(optimizer, options, device)
+            moments |= dict.fromkeys(traits.moments)
+            scalars |= traits.scalars
+            group_state |= dict.fromkeys(traits.group_state)
+        return OptimizerTraits(tuple(moments), scalars, tuple(group_state))
     except UnsupportedEngineError:
         raise
     except Exception as error:  # whatever a strange optimizer does on tensors that are not its own
@@ -78,7 +86,7 @@ def examine(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
         ) from error
 
 
-def _try(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
+def _try(optimizer: Optimizer, given: Mapping[str, Any], device: torch.device) -> OptimizerTraits:
     name = type(optimizer).__name__
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(_SHAPE, generator=generator)
@@ -94,16 +102,20 @@ def _try(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
 
     # Undisturbed: the parameter and a companion, three updates.
     kept, companion = parameter(start), parameter(-start)
-    undisturbed = _like(optimizer, [kept, companion])
+    undisturbed = _like(optimizer, given, [kept, companion])
     options = _options(undisturbed)
     for gradient in gradients:
         step(undisturbed, [kept, companion], [gradient, gradient])
     expected = kept.detach().clone()
     limit = 1e-3 * (expected - start.to(device)).abs().max().item()
+    if not limit > 0:
+        raise UnsupportedEngineError(
+            f"Three updates of {name} on trial changed nothing, so nothing is known. {_INSTEAD}"
+        )
 
     # The companion leaves after two.
     kept, companion = parameter(start), parameter(-start)
-    left = _like(optimizer, [kept, companion])
+    left = _like(optimizer, given, [kept, companion])
     for gradient in gradients[:2]:
         step(left, [kept, companion], [gradient, gradient])
     traits = _traits(name, left, kept, options)
@@ -113,7 +125,7 @@ def _try(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
 
     # Another one goes on from the state of the first.
     resumed_parameter = parameter(kept.detach())
-    resumed = _like(optimizer, [resumed_parameter])
+    resumed = _like(optimizer, given, [resumed_parameter])
     state = left.state.get(kept, {})
     resumed.state[resumed_parameter] = {key: state[key].clone() for key in traits.moments} | {
         key: traits.scalar(key, plain(state[key]), device) for key in traits.scalars
@@ -126,7 +138,7 @@ def _try(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
     # And the parameter in pieces, as a sharding engine holds it.
     cuts = [5, 1000, start.numel() - 1005]
     parts = [parameter(part) for part in start.flatten().split(cuts)]
-    sharded = _like(optimizer, parts)
+    sharded = _like(optimizer, given, parts)
     for gradient in gradients:
         step(sharded, parts, gradient.flatten().split(cuts))
 
@@ -163,11 +175,29 @@ def _traits(name: str, trial: Optimizer, parameter: nn.Parameter, options: Mappi
     return OptimizerTraits(moments, scalars, changed)
 
 
-def _like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """An optimizer of the same class and options over other parameters, with no state."""
-    options = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    if isinstance(options.get("lr"), float | int):
+def _distinct(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of the param groups, those that differ in more than numbers such as rates only once."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        # Which of Adam's moments there are depends on switches, and on whether a number is zero.
+        kind = {
+            key: (type(value).__name__, bool(value)) if isinstance(value, int | float) else str(value)
+            for key, value in options.items()
+            if key not in ("lr", "initial_lr", "weight_decay")
+        }
+        found.setdefault(repr(sorted(kind.items())), options)
+    return list(found.values())
+
+
+def _like(optimizer: Optimizer, given: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """An optimizer of the same class, with the options of one of its groups, over other parameters; with no state."""
+    options = dict(given)
+    rate = options.get("lr")
+    if isinstance(rate, float | int):
         options["lr"] = 0.01  # a warm-up may be at 0, where all optimizers are alike
+    elif isinstance(rate, Tensor):
+        options["lr"] = torch.full_like(rate, 0.01)
     known = inspect.signature(type(optimizer).__init__).parameters
     arguments = {key: value for key, value in {**optimizer.defaults, **options}.items() if key in known}
     try:
@@ -175,8 +205,11 @@ def _like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer
     except TypeError:  # a class of the user's that is made from other things
         if hasattr(type(optimizer), "__del__"):
             raise  # a copy would free what belongs to the original
+        if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
+            raise  # it would step the one inside, which is the user's
         made = object.__new__(type(optimizer))
-        made.__dict__.update(optimizer.__dict__)
+        containers = {k: copy.copy(v) for k, v in vars(optimizer).items() if isinstance(v, dict | list | set)}
+        made.__dict__.update(vars(optimizer) | containers)
         made.state = type(optimizer.state)(dict)
         made.param_groups = [{}]
         made._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
@@ -188,4 +221,5 @@ def _like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer
 
 
 def _options(optimizer: Optimizer) -> dict[str, Any]:
-    return {key: copy.deepcopy(value) for key, value in optimizer.param_groups[0].items() if key != "params"}
+    group = optimizer.param_groups[0]
+    return {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}

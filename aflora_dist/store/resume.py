@@ -35,6 +35,7 @@ _FREE = {
     "data.path",
     "data.train_file",
     "data.validation_file",
+    "data.tokens_per_micro_batch",
     "train.accumulation",
     "train.eval_batch_size",
     "train.gradient_checkpointing",

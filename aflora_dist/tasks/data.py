@@ -10,15 +10,13 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from accelerate.state import PartialState
-from torch.utils.data import Sampler
 
 from ..errors import AFLoRAError
 from ..training.config import DataConfig
@@ -282,39 +280,3 @@ def _demo() -> Data:
     columns = {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]}
     split = datasets.Dataset.from_dict(columns).train_test_split(test_size=_DEMO_HELD_OUT, seed=0)
     return Data("demo", split["train"], {"validation": split["test"]}, ["negative", "positive"], ("accuracy",))
-
-
-class GlobalBatchSampler(Sampler[int]):
-    """This rank's part of each global batch, in the order in which its micro-batches are taken.
-
-    Which examples make up the global batch of an update depends on the seed and the update alone,
-    not on the number of ranks or micro-batches. The last, incomplete batch of an epoch is left out.
-
-    Args:
-        examples: Size of the training split.
-        batch_size: Examples per update, over all ranks; a multiple of `world_size`.
-    """
-
-    def __init__(self, examples: int, batch_size: int, *, rank: int, world_size: int, seed: int) -> None:
-        assert batch_size % world_size == 0
-        self.examples = examples
-        self.batch_size = batch_size
-        self.share = batch_size // world_size
-        self.offset = rank * self.share
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0  # updates of this epoch that are done already
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return self.examples // self.batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.examples, generator=generator)
-        for update in range(self.start, self.updates_per_epoch):
-            batch = order[update * self.batch_size :][: self.batch_size]
-            yield from batch[self.offset : self.offset + self.share].tolist()
-
-    def __len__(self) -> int:
-        return (self.updates_per_epoch - self.start) * self.share

@@ -84,6 +84,8 @@ class DataConfig:
         text_columns: For "files": the one or two columns of text.
         label_column: For "files": class names, class numbers, or a float to regress to.
         max_length: Tokens after which texts are cut.
+        tokens_per_micro_batch: About how many tokens, padding included, go through the model at once on each
+            rank; an update's batch is sorted by length and cut to that. By default 256 on a CPU and 16,384 on a GPU.
         max_train_examples: Use only that many training examples (drawn with the seed).
         max_eval_examples: Use only that many of each evaluation split.
     """
@@ -95,6 +97,7 @@ class DataConfig:
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
     max_length: int = 256
+    tokens_per_micro_batch: int | None = None
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
 
@@ -152,7 +155,7 @@ class TrainConfig:
     Args:
         epochs: Passes over the training data; the last, incomplete batch of each is left out.
         batch_size: Examples per optimizer update, over all ranks and micro-batches.
-        accumulation: Micro-batches per update on each rank.
+        accumulation: Micro-batches per update on each rank, at least; see data.tokens_per_micro_batch.
         eval_batch_size: Examples per rank in evaluation.
         learning_rate: Peak learning rate of the adapter.
         head_learning_rate: Peak learning rate of the task head.
@@ -276,6 +279,7 @@ def _check(config: Config) -> None:
         "train.accumulation": train.accumulation,
         "train.eval_batch_size": train.eval_batch_size,
         "data.max_length": data.max_length,
+        "data.tokens_per_micro_batch": 1 if data.tokens_per_micro_batch is None else data.tokens_per_micro_batch,
         "data.max_train_examples": 1 if data.max_train_examples is None else data.max_train_examples,
         "data.max_eval_examples": 1 if data.max_eval_examples is None else data.max_eval_examples,
         "adapter.r": config.adapter.r,

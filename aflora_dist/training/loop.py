@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +27,19 @@ from ..processes import launched_accelerator, on_main
 from ..progress import Progress
 from ..store.resume import Checkpointer, find, finished
 from ..store.rundir import RunDirectory
-from ..tasks.data import Data, GlobalBatchSampler, digest, first_on_node, load_data
+from ..tasks.data import Data, digest, first_on_node, load_data
 from ..tasks.metrics import compute
 from ..tasks.model import load_base
+from ..tasks.sampler import GlobalBatchSampler, padded
 from ..watch.log import TrainingLog
 from ..watch.stopping import StopWish
 from ..watch.traces import TraceRecorder, Window, windows
 from .config import Config
 
 Batch = dict[str, Tensor]
+# Small ones waste less on padding; a GPU wants large ones.
+_TOKENS_PER_MICRO_BATCH = {"cpu": 256, "gpu": 16_384}
+_PAD_TO_MULTIPLE = {"cpu": 1, "gpu": 8}  # for tensor cores
 
 
 def train(config: Config, resolved: str, method: Method | None = None) -> dict[str, Any] | None:
@@ -71,6 +77,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     optimizer = create_optimizer(config, model)
     head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and is_head(n))
     lora_r8 = lora_parameters(model)
+    accumulate(config, accelerator, sampler.micro_batches)
     model, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress(create_engine(accelerator, model, optimizer))
     control = method.attach(
@@ -101,9 +108,11 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
             drawn = iter(batches)
             checkpointer.restore_randomness()
             with log.timed():
-                for micro_batches in updates(drawn, config.train.accumulation):
+                for micro_batches in updates(drawn, sampler.micro_batches):
                     step, trained = progress.step, progress.engine.trainable_params
-                    loss, norm = update(model, optimizer, micro_batches, accelerator, config.train.max_grad_norm)
+                    loss, norm = update(
+                        model, optimizer, micro_batches, accelerator, sampler, config.train.max_grad_norm
+                    )
                     assert progress.step == step + 1, "one global batch, one tick of the clock"
                     log.update(loss, norm, trained, [float(rate) for rate in scheduler.get_last_lr()])
                     scheduler.step()
@@ -137,38 +146,45 @@ def save_is_due(config: Config, step: int, per_epoch: int) -> bool:
 
 def create_accelerator(config: Config) -> Accelerator:
     """The accelerator that the launcher asks for; DeepSpeed's batch and clipping settings are ours."""
-    accelerator = launched_accelerator(
-        gradient_accumulation_steps=config.train.accumulation, step_scheduler_with_optimizer=False
-    )
-    accelerator.gradient_accumulation_steps = config.train.accumulation  # whatever the environment says
-    per_update = accelerator.num_processes * config.train.accumulation
-    if config.train.batch_size % per_update:
+    accelerator = launched_accelerator(step_scheduler_with_optimizer=False)
+    needed = accelerator.num_processes * config.train.accumulation
+    if config.train.batch_size < needed:
         raise AFLoRAError(
-            f"train.batch_size={config.train.batch_size} cannot be split evenly: {accelerator.num_processes} processes "
-            f"x train.accumulation={config.train.accumulation} = {per_update}. Choose a multiple of {per_update}."
+            f"train.batch_size={config.train.batch_size} cannot be split: {accelerator.num_processes} processes x "
+            f"train.accumulation={config.train.accumulation} = {needed} micro-batches, each with an example at least."
         )
-    if (plugin := accelerator.state.deepspeed_plugin) is not None:
-        ours = {
-            "train_micro_batch_size_per_gpu": config.train.batch_size // per_update,
-            "gradient_accumulation_steps": config.train.accumulation,
-            "gradient_clipping": config.train.max_grad_norm,
-        }
-        if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):  # else the values are the launcher's defaults
-            for key, value in ours.items():
-                if plugin.deepspeed_config.get(key, "auto") not in ("auto", value):
-                    raise AFLoRAError(
-                        f"DeepSpeed's file says {key}={plugin.deepspeed_config[key]}, but train.* comes to {value}. "
-                        f'Write "auto" there.'
-                    )
-        plugin.deepspeed_config.update(ours)
-        plugin.deepspeed_config.pop("train_batch_size", None)
+    accumulate(config, accelerator, config.train.accumulation)  # zero.Init wants to know before the data is known
     return accelerator
+
+
+def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> None:
+    """Have the accelerator, and DeepSpeed, take so many micro-batches for an update."""
+    accelerator.gradient_accumulation_steps = micro_batches  # whatever the environment says
+    if (plugin := accelerator.state.deepspeed_plugin) is None:
+        return
+    ours = {
+        # Micro-batches differ in size; DeepSpeed only reports this number.
+        "train_micro_batch_size_per_gpu": max(
+            config.train.batch_size // (accelerator.num_processes * micro_batches), 1
+        ),
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": config.train.max_grad_norm,
+    }
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):  # else the values are the launcher's defaults
+        said = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
+        for key, value in ours.items():
+            if said.get(key, "auto") not in ("auto", value):
+                raise AFLoRAError(
+                    f'DeepSpeed\'s file says {key}={said[key]}, but train.* comes to {value}. Write "auto" there.'
+                )
+    plugin.deepspeed_config.update(ours)
+    plugin.deepspeed_config.pop("train_batch_size", None)
 
 
 def create_loaders(
     config: Config, data: Data, tokenizer: Any, accelerator: Accelerator
 ) -> tuple[GlobalBatchSampler, DataLoader[Batch], dict[str, DataLoader[Batch]]]:
-    """Training batches of this rank (one micro-batch each), and the evaluation splits."""
+    """Training batches of this rank (one micro-batch each), and the evaluation splits, longest examples first."""
 
     def tokenize(examples: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [examples["text"]] + ([examples["text_pair"]] if "text_pair" in examples else [])
@@ -177,7 +193,15 @@ def create_loaders(
     def prepared(dataset: Any) -> Any:
         return first_on_node(lambda: dataset.map(tokenize, batched=True, remove_columns=dataset.column_names))
 
-    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    on_gpu = accelerator.device.type == "cuda"
+    kind = "gpu" if on_gpu else "cpu"
+    multiple = _PAD_TO_MULTIPLE[kind]
+
+    def by_length(dataset: Any) -> Any:
+        sizes = lengths(dataset, multiple)
+        return dataset.select(sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)))
+
+    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
     train_set = prepared(data.train)
     if len(train_set) < config.train.batch_size:
         raise AFLoRAError(
@@ -185,21 +209,30 @@ def create_loaders(
             f"{config.train.batch_size}. Lower it."
         )
     sampler = GlobalBatchSampler(
-        len(train_set),
+        lengths(train_set, multiple),
         config.train.batch_size,
+        micro_batches=config.train.accumulation,
+        tokens=config.data.tokens_per_micro_batch or _TOKENS_PER_MICRO_BATCH[kind],
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         seed=config.train.seed,
     )
-    micro_batch = sampler.share // config.train.accumulation
-    batches = DataLoader(train_set, batch_size=micro_batch, sampler=sampler, collate_fn=collate)
+    # On a GPU batches are prepared beside the training step.
+    batches = DataLoader(
+        train_set, batch_sampler=sampler, collate_fn=collate, num_workers=int(on_gpu), pin_memory=on_gpu
+    )
     evaluation = {
         split: accelerator.prepare_data_loader(
-            DataLoader(prepared(dataset), batch_size=config.train.eval_batch_size, collate_fn=collate)
+            DataLoader(by_length(prepared(dataset)), batch_size=config.train.eval_batch_size, collate_fn=collate)
         )
         for split, dataset in data.evaluation.items()
     }
     return sampler, batches, evaluation
+
+
+def lengths(dataset: Any, multiple: int) -> list[int]:
+    """Tokens of each example, rounded up as a batch is."""
+    return [padded(len(tokens), multiple) for tokens in dataset["input_ids"]]
 
 
 def check_length(config: Config, model: Any) -> None:
@@ -248,17 +281,23 @@ def updates(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]
 
 
 def update(
-    model: nn.Module, optimizer: Any, micro_batches: list[Batch], accelerator: Accelerator, max_grad_norm: float
+    model: nn.Module,
+    optimizer: Any,
+    micro_batches: list[Batch],
+    accelerator: Accelerator,
+    sampler: GlobalBatchSampler,
+    max_grad_norm: float,
 ) -> tuple[Tensor, Any]:
-    """One optimizer update: the mean loss of this rank's examples, and the gradient norm before clipping.
+    """One optimizer update: this rank's share of the global batch's mean loss, and the gradient norm before clipping.
 
-    Freezing happens inside, by itself: it watches the optimizer.
+    The mean of the ranks' shares is the mean over the global batch's examples, as the gradient is its gradient, however
+    many of them a rank or a micro-batch has. Freezing happens inside, by itself: it watches the optimizer.
     """
     total = torch.zeros((), device=accelerator.device)
     norm = None
     for batch in micro_batches:
         with accelerator.accumulate(model):
-            loss = model(**move(batch, accelerator.device)).loss
+            loss = model(**move(batch, accelerator.device)).loss * sampler.weight(len(batch["labels"]))
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))

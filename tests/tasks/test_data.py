@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aflora_dist import AFLoRAError
-from aflora_dist.tasks.data import GlobalBatchSampler, load_data
+from aflora_dist.tasks.data import load_data
 from aflora_dist.tasks.glue import TASKS
 from aflora_dist.tasks.metrics import compute
 from aflora_dist.training.config import DataConfig, parse
@@ -111,23 +111,6 @@ def test_your_own_files(suffix: str, labels: list[Any], expected: list[Any], nam
     assert data.labels == names
     assert list(data.train["label"]) == expected
     assert data.evaluation["validation"][1] == {"text": "y", "text_pair": "v", "label": expected[1]}
-
-
-def test_the_global_batch_does_not_depend_on_the_number_of_ranks() -> None:
-    def batches(world_size: int, epoch: int) -> list[set[int]]:
-        samplers = [GlobalBatchSampler(50, 12, rank=r, world_size=world_size, seed=3) for r in range(world_size)]
-        streams = []
-        for sampler in samplers:
-            sampler.epoch = epoch
-            streams.append(list(sampler))
-            assert len(streams[-1]) == len(sampler)
-        share = 12 // world_size
-        return [{i for s in streams for i in s[u * share : (u + 1) * share]} for u in range(4)]
-
-    assert batches(1, 0) == batches(2, 0) == batches(4, 0)
-    assert batches(1, 0) != batches(1, 1)
-    assert all(len(batch) == 12 for batch in batches(3, 0))
-    assert len(set.union(*batches(3, 0))) == 48
 
 
 def test_metrics_against_closed_formulas() -> None:

@@ -41,7 +41,7 @@ OPTIONS = {
     "file": (["--data.train_file", "nowhere.csv"], "There is no file nowhere.csv"),
     "column": (["--data.label_column", "stars"], "has no column 'stars'; its columns are: text, label"),
     "config file": (["nowhere.yaml"], "nowhere.yaml"),
-    "batch": (["--train.accumulation", "3"], "cannot be split evenly"),
+    "batch": (["--train.accumulation", "17"], "cannot be split"),
     "too few": (["--train.batch_size", "200"], "fewer than one batch"),
     "glue folder": (
         ["--data.task", "cola", "--data.path", "nowhere", *NO_FILES],

@@ -17,7 +17,6 @@ from ...contract import Private, require
 from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
 from ..base import Engine, Observer, Record, release
-from ..optimizers import plain
 from ..transfer import Move, Piece, place, plan
 from . import private
 
@@ -220,28 +219,28 @@ class ZeroEngine(Engine):
         return found
 
     @torch.no_grad()
-    def create_state(
-        self, names: Sequence[str], scalars: Mapping[str, Record], moments: Mapping[str, torch.dtype]
-    ) -> None:
+    def create_state(self, names: Sequence[str], state: Mapping[str, Record]) -> None:
         wanted = set(names)
         for (_, members), flat in zip(self._group_parameters(), self._partitions(), strict=True):
             here = [self.names[p] for p in members if self.names[p] in wanted]
-            numbers = next((scalars[name] for name in here if name in scalars), None)
-            if numbers is None:
+            told = [state[name] for name in here if name in state]
+            if not told:
                 if len(here) == len(members):  # no update yet
                     self.optimizer.state.pop(flat, None)
                 continue
-            state = self.optimizer.state.setdefault(flat, {})
-            state |= {key: self.traits.scalar(key, numbers.get(key), flat.device) for key in self.traits.scalars}
-            state |= {key: torch.zeros_like(flat, requires_grad=False) for key in moments if key not in state}
+            held = self.optimizer.state.setdefault(flat, {})
+            numbers = told[0]["scalars"].items()  # the partition is one tensor to the optimizer
+            held |= {key: self.traits.scalar(key, number, flat.device) for key, number in numbers}
+            keys = dict.fromkeys(key for each in told for key in each["moments"])
+            held |= {key: torch.zeros_like(flat, requires_grad=False) for key in keys if key not in held}
 
-    def scalars(self, names: Sequence[str]) -> dict[str, Record]:
+    def state(self, names: Sequence[str]) -> dict[str, Record]:
         wanted, found = set(names), {}
         for (_, members), flat in zip(self._group_parameters(), self._partitions(), strict=True):
-            if state := self.optimizer.state.get(flat):
+            if held := self.optimizer.state.get(flat):
                 for name in (self.names[p] for p in members):
                     if name in wanted:
-                        found[name] = {key: plain(state[key]) for key in self.traits.scalars}
+                        found[name] = self._told(held)
         return found
 
     def scaling(self) -> dict[str, Any]:

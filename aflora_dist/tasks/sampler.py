@@ -1,0 +1,129 @@
+"""The same global batch, dealt by length: which examples make up an update, and which rank computes which of them.
+
+Which examples are in the global batch depends on the seed and the update alone, so that nothing is biased (as it is
+where whole batches are grouped by length). Within it they are sorted by length and cut into pieces, one for each
+micro-batch of each rank, so that little is padded and no rank waits for another. Pieces differ in size: the loss of
+each is weighted, see `weight`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+def padded(length: int, multiple: int) -> int:
+    """What an example of so many tokens takes in a batch in which it is the longest."""
+    return -(-length // multiple) * multiple
+
+
+def cut(lengths: Sequence[int], pieces: int) -> list[list[int]]:
+    """Cut examples into pieces whose largest has as few padded tokens as can be.
+
+    Args:
+        lengths: Tokens of each example, rounded up as a batch is.
+        pieces: How many; at most as many as there are examples.
+
+    Returns:
+        The examples' positions, piece by piece, the longest first; none is empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    widths = [lengths[i] for i in order]
+    low, high = max(widths), max(widths) * len(widths)
+    while low < high:  # the smallest size that so many pieces can keep to
+        middle = (low + high) // 2
+        if len(_starts(widths, middle)) <= pieces:
+            high = middle
+        else:
+            low = middle + 1
+    starts = _starts(widths, low)
+    found = [order[a:b] for a, b in zip(starts, [*starts[1:], len(order)], strict=True)]
+    while len(found) < pieces:  # halve the largest that can be
+        largest = max((p for p in found if len(p) > 1), key=lambda p: len(p) * lengths[p[0]])
+        at, half = found.index(largest), len(largest) // 2
+        found[at : at + 1] = [largest[:half], largest[half:]]
+    return found
+
+
+def _starts(widths: Sequence[int], size: int) -> list[int]:
+    """Where pieces begin if each takes as many examples, longest first, as fit into `size` padded tokens."""
+    starts, at = [], 0
+    while at < len(widths):
+        starts.append(at)
+        at += max(size // widths[at], 1)
+    return starts
+
+
+def deal(lengths: Sequence[int], ranks: int, micro_batches: int) -> list[list[list[int]]]:
+    """rank -> its micro-batches -> positions in the global batch; ranks have about equally many padded tokens."""
+    pieces = sorted(cut(lengths, ranks * micro_batches), key=lambda p: (-len(p) * lengths[p[0]], p))
+    hands: list[list[list[int]]] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    for piece in pieces:
+        rank = min((r for r in range(ranks) if len(hands[r]) < micro_batches), key=lambda r: (totals[r], r))
+        hands[rank].append(piece)
+        totals[rank] += len(piece) * lengths[piece[0]]
+    return hands
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """This rank's micro-batches, update after update. The last, incomplete batch of an epoch is left out.
+
+    Args:
+        lengths: Tokens of each example of the training split, rounded up as a batch is.
+        batch_size: Examples per update, over all ranks and micro-batches.
+        micro_batches: Per update, on each rank, at least.
+        tokens: About how many tokens a micro-batch may have, padding included: there are as many micro-batches as an
+            average update needs for that, the same number in every update, as ZeRO wants it.
+
+    Attributes:
+        epoch, start: Where the next iteration begins: the epoch, and the updates of it that are done already.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        micro_batches: int = 1,
+        tokens: int | None = None,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+        needed = 1
+        if tokens is not None:
+            mean = sum(lengths) / max(len(lengths), 1)
+            needed = math.ceil(mean * batch_size / (tokens * world_size))
+        self.micro_batches = max(micro_batches, min(needed, batch_size // world_size))
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return len(self.lengths) // self.batch_size
+
+    def weight(self, examples: int) -> float:
+        """What a micro-batch's mean loss counts, so that the gradient is that of the global batch's mean.
+
+        Engines average over ranks and micro-batches.
+        """
+        return examples * self.world_size * self.micro_batches / self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for update in range(self.start, self.updates_per_epoch):
+            batch = order[update * self.batch_size :][: self.batch_size]
+            hands = deal([self.lengths[i] for i in batch], self.world_size, self.micro_batches)
+            yield from ([batch[i] for i in piece] for piece in hands[self.rank])
+
+    def __len__(self) -> int:
+        return (self.updates_per_epoch - self.start) * self.micro_batches
