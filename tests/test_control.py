@@ -10,6 +10,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import patch_optimizer_step
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezeEvent, FreezingCallback, FreezingConfig
+from aflora_dist.engines import create_engine
 from tests.launch import ROOT, launch
 from tests.workers.tiny import build_model, build_optimizer, global_batch
 
@@ -461,6 +464,12 @@ def test_what_is_no_optimizer_or_lies_on_two_devices_is_refused() -> None:
         AdaptiveFreezing(accelerator, spread, optimizer, CONFIG)
 
 
+def test_fsdp1_is_refused_by_name() -> None:
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    with pytest.raises(AFLoRAError, match=r"FSDP1 \(FullyShardedDataParallel\).*fsdp_version: 2"):
+        create_engine(accelerator, nn.Linear(2, 2), None)
+
+
 def test_scores_need_no_float64_on_a_device_that_has_none() -> None:
     class Mps:
         """A tensor on such a device."""
@@ -816,6 +825,7 @@ FAILURES = {
     "on_freeze": ("ddp", ["OSError: [Errno 28] No space left", "AFLoRAError: on_freeze failed on rank 0 after step 3"]),
     "on_main": ("ddp", ["ZeroDivisionError: an oversight", "AFLoRAError: The main process failed: ZeroDivisionError"]),
     "local SGD": ("ddp", ["UnsupportedEngineError: The gradients of this update were not reduced"] * 2),
+    "Adagrad": ("zero1", ["UnsupportedEngineError: Freezing does not support DeepSpeed's own Adagrad in place"] * 2),
     "plain backward": ("zero2", ["UnsupportedEngineError: optimizer.step() was called, but DeepSpeed has made no"] * 2),
 }
 

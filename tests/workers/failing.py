@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 
+import torch
 from accelerate import Accelerator
 from accelerate.local_sgd import LocalSGD
 from accelerate.utils import InitProcessGroupKwargs
@@ -19,7 +20,9 @@ if (plugin := accelerator.state.deepspeed_plugin) is not None:
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = GLOBAL_BATCH
 rank = accelerator.process_index
 model = build_model()
-model, optimizer = accelerator.prepare(model, build_optimizer(model, "head"))
+trained = [p for p in model.parameters() if p.requires_grad]
+made = torch.optim.Adagrad(trained) if how == "Adagrad" else build_optimizer(model, "head")
+model, optimizer = accelerator.prepare(model, made)
 
 
 def on_freeze(event: FreezeEvent) -> None:

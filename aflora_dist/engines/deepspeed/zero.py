@@ -346,4 +346,4 @@ def check_supported(ds: Any) -> None:
     }
     for feature, (present, remedy) in problems.items():
         if present:
-            raise UnsupportedEngineError(f"AFLoRA's freezing does not support DeepSpeed's {feature}: {remedy}.")
+            raise UnsupportedEngineError(f"Freezing does not support DeepSpeed's {feature}: {remedy}.")
