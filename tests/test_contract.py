@@ -21,7 +21,7 @@ from aflora_dist.engines import private
 from aflora_dist.engines.deepspeed import private as deepspeed_private
 from aflora_dist.engines.native import ReplicatedEngine
 from tests.launch import ROOT
-from tests.test_control import Loop
+from tests.loop import Loop
 
 GONE = Private("Somebody", "_moved_elsewhere", "do something", "nothing yet")
 
