@@ -11,7 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,72 +25,11 @@ from .engines import Engine, create_engine, place
 from .engines.rehearsal import rehearse
 from .engines.transfer import Piece
 from .errors import AFLoRAError, DivergedError
-from .freezing import SCORE_KINDS, CubicSchedule, FreezingPolicy, FreezingScore, ScoreKind
+from .freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore
 from .processes import refuse_lonely_processes
 from .progress import Progress
 
 _AVERAGES = ("smoothed", "uncertainty")  # Ibar and Ubar, by their names in a snapshot
-
-
-@dataclass(frozen=True, kw_only=True)
-class FreezingConfig:
-    """When and by which score the projection matrices freeze; steps are global batches.
-
-    Args:
-        total_steps: T, the global batches (optimizer updates, skipped ones included) of the whole training.
-        initial_steps: t_i, batches before the first matrix may freeze (the paper: one epoch).
-        final_steps: t_f, batches at the end with all matrices frozen (the paper: 70% of T).
-        beta1, beta2: Decay of the smoothed gradient and of its uncertainty (Eq. 2, 3).
-        score: "gradient" |g| (the paper's choice), "sensitivity" |w g| or "relative" |g / w| (Fig. 4).
-        pairwise: Freeze A and B of a layer together (Table 6).
-
-    Raises:
-        AFLoRAError: The schedule does not fit, or an argument is out of range.
-    """
-
-    total_steps: int
-    initial_steps: int
-    final_steps: int
-    beta1: float = 0.85
-    beta2: float = 0.95
-    score: ScoreKind = "gradient"
-    pairwise: bool = False
-
-    def __post_init__(self) -> None:
-        self.schedule()
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise AFLoRAError(f"FreezingConfig: {name} must lie in [0, 1), got {getattr(self, name)}.")
-        if self.score not in SCORE_KINDS:
-            raise AFLoRAError(f"FreezingConfig: score must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}.")
-
-    def schedule(self) -> CubicSchedule:
-        return CubicSchedule(
-            total_steps=self.total_steps, initial_steps=self.initial_steps, final_steps=self.final_steps
-        )
-
-
-@dataclass(frozen=True)
-class FreezeEvent:
-    """One line of freeze_log.jsonl.
-
-    Attributes:
-        step: t, the global batch after which the matrices froze, from 0.
-        frozen: Their names, lowest score first.
-        scores: Every score that was ranked; empty where `freeze` was called by hand.
-        remaining: Freezable matrices that still train.
-        trainable_params: Elements that the optimizer still updates.
-        optimizer_state_bytes: Bytes of the optimizer's moments, over all ranks.
-        rebuild_seconds: Time for the decision and the drop.
-    """
-
-    step: int
-    frozen: list[str]
-    scores: dict[str, float]
-    remaining: int
-    trainable_params: int
-    optimizer_state_bytes: int
-    rebuild_seconds: float
 
 
 class AdaptiveFreezing:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .config import FreezeEvent, FreezingConfig
 from .kinds import SCORE_KINDS, ScoreKind
 from .policy import FreezingPolicy
 from .schedule import CubicSchedule
@@ -9,7 +10,16 @@ from .schedule import CubicSchedule
 if TYPE_CHECKING:
     from .score import Fragment, FreezingScore
 
-__all__ = ["SCORE_KINDS", "CubicSchedule", "Fragment", "FreezingPolicy", "FreezingScore", "ScoreKind"]
+__all__ = [
+    "SCORE_KINDS",
+    "CubicSchedule",
+    "Fragment",
+    "FreezeEvent",
+    "FreezingConfig",
+    "FreezingPolicy",
+    "FreezingScore",
+    "ScoreKind",
+]
 
 if not TYPE_CHECKING:  # a type checker would take any name to be here
 
