@@ -10,6 +10,7 @@ Checked at the end of every run: losses, freeze log and weights are those of an 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
@@ -77,7 +78,8 @@ def strike(engine: str, command: list[str], folder: Path, chance: random.Random,
     if victim == "everything":
         job.kill()
     else:
-        job.send_signal(signal.SIGKILL, int(victim[-1]))
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            job.send_signal(signal.SIGKILL, int(victim[-1]))
     try:
         job.wait(timeout=30)
     except subprocess.TimeoutExpired:
