@@ -93,7 +93,7 @@ class AdaptiveFreezing:
         self.progress.observer = self._observe
         self.progress.after_batch.append(self._after_batch)
         self.progress.parts["freezing"] = self
-        self._tuner.freezing_attached = True
+        self._tuner.freezing_attached, self._tuner.freezing_waived = True, False
         self._accelerate = AccelerateState(accelerator, self)
         self._ending = _Ending(config.total_steps, speaks=accelerator.is_main_process)
         self._exit = weakref.finalize(self, self._ending.say)

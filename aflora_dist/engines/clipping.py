@@ -28,7 +28,7 @@ class Clipping:
 
     Two watches, since a loop may leave accelerate's methods out. accelerator.clip_grad_norm_ is seen and its
     factor remembered. Whatever else changes a gradient between the end of the backward pass and the update is seen by
-    the tensor's version, and refused: torch's own clip_grad_norm_, a GradScaler that accelerate knows nothing of.
+    the tensor's version, and refused, torch's own clip_grad_norm_ above all.
 
     Args:
         observed: The parameters whose gradients are scored now; none: everything is allowed.

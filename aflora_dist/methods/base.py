@@ -39,9 +39,6 @@ class Control(Protocol):
     def interrupted(self) -> None:
         """The training ends early, on purpose, and will go on from a checkpoint."""
 
-    def ended(self) -> None:
-        """The training is over."""
-
 
 @dataclass
 class NoControl:
@@ -59,9 +56,6 @@ class NoControl:
         return {}
 
     def interrupted(self) -> None:
-        return
-
-    def ended(self) -> None:
         return
 
 

@@ -175,7 +175,8 @@ def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> 
         for key, value in ours.items():
             if said.get(key, "auto") not in ("auto", value):
                 raise AFLoRAError(
-                    f'DeepSpeed\'s file says {key}={said[key]}, but train.* comes to {value}. Write "auto" there.'
+                    f"DeepSpeed's file says {key}={said[key]}, but train.* and data.* come to {value}. "
+                    f'Write "auto" there.'
                 )
     plugin.deepspeed_config.update(ours)
     plugin.deepspeed_config.pop("train_batch_size", None)
