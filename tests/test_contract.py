@@ -74,7 +74,7 @@ def test_deepspeed_s_private_interfaces_are_named_in_one_folder_only() -> None:
         if "deepspeed" not in path.parts and (found := set(pattern.findall(path.read_text()))):
             elsewhere[path.name] = found
     # A parameter that from_pretrained has sharded is known by its ds_id, before there is any engine.
-    assert elsewhere == {"model.py": {"ds_id"}}
+    assert elsewhere == {"private.py": {"ds_id"}}
 
 
 def test_the_page_lists_what_the_code_lists() -> None:

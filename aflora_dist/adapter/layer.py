@@ -1,9 +1,4 @@
-"""Eq. 1 of the paper, y = W0 x + s_b * (B (s_d * (A x))), around one Linear or Conv1D layer.
-
-The two autograd functions below compute it with adapter-sized work only. They stand before and
-behind the base layer instead of replacing it, so they never read its weight: a base layer that is
-quantized, or whose weight ZeRO-3 gathers only inside its own forward, works unchanged.
-"""
+"""One Linear or Conv1D layer with its low-rank paths (Eq. 1 of the paper), by PEFT's conventions."""
 
 from __future__ import annotations
 
@@ -17,92 +12,11 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-
-class _Down(torch.autograd.Function):
-    """(x, A) -> (x, h) with h = A x: the input passes through on its way to the base layer.
-
-    Because the base layer reads the x returned here, its gradient arrives in `backward` and the
-    adapter's share is added to it by one addmm; autograd would write both and add them.
-    x: (..., in), A: (r, in), h: (..., r). x is kept for backward only while A trains.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, accumulate_in_place: bool) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.accumulate_in_place = accumulate_in_place
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A)
-        return x.view_as(x), F.linear(x, A.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        x, A = ctx.saved_tensors
-        if grad_h is None:
-            return grad_x, None, None
-        rows = grad_h.reshape(-1, grad_h.shape[-1])
-        grad_A = None
-        if ctx.needs_input_grad[1]:
-            grad_A = (rows.T @ x.reshape(-1, x.shape[-1])).to(A.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_A, None
-        weight = A.to(rows.dtype)
-        if grad_x is None:
-            return (rows @ weight).view(*grad_h.shape[:-1], -1), grad_A, None
-        if ctx.accumulate_in_place and grad_x.is_contiguous() and grad_x.dtype == rows.dtype:
-            flat = grad_x.view(-1, grad_x.shape[-1])
-            torch.addmm(flat, rows, weight, out=flat)
-            return grad_x, grad_A, None
-        shape = grad_x.shape
-        return (
-            torch.addmm(grad_x.reshape(-1, shape[-1]), rows.to(grad_x.dtype), weight.to(grad_x.dtype)).view(shape),
-            grad_A,
-            None,
-        )
-
-
-class _Up(torch.autograd.Function):
-    """(y, h, s_d, B, s_b) -> y + s_b * (B (s_d * h)), with the vectors folded into B.
-
-    y: (..., out), h: (..., r), s_d: (r,), B: (out, r), s_b: (out,). With g the gradient of the
-    result, M = g^T h (out, r) holds all that the parameters' gradients need:
-    s_b: rowsum(M * B s_d), B: M * s_b s_d, s_d: colsum(M * s_b B).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, s_d: Tensor, B: Tensor, s_b: Tensor, in_place: bool) -> Tensor:
-        ctx.save_for_backward(h, s_d, B, s_b)
-        folded = (s_b.unsqueeze(1) * B * s_d).to(y.dtype)
-        rows = h.reshape(-1, h.shape[-1]).to(y.dtype)
-        if in_place:
-            ctx.mark_dirty(y)
-            flat = y.view(-1, y.shape[-1])
-            torch.addmm(flat, rows, folded.T, out=flat)
-            return y
-        return torch.addmm(y.reshape(-1, y.shape[-1]), rows, folded.T).view(y.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, s_d, B, s_b = ctx.saved_tensors
-        _, needs_h, needs_d, needs_B, needs_b, _ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_h = grad_d = grad_B = grad_b = None
-        if needs_h:
-            folded = (s_b.unsqueeze(1) * B * s_d).to(rows.dtype)
-            grad_h = (rows @ folded).to(h.dtype).view(h.shape)
-        if needs_d or needs_B or needs_b:
-            # Written as (h^T g)^T: MKL is much slower over g^T h at thousands of columns (profiling.variants).
-            M = (h.reshape(-1, h.shape[-1]).to(rows.dtype).T @ rows).T.to(B.dtype)
-            if needs_b or needs_d:
-                MB = M * B
-                grad_b = MB @ s_d if needs_b else None
-                grad_d = s_b @ MB if needs_d else None
-            if needs_B:
-                grad_B = M * s_b.unsqueeze(1) * s_d
-        return grad, grad_h, grad_d, grad_B, grad_b, None
+from .eq1 import Down, Up, cast_once
+from .folding import Folded, KeptCast, compute_dtype, fold, is_traced, lies_whole, promoted
+from .private import has_hooks, in_backward, keeps_all_for_backward
 
 
 class AFLoRAPath(nn.Module):
@@ -123,6 +37,9 @@ class AFLoRAPath(nn.Module):
         self.s_b = nn.Parameter(torch.empty(out_features))
         self.dropout = dropout
         self.frozen = set(frozen)
+        self._folded: Folded | None = None  # while the model's forward runs
+        self._recomputed: Folded | None = None  # what a recomputation in backward (gradient checkpointing) needs again
+        self._frozen_A = KeptCast()
 
     @torch.no_grad()
     def reset_parameters(self, d_initial: float) -> None:
@@ -144,27 +61,75 @@ class AFLoRAPath(nn.Module):
         )
         return (s_b.unsqueeze(1) * B * s_d) @ A
 
-    def forward(self, x: Tensor, base: Callable[[Tensor], Tensor], base_is_plain: bool) -> Tensor:
+    def cast_A(self, dtype: torch.dtype) -> Tensor:  # noqa: N802  # the paper's A
+        """A in `dtype`; one that does not train is cast once."""
+        if self.A.dtype == dtype or self.A.requires_grad or not lies_whole(self.A):
+            return self.A.to(dtype)
+        return self._frozen_A(self.A, dtype)
+
+    def keep(self, folded: Folded | None) -> None:
+        """What `Folding` found for this layer; None ends it."""
+        # Past nn.Module's __setattr__, which is slow and would look for parameters.
+        self.__dict__["_folded"] = folded
+        if folded is not None and folded.with_graph:
+            self.__dict__["_recomputed"] = folded
+
+    def _fold(self, x: Tensor) -> Folded:
+        """What the model's forward has folded for this layer, if it suits; else folded here and now."""
+        folded = self._folded
+        if folded is None and in_backward():
+            folded = self._recomputed
+        dtype = compute_dtype(x.device.type, promoted(x.dtype, self.A.dtype))
+        with_graph = torch.is_grad_enabled()
+        if folded is not None and folded.A.dtype == dtype and (folded.with_graph or not with_graph):
+            return folded
+        return Folded(self.cast_A(dtype), fold([self], dtype)[0], with_graph)
+
+    def _traced(self, x: Tensor, base: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """Eq. 1 in plain operators, for a compiler to fuse. It sees the parameters only if nothing is folded."""
+        if self._folded is not None:
+            A, up = self._folded.A, self._folded.up
+        else:
+            wide = compute_dtype(x.device.type, torch.promote_types(x.dtype, self.A.dtype))
+            A, up = self.A.to(wide), (self.s_b.unsqueeze(1) * self.B * self.s_d).to(wide)
+        h = F.linear(F.dropout(x, self.dropout, self.training).to(A.dtype), A)
+        y = base(x.to(dtype))
+        return (y + F.linear(h, up)).to(y.dtype)
+
+    def forward(self, x: Tensor, base: Callable[[Tensor], Tensor], dtype: torch.dtype, plain: bool) -> Tensor:
         """Eq. 1: base(x) plus the low-rank path.
 
         Args:
             x: (..., in).
             base: Computes W0 x, (..., out).
-            base_is_plain: base ends in a Linear or Conv1D, whose output and input gradient are
-                fresh tensors that nobody else reads, so they may be added to in place.
+            dtype: In which base is given x.
+            plain: base ends in a Linear or Conv1D, whose output and input gradient are fresh tensors
+                that nobody else reads, so they may be added to in place, if it is given rows (tokens, in).
         """
-        # A compiled graph reuses buffers by itself, and whether y is a view cannot be asked while tracing.
-        base_is_plain = base_is_plain and not torch.compiler.is_compiling()
-        if self.dropout and self.training:
-            h = F.linear(F.dropout(x, self.dropout), self.A.to(x.dtype))
-        elif torch.is_grad_enabled() and x.requires_grad:
-            x, h = _Down.apply(x, self.A, base_is_plain)
+        if is_traced():
+            return self._traced(x, base, dtype)
+        folded = self._fold(x)
+        shape, drops = x.shape, self.dropout and self.training
+        if torch.is_grad_enabled() and x.requires_grad and not drops:
+            x, h = Down.apply(x, folded.A, dtype, plain)
         else:
-            h = F.linear(x, self.A.to(x.dtype))
+            if x.dtype != dtype:
+                x = x.to(dtype) if x.requires_grad else cast_once(x, dtype)
+            if plain:
+                x = x.reshape(-1, shape[-1])
+            h = F.linear((F.dropout(x, self.dropout) if drops else x).to(folded.A.dtype), folded.A)
         y = base(x)
         # A view's in-place change would make autograd copy the whole gradient.
-        in_place = base_is_plain and y.is_contiguous() and not y._is_view() and not y.is_leaf
-        return _Up.apply(y, h, self.s_d, self.B, self.s_b, in_place)
+        in_place = plain and y.is_contiguous() and not y._is_view()
+        y = Up.apply(y, h, folded.up, in_place)
+        return y.view(*shape[:-1], y.shape[-1]) if plain else y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AFLoRAPath:
+        self._frozen_A.forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None, "_recomputed": None, "_frozen_A": KeptCast()}
 
     def extra_repr(self) -> str:
         frozen = "".join(sorted(self.frozen)) or "none"
@@ -193,6 +158,7 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
+        self._half_weight, self._half_bias = KeptCast(), KeptCast()
 
     def update_layer(
         self,
@@ -270,21 +236,46 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.aflora]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        device = x.device.type
-        if x.is_floating_point() and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))  # once, for the base layer and every path
-        plain = self.quantization_backend is None and type(self.base_layer) in (nn.Linear, Conv1D)
-
-        def call(x: Tensor) -> Tensor:
-            return self.base_layer(x, *args, **kwargs)
-
+        hooked = not is_traced() and has_hooks(self.base_layer)
+        plain = self.quantization_backend is None and type(self.base_layer) in (nn.Linear, Conv1D) and not hooked
+        call = self._half_base(x, plain) or partial(self._call_base, args=args, kwargs=kwargs)
+        # Hooks are to see what they would see without an adapter: autocast casts behind them.
+        dtype = x.dtype if hooked else compute_dtype(x.device.type, x.dtype)
         for name in active:
-            call = partial(self.aflora[name], base=call, base_is_plain=plain)
-        if not plain:
-            return call(x)
-        # On rows a Linear returns a fresh tensor, which can be added to; on more dimensions a view.
-        y = call(x.reshape(-1, x.shape[-1]))
-        return y.view(*x.shape[:-1], y.shape[-1])
+            call = partial(self.aflora[name], base=call, dtype=dtype, plain=plain)
+        return call(x)
+
+    def _call_base(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        return self.base_layer(x, *args, **kwargs)
+
+    def _half_base(self, x: Tensor, plain: bool) -> Callable[[Tensor], Tensor] | None:
+        """The base layer with its weight cast once and for all, where autocast would cast it at every call.
+
+        Autocast keeps the casts of weights that train, never of frozen ones. Autograd holds them from
+        forward to backward, so that between steps they cost no memory at the peak; where it does not
+        (no gradients, gradient checkpointing) nothing is kept. None where the layer has to be called
+        itself: it trains, is sharded, hooked or quantized, or nothing is to be cast.
+        """
+        base = self.base_layer
+        if not plain or is_traced() or not torch.is_autocast_enabled(x.device.type) or not keeps_all_for_backward():
+            return None
+        weight: Any = base.weight
+        bias: Any = base.bias
+        dtype = torch.get_autocast_dtype(x.device.type)
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        if not frozen or weight.dtype != torch.float32 or not lies_whole(weight):
+            return None
+        weight = self._half_weight(weight, dtype)
+        bias = None if bias is None else self._half_bias(bias, dtype)
+        return partial(F.linear, weight=weight.T if isinstance(base, Conv1D) else weight, bias=bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AFLoRALayer:
+        self._half_weight.forget()
+        self._half_bias.forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_half_weight": KeptCast(), "_half_bias": KeptCast()}
 
     def __repr__(self) -> str:
         return "aflora." + super().__repr__()

@@ -11,6 +11,7 @@ from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from ..contract import require
@@ -20,6 +21,7 @@ from ..processes import refuse_lonely_processes
 from . import private
 from .architectures import ARCHITECTURES, kind_of, target_modules
 from .config import AFLoRAConfig, AFLoRAPeftType
+from .folding import Folding
 from .layer import AFLoRALayer
 
 _SHORTHANDS = ("ffn", "attention", "all", "none")
@@ -109,7 +111,8 @@ class AFLoRAModel(BaseTuner):
         return self.get_model_config(self.model).get("model_type")
 
     def _post_injection_hook(self, model: nn.Module, config: AFLoRAConfig, adapter_name: str) -> None:
-        """Refuse a `freezable` that selects nothing, saying what there is."""
+        """Have the layers folded together from now on. Refuse a `freezable` that selects nothing, saying what is."""
+        Folding.attach(model, [module for module in model.modules() if isinstance(module, AFLoRALayer)])
         wants_matrices = config.freezing != "always" and config.freezable != "none"
         layers = {n: m for n, m in model.named_modules() if isinstance(m, AFLoRALayer) and adapter_name in m.aflora}
         if not wants_matrices or any(self._may_train(config, name) for name in layers):
@@ -135,7 +138,7 @@ class AFLoRAModel(BaseTuner):
         already. What trains must have one dtype; master weights are float32 in either case.
         """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        sharded = next((p for p in self.model.parameters() if hasattr(p, "ds_id")), None)
+        sharded = next((p for p in self.model.parameters() if private.is_sharded(p)), None)
         if sharded is None:
             return
         for layer in self.model.modules():
@@ -166,6 +169,16 @@ class AFLoRAModel(BaseTuner):
                 layer.requires_grad_(False)  # a further adapter does not start out trainable
             self._replace_module(parent, target_name, layer, target)
 
+    def unload(self) -> nn.Module:
+        model = super().unload()
+        Folding.detach(model)
+        return model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super().merge_and_unload(*args, **kwargs)
+        Folding.detach(model)
+        return model
+
     def _wrap(self, target: nn.Module, adapter_name: str) -> AFLoRALayer:
         if not isinstance(target, (nn.Linear, Conv1D)) and resolve_quantization_backend(target) is None:
             raise TypeError(
@@ -187,6 +200,13 @@ def register() -> None:
         (tuners_utils, private.FUNCTIONS),
     ):
         require("peft", owner, entries)
+    for part, entries in (
+        (torch._C, private.BACKWARD),
+        (torch._C._autograd, private.SAVED),
+        (torch_module, private.GLOBAL_HOOKS),
+        (nn.Module(), private.HOOKS),
+    ):
+        require("torch", part, entries)
     kind: Any = AFLoRAPeftType.AFLORA
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = AFLoRAConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = AFLoRAModel

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
 from ..contract import Private
 
 _TUNER = "public extension points for tuners outside of PEFT"
@@ -34,4 +38,48 @@ FUNCTIONS = [
     Private("peft.tuners.tuners_utils", "_get_in_out_features", "know the size of a quantized layer", _TUNER),
     Private("peft.tuners.tuners_utils", "check_adapters_to_merge", "merge an adapter", _TUNER),
 ]
-PRIVATE = {"peft": MAPPINGS + TUNER + LAYER + FUNCTIONS}
+BACKWARD = [
+    Private("torch._C", "_current_graph_task_id", "know a recomputation in backward", "a public is_in_backward()"),
+]
+SAVED = [
+    Private("torch._C._autograd", "_top_saved_tensors_default_hooks", "know gradient checkpointing", "a public query"),
+]
+GLOBAL_HOOKS = [
+    Private("torch.nn.modules.module", "_has_any_global_hook", "call a hooked layer as it is", "a public query"),
+]
+HOOKS = [
+    Private("torch.nn.Module", name, "call a hooked layer as it is", "a public query")
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+]
+PRIVATE = {"peft": MAPPINGS + TUNER + LAYER + FUNCTIONS, "torch": BACKWARD + SAVED + GLOBAL_HOOKS + HOOKS}
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 shards the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside of a backward pass, as recomputing with gradient checkpointing is."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def keeps_all_for_backward() -> bool:
+    """Whether autograd now keeps what backward needs as it is: gradients are on, nothing offloads or recomputes."""
+    return (
+        torch.is_grad_enabled()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and not in_backward()
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward says."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or torch_module._has_any_global_hook()
+    )

@@ -1,0 +1,219 @@
+"""Folds s_b B s_d for all layers of a model when its forward begins, and casts their A where autocast asks for it.
+
+Only where the weights lie whole between steps. ZeRO-3 and FSDP2 hold them inside a module's own forward
+alone, and a layer that is called on its own is not inside a forward that was seen to begin: there every
+layer folds for itself.
+
+A compiled model is given what is folded as inputs, where freezing is attached to it. Its graph then
+never sees the parameters, so that a B, or a vector, can freeze without compiling anew; of A it is told
+now and then, see `Folding._live_paths`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from .eq1 import Cast, Fold, Layout
+from .private import is_sharded
+
+if TYPE_CHECKING:
+    from .layer import AFLoRALayer, AFLoRAPath
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One layer's matrices in the dtype to compute in: A (r, in) and up = s_b B s_d (out, r).
+
+    Attributes:
+        with_graph: Gradients flow from here to the parameters.
+    """
+
+    A: Tensor
+    up: Tensor
+    with_graph: bool
+
+
+class KeptCast:
+    """The cast of a parameter that does not train, made once and kept for as long as the parameter stays what it is.
+
+    A change that torch does not count, one through `.data`, is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, int, Tensor] | None = None
+
+    def __call__(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """The parameter in `dtype`, without gradient."""
+        if (kept := self._kept) is not None:
+            source, version, cast = kept  # holding the source keeps its address from being used again
+            same = source.data_ptr() == parameter.data_ptr() and version == parameter._version
+            if same and cast.dtype == dtype and cast.shape == parameter.shape:
+                return cast
+        cast = parameter.detach().to(dtype)
+        if not cast.is_inference():  # which no later training could use
+            self._kept = parameter.detach(), parameter._version, cast
+        return cast
+
+    def forget(self) -> None:
+        self._kept = None
+
+
+def compute_dtype(device: str, default: torch.dtype) -> torch.dtype:
+    """Autocast's dtype where it is on for the device, else the default. float64 is nothing that autocast touches."""
+    if default != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return default
+
+
+@cache
+def promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """torch.promote_types, which goes through the dispatcher at every call."""
+    return torch.promote_types(a, b)
+
+
+def is_traced() -> bool:
+    """Whether the code that runs is being compiled or traced, and so has to be made of plain operators."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def lies_whole(parameter: Tensor) -> bool:
+    """Neither ZeRO-3's, FSDP2's, nor on the meta device: the parameter can be read outside of its module's forward."""
+    return not is_sharded(parameter) and type(parameter) is nn.Parameter and not parameter.is_meta
+
+
+@lru_cache(maxsize=64)
+def _layout(outs: tuple[int, ...], device: torch.device) -> Layout:
+    return Layout(outs, device)
+
+
+def fold(paths: list[AFLoRAPath], dtype: torch.dtype) -> list[Tensor]:
+    """s_b B s_d of each path, (out, r). All on one device, with one rank r; equal sizes side by side."""
+    layout = _layout(tuple(path.B.shape[0] for path in paths), paths[0].B.device)
+    parameters = [getattr(path, name) for name in ("s_b", "s_d", "B") for path in paths]
+    return list(Fold.apply(dtype, layout, *parameters))
+
+
+class Folding:
+    """The hooks of one model. Layers find what is folded for them in `AFLoRAPath.folded`."""
+
+    def __init__(self, layers: Iterable[AFLoRALayer]) -> None:
+        self.layers = list(layers)
+        self._given: list[AFLoRAPath] = []
+        self._compiled = False
+        self._live: set[AFLoRAPath] = set()
+        self._lag = 0
+
+    @classmethod
+    def attach(cls, model: nn.Module, layers: Iterable[AFLoRALayer]) -> None:
+        """Fold these layers from now on whenever the model's forward begins."""
+        cls.detach(model)
+        cls(layers)._hook(model)
+
+    def _hook(self, model: nn.Module) -> None:
+        model.register_forward_pre_hook(self.begin)
+        model.register_forward_hook(self.end, always_call=True)
+
+    @classmethod
+    def detach(cls, model: nn.Module) -> Folding | None:
+        """Take the hooks away again, and return whose they were."""
+        found = None
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(owner := getattr(hook, "__self__", None), cls):
+                    found = owner
+                    del hooks[key]
+        return found
+
+    @classmethod
+    def compiled(cls, outer: nn.Module, model: nn.Module) -> None:
+        """Fold before compiled code is entered, if any part of it is compiled.
+
+        Args:
+            outer: What the training loop calls, all wrappers included.
+            model: What `attach` was given.
+        """
+        parts = list(outer.modules())
+        if not any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in parts):
+            return
+        folding = cls.detach(model)
+        assert folding is not None, "freezing has found layers"
+        folding._compiled = True
+        cls.detach(outer)
+        folding._hook(model)
+        if outer is not model:
+            folding._hook(outer)
+        if outer._compiled_call_impl is not None:  # compiled in place, and its hooks with it
+            outer._compiled_call_impl = _Around(folding, outer, outer._compiled_call_impl)
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        # It may have begun further outside; DataParallel's replicas have parameters of their own.
+        if is_traced() or self._given or getattr(module, "_is_replica", False):
+            return
+        groups: dict[Any, list[AFLoRAPath]] = defaultdict(list)
+        for path in self._active_paths():
+            B = path.B
+            if all(lies_whole(p) for p in (path.A, B, path.s_d, path.s_b)):
+                groups[B.device, B.shape[1], B.dtype].append(path)
+        live = self._live_paths(groups.values())
+        for (device, _, default), paths in groups.items():
+            self._fold(paths, compute_dtype(device.type, default), live)
+
+    def _active_paths(self) -> Iterable[AFLoRAPath]:
+        for layer in self.layers:
+            if not layer.disable_adapters and not layer.merged:
+                for name in layer.active_adapters:
+                    if name in layer.aflora:
+                        yield layer.path(name)
+
+    def _live_paths(self, groups: Iterable[list[AFLoRAPath]]) -> set[AFLoRAPath]:
+        """Whose A a compiled graph takes for one that trains.
+
+        A graph is compiled with or without an A's gradient. So that it is not compiled anew whenever one freezes,
+        a fifth of them may freeze before it is told; until then their gradients are computed, and end in `Cast`.
+        """
+        training = {path for paths in groups for path in paths if path.A.requires_grad}
+        if not self._compiled:
+            return training
+        self._lag = self._lag or math.ceil(len(training) / 5)
+        if not training or not training <= self._live or len(self._live) - len(training) >= self._lag:
+            self._live = training
+        return self._live
+
+    def _fold(self, paths: list[AFLoRAPath], dtype: torch.dtype, live: set[AFLoRAPath]) -> None:
+        paths.sort(key=lambda path: path.B.shape[0])
+        through = [p for p in paths if p in live and (self._compiled or p.A.dtype != dtype)]
+        cast = dict(zip(through, Cast.apply(dtype, *(path.A for path in through)), strict=True)) if through else {}
+        with_graph = torch.is_grad_enabled()
+        for path, up in zip(paths, fold(paths, dtype), strict=True):
+            A = cast[path] if path in cast else path.cast_A(dtype)
+            path.keep(Folded(A.detach() if self._compiled and path not in cast else A, up, with_graph))
+        self._given += paths
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not is_traced():
+            for path in self._given:
+                path.keep(None)
+            self._given = []
+
+
+class _Around:
+    """A module that was compiled in place, called in between."""
+
+    def __init__(self, folding: Folding, module: nn.Module, compiled: Callable[..., Any]) -> None:
+        self.folding, self.module, self.compiled = folding, module, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.folding.begin(self.module, args)
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            self.folding.end(self.module, args, None)
