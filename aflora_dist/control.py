@@ -11,7 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .accelerate_state import AccelerateState
 from .adapter import AFLoRAModel
+from .adapter.folding import Folding
 from .adapter.layer import AFLoRAPath
 from .engines import Engine, create_engine, place
 from .engines.rehearsal import rehearse
@@ -94,6 +95,7 @@ class AdaptiveFreezing:
         self.progress.after_batch.append(self._after_batch)
         self.progress.parts["freezing"] = self
         self._tuner.freezing_attached, self._tuner.freezing_waived = True, False
+        Folding.compiled(model, self._tuner.model)
         self._accelerate = AccelerateState(accelerator, self)
         self._ending = _Ending(config.total_steps, speaks=accelerator.is_main_process)
         self._exit = weakref.finalize(self, self._ending.say)
@@ -248,11 +250,12 @@ class AdaptiveFreezing:
         Raises:
             AFLoRAError: It is of another model or schedule; the message shows the first difference.
         """
-        for option, value in asdict(self.config).items():
-            if record["config"].get(option) != value:
+        for option in fields(self.config):
+            here = getattr(self.config, option.name)
+            there = record["config"].get(option.name, option.default)  # an earlier release lacks the newer options
+            if there != here:
                 raise AFLoRAError(
-                    f"The checkpoint is of another schedule: {option} is {record['config'].get(option)} there and "
-                    f"{value} here."
+                    f"The checkpoint is of another schedule: {option.name} is {there} there and {here} here."
                 )
         theirs = record["numels"]
         for name in sorted({*self.numels, *theirs}):

@@ -21,7 +21,7 @@ class FreezingCallback(TrainerCallback):
         initial_epochs: t_i in epochs; by default one, or a tenth of the training where that is less.
         final_epochs: t_f in epochs; by default 70% of the training.
         on_freeze: Called with each `FreezeEvent`.
-        beta1, beta2, score, pairwise: As in `FreezingConfig`.
+        beta1, beta2, score, pairwise, every: As in `FreezingConfig`.
 
     Attributes:
         freezing: The `AdaptiveFreezing`, once training has begun.
@@ -38,12 +38,14 @@ class FreezingCallback(TrainerCallback):
         beta2: float = 0.95,
         score: ScoreKind = "gradient",
         pairwise: bool = False,
+        every: int = 1,
     ) -> None:
         self.trainer = trainer
         self.initial_epochs = initial_epochs
         self.final_epochs = final_epochs
         self.on_freeze = on_freeze
-        self.score: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "score": score, "pairwise": pairwise}
+        self.options: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "score": score, "pairwise": pairwise}
+        self.options["every"] = every
         self.freezing: AdaptiveFreezing | None = None
 
     def on_train_begin(
@@ -64,7 +66,8 @@ class FreezingCallback(TrainerCallback):
             per_epoch = len(loader) / args.gradient_accumulation_steps if hasattr(loader, "__len__") else total
         initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
         final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
-        config = FreezingConfig(total_steps=total, initial_steps=round(initial), final_steps=round(final), **self.score)
+        steps = {"total_steps": total, "initial_steps": round(initial), "final_steps": round(final)}
+        config = FreezingConfig(**steps, **self.options)
         self.freezing = AdaptiveFreezing(
             self.trainer.accelerator,
             self.trainer.model_wrapped,

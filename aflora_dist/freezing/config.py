@@ -20,6 +20,8 @@ class FreezingConfig:
         beta1, beta2: Decay of the smoothed gradient and of its uncertainty (Eq. 2, 3).
         score: "gradient" |g| (the paper's choice), "sensitivity" |w g| or "relative" |g / w| (Fig. 4).
         pairwise: Freeze A and B of a layer together (Table 6).
+        every: Steps from one decision to the next at least; 1 is the paper's rule. More means fewer, larger
+            freezes, where each is dear: a model compiled under ZeRO-3 or FSDP2 is compiled anew at each.
 
     Raises:
         AFLoRAError: The schedule does not fit, or an argument is out of range.
@@ -32,6 +34,7 @@ class FreezingConfig:
     beta2: float = 0.95
     score: ScoreKind = "gradient"
     pairwise: bool = False
+    every: int = 1
 
     def __post_init__(self) -> None:
         self.schedule()
@@ -43,7 +46,10 @@ class FreezingConfig:
 
     def schedule(self) -> CubicSchedule:
         return CubicSchedule(
-            total_steps=self.total_steps, initial_steps=self.initial_steps, final_steps=self.final_steps
+            total_steps=self.total_steps,
+            initial_steps=self.initial_steps,
+            final_steps=self.final_steps,
+            every=self.every,
         )
 
 

@@ -16,14 +16,17 @@ class CubicSchedule:
         total_steps: T.
         initial_steps: t_i, the steps before the first matrix may freeze.
         final_steps: t_f, the steps at the end during which all are frozen.
+        every: Steps from one decision to the next; 1 is the paper's rule. The decisions lie so that all
+            are frozen when the final steps begin, as with any other value.
 
     Raises:
-        AFLoRAError: T < 1, a negative t_i or t_f, or t_i + t_f > T.
+        AFLoRAError: T < 1, a negative t_i or t_f, t_i + t_f > T, or every < 1.
     """
 
     total_steps: int
     initial_steps: int
     final_steps: int
+    every: int = 1
 
     def __post_init__(self) -> None:
         T, t_i, t_f = self.total_steps, self.initial_steps, self.final_steps
@@ -31,6 +34,8 @@ class CubicSchedule:
             raise AFLoRAError(f"The freezing schedule needs at least one training step, got total_steps T={T}.")
         if t_i < 0 or t_f < 0:
             raise AFLoRAError(f"The freezing schedule needs t_i >= 0 and t_f >= 0, got t_i={t_i}, t_f={t_f}.")
+        if self.every < 1:
+            raise AFLoRAError(f"The freezing schedule decides every so many steps, at least 1: got every={self.every}.")
         if t_i + t_f > T:
             raise AFLoRAError(
                 f"The freezing schedule does not fit: t_i + t_f = {t_i} + {t_f} = {t_i + t_f} steps, but training "
@@ -47,5 +52,7 @@ class CubicSchedule:
         return 1.0 - (1.0 - (step - t_i) / (T - t_i - t_f)) ** 3
 
     def count(self, step: int, total: int) -> int:
-        """How many of `total` matrices are frozen after the update of this step: floor(r(t) N)."""
-        return math.floor(self.fraction(step) * total)
+        """How many of `total` matrices are frozen after this step's update: floor(r(t) N) at the latest decision."""
+        all_frozen = self.total_steps - self.final_steps
+        decided = all_frozen + (step - all_frozen) // self.every * self.every
+        return math.floor(self.fraction(decided) * total)

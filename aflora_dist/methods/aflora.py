@@ -83,6 +83,7 @@ class AFLoRA:
             beta2=freezing.beta2,
             score=freezing.score,
             pairwise=freezing.pairwise,
+            every=freezing.every,
         )
 
 

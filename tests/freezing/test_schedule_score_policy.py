@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,12 +24,26 @@ def test_freezing_may_begin_at_once_and_end_with_the_last_step() -> None:
     assert CubicSchedule(total_steps=4, initial_steps=2, final_steps=2).count(2, 5) == 5  # no ramp in between
 
 
+@pytest.mark.parametrize("every", [1, 3, 10, 49, 1000])
+def test_grouped_decisions_are_so_far_apart_and_all_is_frozen_in_time(every: int) -> None:
+    schedule = CubicSchedule(total_steps=100, initial_steps=10, final_steps=50, every=every)
+    plain = CubicSchedule(total_steps=100, initial_steps=10, final_steps=50)
+    counts = [schedule.count(t, 24) for t in range(100)]
+    changes = [t for t in range(1, 100) if counts[t] != counts[t - 1]]
+    assert all(later - earlier >= every for earlier, later in itertools.pairwise(changes))
+    assert all(counts[t] == plain.count(t, 24) for t in changes)
+    assert counts[49] < 24
+    assert counts[50:] == [24] * 50
+    assert all(plain.count(max(t - every + 1, 0), 24) <= counts[t] <= plain.count(t, 24) for t in range(100))
+
+
 @pytest.mark.parametrize(
-    ("T", "t_i", "t_f", "said"), [(10, 5, 6, "t_i \\+ t_f"), (0, 0, 0, "T=0"), (5, -1, 2, "t_i=-1")]
+    ("T", "t_i", "t_f", "every", "said"),
+    [(10, 5, 6, 1, "t_i \\+ t_f"), (0, 0, 0, 1, "T=0"), (5, -1, 2, 1, "t_i=-1"), (5, 1, 2, 0, "every=0")],
 )
-def test_a_schedule_that_does_not_fit_is_refused(T: int, t_i: int, t_f: int, said: str) -> None:
+def test_a_schedule_that_does_not_fit_is_refused(T: int, t_i: int, t_f: int, every: int, said: str) -> None:
     with pytest.raises(AFLoRAError, match=said):
-        CubicSchedule(total_steps=T, initial_steps=t_i, final_steps=t_f)
+        CubicSchedule(total_steps=T, initial_steps=t_i, final_steps=t_f, every=every)
 
 
 @pytest.mark.parametrize("kind", ["gradient", "sensitivity", "relative"])
