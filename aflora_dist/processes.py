@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from .errors import AFLoRAError
 
@@ -74,16 +74,50 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     outcome: list[Any] = [None, None]  # result, complaint
     failure: Exception | None = None
     if accelerator.is_main_process:
-        try:
-            outcome[0] = action()
-        except AFLoRAError as error:
-            outcome[1] = str(error)
-        except Exception as error:
-            failure = error
-            outcome[1] = f"The main process failed: {type(error).__name__}: {error}"
+        outcome[0], failure = _tried(action)
+        outcome[1] = _complaint(failure, "The main process")
     result, complaint = broadcast_object_list(outcome)
+    _raise(failure, [complaint])
+    return result
+
+
+def first_on_node(action: Callable[[], T]) -> T:
+    """What `action` returns, run by each node's first process before the others, which find what it has cached.
+
+    A collective. Nobody goes on, and nobody is left waiting, when it fails on any rank.
+
+    Raises:
+        AFLoRAError: On every rank, where `action` raised one on any. Any other exception is raised there as it is, and
+            on the other ranks as an AFLoRAError.
+    """
+    state = PartialState()
+    result: Any = None
+    for first in (True, False):
+        failure: Exception | None = None
+        if state.is_local_main_process is first:
+            result, failure = _tried(action)
+        _raise(failure, gather_object([_complaint(failure, f"Rank {state.process_index}")]))
+    return result
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def _complaint(failure: Exception | None, who: str) -> str | None:
+    """What the other ranks are told."""
+    if failure is None or isinstance(failure, AFLoRAError):
+        return None if failure is None else str(failure)
+    return f"{who} failed: {type(failure).__name__}: {failure}"
+
+
+def _raise(failure: Exception | None, complaints: list[str | None]) -> None:
+    """Raise this rank's own failure as it is, or what the first other one complains of."""
     if failure is not None:
         raise failure
-    if complaint is not None:
-        raise AFLoRAError(complaint)
-    return result
+    for complaint in complaints:
+        if complaint is not None:
+            raise AFLoRAError(complaint)

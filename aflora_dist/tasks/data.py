@@ -10,15 +10,14 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-from accelerate.state import PartialState
 
 from ..errors import AFLoRAError
+from ..processes import first_on_node
 from ..training.config import DataConfig
 from .glue import TASKS, Task
 
@@ -101,22 +100,6 @@ def _check_split(data: Data, split: str, dataset: datasets.Dataset) -> None:
             )
 
 
-def first_on_node(load: Callable[[], Any]) -> Any:
-    """Load on each node's first process before the others, which then find the cache.
-
-    An error is raised after all have passed: the others are not left waiting.
-    """
-    failure: Exception | None = None
-    with PartialState().local_main_process_first():
-        try:
-            loaded = load()
-        except Exception as error:
-            failure = error
-    if failure is not None:
-        raise failure
-    return loaded
-
-
 def _standard(dataset: datasets.Dataset, text_columns: tuple[str, ...], label_column: str) -> datasets.Dataset:
     names = dict(zip(text_columns, ("text", "text_pair"), strict=False)) | {label_column: "label"}
     dataset = dataset.select_columns(list(names))
@@ -124,14 +107,17 @@ def _standard(dataset: datasets.Dataset, text_columns: tuple[str, ...], label_co
 
 
 def _glue_from_hub(task: Task) -> dict[str, datasets.Dataset]:
-    try:
-        loaded = first_on_node(lambda: datasets.load_dataset("nyu-mll/glue", task.name))
-    except Exception as error:  # offline, a proxy, the hub's own errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AFLoRAError(
-            f"GLUE's {task.name} could not be loaded from the hub ({reason}). Without a network, give a folder of "
-            f"GLUE's TSV files: data.path=FOLDER, holding {task.folder}/{task.files[0][1]}."
-        ) from error
+    def load() -> Any:
+        try:
+            return datasets.load_dataset("nyu-mll/glue", task.name)
+        except Exception as error:  # offline, a proxy, the hub's own errors
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise AFLoRAError(
+                f"GLUE's {task.name} could not be loaded from the hub ({reason}). Without a network, give a folder of "
+                f"GLUE's TSV files: data.path=FOLDER, holding {task.folder}/{task.files[0][1]}."
+            ) from error
+
+    loaded = first_on_node(load)
     return {split: _standard(loaded[split], task.text_columns, "label") for split, _ in task.files}
 
 
@@ -206,12 +192,16 @@ def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
     options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}
     if path.suffix.lower() == ".tsv":
         options["sep"] = "\t"
-    try:
-        dataset = first_on_node(lambda: datasets.load_dataset(kind, data_files=str(path), split="train", **options))
-    except Exception as error:  # the parsers of four formats
-        raise AFLoRAError(
-            f"{path} could not be read as {kind}: {str(error.__cause__ or error).splitlines()[0]}"
-        ) from error
+
+    def load() -> datasets.Dataset:
+        try:
+            return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+        except Exception as error:  # the parsers of four formats
+            raise AFLoRAError(
+                f"{path} could not be read as {kind}: {str(error.__cause__ or error).splitlines()[0]}"
+            ) from error
+
+    dataset = first_on_node(load)
     wanted = [*config.text_columns, config.label_column]
     if not 1 <= len(config.text_columns) <= 2 or len(set(wanted)) < len(wanted):
         raise AFLoRAError(

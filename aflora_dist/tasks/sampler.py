@@ -4,6 +4,10 @@ Which examples are in the global batch depends on the seed and the update alone,
 where whole batches are grouped by length). Within it they are sorted by length and cut into pieces, one for each
 micro-batch of each rank, so that little is padded and no rank waits for another. Pieces differ in size: the loss of
 each is weighted, see `weight`.
+
+transformers' BatchRebalanceSampler deals a global batch out likewise, but takes the number of micro-batches as given,
+moves single examples between pieces until it is stuck where `cut` finds the smallest largest piece, and leaves the
+weights to the model's loss, of which a regression's knows none. So it is not used.
 """
 
 from __future__ import annotations
@@ -127,3 +131,31 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return (self.updates_per_epoch - self.start) * self.micro_batches
+
+
+class EvaluationSampler(Sampler[list[int]]):
+    """This rank's batches of an evaluation split, the longest examples first; those of a round are alike on all ranks.
+
+    Every rank has as many batches, as sharded engines want it: a rank that is left without an example in the last round
+    computes one of another's, for nobody.
+
+    Args:
+        lengths: Tokens of each example.
+        batch_size: Examples in a batch of one rank.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, rank: int, world_size: int) -> None:
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        size = batch_size * world_size
+        self.rounds = [order[start : start + size] for start in range(0, len(order), size)]
+        self.rank, self.world_size = rank, world_size
+
+    def shares(self) -> Iterator[list[int]]:
+        """Of each batch, the examples whose result is this rank's to give: all, or none."""
+        return (together[self.rank :: self.world_size] for together in self.rounds)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (mine or together[-1:] for mine, together in zip(self.shares(), self.rounds, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.rounds)

@@ -133,6 +133,7 @@ class FreezingScheduleConfig:
         beta2: Decay of its uncertainty (Eq. 3).
         score: gradient |g|, sensitivity |w g|, or relative |g / w| (Fig. 4).
         pairwise: Freeze A and B of a layer together (Table 6).
+        every: Updates from one decision to the next; 1 is the paper's rule.
     """
 
     initial_epochs: float | None = None
@@ -141,6 +142,7 @@ class FreezingScheduleConfig:
     beta2: float = 0.95
     score: ScoreKind = "gradient"
     pairwise: bool = False
+    every: int = 1
 
     def epochs(self, total: int) -> tuple[float, float]:
         """t_i and t_f for a training of so many epochs."""
@@ -284,6 +286,7 @@ def _check(config: Config) -> None:
         "data.max_eval_examples": 1 if data.max_eval_examples is None else data.max_eval_examples,
         "adapter.r": config.adapter.r,
         "profile.steps": config.profile.steps,
+        "freezing.every": config.freezing.every,
     }
     for name, value in at_least_one.items():
         if value < 1:

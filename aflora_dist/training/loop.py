@@ -15,8 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 from ..engines import create_engine
 from ..errors import AFLoRAError, writing
@@ -27,19 +26,15 @@ from ..processes import launched_accelerator, on_main
 from ..progress import Progress
 from ..store.resume import Checkpointer, find, finished
 from ..store.rundir import RunDirectory
-from ..tasks.data import Data, digest, first_on_node, load_data
-from ..tasks.metrics import compute
+from ..tasks.batches import Batch, create_loaders, move
+from ..tasks.data import digest, load_data
+from ..tasks.evaluation import evaluate
 from ..tasks.model import load_base
-from ..tasks.sampler import GlobalBatchSampler, padded
+from ..tasks.sampler import GlobalBatchSampler
 from ..watch.log import TrainingLog
 from ..watch.stopping import StopWish
 from ..watch.traces import TraceRecorder, Window, windows
 from .config import Config
-
-Batch = dict[str, Tensor]
-# Small ones waste less on padding; a GPU wants large ones.
-_TOKENS_PER_MICRO_BATCH = {"cpu": 256, "gpu": 16_384}
-_PAD_TO_MULTIPLE = {"cpu": 1, "gpu": 8}  # for tensor cores
 
 
 def train(config: Config, resolved: str, method: Method | None = None) -> dict[str, Any] | None:
@@ -182,60 +177,6 @@ def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> 
     plugin.deepspeed_config.pop("train_batch_size", None)
 
 
-def create_loaders(
-    config: Config, data: Data, tokenizer: Any, accelerator: Accelerator
-) -> tuple[GlobalBatchSampler, DataLoader[Batch], dict[str, DataLoader[Batch]]]:
-    """Training batches of this rank (one micro-batch each), and the evaluation splits, longest examples first."""
-
-    def tokenize(examples: dict[str, list[Any]]) -> dict[str, Any]:
-        texts = [examples["text"]] + ([examples["text_pair"]] if "text_pair" in examples else [])
-        return {**tokenizer(*texts, truncation=True, max_length=config.data.max_length), "labels": examples["label"]}
-
-    def prepared(dataset: Any) -> Any:
-        return first_on_node(lambda: dataset.map(tokenize, batched=True, remove_columns=dataset.column_names))
-
-    on_gpu = accelerator.device.type == "cuda"
-    kind = "gpu" if on_gpu else "cpu"
-    multiple = _PAD_TO_MULTIPLE[kind]
-
-    def by_length(dataset: Any) -> Any:
-        sizes = lengths(dataset, multiple)
-        return dataset.select(sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)))
-
-    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
-    train_set = prepared(data.train)
-    if len(train_set) < config.train.batch_size:
-        raise AFLoRAError(
-            f"The training split has {len(train_set)} examples, fewer than one batch: train.batch_size="
-            f"{config.train.batch_size}. Lower it."
-        )
-    sampler = GlobalBatchSampler(
-        lengths(train_set, multiple),
-        config.train.batch_size,
-        micro_batches=config.train.accumulation,
-        tokens=config.data.tokens_per_micro_batch or _TOKENS_PER_MICRO_BATCH[kind],
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        seed=config.train.seed,
-    )
-    # On a GPU batches are prepared beside the training step.
-    batches = DataLoader(
-        train_set, batch_sampler=sampler, collate_fn=collate, num_workers=int(on_gpu), pin_memory=on_gpu
-    )
-    evaluation = {
-        split: accelerator.prepare_data_loader(
-            DataLoader(by_length(prepared(dataset)), batch_size=config.train.eval_batch_size, collate_fn=collate)
-        )
-        for split, dataset in data.evaluation.items()
-    }
-    return sampler, batches, evaluation
-
-
-def lengths(dataset: Any, multiple: int) -> list[int]:
-    """Tokens of each example, rounded up as a batch is."""
-    return [padded(len(tokens), multiple) for tokens in dataset["input_ids"]]
-
-
 def check_length(config: Config, model: Any) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and config.data.max_length > longest:
@@ -306,34 +247,6 @@ def update(
             optimizer.zero_grad()
         total += loss.detach().float() / len(micro_batches)
     return total, norm
-
-
-def move(batch: Any, device: torch.device) -> dict[str, Tensor]:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, splits: dict[str, DataLoader[Batch]], data: Data, accelerator: Accelerator
-) -> dict[str, float]:
-    """The task's metrics, every example counted once on any number of ranks.
-
-    Metrics of several splits carry the split's suffix: accuracy_matched, accuracy_mismatched.
-    """
-    model.eval()
-    metrics = {}
-    for split, loader in splits.items():
-        predictions, labels = [], []
-        for batch in loader:
-            logits = model(**batch).logits.float()
-            predicted = logits.squeeze(-1) if data.labels is None else logits.argmax(-1)
-            gathered = accelerator.gather_for_metrics((predicted, batch["labels"]))
-            predictions.append(gathered[0].cpu())
-            labels.append(gathered[1].cpu())
-        suffix = split.removeprefix("validation")
-        values = compute(data.metrics, torch.cat(labels).double().numpy(), torch.cat(predictions).double().numpy())
-        metrics.update({f"{name}{suffix}": value for name, value in values.items()})
-    return metrics
 
 
 def save_adapter(method: Method, progress: Progress, run: RunDirectory, accelerator: Accelerator) -> None:

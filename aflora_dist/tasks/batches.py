@@ -1,0 +1,83 @@
+"""Batches of a task for one rank: which examples, padded to what, prepared by whom. Knows no engine and no method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import DataCollatorWithPadding
+
+from ..errors import AFLoRAError
+from ..training.config import Config
+from .data import Data
+from .sampler import EvaluationSampler, GlobalBatchSampler, padded
+from .tokens import tokenized
+
+Batch = dict[str, Tensor]
+# Small ones waste less on padding; a GPU wants large ones.
+_TOKENS_PER_MICRO_BATCH = {"cpu": 256, "gpu": 16_384}
+_PAD_TO_MULTIPLE = {"cpu": 1, "gpu": 8}  # for tensor cores
+
+
+def create_loaders(
+    config: Config, data: Data, tokenizer: Any, accelerator: Accelerator
+) -> tuple[GlobalBatchSampler, DataLoader[Batch], dict[str, DataLoader[Batch]]]:
+    """This rank's training batches (one micro-batch each), and its share of each evaluation split. A collective.
+
+    Raises:
+        AFLoRAError: On every rank: there is less than one batch of training examples, or a rank failed.
+    """
+    on_gpu = accelerator.device.type == "cuda"
+    kind = "gpu" if on_gpu else "cpu"
+    multiple = _PAD_TO_MULTIPLE[kind]
+    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    if len(data.train) < config.train.batch_size:
+        raise AFLoRAError(
+            f"The training split has {len(data.train)} examples, fewer than one batch: train.batch_size="
+            f"{config.train.batch_size}. Lower it."
+        )
+    train_set = tokenized(data.train, tokenizer, config.data.max_length, "the training split")
+    sampler = GlobalBatchSampler(
+        lengths(train_set, multiple),
+        config.train.batch_size,
+        micro_batches=config.train.accumulation,
+        tokens=config.data.tokens_per_micro_batch or _TOKENS_PER_MICRO_BATCH[kind],
+        seed=config.train.seed,
+        **place,
+    )
+    evaluation = {}
+    for split, dataset in data.evaluation.items():
+        tokens = tokenized(dataset, tokenizer, config.data.max_length, f"the {split} split")
+        order = EvaluationSampler(lengths(tokens, multiple), config.train.eval_batch_size, **place)
+        evaluation[split] = loader(tokens, order, collate, on_gpu)
+    return sampler, loader(train_set, sampler, collate, on_gpu), evaluation
+
+
+def loader(dataset: Any, sampler: Sampler[list[int]], collate: Any, beside: bool) -> DataLoader[Batch]:
+    """Batches as the sampler says; `beside`: made by another process while the model computes, in pinned memory.
+
+    A CPU has no time to spare for another process, and nothing to pin memory for.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=int(beside),
+        pin_memory=beside,
+        persistent_workers=beside,
+    )
+
+
+def lengths(dataset: Any, multiple: int) -> list[int]:
+    """Tokens of each example, rounded up as a batch is."""
+    parts = dataset.with_format("arrow")[:]["input_ids"].chunks
+    return [padded(count, multiple) for part in parts for count in part.value_lengths().to_pylist()]
+
+
+def move(batch: Any, device: torch.device) -> Batch:
+    """The batch on the device; from pinned memory while the device computes."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
