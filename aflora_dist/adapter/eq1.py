@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
+
 
 def _outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass keeps the dtypes of its forward, also where `loss.backward()` stands inside of autocast."""
@@ -118,11 +120,10 @@ class Down(torch.autograd.Function):
 
 
 class Up(torch.autograd.Function):
-    """(y, h, folded) -> y + folded h.
+    """(y, h, F) -> y + h F with F = (s_b B s_d)^T.
 
-    y: (..., out); h: (..., r) and folded = s_b B s_d: (out, r), both in the dtype to compute in. The
-    gradient of folded, M = g^T h with g the gradient of the result, holds all that those of the
-    vectors and of B need (`Fold`).
+    y: (..., out); h: (..., r) and F: (r, out), both in the dtype to compute in. The gradient of F, h^T g
+    with g the gradient of the result, holds all that those of the vectors and of B need (`Fold`).
 
     Args:
         in_place: Nobody else reads y; the result is written there.
@@ -132,33 +133,35 @@ class Up(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, h: Tensor, folded: Tensor, in_place: bool) -> Tensor:
         ctx.save_for_backward(h, folded)
         rows, flat = rows_of(h), rows_of(y)
-        if y.dtype != h.dtype:  # a half-precision base, and an adapter in float32: rounded once
-            change = F.linear(h, folded)
-            if in_place:
-                ctx.mark_dirty(y)
-                return y.add_(change)
-            return (y + change).to(y.dtype)
         if in_place:
             ctx.mark_dirty(y)
-            torch.addmm(flat, rows, folded.T, out=flat)
-            return y
-        return torch.addmm(flat, rows, folded.T).view(y.shape)
+        if y.dtype != h.dtype:  # a half-precision base, and an adapter in float32: rounded once
+            change = (rows @ folded).view(y.shape)
+            return y.add_(change) if in_place else (y + change).to(y.dtype)
+        if not in_place:
+            return torch.addmm(flat, rows, folded).view(y.shape)
+        if kernels.enabled(flat, rows.shape[1]):
+            kernels.up_forward_(flat, rows, folded.T)
+        else:
+            torch.addmm(flat, rows, folded, out=flat)
+        return y
 
     @staticmethod
     @_outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, folded = ctx.saved_tensors
         _, needs_h, needs_folded, _ = ctx.needs_input_grad
-        rows = rows_of(grad).to(h.dtype)
-        grad_h = (rows @ folded).view(h.shape) if needs_h else None
-        # Written as (h^T g)^T: MKL is much slower over g^T h at thousands of columns (profiling.variants).
-        M = (rows_of(h).T @ rows).T if needs_folded else None
-        return grad, grad_h, M, None
+        g, rows = rows_of(grad).to(h.dtype), rows_of(h)
+        if needs_h and needs_folded and not torch.is_grad_enabled() and kernels.enabled(g, rows.shape[1]):
+            grad_rows, M = kernels.up_backward(g, rows, folded.T)
+            return grad, grad_rows.view(h.shape), M.T, None
+        grad_h = (g @ folded.T).view(h.shape) if needs_h else None
+        return grad, grad_h, rows.T @ g if needs_folded else None, None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of several B lie on top of each other: `outs` of them each, equal sizes side by side."""
+    """How the rows of several B lie side by side: `outs` of them each, equal sizes next to each other."""
 
     outs: tuple[int, ...]
     device: torch.device
@@ -172,31 +175,32 @@ class Layout:
             owners = torch.arange(len(self.outs)).repeat_interleave(torch.tensor(self.outs))
             return owners.to(self.device)
 
-    def each_row(self, of_each_B: Tensor) -> Tensor:
-        """(n, r) -> (sum of outs, r), or what broadcasts to it."""
-        return of_each_B if self.owner is None else of_each_B.index_select(0, self.owner)
+    def for_each_row(self, of_each_B: Tensor) -> Tensor:
+        """(r, n) -> (r, sum of outs), or what broadcasts to it."""
+        return of_each_B if self.owner is None else of_each_B.index_select(1, self.owner)
 
-    def sum_rows(self, rows: Tensor) -> list[Tensor]:
-        """(sum of outs, r) -> n sums over the rows of one B, (r,)"""
+    def sum_of_each(self, of_each_row: Tensor) -> list[Tensor]:
+        """(r, sum of outs) -> n sums over the rows of one B, (r,)"""
         sums: list[Tensor] = []
         start = 0
         for out, same in groupby(self.outs):
             count = len(list(same))
-            block = rows[start : start + count * out].view(count, out, -1)
-            sums += block.sum(1).unbind()
+            block = of_each_row[:, start : start + count * out].unflatten(1, (count, out))
+            sums += block.sum(2).T.contiguous().unbind()
             start += count * out
         return sums
 
 
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 class Fold(torch.autograd.Function):
-    """(s_b, s_d, B) of n layers -> s_b B s_d of each, (out, r), in `dtype`; computed in float32 or better.
+    """(s_b, s_d, B) of n layers -> F = (s_b B s_d)^T of each, (r, out), in `dtype`; computed in float32 or better.
 
-    All layers at once, so that a step takes a dozen kernels for them however many they are.
-    With M the gradient of what is folded: s_b: rowsum(M * B s_d), B: M * s_b s_d, s_d: colsum(M * s_b B).
+    All layers at once, so that a step takes a dozen kernels for them however many they are. Transposed, since BLAS
+    reads long rows twice as fast (profiling.variants).
+    With M the gradient of F: s_b: colsum(M * s_d B^T), B^T: M * s_d s_b, s_d: rowsum(M * B^T s_b).
 
     The parameters are not saved as autograd saves, but held: reentrant checkpointing comes here once
     for each of its segments, and finds saved tensors freed. That nobody changed them is checked here.
@@ -209,16 +213,16 @@ class Fold(torch.autograd.Function):
         # ZeRO-3 fills a parameter anew for each pass; inference tensors have no versions.
         ctx.versions = [p._version for p in parameters] if any(ctx.needs_input_grad) else []
         S, D, B = Fold._stacked(layout, parameters)
-        return (B * D).mul_(S).to(dtype).split(list(layout.outs))
+        return (D * S).mul_(B).to(dtype).split(list(layout.outs), 1)
 
     @staticmethod
     def _stacked(layout: Layout, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """S (rows, 1), D (rows, r), B (rows, r) in float32 or better."""
+        """S (1, rows), D (r, rows) and B^T (r, rows), in float32 or better."""
         n = len(layout.outs)
         s_b, s_d, B = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
         wide = torch.float64 if B[0].dtype == torch.float64 else torch.float32
-        D = s_d[0].unsqueeze(0) if n == 1 else torch.stack(list(s_d))
-        return _cat(s_b).to(wide).unsqueeze(1), layout.each_row(D.to(wide)), _cat(B).to(wide)
+        D = s_d[0].unsqueeze(1) if n == 1 else torch.stack(list(s_d), 1)
+        return _cat(s_b).to(wide).unsqueeze(0), layout.for_each_row(D.to(wide)), _cat(B).to(wide).T
 
     @staticmethod
     @_outside_autocast
@@ -236,18 +240,18 @@ class Fold(torch.autograd.Function):
         if some is None:
             return None, None, *([None] * len(parameters))
         S, D, B = Fold._stacked(layout, parameters)
-        r = some.shape[1]
-        pieces = [some.new_zeros(out, r) if M is None else M for M, out in zip(grads, layout.outs, strict=True)]
-        M = _cat(pieces).to(B.dtype)
+        r = some.shape[0]
+        pieces = [some.new_zeros(r, out) if M is None else M for M, out in zip(grads, layout.outs, strict=True)]
+        M = _cat(pieces, 1).to(B.dtype)
         nothing: list[Tensor | None] = [None] * n
         grad_b, grad_d, grad_B = nothing, nothing, nothing
         MB = M * B
         if any(needs_b):
-            grad_b = list((MB * D).sum(1).split(list(layout.outs)))
+            grad_b = list((MB * D).sum(0).split(list(layout.outs)))
         if any(needs_d):
-            grad_d = list(layout.sum_rows(MB * S))
+            grad_d = list(layout.sum_of_each(MB * S))
         if any(needs_B):
-            grad_B = list((M * S * D).split(list(layout.outs)))
+            grad_B = list((M * S * D).T.contiguous().split(list(layout.outs)))
         found = [*grad_b, *grad_d, *grad_B]
         needs = [*needs_b, *needs_d, *needs_B]
         for i, (parameter, need, seen) in enumerate(zip(parameters, needs, present * 3, strict=True)):

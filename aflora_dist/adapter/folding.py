@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Folded:
-    """One layer's matrices in the dtype to compute in: A (r, in) and up = s_b B s_d (out, r).
+    """One layer's matrices in the dtype to compute in: A (r, in) and up = (s_b B s_d)^T (r, out).
 
     Attributes:
         with_graph: Gradients flow from here to the parameters.
@@ -96,7 +96,7 @@ def _layout(outs: tuple[int, ...], device: torch.device) -> Layout:
 
 
 def fold(paths: list[AFLoRAPath], dtype: torch.dtype) -> list[Tensor]:
-    """s_b B s_d of each path, (out, r). All on one device, with one rank r; equal sizes side by side."""
+    """(s_b B s_d)^T of each path, (r, out). All on one device, with one rank r; equal sizes side by side."""
     layout = _layout(tuple(path.B.shape[0] for path in paths), paths[0].B.device)
     parameters = [getattr(path, name) for name in ("s_b", "s_d", "B") for path in paths]
     return list(Fold.apply(dtype, layout, *parameters))

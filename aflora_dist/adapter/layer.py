@@ -91,10 +91,10 @@ class AFLoRAPath(nn.Module):
             A, up = self._folded.A, self._folded.up
         else:
             wide = compute_dtype(x.device.type, torch.promote_types(x.dtype, self.A.dtype))
-            A, up = self.A.to(wide), (self.s_b.unsqueeze(1) * self.B * self.s_d).to(wide)
+            A, up = self.A.to(wide), (self.s_b.unsqueeze(1) * self.B * self.s_d).to(wide).T
         h = F.linear(F.dropout(x, self.dropout, self.training).to(A.dtype), A)
         y = base(x.to(dtype))
-        return (y + F.linear(h, up)).to(y.dtype)
+        return (y + h @ up).to(y.dtype)
 
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor], dtype: torch.dtype, plain: bool) -> Tensor:
         """Eq. 1: base(x) plus the low-rank path.
