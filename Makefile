@@ -1,5 +1,6 @@
 # make demo   fine-tune the embedded model on the embedded reviews: two processes, ZeRO-2, a few minutes on a CPU
 # make test   all tests;  make test-fast  those that start no processes;  make lint  ruff and mypy
+# make gpu    all that only a GPU can show, at most 25 minutes, a table at the end (docs/gpu.md); installs nothing
 # make test-latest  all tests with the newest releases of all but torch; with TORCH=torch (or torch==VERSION) of torch too
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-fast test-latest lint format clean
+.PHONY: demo test test-fast test-latest gpu lint format clean
 
 demo: $(READY)
 	$(QUIET) DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
@@ -32,6 +33,11 @@ test-latest:
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,profiling,dev]'
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|accelerate|deepspeed|peft|transformers) '
 	$(QUIET) PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" $(LATEST)/bin/python -m pytest
+
+# With PYTHON=... that one; else the virtual environment where there is one; else the machine's own Python.
+gpu:
+	PYTHONPATH="$(CURDIR)" $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) \
+	  -m profiling.gpu $(GPU)
 
 lint: $(READY)
 	$(BIN)/ruff check .
