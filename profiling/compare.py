@@ -13,7 +13,11 @@ import json
 import platform
 import random
 import statistics
+import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,10 @@ from tqdm.auto import tqdm
 from aflora_dist.freezing import CubicSchedule
 from aflora_dist.processes import launched_accelerator
 
-from .methods import BUILT_IN, Method, create, freeze_share
+from .launches import count_calls, count_launches, per_call
+from .methods import MORE_OF_PEFT, REFERENCES, Method, create, freeze_share
 from .models import SHAPES, build
+from .peaks import peak_flops
 from .report import write_report, write_traces
 
 
@@ -38,11 +44,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="examples per rank and step")
     parser.add_argument("--length", type=int, default=128, help="tokens per example")
     parser.add_argument(
-        "--dtype", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="bf16, fp16: autocast"
+        "--dtype",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+        default="fp32",
+        help="bf16, fp16: autocast; tf32 and fp16 on GPUs only",
     )
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each method")
     parser.add_argument("--warmup", type=int, default=3, help="steps before measuring")
-    parser.add_argument("--methods", nargs="+", default=list(BUILT_IN), help="also any method of PEFT by name")
+    parser.add_argument("--methods", nargs="+", help="some of the methods, or any other of PEFT's by name")
     parser.add_argument("--epochs", type=int, default=20, help="of the schedule to average AFLoRA over")
     parser.add_argument("--initial-epochs", type=float, default=1.0, help="t_i")
     parser.add_argument("--final-epochs", type=float, default=14.0, help="t_f")
@@ -57,19 +66,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, write the report, and return what compare.json holds."""
     args = arguments(argv)
-    for name in ("aflora_training", "aflora_half", "aflora_frozen", "lora", "elora", "floor"):
-        if name not in args.methods:
-            args.methods.append(name)  # the ratios need them
+    check_dtype(args.dtype)
+    needed = ("aflora_training", "aflora_half", "aflora_frozen", "lora", "elora", "floor")  # the ratios need them
+    names = [*REFERENCES, *MORE_OF_PEFT] if args.methods is None else [*args.methods, *needed]
+    optional = () if args.methods is not None else MORE_OF_PEFT
     precision = args.dtype if args.dtype in ("bf16", "fp16") else "no"
     accelerator = launched_accelerator(mixed_precision=precision)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
     torch.manual_seed(0)
     base = build(args.model, args.layers).to(accelerator.device)
     batch = random_batch(base, args.batch, args.length, accelerator.device)
-    methods = [create(name, base, accelerator) for name in dict.fromkeys(args.methods)]
-
-    start(methods, batch, accelerator)
+    methods, left_out = start(names, optional, base, batch, accelerator)
     measured = {method.name: describe(method, batch, accelerator) for method in methods}
+    floor = next(method for method in methods if method.name == "floor")
+    add_launches(measured, methods, count(floor, batch, accelerator, in_float32=True), batch, accelerator)
     if args.compile:  # after counting: a compiled graph hides its operators from the counters
         for method in methods:
             method.model = torch.compile(method.model)  # type: ignore[assignment]
@@ -79,8 +89,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.trace:
         write_traces(methods, batch, accelerator, args.out)
     measured["aflora"] = over_schedule(measured, args)
-    add_ratios(measured)
-    report = {"setting": setting(args, accelerator), "methods": measured}
+    add_rates(measured, args, accelerator)
+    report = {
+        "setting": setting(args, accelerator),
+        "methods": measured,
+        "left_out": left_out,
+        "outputs_cast": [method.name for method in methods if method.output_cast.used],
+    }
     if accelerator.is_main_process:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -99,12 +114,72 @@ def random_batch(base: nn.Module, batch: int, length: int, device: torch.device)
     return {key: value.to(device) for key, value in batch_.items()}
 
 
-def start(methods: list[Method], batch: dict[str, Tensor], accelerator: Accelerator) -> None:
-    """One step of everybody, so that optimizer state exists; then half and all of the matrices freeze."""
-    for method in methods:
-        method.step(batch, accelerator)
-        if method.name in ("aflora_half", "aflora_frozen"):
+def check_dtype(dtype: str) -> None:
+    """Refuse what this machine would silently compute in float32."""
+    if dtype in ("tf32", "fp16") and not torch.cuda.is_available():
+        raise SystemExit(f"--dtype {dtype} needs a GPU: a CPU would compute in float32. Use fp32 or bf16 here.")
+    if dtype in ("tf32", "bf16") and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        raise SystemExit(f"--dtype {dtype} needs an Ampere GPU or a newer one, not {torch.cuda.get_device_name()}.")
+
+
+def start(
+    names: list[str], optional: Sequence[str], base: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator
+) -> tuple[list[Method], dict[str, str]]:
+    """Set everybody up and take one step, so that optimizer state exists; then half and all of the matrices freeze.
+
+    Returns:
+        The methods, and those of `optional` that cannot be had here, each with the reason.
+    """
+    methods, left_out = [], {}
+    for name in dict.fromkeys(names):
+        try:
+            method = create(name, base, accelerator)
+            method.step(batch, accelerator)
+            method.output_cast.remove_if_unused()
+        except (SystemExit, RuntimeError, ValueError, TypeError) as error:
+            if name not in optional:
+                raise
+            left_out[name] = str(error).splitlines()[0]
+            if accelerator.is_main_process:
+                print(f"{name} is left out, it does not work on these layers: {left_out[name]}", file=sys.stderr)
+            continue
+        if name in ("aflora_half", "aflora_frozen"):
             freeze_share(method)
+        methods.append(method)
+    return methods, left_out
+
+
+def count(method: Method, batch: dict[str, Tensor], accelerator: Accelerator, in_float32: bool = False) -> Counter[str]:
+    """Operators of a forward and backward pass, without what accelerate wraps around the model."""
+    model = accelerator.unwrap_model(method.model)
+    wrapped = model.__dict__.pop("forward", None)  # autocast, and its outputs back to float32
+    autocast = torch.autocast(accelerator.device.type, enabled=False) if in_float32 else accelerator.autocast()
+
+    def step() -> None:
+        with autocast:
+            loss = model(**batch).loss
+        loss.backward()
+
+    counts = count_launches(step)
+    model.zero_grad(set_to_none=True)
+    if wrapped is not None:
+        model.forward = wrapped
+    return counts
+
+
+def add_launches(
+    measured: dict[str, dict[str, Any]],
+    methods: list[Method],
+    floor: Counter[str],
+    batch: dict[str, Tensor],
+    accelerator: Accelerator,
+) -> None:
+    """Launches of a step, and how many more than the float32 floor's there are for each call of an adapted layer."""
+    for method in methods:
+        counts = count(method, batch, accelerator)
+        with torch.no_grad():
+            calls = count_calls(method.adapted, partial(method.model, **batch))
+        measured[method.name] |= {"launches": counts.total(), "launches_per_call": per_call(counts, floor, calls)}
 
 
 def describe(method: Method, batch: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Any]:
@@ -246,11 +321,21 @@ def over_freeze_log(path: Path, at_start: int, total_steps: int) -> float:
     return total / total_steps
 
 
-def add_ratios(measured: dict[str, dict[str, Any]]) -> None:
-    """Step time over that of ELoRA, LoRA and the floor."""
+def add_rates(measured: dict[str, dict[str, Any]], args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Step time over that of ELoRA, LoRA and the floor; tokens per second; the share of the chip's peak.
+
+    The share counts the FLOPs that a method itself makes: it says how well a method uses the chip, not which of two
+    is faster.
+    """
+    on_gpu = accelerator.device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(), args.dtype) if on_gpu else None
+    tokens = args.batch * args.length * accelerator.num_processes
     for numbers in measured.values():
+        seconds = numbers["step_seconds_median"]
         for other in ("elora", "lora", "floor"):
-            numbers[f"ratio_to_{other}"] = numbers["step_seconds_median"] / measured[other]["step_seconds_median"]
+            numbers[f"ratio_to_{other}"] = seconds / measured[other]["step_seconds_median"]
+        numbers["tokens_per_second"] = tokens / seconds
+        numbers["mfu"] = numbers["flops"] / seconds / peak if peak is not None else None
 
 
 def setting(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:

@@ -32,6 +32,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
     ),
+    "llama-1b": (
+        "llama",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 8192,
+            "vocab_size": 128256,
+        },
+    ),
     "llama-small": (
         "llama",
         {

@@ -25,6 +25,10 @@ LABELS = {
     "lora": "LoRA r=8",
     "adalora": "AdaLoRA",
     "elora": "ELoRA (VeRA r=1024)",
+    "miss": "MiSS r=16",
+    "lorafa": "LoRA-FA r=8",
+    "dora": "DoRA r=8",
+    "randlora": "RandLoRA r=32",
     "aflora_training": "AFLoRA r=4, all training",
     "aflora_half": "AFLoRA r=4, half frozen",
     "aflora_frozen": "AFLoRA r=4, all frozen",
@@ -46,18 +50,21 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         ", ".join(f"{key} {value}" for key, value in setting.items() if value is not None),
         "",
-        "| method | step, ms (quartiles) | x floor | x LoRA | x ELoRA | GFLOP | adapted layers, GFLOP | trainable "
-        "| saved for backward, MB | optimizer state, kB | peak on top, MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | step, ms (quartiles) | x floor | x LoRA | x ELoRA | tokens/s | of the chip's peak "
+        "| launches a call | GFLOP | adapted layers, GFLOP | trainable | saved for backward, MB "
+        "| optimizer state, kB | peak on top, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, m in methods.items():
         quartiles = ""
         if "step_seconds_quartile_low" in m and name != "aflora":
             quartiles = f" ({m['step_seconds_quartile_low'] * 1e3:.0f} to {m['step_seconds_quartile_high'] * 1e3:.0f})"
+        mfu = "-" if m["mfu"] is None else f"{m['mfu']:.1%}"
         peak = "-" if m["peak_memory_bytes"] is None else f"{m['peak_memory_bytes'] / 1e6:.0f}"
         lines.append(
             f"| {LABELS.get(name, name)} | {m['step_seconds_median'] * 1e3:.1f}{quartiles} | {m['ratio_to_floor']:.3f} "
-            f"| {m['ratio_to_lora']:.3f} | {m['ratio_to_elora']:.3f} | {m['flops'] / 1e9:.1f} "
+            f"| {m['ratio_to_lora']:.3f} | {m['ratio_to_elora']:.3f} "
+            f"| {m['tokens_per_second']:,.0f} | {mfu} | {m['launches_per_call']:.1f} | {m['flops'] / 1e9:.1f} "
             f"| {m['linear_flops'] / 1e9:.1f} | {m['trainable_params']:,.0f} | {m['saved_bytes'] / 1e6:.1f} "
             f"| {m['optimizer_state_bytes'] / 1e3:.0f} | {peak} |"
         )
@@ -70,8 +77,15 @@ def markdown(report: dict[str, Any]) -> str:
         f"(paper 2.96), {elora['flops'] / aflora['flops']:.2f} in the whole model",
         f"- trainable parameters, LoRA over AFLoRA: {lora['trainable_params'] / aflora['trainable_params']:.2f} "
         "(paper 9.5)",
-        "",
     ]
+    lines += [f"- {LABELS.get(name, name)} left out: {why}" for name, why in report["left_out"].items()]
+    if report["outputs_cast"]:
+        cast = ", ".join(LABELS.get(name, name) for name in report["outputs_cast"])
+        lines.append(
+            f"- under autocast PEFT's layers return float32 with {cast}, which DeBERTa-v2's attention cannot take: "
+            "here their output is cast to the autocast dtype, a launch more for each call"
+        )
+    lines.append("")
     return "\n".join(lines)
 
 
