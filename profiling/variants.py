@@ -1,4 +1,4 @@
-"""Other ways to compute Eq. 1's forward and backward, against the one in aflora_dist/adapter/layer.py.
+"""Other ways to compute Eq. 1's forward and backward, against the one in aflora_dist/adapter/eq1.py.
 
     python -m profiling.variants                          # 1,024 tokens, fp32
     python -m profiling.variants --tokens 16384           # the paper's 64 x 256
@@ -64,7 +64,7 @@ def plain(block: list[Layer]) -> None:
 
 
 def fused(block: list[Layer], M_as_gTh: bool = False) -> None:
-    """What the library does."""
+    """Each layer folds for itself, for forward and again for backward."""
     for a in block:
         h = a.x @ a.A.T
         y = torch.addmm(a.bias, a.x, a.weight.T)
@@ -77,6 +77,33 @@ def fused(block: list[Layer], M_as_gTh: bool = False) -> None:
 
 def fused_slow_side(block: list[Layer]) -> None:
     fused(block, M_as_gTh=True)
+
+
+def together(block: list[Layer]) -> None:
+    """What the library does: (s_b B s_d)^T of all layers at once, kept for backward, and all vectors' gradients."""
+    outs = [len(a.B) for a in block]
+    owner = torch.arange(len(block)).repeat_interleave(torch.tensor(outs)).to(block[0].B.device)
+
+    def stacked() -> tuple[Tensor, Tensor, Tensor]:
+        D = torch.stack([a.s_d for a in block], 1).index_select(1, owner)
+        return torch.cat([a.s_b for a in block]).unsqueeze(0), D, torch.cat([a.B for a in block]).T
+
+    S, D, B = stacked()
+    ups = (D * S).mul_(B).split(outs, 1)
+    found = []
+    for a, up in zip(block, ups, strict=True):
+        h = a.x @ a.A.T
+        y = torch.addmm(a.bias, a.x, a.weight.T)
+        torch.addmm(y, h, up, out=y)
+        n = a.g @ up.T
+        found.append(h.T @ a.g)
+        grad = a.g @ a.weight
+        torch.addmm(grad, n, a.A, out=grad)
+    S, D, B = stacked()
+    MB = torch.cat(found, 1) * B
+    (MB * D).sum(0)
+    for part in (MB * S).split(outs, 1):
+        part.sum(1)
 
 
 def folded(block: list[Layer], again: bool = False) -> None:
@@ -118,7 +145,8 @@ VARIANTS: dict[str, Callable[[list[Layer]], None]] = {
     "floor: the frozen layers alone": floor,
     "plain Eq. 1": plain,
     "fused, M as g^T h": fused_slow_side,
-    "fused, M as (h^T g)^T (the library)": fused,
+    "fused, M as (h^T g)^T": fused,
+    "fused, folded together and transposed (the library)": together,
     "fused, q, k and v sharing products": shared,
     "folded into a second copy of the weight": folded,
     "folded for forward, and again for backward": folded_twice,
