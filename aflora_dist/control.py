@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .accelerate_state import AccelerateState
-from .adapter import AFLoRAModel
+from .adapter import Adapted
 from .adapter.folding import Folding
 from .adapter.layer import AFLoRAPath
 from .engines import Engine, create_engine, place
@@ -76,8 +76,9 @@ class AdaptiveFreezing:
         self.config = config
         self.on_freeze = on_freeze
         self.engine: Engine = progress.engine if progress else create_engine(accelerator, model, optimizer)
-        self._tuner = self._find_tuner(self.engine.model)
+        self._adapted = self._find_adapted(self.engine.model)
         self._paths = _paths(self.engine.model)
+        self.engine.keep(self._fixed(()))
         self.freezable = self._find_freezable()
         self.schedule = config.schedule()
         self.policy = FreezingPolicy(self.freezable, pairwise=config.pairwise)
@@ -94,27 +95,28 @@ class AdaptiveFreezing:
         self.progress.observer = self._observe
         self.progress.after_batch.append(self._after_batch)
         self.progress.parts["freezing"] = self
-        self._tuner.freezing_attached, self._tuner.freezing_waived = True, False
-        Folding.compiled(model, self._tuner.model)
+        self._adapted.freezing_attached, self._adapted.freezing_waived = True, False
+        for root in self._adapted.roots:
+            Folding.compiled(model, root)
         self._accelerate = AccelerateState(accelerator, self)
         self._ending = _Ending(config.total_steps, speaks=accelerator.is_main_process)
         self._exit = weakref.finalize(self, self._ending.say)
 
     @staticmethod
-    def _find_tuner(model: nn.Module) -> AFLoRAModel:
-        tuner = next((m for m in model.modules() if isinstance(m, AFLoRAModel)), None)
-        if tuner is None:
+    def _find_adapted(model: nn.Module) -> Adapted:
+        adapted = Adapted(model)
+        if not adapted.layers:
             raise AFLoRAError("AdaptiveFreezing needs an AFLoRA model: peft.get_peft_model(model, AFLoRAConfig(...)).")
-        if tuner.freezing_attached:
+        if adapted.freezing_attached:
             raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
-        return tuner
+        return adapted
 
     def _find_freezable(self) -> list[str]:
-        of_tuner = {id(parameter) for parameter in self._tuner.freezable_matrices().values()}
+        of_adapter = {id(parameter) for parameter in self._adapted.freezable_matrices().values()}
         trained = set(self.engine.trainable)
-        found = [n for n, p in self.engine.parameters.items() if id(p) in of_tuner and n in trained]
-        wanted = [self._tuner.peft_config[name] for name in self._tuner.active_adapters]
-        if not found and any(c.freezing == "adaptive" and c.freezable != "none" for c in wanted):
+        found = [n for n, p in self.engine.parameters.items() if id(p) in of_adapter and n in trained]
+        all_frozen = bool(self._paths) and not of_adapter  # by an earlier training: what is left trains on
+        if not found and not all_frozen and self._adapted.freezes:
             raise AFLoRAError(
                 "AdaptiveFreezing has nothing to freeze: no projection matrix of the active adapter trains adaptively "
                 "and is in the optimizer. Check AFLoRAConfig(freezable=..., freezing='adaptive') and the parameters "
@@ -176,7 +178,7 @@ class AdaptiveFreezing:
     def detach(self) -> None:
         """Stop observing and freezing. What is frozen stays so; the other matrices may train on, to the end."""
         self.release()
-        self._tuner.freezing_waived = True
+        self._adapted.freezing_waived = True
 
     def release(self) -> None:
         """`detach` for who comes back: the model will not train without another AdaptiveFreezing."""
@@ -188,7 +190,7 @@ class AdaptiveFreezing:
         if self._after_batch in self.progress.after_batch:
             self.progress.after_batch.remove(self._after_batch)
         self.progress.parts.pop("freezing", None)
-        self._tuner.freezing_attached = False
+        self._adapted.freezing_attached = False
 
     def ended(self) -> None:
         """The training is over: warn if it was shorter than the schedule was told."""
@@ -241,8 +243,24 @@ class AdaptiveFreezing:
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Go on from what `snapshot` gave; the engine has been restored."""
         fixed = self._fixed(self.engine.trainable)
-        self.engine.assign(_Renamed(tensors, "fixed/"), fixed)
+        self.engine.assign(_Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
         self._load(tensors, record)
+
+    def load_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Bring the weights back to an earlier snapshot of this training; nothing else changes. A collective.
+
+        What has frozen since gets the value that it trained at then, and stays frozen.
+
+        Args:
+            tensors: On the main process: of `progress.snapshot()`.
+        """
+        trains = self.engine.trainable
+        values = [p for p in self.engine.pieces(trains, every_copy=True) if p.key.startswith("value/")]
+        self.engine.fill(tensors, [f"value/{name}" for name in trains], values)
+        self.engine.publish(trains)
+        fixed = self._fixed(trains)
+        then = {name: key for name in fixed for key in (f"value/{name}", f"fixed/{name}") if key in tensors}
+        self.engine.assign(_Renamed(tensors, then), fixed)
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Look whether `restore` can go on from this record; nothing changes.
@@ -446,22 +464,37 @@ class _Ending:
 
 
 class _Renamed(Mapping[str, Tensor]):
-    """The tensors of a mapping whose names begin with a prefix, without it."""
+    """Tensors of a mapping by other names; none is read before it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        self._tensors, self._prefix = tensors, prefix
+    def __init__(self, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
+        self._tensors, self._keys = tensors, keys
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._prefix + name]
+        return self._tensors[self._keys[name]]
 
-    def __iter__(self) -> Any:
-        return (key.removeprefix(self._prefix) for key in self._tensors if key.startswith(self._prefix))
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, key in self._keys.items() if key in self._tensors)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return f"{self._prefix}{name}" in self._tensors
+        return name in self._keys and self._keys[name] in self._tensors  # type: ignore[index]
+
+
+def thaw(model: nn.Module, names: Iterable[str]) -> None:
+    """Let projection matrices that an earlier training froze train again, before an optimizer is created.
+
+    Args:
+        model: The unwrapped model.
+        names: Of its parameters; who is no projection matrix of it is left out.
+    """
+    paths = _paths(model)
+    for name in names:
+        if name in paths:
+            path, matrix = paths[name]
+            path.frozen.discard(matrix)
+            path.get_parameter(matrix).requires_grad_(True)
 
 
 def _paths(model: nn.Module) -> dict[str, tuple[AFLoRAPath, str]]:

@@ -93,6 +93,22 @@ def test_a_saved_adapter_loads_when_the_package_is_imported(imports: str, adapte
     python("import sys\n" + dedent(imports) + LOADED, adapter)
 
 
+def test_without_the_package_the_folder_tells_what_to_import(adapter: Path) -> None:
+    """PEFT asks nobody about a method that it does not know; nothing of this package can run then."""
+    code = """
+    import sys
+    from peft import PeftConfig
+
+    try:
+        PeftConfig.from_pretrained(sys.argv[1] + "/adapter")
+    except KeyError as error:
+        print(error)
+    """
+    assert python(code, adapter) == "'AFLORA'\n"
+    assert '"import_first": "aflora_dist"' in (adapter / "adapter" / "adapter_config.json").read_text()
+    assert "import aflora_dist  # before the adapter is loaded" in (adapter / "adapter" / "README.md").read_text()
+
+
 # A peft that imports quickly; what it does is written into it by each test.
 STANDIN = """
 import sys

@@ -3,9 +3,10 @@
 # First and whole: its import ends with that of the modules below (see aflora_dist._registration).
 import peft  # noqa: F401
 
+from .adapted import Adapted
 from .config import AFLoRAConfig
 from .layer import AFLoRALayer, AFLoRAPath
 from .lora import save_as_lora
 from .model import AFLoRAModel
 
-__all__ = ["AFLoRAConfig", "AFLoRALayer", "AFLoRAModel", "AFLoRAPath", "save_as_lora"]
+__all__ = ["AFLoRAConfig", "AFLoRALayer", "AFLoRAModel", "AFLoRAPath", "Adapted", "save_as_lora"]

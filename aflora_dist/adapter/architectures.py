@@ -6,27 +6,47 @@ projections are not square either. Does not touch the model.
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple
 
 Kind = Literal["attention", "ffn"]
 
 
 class Architecture(NamedTuple):
-    """Endings of the dotted names of a model's linear layers. Attention is looked up first."""
+    """Endings of the dotted names of a model's linear layers. Attention is looked up first.
+
+    Attributes:
+        within: The only module whose layers count, where a model has others of the same names (a vision tower).
+    """
 
     attention: tuple[str, ...]
     ffn: tuple[str, ...]
+    within: str = ""
 
 
 _BERT = Architecture(
     ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
     ("intermediate.dense", "output.dense"),
 )
+_GATED = ("gate_proj", "up_proj", "down_proj")
 _LLAMA = Architecture(
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    tuple(f"mlp.{name}" for name in _GATED),
 )
 _OPT = Architecture(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"), ("fc1", "fc2"))
+_GPT2 = Architecture(
+    ("attn.c_attn", "attn.c_proj", "crossattention.c_attn", "crossattention.q_attn", "crossattention.c_proj"),
+    ("mlp.c_fc", "mlp.c_proj"),
+)
+_GPT_NEOX = Architecture(("attention.query_key_value", "attention.dense"), ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))
+_BLOOM = Architecture(
+    ("self_attention.query_key_value", "self_attention.dense"), ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+)
+_GPTJ = Architecture(("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"), ("mlp.fc_in", "mlp.fc_out"))
+_LLAMA4 = Architecture(
+    _LLAMA.attention,
+    tuple(f"{block}.{name}" for block in ("feed_forward", "shared_expert") for name in _GATED),
+)
 _T5 = Architecture(
     tuple(f"{block}.{name}" for block in ("SelfAttention", "EncDecAttention") for name in "qkvo"),
     ("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
@@ -39,6 +59,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "xlm-roberta": _BERT,
     "camembert": _BERT,
     "electra": _BERT,
+    "layoutlm": _BERT,
     "deberta": Architecture(("attention.self.in_proj", "attention.output.dense"), _BERT.ffn),
     "deberta-v2": Architecture(
         ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj", "attention.output.dense"),
@@ -48,13 +69,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"), ("ffn.lin1", "ffn.lin2")
     ),
     "modernbert": Architecture(("attn.Wqkv", "attn.Wo"), ("mlp.Wi", "mlp.Wo")),
-    "gpt2": Architecture(
-        ("attn.c_attn", "attn.c_proj", "crossattention.c_attn", "crossattention.q_attn", "crossattention.c_proj"),
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "gpt_neo": Architecture(
+        tuple(f"attn.attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
         ("mlp.c_fc", "mlp.c_proj"),
     ),
-    "gpt_neox": Architecture(
-        ("attention.query_key_value", "attention.dense"), ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    ),
+    "gpt_bigcode": _GPT2,
+    "btlm": Architecture(_GPT2.attention, ("mlp.c_fc", "mlp.c_fc2", "mlp.c_proj")),
+    "gptj": _GPTJ,
+    "codegen": Architecture(("attn.qkv_proj", "attn.out_proj"), _GPTJ.ffn),
+    "bloom": _BLOOM,
+    "falcon": _BLOOM,
+    "RefinedWeb": _BLOOM,  # falcon's first names
+    "RefinedWebModel": _BLOOM,
+    "chatglm": Architecture((*_BLOOM.attention, *_GPT_NEOX.attention), _BLOOM.ffn),
+    "mpt": Architecture(("attn.Wqkv", "attn.out_proj"), ("ffn.up_proj", "ffn.down_proj")),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -62,6 +92,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
+    "gemma4_text": _LLAMA,
+    "gemma4": _LLAMA._replace(within="language_model"),
+    "llama4_text": _LLAMA4,
+    "llama4": _LLAMA4._replace(within="language_model"),
+    "mixtral": _LLAMA,  # its experts' weights are bare parameters
+    "stablelm": _LLAMA,
+    "phi": Architecture(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"), ("mlp.fc1", "mlp.fc2")
+    ),
     "phi3": Architecture(("self_attn.qkv_proj", "self_attn.o_proj"), ("mlp.gate_up_proj", "mlp.down_proj")),
     "opt": _OPT,
     "bart": Architecture(
@@ -69,6 +108,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "t5": _T5,
     "mt5": _T5,
+    "blip-2": Architecture((*_OPT.attention, *_T5.attention), (*_OPT.ffn, *_T5.ffn), within="language_model"),
+    "nemotron_h": Architecture(
+        ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mixer.o_proj"),
+        ("mixer.up_proj", "mixer.down_proj", "shared_experts.up_proj", "shared_experts.down_proj"),
+    ),
+    "rwkv": Architecture(
+        ("attention.key", "attention.value", "attention.receptance", "attention.output"),
+        ("feed_forward.key", "feed_forward.value", "feed_forward.receptance"),
+    ),
+    "rwkv7": Architecture(("attn.r_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj"), ("ffn.key", "ffn.value")),
     "vit": Architecture(
         ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"), ("mlp.fc1", "mlp.fc2")
     ),
@@ -76,12 +125,20 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def target_modules(model_type: str) -> list[str]:
-    """All linear layers of a known architecture's blocks, as PEFT's `target_modules`.
+    """Endings of the names of all linear layers of a known architecture's blocks.
 
     Heads, poolers and embeddings are not among them.
     """
     architecture = ARCHITECTURES[model_type]
     return [*architecture.attention, *architecture.ffn]
+
+
+def default_targets(model_type: str) -> list[str] | str:
+    """`target_modules` as PEFT's option of that name: a regular expression where only a part of the model counts."""
+    endings, within = target_modules(model_type), ARCHITECTURES[model_type].within
+    if not within:
+        return endings
+    return rf"(.*\.)?{within}\.(.*\.)?({'|'.join(map(re.escape, endings))})"
 
 
 def kind_of(model_type: str | None, module_name: str) -> Kind | None:
@@ -90,6 +147,8 @@ def kind_of(model_type: str | None, module_name: str) -> Kind | None:
         return None
     dotted = f".{module_name}"
     architecture = ARCHITECTURES[model_type]
+    if architecture.within and f".{architecture.within}." not in dotted:
+        return None
     if dotted.endswith(tuple(f".{ending}" for ending in architecture.attention)):
         return "attention"
     if dotted.endswith(tuple(f".{ending}" for ending in architecture.ffn)):

@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Literal
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 
 from ..errors import AFLoRAError
 
 
-class AFLoRAPeftType(StrEnum):
+class AFLoRAPeftType(str, Enum):  # noqa: UP042  # PEFT prints a type and cuts at the dot, which a StrEnum lacks
     """PEFT's enum of methods cannot be extended; a str enum of our own serves where it looks a type up."""
 
     AFLORA = "AFLORA"
+
+
+# What other methods of PEFT have, and why not this one.
+_UNSUPPORTED = {
+    "rank_pattern": "all layers of an adapter have one rank r",
+    "alpha_pattern": "s_b and s_d, which are learned, do the scaling",
+    "lora_alpha": "s_b and s_d, which are learned, do the scaling",
+    "use_rslora": "s_b and s_d, which are learned, do the scaling",
+    "lora_dropout": "it is called aflora_dropout",
+    "init_lora_weights": "it is called init_weights",
+    "ensure_weight_tying": "adapters of tied layers cannot be tied: leave the embedding and the output layer out of "
+    "target_modules and modules_to_save, or untie them first",
+    "target_parameters": "it adapts Linear and Conv1D layers, not bare parameters such as the experts' weights of a "
+    "mixture of experts: name the layers around them in target_modules (attention, shared experts)",
+    "trainable_token_indices": "single tokens cannot be trained: name the embedding in modules_to_save",
+}
+_CARD = """
+## Loading this adapter
+
+PEFT knows AFLoRA once `aflora_dist` is imported (`pip install aflora-dist`):
+
+```python
+import aflora_dist  # before the adapter is loaded; without it PEFT says KeyError: 'AFLORA'
+```
+"""
 
 
 @dataclass
@@ -42,7 +68,9 @@ class AFLoRAConfig(PeftConfig):
             classification head.
         layers_to_transform: Indices of the layers to adapt; None for all.
         layers_pattern: Name of the list of layers, for `layers_to_transform`, where it is unusual.
-        init_weights: Initialise the adapter; False leaves memory as it is, for loading.
+        init_weights: Start out equal to the base model. False draws s_b at random, for tests.
+        import_first: Nothing to set. Tells who reads adapter_config.json what has to be imported before PEFT can load
+            the adapter.
 
     Raises:
         AFLoRAError: An argument is out of its range; the message says what to write.
@@ -60,6 +88,12 @@ class AFLoRAConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     init_weights: bool = field(default=True)
+    import_first: str = "aflora_dist"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> AFLoRAConfig:
+        for name in kwargs.keys() & _UNSUPPORTED.keys():  # a dataclass would only say "unexpected keyword argument"
+            raise AFLoRAError(f"AFLoRAConfig has no {name}: {_UNSUPPORTED[name]}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,3 +124,14 @@ class AFLoRAConfig(PeftConfig):
                 f'AFLoRAConfig: freezable must be "ffn", "attention", "all", "none" or a regular expression '
                 f"that matches module names; {self.freezable!r} does not compile: {error}."
             ) from None
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT has it; a model card in the folder, or in that of the adapter's model, tells how to load it."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        for card in (folder / "README.md", folder.parent / "README.md"):
+            text = card.read_text(encoding="utf-8") if card.is_file() else ""
+            if "library_name: peft" in text:
+                if "import aflora_dist" not in text:
+                    card.write_text(text.rstrip() + "\n" + _CARD, encoding="utf-8")
+                return

@@ -123,6 +123,12 @@ class Folding:
         model.register_forward_hook(self.end, always_call=True)
 
     @classmethod
+    def of(cls, model: nn.Module) -> Folding | None:
+        """What folds for this module, if it was given to `attach`."""
+        owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, cls)), None)
+
+    @classmethod
     def detach(cls, model: nn.Module) -> Folding | None:
         """Take the hooks away again, and return whose they were."""
         found = None

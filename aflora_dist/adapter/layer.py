@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .eq1 import Down, Up, cast_once
 from .folding import Folded, KeptCast, compute_dtype, fold, is_traced, lies_whole, promoted
+from .guard import FreezingGuard
 from .private import has_hooks, in_backward, keeps_all_for_backward
 
 
@@ -27,9 +28,12 @@ class AFLoRAPath(nn.Module):
 
     Attributes:
         frozen: The projection matrices ("A", "B") that must not train, whatever PEFT switches on.
+        adaptive: The others are to freeze by score while they train.
     """
 
-    def __init__(self, in_features: int, out_features: int, r: int, dropout: float, frozen: set[str]) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, r: int, dropout: float, frozen: set[str], adaptive: bool = False
+    ) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.empty(r, in_features))
         self.B = nn.Parameter(torch.empty(out_features, r))
@@ -37,17 +41,25 @@ class AFLoRAPath(nn.Module):
         self.s_b = nn.Parameter(torch.empty(out_features))
         self.dropout = dropout
         self.frozen = set(frozen)
+        self.adaptive = adaptive
         self._folded: Folded | None = None  # while the model's forward runs
         self._recomputed: Folded | None = None  # what a recomputation in backward (gradient checkpointing) needs again
         self._frozen_A = KeptCast()
 
     @torch.no_grad()
-    def reset_parameters(self, d_initial: float) -> None:
-        """Kaiming uniform (a=0) for A and B, s_d = d_initial, s_b = 0."""
+    def reset_parameters(self, d_initial: float, identity: bool = True) -> None:
+        """Kaiming uniform (a=0) for A and B, s_d = d_initial, s_b = 0; without `identity` s_b is drawn, too."""
         nn.init.kaiming_uniform_(self.A, a=0)
         nn.init.kaiming_uniform_(self.B, a=0)
         self.s_d.fill_(d_initial)
-        self.s_b.zero_()
+        if identity:
+            self.s_b.zero_()
+        else:
+            self.s_b.normal_(0, 0.1)
+
+    def to_freeze(self) -> list[str]:
+        """The projection matrices ("A", "B") that are to freeze by score and have not yet."""
+        return [name for name in ("A", "B") if self.adaptive and name not in self.frozen]
 
     def hold_frozen(self) -> None:
         """Switch the gradient of the frozen matrices off."""
@@ -142,9 +154,12 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("aflora",)
     other_param_names = ("r",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, guard: FreezingGuard | None = None, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.guard = guard or FreezingGuard()
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -169,11 +184,11 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         frozen: set[str],
         init_weights: bool,
         inference_mode: bool = False,
+        adaptive: bool = False,
     ) -> None:
         """Add an adapter; `frozen` names the matrices that stay at their random start."""
-        path = AFLoRAPath(self.in_features, self.out_features, r, dropout, frozen)
-        if init_weights:
-            path.reset_parameters(d_initial)
+        path = AFLoRAPath(self.in_features, self.out_features, r, dropout, frozen, adaptive)
+        path.reset_parameters(d_initial, identity=init_weights)
         self.aflora[adapter_name] = path
         self.r[adapter_name] = r
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -193,7 +208,11 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
                 self.path(name).hold_frozen()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's change of the weight, in the weight's own layout: (out, in), Conv1D (in, out)."""
+        """The adapter's change of the weight, in the weight's layout ((out, in); Conv1D: (in, out)) and B's dtype."""
+        return self._change(adapter).to(self.path(adapter).B.dtype)
+
+    def _change(self, adapter: str) -> Tensor:
+        """`get_delta_weight` in float32 or better."""
         delta = self.path(adapter).delta_weight()
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
@@ -208,8 +227,7 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
                 continue
             weight = self.get_base_weight()
             merged = (
-                weight.to(torch.promote_types(weight.dtype, torch.float32))
-                + self.get_delta_weight(name).to(weight.device)
+                weight.to(torch.promote_types(weight.dtype, torch.float32)) + self._change(name).to(weight.device)
             ).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"The merged weight is not finite. The adapter {name} seems to be broken.")
@@ -225,17 +243,56 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
             if name in self.aflora:
                 weight = self.get_base_weight()
                 wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-                self.set_base_weight((wide - self.get_delta_weight(name).to(weight.device)).to(weight.dtype))
+                self.set_base_weight((wide - self._change(name).to(weight.device)).to(weight.dtype))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Eq. 1 with the active adapters; `adapter_names` names another one for each example (no training)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed(x, adapter_names, args, kwargs)
         active = [name for name in self.active_adapters if name in self.aflora]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
+        if is_traced() or not self._goes_unwatched(active):
+            return self._through(x, active, args, kwargs)
+        self.guard.check()
+        y = self._through(x, active, args, kwargs)
+        if torch.is_grad_enabled():
+            self.guard.watch(y)
+        return y
+
+    def _goes_unwatched(self, active: list[str]) -> bool:
+        """Whether matrices train here that should freeze, and nobody freezes them."""
+        return (
+            self.training
+            and self.guard.is_open
+            and any(path.get_parameter(m).requires_grad for path in map(self.path, active) for m in path.to_freeze())
+        )
+
+    def _mixed(self, x: Tensor, adapter_names: list[str], args: Any, kwargs: Any) -> Tensor:
+        """Each example, x[i], through the adapter of its own name; "__base__" is none."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has to name one adapter for each example: there are {len(adapter_names)} names and "
+                f"{len(x)} examples."
+            )
+        if self.merged:
+            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first.")
+        of_name: dict[str, list[int]] = {}
+        for i, name in enumerate(adapter_names):
+            of_name.setdefault(name, []).append(i)
+        parts = [
+            self._through(x[rows], [name] if name in self.aflora else [], args, kwargs)
+            for name, rows in of_name.items()
+        ]
+        order = torch.tensor([i for rows in of_name.values() for i in rows], device=x.device).argsort()
+        return torch.cat(parts)[order]
+
+    def _through(self, x: Tensor, active: list[str], args: Any, kwargs: Any) -> Tensor:
         hooked = not is_traced() and has_hooks(self.base_layer)
         plain = self.quantization_backend is None and type(self.base_layer) in (nn.Linear, Conv1D) and not hooked
         call = self._half_base(x, plain) or partial(self._call_base, args=args, kwargs=kwargs)
@@ -282,3 +339,7 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+class AFLoRALinear(AFLoRALayer):
+    """What the tuner makes. PEFT's "all-linear" finds adapted layers by "Linear" in the name of their class."""

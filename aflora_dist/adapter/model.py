@@ -3,99 +3,146 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from peft import mapping
+import torch.distributed as dist
+from peft import PeftModel, mapping
 from peft.tuners import tuners_utils
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..contract import require
 from ..errors import AFLoRAError
-from ..names import AdapterTensor
 from ..processes import refuse_lonely_processes
 from . import private
-from .architectures import ARCHITECTURES, kind_of, target_modules
+from .architectures import ARCHITECTURES, default_targets, kind_of
 from .config import AFLoRAConfig, AFLoRAPeftType
 from .folding import Folding
-from .layer import AFLoRALayer
+from .guard import FreezingGuard
+from .layer import AFLoRALayer, AFLoRALinear
 
 _SHORTHANDS = ("ffn", "attention", "all", "none")
+_HEADS = {"lm_head", *SEQ_CLS_HEAD_NAMES}
 
 
-def _linear_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+def _linear_endings(model: nn.Module) -> list[str]:
+    """The last parts of the names of a model's linear layers, its heads left out."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear = (n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head)
+    return sorted({name.rpartition(".")[2] for name in linear} - _HEADS)
 
 
 class AFLoRAModel(BaseTuner):
     """Created by `peft.get_peft_model(model, AFLoRAConfig(...))`.
 
     Attributes:
-        freezing_attached: Set by `AdaptiveFreezing`. While it is False, an adapter whose matrices
-            are to freeze adaptively refuses its second training step, so that the freezing cannot
-            be forgotten unnoticed.
-        freezing_waived: Set by `AdaptiveFreezing.detach()`: the user wants the rest to train to the end.
+        guard: Refuses a second training step while no `AdaptiveFreezing` is attached, so that the freezing cannot be
+            forgotten unnoticed.
     """
 
     prefix = "aflora"
     tuner_layer_cls = AFLoRALayer
-    target_module_mapping: dict[str, list[str]] = {  # noqa: RUF012  # declared so by PEFT
-        name: target_modules(name) for name in ARCHITECTURES
+    target_module_mapping: dict[str, Any] = {  # noqa: RUF012  # declared so by PEFT
+        name: default_targets(name) for name in ARCHITECTURES
     }
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         refuse_lonely_processes()  # here it can be said in time: prepare() would fail with less to go by
-        super().__init__(*args, **kwargs)
-        self.freezing_attached = False
-        self.freezing_waived = False
-        self._training_forwards = 0
+        known = set(getattr(model, "peft_config", None) or ())
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:  # PEFT has noted the adapter on the model already, if the model had others
+            if known and adapter_name not in known:
+                model.peft_config.pop(adapter_name, None)  # type: ignore[operator, union-attr]
+            raise
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and torch.is_grad_enabled() and not (self.freezing_attached or self.freezing_waived):
-            self._refuse_forgotten_freezing()
-        return self.model(*args, **kwargs)
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As PEFT has it, for the first adapter and for each further one; then all layers fold and freeze together."""
+        guards = (m.guard for m in model.modules() if isinstance(m, AFLoRALayer))
+        self.guard = next(guards, None) or FreezingGuard()
+        super().inject_adapter(model, *args, **kwargs)
+        Folding.attach(model, [m for m in model.modules() if isinstance(m, AFLoRALayer)])
+        self._guard_compiled()
 
-    def _refuse_forgotten_freezing(self) -> None:
-        if not self.freezable_matrices():
-            return
-        self._training_forwards += 1
-        if self._training_forwards > 1:
-            raise RuntimeError(
-                "This AFLoRA adapter freezes adaptively, but nothing freezes it: create "
-                "aflora_dist.AdaptiveFreezing(accelerator, model, optimizer, ...) after accelerator.prepare() "
-                "(with Trainer: add aflora_dist.FreezingCallback), or set AFLoRAConfig(freezing='never') to "
-                "train all matrices to the end."
-            )
+    def _guard_compiled(self) -> None:
+        """One layer's parameter is enough to learn of backward passes."""
+        layers = [module for module in self.model.modules() if isinstance(module, AFLoRALayer)]
+        paths = [(layer, layer.path(name)) for layer in layers for name in layer.aflora]
+        found = next((one for one in paths if one[1].to_freeze() and one[1].s_b.requires_grad), None)
+        if found is not None:
+            self.guard.watch_compiled(found[0], found[1].s_b)
 
-    def freezable_matrices(self) -> dict[str, nn.Parameter]:
-        """The projection matrices of the active adapters that train and are yet to freeze, by name.
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What is saved of an adapter: all of it. Frozen A and B are learned, and random again if left out.
 
-        Names are relative to the tuner (`self`), in the order of the model's modules.
+        Raises:
+            AFLoRAError: On the main process, which saves: `state_dict` lacks a tensor, or holds a shard of it.
         """
-        adaptive = [name for name in self.active_adapters if self.peft_config[name].freezing == "adaptive"]
-        return {
-            str(AdapterTensor(module_name, adapter, matrix)): path.get_parameter(matrix)
-            for module_name, layer in self.named_modules()
-            if isinstance(layer, AFLoRALayer)
-            for adapter in adaptive
-            if adapter in layer.aflora
-            for path in [layer.path(adapter)]
-            for matrix in ("A", "B")
-            if matrix not in path.frozen
-        }
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return found  # saves nothing: accelerate's whole state dicts are there on the main process only
+        for name, layer in model.named_modules():
+            if not isinstance(layer, AFLoRALayer) or adapter_name not in layer.aflora:
+                continue
+            r, sizes = layer.r[adapter_name], (layer.in_features, layer.out_features)
+            for tensor, numel in (("A", r * sizes[0]), ("B", r * sizes[1]), ("s_d", r), ("s_b", sizes[1])):
+                key = f"{name}.aflora.{adapter_name}.{tensor}"
+                if key not in found or found[key].numel() != numel:
+                    there = f"{found[key].numel()} of its {numel} elements" if key in found else "it is left out"
+                    raise AFLoRAError(
+                        f"The adapter would be saved without all of {key} ({there}): what is frozen is learned, too. "
+                        f"Save it with state_dict=accelerator.get_state_dict(model), called on every rank; with "
+                        f"Trainer add aflora_dist.FreezingCallback."
+                    )
+        return found
 
     def _prepare_adapter_config(self, peft_config: AFLoRAConfig, model_config: dict[str, Any]) -> AFLoRAConfig:
-        if peft_config.target_modules is None and model_config.get("model_type") not in ARCHITECTURES:
+        if peft_config.target_modules is not None:
+            return peft_config
+        model_type = model_config.get("model_type")
+        if model_type not in ARCHITECTURES:
+            endings = _linear_endings(self.model)
             raise AFLoRAError(
-                f"AFLoRA does not know the architecture {model_config.get('model_type', type(self.model).__name__)!r}. "
-                f"Pass target_modules=[...] to AFLoRAConfig; the model's linear layers end in: "
-                f"{', '.join(sorted({name.rpartition('.')[2] for name in _linear_layers(self.model)})) or '(none)'}."
+                f"AFLoRA does not know the architecture {model_type or type(self.model).__name__!r}. Say which layers "
+                f"to adapt, and which of these may train and freeze: AFLoRAConfig(target_modules=[...], "
+                f"freezable=...). The model's linear layers end in: {', '.join(endings) or '(none)'}; freezable is "
+                f'"all", "none" or a regular expression over module names.'
             )
-        return super()._prepare_adapter_config(peft_config, model_config)
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
+            peft_config.target_modules = None
+            raise AFLoRAError(
+                f"AFLoRAConfig: layers_to_transform needs target_modules as a list for {model_type!r}, of which only "
+                f"{ARCHITECTURES[model_type].within} is adapted."
+            )
+        return peft_config
+
+    def _prepare_model(self, peft_config: AFLoRAConfig, model: nn.Module) -> None:
+        """Changes nothing. Refuses what cannot be, while the model is still as it was."""
+        config: Any = _maybe_include_all_linear_layers(peft_config, model)
+        adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if name and not name.startswith(adapters) and self._check_target_module_exists(config, name)
+        }
+        for name, module in targets.items():
+            self._check_target_module_compatiblity(config, model, name.rpartition(".")[2])
+            _refuse_other_modules(name, module)
+        if targets:
+            self._refuse_nothing_to_freeze(config, list(targets), model)
 
     def _may_train(self, config: AFLoRAConfig, module_name: str) -> bool:
         """Whether the projection matrices of this layer train at all (`freezable` and `freezing`)."""
@@ -110,25 +157,24 @@ class AFLoRAModel(BaseTuner):
     def _model_type(self) -> str | None:
         return self.get_model_config(self.model).get("model_type")
 
-    def _post_injection_hook(self, model: nn.Module, config: AFLoRAConfig, adapter_name: str) -> None:
-        """Have the layers folded together from now on. Refuse a `freezable` that selects nothing, saying what is."""
-        Folding.attach(model, [module for module in model.modules() if isinstance(module, AFLoRALayer)])
+    def _refuse_nothing_to_freeze(self, config: AFLoRAConfig, targets: list[str], model: nn.Module) -> None:
         wants_matrices = config.freezing != "always" and config.freezable != "none"
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, AFLoRALayer) and adapter_name in m.aflora}
-        if not wants_matrices or any(self._may_train(config, name) for name in layers):
+        if not wants_matrices or any(self._may_train(config, name) for name in targets):
             return
         model_type = self._model_type()
         if config.freezable in ("ffn", "attention") and model_type not in ARCHITECTURES:
             raise AFLoRAError(
                 f"AFLoRA does not know which layers of {model_type or type(model).__name__!r} are {config.freezable}. "
                 f'Set AFLoRAConfig(freezable=...) to "all", "none" or a regular expression over module names such as '
-                f"{next(iter(layers))!r}."
+                f"{targets[0]!r}."
             )
-        kinds = sorted({str(kind_of(model_type, name)) for name in layers})
+        kinds = sorted({str(kind_of(model_type, name)) for name in targets})
+        experts = any(".experts." in name and p.dim() == 3 for name, p in model.named_parameters())
         raise AFLoRAError(
             f"AFLoRA has nothing to train and freeze: freezable={config.freezable!r} matches none of the "
-            f"{len(layers)} adapted layers (kinds: {', '.join(kinds)}; the first is {next(iter(layers))!r}). "
-            f'Widen target_modules or freezable, or say freezable="none".'
+            f"{len(targets)} adapted layers (kinds: {', '.join(kinds)}; the first is {targets[0]!r}). "
+            + ("The experts' weights of this model are bare parameters, which AFLoRA cannot adapt. " if experts else "")
+            + 'Widen target_modules or freezable (for example to "all"), or say freezable="none".'
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -138,6 +184,7 @@ class AFLoRAModel(BaseTuner):
         already. What trains must have one dtype; master weights are float32 in either case.
         """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self._guard_compiled()  # it may have made new parameters
         sharded = next((p for p in self.model.parameters() if private.is_sharded(p)), None)
         if sharded is None:
             return
@@ -155,7 +202,10 @@ class AFLoRAModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        layer = target if isinstance(target, AFLoRALayer) else self._wrap(target, adapter_name)
+        if isinstance(target, AFLoRALayer):
+            layer = target
+        else:
+            layer = AFLoRALinear(target, adapter_name, self.guard, **get_quantization_kwargs(self))
         layer.update_layer(
             adapter_name,
             r=config.r,
@@ -163,11 +213,16 @@ class AFLoRAModel(BaseTuner):
             dropout=config.aflora_dropout,
             frozen=set() if self._may_train(config, current_key) else {"A", "B"},
             init_weights=config.init_weights,
+            adaptive=config.freezing == "adaptive" and config.freezable != "none",
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # a further adapter does not start out trainable
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's copies a weight, too, which a module that trains whole (`modules_to_save`) may not have itself."""
+        setattr(parent, child_name, new_module)
 
     def unload(self) -> nn.Module:
         model = super().unload()
@@ -179,13 +234,57 @@ class AFLoRAModel(BaseTuner):
         Folding.detach(model)
         return model
 
-    def _wrap(self, target: nn.Module, adapter_name: str) -> AFLoRALayer:
-        if not isinstance(target, (nn.Linear, Conv1D)) and resolve_quantization_backend(target) is None:
-            raise TypeError(
-                f"AFLoRA adapts Linear and Conv1D layers (quantized ones too); a target is {type(target).__name__}. "
-                f"Name only linear layers in target_modules."
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around each forward of a PeftModel: hands `adapter_names`, one for each example, on to the layers."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names mixes adapters in a batch for inference only: call model.eval() first.")
+        unknown = sorted({*names} - {*self.peft_config, "__base__"})
+        if unknown:
+            raise ValueError(f"adapter_names: this model has no adapter {unknown[0]!r}; it has {[*self.peft_config]}.")
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        config = self.get_model_config(self.model)
+        # The beams of an encoder-decoder model part after its encoder.
+        encoder = self.model.get_encoder() if config.get("is_encoder_decoder") else nn.Module()
+        in_encoder = set(encoder.modules())
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_name_adapters, names if module in in_encoder else repeated), with_kwargs=True
             )
-        return AFLoRALayer(target, adapter_name, **get_quantization_kwargs(self))
+            for module in self.modules()
+            if isinstance(module, (AFLoRALayer, ModulesToSaveWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _name_adapters(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _refuse_other_modules(name: str, module: nn.Module) -> None:
+    """Unless the module can be adapted."""
+    if isinstance(module, AFLoRALayer):
+        return
+    if isinstance(module, BaseTunerLayer):
+        raise AFLoRAError(
+            f"The layer {name!r} holds an adapter of another method already ({type(module).__module__}."
+            f"{type(module).__name__}). Merge it first (model = model.merge_and_unload()), take it away "
+            "(model = model.unload()), or leave the layer out with exclude_modules."
+        )
+    if not isinstance(module, (nn.Linear, Conv1D)) and resolve_quantization_backend(module) is None:
+        raise AFLoRAError(
+            f"AFLoRA adapts Linear and Conv1D layers (quantized ones too); the target {name!r} is "
+            f"{type(module).__name__}. Name only linear layers in target_modules."
+        )
 
 
 def register() -> None:
@@ -197,6 +296,7 @@ def register() -> None:
         (mapping, private.MAPPINGS),
         (BaseTuner, private.TUNER),
         (BaseTunerLayer, private.LAYER),
+        (PeftModel, private.MODEL),
         (tuners_utils, private.FUNCTIONS),
     ):
         require("peft", owner, entries)

@@ -20,7 +20,10 @@ TUNER = [
         ("_prepare_adapter_config", "find the target modules of known architectures"),
         ("_create_and_replace", "put an adapter around a layer"),
         ("_replace_module", "put an adapter around a layer"),
-        ("_post_injection_hook", "refuse an adapter with nothing to train and freeze"),
+        ("_prepare_model", "refuse an adapter before anything of the model changes"),
+        ("_check_target_module_exists", "refuse an adapter before anything of the model changes"),
+        ("_check_target_module_compatiblity", "refuse an adapter before anything of the model changes"),
+        ("_get_adapter_state_dict", "refuse to save an adapter without what is frozen"),
         ("_cast_adapter_dtype", "give the adapter of a sharded model its dtype"),
         ("get_model_config", "know the architecture"),
     )
@@ -34,7 +37,9 @@ LAYER = [
         ("set_base_weight", "merge an adapter into quantized layers, too"),
     )
 ]
+MODEL = [Private("PeftModel", "_enable_peft_forward_hooks", "mix adapters in one batch", _TUNER)]
 FUNCTIONS = [
+    Private("peft.tuners.tuners_utils", "_maybe_include_all_linear_layers", "know what all-linear stands for", _TUNER),
     Private("peft.tuners.tuners_utils", "_get_in_out_features", "know the size of a quantized layer", _TUNER),
     Private("peft.tuners.tuners_utils", "check_adapters_to_merge", "merge an adapter", _TUNER),
 ]
@@ -51,7 +56,7 @@ HOOKS = [
     Private("torch.nn.Module", name, "call a hooked layer as it is", "a public query")
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ]
-PRIVATE = {"peft": MAPPINGS + TUNER + LAYER + FUNCTIONS, "torch": BACKWARD + SAVED + GLOBAL_HOOKS + HOOKS}
+PRIVATE = {"peft": MAPPINGS + TUNER + LAYER + MODEL + FUNCTIONS, "torch": BACKWARD + SAVED + GLOBAL_HOOKS + HOOKS}
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -61,7 +66,12 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def in_backward() -> bool:
     """Whether this thread is inside of a backward pass, as recomputing with gradient checkpointing is."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_pass() != -1
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that this thread is inside of; -1 for none."""
+    return torch._C._current_graph_task_id()
 
 
 def keeps_all_for_backward() -> bool:

@@ -266,6 +266,9 @@ class Engine(ABC):
     def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
         """Go on with a loss scale that an engine of this kind gave."""
 
+    def keep(self, names: Sequence[str]) -> None:  # noqa: B027 - most engines leave nothing out
+        """Have these parameters in all that is saved, frozen or not, from now on and after the training."""
+
     def reload(self) -> None:  # noqa: B027 - most engines have nothing to do
         """accelerate has loaded a checkpoint of its own: take note of what it replaced."""
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import (
-    AutoConfig,
-    AutoModel,
     BertConfig,
     BertForSequenceClassification,
     DebertaV2Config,
@@ -21,7 +19,6 @@ from transformers import (
 
 from aflora_dist import AFLoRAConfig, AFLoRAError, save_as_lora
 from aflora_dist.adapter import AFLoRALayer
-from aflora_dist.adapter.architectures import kind_of
 
 TOKENS = torch.arange(1, 13).view(2, 6)
 
@@ -197,41 +194,7 @@ def test_lora_r8_of_the_same_layers(deberta_v3_base: Any) -> None:
     assert lora_parameters(deberta_v3_base) == 1_327_104
 
 
-# -- which layers are what ---------------------------------------------------------------------------------
-
-SIZES: dict[str, dict[str, Any]] = {
-    "bert": {},
-    "roberta": {},
-    "deberta-v2": {},
-    "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64},
-    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4},
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "t5": {"d_model": 32, "d_ff": 64, "num_layers": 1, "d_kv": 8, "num_heads": 4},
-    "vit": {"image_size": 32, "patch_size": 16},
-    "modernbert": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
-}
-COMMON = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-# (attention, feed-forward) layers of one block; T5 has an encoder and a decoder block
-BLOCKS = dict.fromkeys(SIZES, (4, 2)) | dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma"], (4, 3))
-BLOCKS |= {"gpt2": (2, 2), "t5": (12, 4), "modernbert": (2, 2)}
-
-
-@pytest.mark.parametrize("model_type", SIZES)
-def test_every_block_layer_is_adapted_and_told_apart(model_type: str) -> None:
-    options = COMMON | {"vocab_size": 60, "num_key_value_heads": 2, "head_dim": 8} | SIZES[model_type]
-    model = AutoModel.from_config(AutoConfig.for_model(model_type, **options))
-    model = get_peft_model(model, AFLoRAConfig(r=2))
-    names = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, AFLoRALayer)]
-    kinds = [kind_of(model_type, n) for n in names]
-    assert (kinds.count("attention"), kinds.count("ffn")) == BLOCKS[model_type], names
-    assert None not in kinds
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".A")]
-    assert len(trained) == BLOCKS[model_type][1]
+# -- which layers train, and what is refused -------------------------------------------------------------
 
 
 def test_a_pattern_chooses_the_freezable_layers() -> None:
@@ -277,14 +240,84 @@ def test_nothing_freezable_is_refused_and_says_what_there_is() -> None:
         adapted(target_modules=["key"])
 
 
-def test_an_unknown_architecture_is_told_what_to_write() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
-    with pytest.raises(AFLoRAError, match="target_modules"):
+class Unknown(torch.nn.Module):
+    """Of no known architecture: three linear layers, one of them a head, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Linear(4, 6), torch.nn.Linear(6, 4)
+        self.norm, self.lm_head = torch.nn.LayerNorm(4), torch.nn.Linear(4, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.norm(self.down(self.up(x).relu())))
+
+
+def test_an_unknown_architecture_gets_one_error_that_says_all_and_proposes_no_head() -> None:
+    model = Unknown()
+    with pytest.raises(AFLoRAError, match=r"(?s)target_modules=.*freezable=.*end in: down, up;.*regular expression"):
         get_peft_model(model, AFLoRAConfig())
     with pytest.raises(AFLoRAError, match='"all", "none" or a regular expression'):
-        get_peft_model(model, AFLoRAConfig(target_modules=["0"]))
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
-    assert get_peft_model(model, AFLoRAConfig(target_modules=["0"], freezable="all"))
+        get_peft_model(model, AFLoRAConfig(target_modules=["up"]))
+    assert get_peft_model(model, AFLoRAConfig(target_modules=["up"], freezable="all"))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing freezable": ({"target_modules": ["up"]}, "does not know which layers"),
+    "a pattern of nothing": ({"target_modules": ["up"], "freezable": "nowhere"}, "nothing to train and freeze"),
+    "no linear layer": ({"target_modules": ["up", "norm"], "freezable": "all"}, r"'norm' is LayerNorm"),
+    "no such layer": ({"target_modules": ["nowhere"], "freezable": "all"}, "No modules were targeted|not found"),
+    "unknown": ({}, "architecture"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_refused_leaves_the_model_as_it_was(why: str) -> None:
+    def state(model: torch.nn.Module) -> list[Any]:
+        hooks = [bool(m._forward_hooks or m._forward_pre_hooks) for m in model.modules()]
+        return [[*model.state_dict()], [p.requires_grad for p in model.parameters()], hooks, [*model.__dict__]]
+
+    options, said = REFUSED[why]
+    model = Unknown()
+    for adapt in (get_peft_model, lambda model, config: inject_adapter_in_model(config, model)):
+        before = state(model)
+        with pytest.raises(ValueError, match=said):
+            adapt(model, AFLoRAConfig(**options))
+        assert state(model) == before
+    fine = AFLoRAConfig(target_modules=["up", "down"], freezable="all")
+    adapted_model = get_peft_model(model, fine)
+    before = state(adapted_model)
+    with pytest.raises(ValueError, match=said):
+        adapted_model.add_adapter("second", AFLoRAConfig(**options))
+    assert state(adapted_model) == before
+    assert [*adapted_model.peft_config] == ["default"]
+    adapted_model.add_adapter("second", fine)
+    with pytest.raises(ValueError, match=said):
+        inject_adapter_in_model(AFLoRAConfig(**options), adapted_model.get_base_model(), "third")
+    assert [*adapted_model.peft_config] == ["default", "second"]
+
+
+def test_a_layer_that_holds_lora_is_said_to() -> None:
+    model = get_peft_model(bert(), LoraConfig(target_modules=["query"])).get_base_model()
+    with pytest.raises(AFLoRAError, match=r"self\.query' holds an adapter of another method already .*lora.*unload"):
+        get_peft_model(model, AFLoRAConfig())
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"rank_pattern": {"query": 8}}, "one rank r"),
+        ({"alpha_pattern": {"query": 8}}, "do the scaling"),
+        ({"lora_alpha": 16}, "do the scaling"),
+        ({"lora_dropout": 0.1}, "aflora_dropout"),
+        ({"ensure_weight_tying": True}, "untie"),
+        ({"target_parameters": ["experts.down_proj"]}, "not bare parameters"),
+        ({"trainable_token_indices": [0]}, "modules_to_save"),
+    ],
+)
+def test_options_of_other_methods_are_refused_with_a_clear_word(option: dict[str, Any], said: str) -> None:
+    with pytest.raises(AFLoRAError, match=f"AFLoRAConfig has no {next(iter(option))}.*{said}"):
+        AFLoRAConfig(**option)
 
 
 def test_no_matching_module_is_peft_s_error() -> None:

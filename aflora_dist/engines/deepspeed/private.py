@@ -12,20 +12,30 @@ def _of(owner: str, why: str, instead: str, *names: str) -> list[Private]:
     return [Private(owner, name, why, instead) for name in names]
 
 
-ENGINE = _of(
-    "DeepSpeedEngine",
-    "make a ZeRO optimizer over the parameters that still train",
-    _REBUILD,
-    "_configure_zero_optimizer",
-    "basic_optimizer",
-    "optimizer",
-    "_config",
-) + _of(
-    "DeepSpeedEngine",
-    "know which updates were applied and at which micro-batch",
-    "a public hook after an update",
-    "was_step_applied",
-    "is_gradient_accumulation_boundary",
+ENGINE = (
+    _of(
+        "DeepSpeedEngine",
+        "make a ZeRO optimizer over the parameters that still train",
+        _REBUILD,
+        "_configure_zero_optimizer",
+        "basic_optimizer",
+        "optimizer",
+        "_config",
+    )
+    + _of(
+        "DeepSpeedEngine",
+        "know which updates were applied and at which micro-batch",
+        "a public hook after an update",
+        "was_step_applied",
+        "is_gradient_accumulation_boundary",
+    )
+    + _of(
+        "DeepSpeedEngine",
+        "save frozen matrices, too, where frozen parameters are left out",
+        "a public list of what to keep",
+        "_zero3_consolidated_16bit_state_dict",
+        "module_state_dict",
+    )
 )
 BOTH = _of(
     "DeepSpeedZeroOptimizer",

@@ -21,6 +21,7 @@ from ...freezing import Fragment
 from ..base import Engine, Observer, Record, release
 from ..transfer import Move, Piece, place, plan
 from . import private
+from .saving import KeptWhole
 
 Span = tuple[Fragment, int]  # a fragment, and where in its partition it begins
 
@@ -251,6 +252,9 @@ class ZeroEngine(Engine):
 
     def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
         vars(self.zero.loss_scaler).update(scaling)
+
+    def keep(self, names: Sequence[str]) -> None:
+        KeptWhole(self.ds, names)
 
     def reload(self) -> None:
         """Loading gave the optimizer inside ZeRO a new state and new param groups: if it is a stand-in, share them."""

@@ -1,0 +1,71 @@
+"""The AFLoRA layers of a model for who freezes them, in whatever way they came into it. Changes nothing of Eq. 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..names import AdapterTensor
+from .folding import Folding
+from .layer import AFLoRALayer, AFLoRAPath
+
+
+class Adapted:
+    """What `AdaptiveFreezing` has to know of a model.
+
+    `get_peft_model` leaves a tuner in the model; `inject_adapter_in_model` and transformers' `add_adapter` leave the
+    layers alone.
+
+    Args:
+        model: The unwrapped model.
+
+    Attributes:
+        layers: By their names in `model`; none if it has no AFLoRA adapter.
+        roots: The modules that were adapted, usually one: `Folding` is attached to them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, AFLoRALayer)}
+        # A compiled model is folded for further outside, too: what was adapted is the innermost.
+        self.roots = list({folding: m for m in model.modules() if (folding := Folding.of(m)) is not None}.values())
+        self._guards = {layer.guard for layer in self.layers.values()}
+
+    @property
+    def freezing_attached(self) -> bool:
+        """Whether an `AdaptiveFreezing` watches this model. While none does, a second training step is refused."""
+        return any(guard.attached for guard in self._guards)
+
+    @freezing_attached.setter
+    def freezing_attached(self, value: bool) -> None:
+        for guard in self._guards:
+            guard.attached = value
+
+    @property
+    def freezing_waived(self) -> bool:
+        """Whether the rest of the matrices may train to the end without one."""
+        return all(guard.waived for guard in self._guards)
+
+    @freezing_waived.setter
+    def freezing_waived(self, value: bool) -> None:
+        for guard in self._guards:
+            guard.waived = value
+
+    @property
+    def freezes(self) -> bool:
+        """Whether an active adapter is to freeze adaptively, be it that all of its matrices have."""
+        return any(path.adaptive for _, _, path in self._active_paths())
+
+    def freezable_matrices(self) -> dict[str, nn.Parameter]:
+        """The projection matrices of the active adapters that train and are yet to freeze, by name."""
+        return {
+            str(AdapterTensor(module, adapter, matrix)): path.get_parameter(matrix)
+            for module, adapter, path in self._active_paths()
+            for matrix in path.to_freeze()
+        }
+
+    def _active_paths(self) -> Iterator[tuple[str, str, AFLoRAPath]]:
+        for name, layer in self.layers.items():
+            for adapter in layer.active_adapters:
+                if adapter in layer.aflora:
+                    yield name, adapter, layer.path(adapter)

@@ -1,0 +1,279 @@
+"""transformers' Trainer with FreezingCallback: the same freezing as in a loop, and nothing learned is lost."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, FreezingConfig
+from aflora_dist.trainer import TRAINER, _introduce
+from tests.launch import launch_series
+from tests.test_contract import GONE
+from tests.workers import trainer as worker
+from tests.workers.trainer import STEPS, Examples, Stream, batch, build_llama, settings, values
+
+EVERY = ("single", "ddp", "zero2", "zero3", "fsdp2")
+FOURTHS = {"save_strategy": "steps", "save_steps": 4}
+# The first checkpoint is the best: matrices freeze after it.
+BEST = {
+    **FOURTHS,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,
+}
+
+
+def run(engine: str, *runs: list[str]) -> list[list[dict[str, Any]]]:
+    """What every rank saw in each run: the worker's arguments, the folder first."""
+    if engine == "single":
+        for arguments in runs:
+            worker.main(arguments)
+    else:
+        module = ["tests.workers.trainer"]
+        if engine == "fsdp2":
+            module = ["profiling.fsdp_on_cpu", *module]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
+            patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")  # else Trainer's save_model writes nothing
+            launch_series(engine, 2, [[*module, *arguments] for arguments in runs])
+    return [[torch.load(path) for path in sorted(Path(arguments[0]).glob("rank*.pt"))] for arguments in runs]
+
+
+@cache
+def trained(engine: str) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
+    """A folder; what the ranks saw of a training to the end (`whole`), and with the best model loaded (`best`)."""
+    folder = Path(mkdtemp(prefix=f"trainer-{engine}-"))
+    runs = [[str(folder / name), "--options", json.dumps(o)] for name, o in (("whole", FOURTHS), ("best", BEST))]
+    return folder, *run(engine, *runs)
+
+
+@cache
+def loop() -> list[dict[str, Any]]:
+    """The freeze log of an own loop in one process, as accelerate's documentation writes it."""
+    accelerator = Accelerator(cpu=True)
+    model = build_llama()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=worker.RATE, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / STEPS)
+    config = FreezingConfig(total_steps=STEPS, initial_steps=round(0.1 * STEPS), final_steps=round(0.7 * STEPS))
+    freezing = AdaptiveFreezing(accelerator, model, optimizer, config)
+    for step in range(STEPS):
+        accelerator.backward(model(**batch(step)).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return [vars(event) for event in freezing.events]
+
+
+def assert_same_log(mine: list[dict[str, Any]], theirs: list[dict[str, Any]], rel: float = 1e-5) -> None:
+    assert [(e["step"], e["frozen"]) for e in mine] == [(e["step"], e["frozen"]) for e in theirs] != []
+    for event, other in zip(mine, theirs, strict=True):
+        assert event["scores"] == pytest.approx(other["scores"], rel=rel, abs=0)
+
+
+def assert_close(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.allclose(value, theirs[name].float(), rtol=tolerance, atol=tolerance), name
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def plain(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names that PEFT saves under."""
+    return {name.replace(".default", ""): value for name, value in found.items()}
+
+
+def marked(engines: tuple[str, ...]) -> list[Any]:
+    return [pytest.param(e, marks=[] if e == "single" else pytest.mark.distributed) for e in engines]
+
+
+# -- on every engine -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", marked(EVERY))
+def test_the_freeze_log_is_that_of_an_own_loop(engine: str) -> None:
+    _, whole, _ = trained(engine)
+    assert {rank["kind"] for rank in whole} == {engine}
+    for rank in whole:
+        assert rank["steps"] == STEPS
+        assert_same_log(rank["events"], loop())
+    assert whole[0]["events"][-1]["remaining"] == 0
+
+
+@pytest.mark.parametrize("engine", marked(EVERY))
+def test_what_is_saved_is_the_whole_adapter(engine: str) -> None:
+    folder, (whole, *_), _ = trained(engine)
+    for saved_in in (folder / "whole" / "model", folder / "whole" / f"checkpoint-{STEPS}"):
+        assert_close(plain(whole["values"]), saved(saved_in), 0.0)
+    assert plain(whole["values"]).keys() == saved(folder / "whole" / "checkpoint-4").keys()
+    for found in whole["ways"].values():  # also where frozen parameters are to be left out
+        assert_close(whole["values"], {name.removeprefix("module."): value for name, value in found.items()}, 0.0)
+
+
+@pytest.mark.parametrize("engine", marked(EVERY))
+def test_the_best_model_comes_back_though_matrices_froze_since(engine: str) -> None:
+    folder, _, (best, *_) = trained(engine)
+    checkpoint = folder / "best" / "checkpoint-4"
+    assert Path(best["best"]) == checkpoint
+    assert [e for e in best["events"] if e["step"] >= 4]
+    assert_close(plain(best["values"]), saved(checkpoint), 0.0)
+    assert_close(plain(best["values"]), saved(folder / "best" / "model"), 0.0)
+
+
+@pytest.mark.parametrize("engine", marked(EVERY))
+def test_resuming_is_exact_before_between_and_after_the_freezes(engine: str, tmp_path: Path) -> None:
+    """To the bit on the same engine, and within 1e-5 from a checkpoint of one process."""
+    folder, (whole, *_), _ = trained(engine)
+    single, _, _ = trained("single")
+    sources = [folder / "whole" / f"checkpoint-{step}" for step in (4, 8)] + [single / "whole" / "checkpoint-4"]
+    runs = [[str(tmp_path / str(i)), "--resume", str(source)] for i, source in enumerate(sources)]
+    resumed = run(engine, *runs)
+    for (first, *_), exact in zip(resumed, (True, True, engine == "single"), strict=True):
+        assert_same_log(first["events"], whole["events"], rel=1e-12 if exact else 1e-5)
+        assert_close(first["values"], whole["values"], 0.0 if exact else 1e-5)
+        assert first["rates"] == pytest.approx(whole["rates"][-len(first["rates"]) :], rel=1e-12)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("source", ["zero3", "fsdp2"])
+def test_one_process_resumes_from_a_sharded_checkpoint(source: str, tmp_path: Path) -> None:
+    """accelerate #4206, transformers #28320: of such an adapter only rank 0's slice came back."""
+    folder, (whole, *_), _ = trained(source)
+    ((resumed,),) = run("single", [str(tmp_path), "--resume", str(folder / "whole" / "checkpoint-4")])
+    assert_same_log(resumed["events"], whole["events"])
+    assert_close(resumed["values"], whole["values"], 1e-5)
+
+
+@pytest.mark.parametrize("engine", marked(EVERY))
+def test_the_same_trainer_resumes_from_before_its_freezes_and_trains_again(engine: str, tmp_path: Path) -> None:
+    """Under DeepSpeed Trainer itself cannot train twice."""
+    _, (whole, *_), _ = trained(engine)
+    ((first, *_),) = run(engine, [str(tmp_path), "--options", json.dumps(FOURTHS), "--again"])
+    events, resumed = first["resumed"]
+    assert_same_log(events, whole["events"], rel=1e-12)
+    assert_close(resumed, whole["values"], 0.0)
+    assert first["again"] == ([], STEPS)
+
+
+# -- ways of using Trainer, in one process -----------------------------------------------------------
+
+
+def make(out: Path, callback: TrainerCallback | None, model: Any = None, data: Any = None, **options: Any) -> Trainer:
+    return Trainer(
+        model=model or build_llama(),
+        args=TrainingArguments(**settings(out, **options)),
+        train_dataset=data or Examples(),
+        callbacks=[callback] if callback else None,
+    )
+
+
+@pytest.mark.parametrize("how", ["in the constructor", "its class", "added", "with its trainer"])
+def test_the_callback_works_wherever_it_is_put(how: str, tmp_path: Path) -> None:
+    if how == "its class":
+        trainer = make(tmp_path, FreezingCallback)  # type: ignore[arg-type]
+    elif how == "in the constructor":
+        trainer = make(tmp_path, FreezingCallback())
+    else:
+        trainer = make(tmp_path, None)
+        trainer.add_callback(FreezingCallback(trainer) if how == "with its trainer" else FreezingCallback())
+    trainer.train()
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FreezingCallback))
+    assert callback.freezing is not None
+    assert_same_log([vars(e) for e in callback.freezing.events], loop())
+
+
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path, FreezingCallback())
+    trainer.add_callback(FreezingCallback())
+    with pytest.raises(AFLoRAError, match="2 FreezingCallbacks"):
+        trainer.train()
+
+
+def test_a_stream_with_max_steps_freezes_like_a_dataset(tmp_path: Path) -> None:
+    callback = FreezingCallback()
+    make(tmp_path, callback, data=Stream(), max_steps=STEPS).train()
+    assert callback.freezing is not None
+    assert_same_log([vars(e) for e in callback.freezing.events], loop())
+
+
+def test_training_again_goes_on_with_what_is_frozen(tmp_path: Path) -> None:
+    callback = FreezingCallback()
+    trainer = make(tmp_path, callback)
+    trainer.train()
+    first = values(callback)
+    for again in (trainer, make(tmp_path, other := FreezingCallback(), model=trainer.model)):
+        again.train()
+    assert other.freezing is not None
+    assert (other.freezing.events, other.freezing.step) == ([], STEPS)
+    second = values(other)
+    changed = {name.rpartition(".")[2] for name, value in first.items() if not torch.equal(value, second[name])}
+    assert changed == {"s_d", "s_b"}
+
+
+def test_an_out_of_memory_after_the_last_freeze_is_retried(tmp_path: Path) -> None:
+    class Full(TrainerCallback):
+        full = True
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.full and state.global_step == STEPS - 1:
+                self.full = False
+                raise RuntimeError("CUDA out of memory.")
+
+    callback = FreezingCallback()
+    trainer = make(tmp_path, callback, auto_find_batch_size=True)
+    trainer.add_callback(Full())
+    trainer.train()
+    assert callback.freezing is not None
+    assert trainer._train_batch_size < worker.BATCH
+    assert (callback.freezing.events, trainer.state.global_step) == ([], callback.freezing.step)
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_from_says_why(tmp_path: Path) -> None:
+    trainer = make(tmp_path, FreezingCallback(), **FOURTHS)
+    trainer.train()
+    last = Path(get_last_checkpoint(str(tmp_path)))
+    state = last / "aflora" / f"step_{STEPS:08d}" / "state.safetensors"
+    with pytest.raises(AFLoRAError, match="initial_steps is 1 there and 4 here"):
+        make(tmp_path, FreezingCallback(initial_epochs=1.0)).train(resume_from_checkpoint=True)
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(AFLoRAError, match=r"damaged: state.safetensors has .* Take another checkpoint"):
+        make(tmp_path, FreezingCallback()).train(resume_from_checkpoint=True)
+    (state.parent / "training.json").unlink()
+    state.unlink()
+    (state.parent / "manifest.json").unlink()
+    state.parent.rmdir()
+    with pytest.raises(AFLoRAError, match="holds no state of freezing"):
+        make(tmp_path, FreezingCallback()).train(resume_from_checkpoint=True)
+
+
+def test_a_compiled_model_freezes_the_same(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    callback = FreezingCallback()
+    make(tmp_path, callback, torch_compile=True, torch_compile_backend="aot_eager").train()
+    assert callback.freezing is not None
+    assert_same_log([vars(e) for e in callback.freezing.events], loop(), rel=1e-4)
+
+
+def test_a_transformers_without_these_places_is_an_error_that_names_the_release() -> None:
+    TRAINER.append(GONE)
+    try:
+        with pytest.raises(AFLoRAError, match=r"has no Somebody\._moved_elsewhere.*transformers 5"):
+            _introduce()
+    finally:
+        TRAINER.remove(GONE)
