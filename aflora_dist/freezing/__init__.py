@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .config import FreezeEvent, FreezingConfig
-from .kinds import SCORE_KINDS, ScoreKind
+from .kinds import SCORE_KINDS, ScheduleShape, ScoreKind
 from .policy import FreezingPolicy
 from .schedule import CubicSchedule
 
@@ -18,6 +18,7 @@ __all__ = [
     "FreezingConfig",
     "FreezingPolicy",
     "FreezingScore",
+    "ScheduleShape",
     "ScoreKind",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import AFLoRAError
-from .kinds import SCORE_KINDS, ScoreKind
+from .kinds import SCORE_KINDS, ScheduleShape, ScoreKind
 from .schedule import CubicSchedule
 
 
@@ -22,6 +22,8 @@ class FreezingConfig:
         pairwise: Freeze A and B of a layer together (Table 6).
         every: Steps from one decision to the next at least; 1 is the paper's rule. More means fewer, larger
             freezes, where each is dear: a model compiled under ZeRO-3 or FSDP2 is compiled anew at each.
+        shape: How the frozen fraction grows: "cubic" (Eq. 5), or "quadratic" (the authors' scripts for language
+            models).
 
     Raises:
         AFLoRAError: The schedule does not fit, or an argument is out of range.
@@ -35,6 +37,7 @@ class FreezingConfig:
     score: ScoreKind = "gradient"
     pairwise: bool = False
     every: int = 1
+    shape: ScheduleShape = "cubic"
 
     def __post_init__(self) -> None:
         self.schedule()
@@ -50,6 +53,7 @@ class FreezingConfig:
             initial_steps=self.initial_steps,
             final_steps=self.final_steps,
             every=self.every,
+            shape=self.shape,
         )
 
 

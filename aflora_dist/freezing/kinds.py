@@ -1,4 +1,4 @@
-"""The importances by which a projection matrix may be scored (Fig. 4), by name."""
+"""What freezing knows by name: importances to score a projection matrix by (Fig. 4), shapes of the schedule."""
 
 from __future__ import annotations
 
@@ -6,3 +6,6 @@ from typing import Literal
 
 ScoreKind = Literal["gradient", "sensitivity", "relative"]
 SCORE_KINDS: tuple[ScoreKind, ...] = ("gradient", "sensitivity", "relative")
+
+ScheduleShape = Literal["cubic", "quadratic"]
+SCHEDULE_SHAPES: tuple[ScheduleShape, ...] = ("cubic", "quadratic")

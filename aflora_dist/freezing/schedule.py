@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import AFLoRAError
+from .kinds import SCHEDULE_SHAPES, ScheduleShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +19,18 @@ class CubicSchedule:
         final_steps: t_f, the steps at the end during which all are frozen.
         every: Steps from one decision to the next; 1 is the paper's rule. The decisions lie so that all
             are frozen when the final steps begin, as with any other value.
+        shape: With x = (t - t_i) / (T - t_i - t_f): "cubic", 1 - (1 - x)^3, is Eq. 5; "quadratic", x^2, is what the
+            authors' scripts for language models do: few freeze early, most late.
 
     Raises:
-        AFLoRAError: T < 1, a negative t_i or t_f, t_i + t_f > T, or every < 1.
+        AFLoRAError: T < 1, a negative t_i or t_f, t_i + t_f > T, every < 1, or an unknown shape.
     """
 
     total_steps: int
     initial_steps: int
     final_steps: int
     every: int = 1
+    shape: ScheduleShape = "cubic"
 
     def __post_init__(self) -> None:
         T, t_i, t_f = self.total_steps, self.initial_steps, self.final_steps
@@ -36,6 +40,8 @@ class CubicSchedule:
             raise AFLoRAError(f"The freezing schedule needs t_i >= 0 and t_f >= 0, got t_i={t_i}, t_f={t_f}.")
         if self.every < 1:
             raise AFLoRAError(f"The freezing schedule decides every so many steps, at least 1: got every={self.every}.")
+        if self.shape not in SCHEDULE_SHAPES:
+            raise AFLoRAError(f"The freezing schedule's shape is {' or '.join(SCHEDULE_SHAPES)}, got {self.shape!r}.")
         if t_i + t_f > T:
             raise AFLoRAError(
                 f"The freezing schedule does not fit: t_i + t_f = {t_i} + {t_f} = {t_i + t_f} steps, but training "
@@ -49,7 +55,8 @@ class CubicSchedule:
             return 1.0
         if step < t_i:
             return 0.0
-        return 1.0 - (1.0 - (step - t_i) / (T - t_i - t_f)) ** 3
+        x = (step - t_i) / (T - t_i - t_f)
+        return x**2 if self.shape == "quadratic" else 1.0 - (1.0 - x) ** 3
 
     def count(self, step: int, total: int) -> int:
         """How many of `total` matrices are frozen after this step's update: floor(r(t) N) at the latest decision."""

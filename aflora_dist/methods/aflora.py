@@ -43,7 +43,7 @@ class AFLoRA:
             aflora_dropout=options.dropout,
             # PEFT adds the usual heads of classifiers itself.
             modules_to_save=[name for name in head if name not in SEQ_CLS_HEAD_NAMES] or None,
-            task_type=TaskType.SEQ_CLS,
+            task_type=TaskType.CAUSAL_LM if self.config.data.task == "sft" else TaskType.SEQ_CLS,
         )
         try:
             return get_peft_model(model, adapter)
@@ -84,6 +84,7 @@ class AFLoRA:
             score=freezing.score,
             pairwise=freezing.pairwise,
             every=freezing.every,
+            shape=freezing.shape,
         )
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .. import __version__
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
 from ..progress import Progress
+from ..training.config import Config
 from ..watch.log import TrainingLog
 from . import checkpoint
 from .checkpoint import Checkpoint
@@ -103,7 +105,8 @@ def refuse_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], where
     Raises:
         AFLoRAError: Names every option that differs, with both values.
     """
-    flat = [_flatten(theirs), _flatten(mine)]
+    # An earlier release lacks the newer options: it did what they do if they are not given.
+    flat = [_flatten(asdict(Config())) | _flatten(theirs), _flatten(mine)]
     different = [
         f"{key} is {flat[0].get(key)} there and {flat[1].get(key)} here"
         for key in sorted({*flat[0], *flat[1]})

@@ -1,1 +1,1 @@
-"""What is trained on: data, head, loss and metrics. Knows no engine and no method."""
+"""What is trained on: data, model, loss and metrics. Knows no engine and no method."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,31 +31,53 @@ def create_loaders(
     Raises:
         AFLoRAError: On every rank: there is less than one batch of training examples, or a rank failed.
     """
-    on_gpu = accelerator.device.type == "cuda"
-    kind = "gpu" if on_gpu else "cpu"
-    multiple = _PAD_TO_MULTIPLE[kind]
-    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    if len(data.train) < config.train.batch_size:
-        raise AFLoRAError(
-            f"The training split has {len(data.train)} examples, fewer than one batch: train.batch_size="
-            f"{config.train.batch_size}. Lower it."
-        )
+    place = Place(accelerator)
+    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=place.multiple)
+    enough(config, len(data.train))  # before time is spent
     train_set = tokenized(data.train, tokenizer, config.data.max_length, "the training split")
-    sampler = GlobalBatchSampler(
-        lengths(train_set, multiple),
-        config.train.batch_size,
-        micro_batches=config.train.accumulation,
-        tokens=config.data.tokens_per_micro_batch or _TOKENS_PER_MICRO_BATCH[kind],
-        seed=config.train.seed,
-        **place,
-    )
+    sampler = create_sampler(config, lengths(train_set, place.multiple), place)
     evaluation = {}
     for split, dataset in data.evaluation.items():
         tokens = tokenized(dataset, tokenizer, config.data.max_length, f"the {split} split")
-        order = EvaluationSampler(lengths(tokens, multiple), config.train.eval_batch_size, **place)
-        evaluation[split] = loader(tokens, order, collate, on_gpu)
-    return sampler, loader(train_set, sampler, collate, on_gpu), evaluation
+        order = EvaluationSampler(
+            lengths(tokens, place.multiple), config.train.eval_batch_size, rank=place.rank, world_size=place.world_size
+        )
+        evaluation[split] = loader(tokens, order, collate, place.on_gpu)
+    return sampler, loader(train_set, sampler, collate, place.on_gpu), evaluation
+
+
+class Place:
+    """Which rank this is, and what batches must look like there."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.on_gpu = accelerator.device.type == "cuda"
+        kind = "gpu" if self.on_gpu else "cpu"
+        self.multiple = _PAD_TO_MULTIPLE[kind]
+        self.tokens = _TOKENS_PER_MICRO_BATCH[kind]
+
+
+def enough(config: Config, examples: int) -> None:
+    """Refuse a training split that is smaller than one batch."""
+    if examples < config.train.batch_size:
+        raise AFLoRAError(
+            f"The training split has {examples} examples, fewer than one batch: train.batch_size="
+            f"{config.train.batch_size}. Lower it."
+        )
+
+
+def create_sampler(config: Config, lengths: Sequence[int], place: Place, **options: Any) -> GlobalBatchSampler:
+    """This rank's hand of every global batch, as the configuration has it."""
+    return GlobalBatchSampler(
+        lengths,
+        config.train.batch_size,
+        micro_batches=config.train.accumulation,
+        tokens=config.data.tokens_per_micro_batch or place.tokens,
+        seed=config.train.seed,
+        rank=place.rank,
+        world_size=place.world_size,
+        **options,
+    )
 
 
 def loader(dataset: Any, sampler: Sampler[list[int]], collate: Any, beside: bool) -> DataLoader[Batch]:

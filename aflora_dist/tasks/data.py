@@ -19,7 +19,7 @@ import datasets
 from ..errors import AFLoRAError
 from ..processes import first_on_node
 from ..training.config import DataConfig
-from .glue import TASKS, Task
+from .glue import TASKS, GlueTask
 
 _FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _DEMO_HELD_OUT = 1000
@@ -74,7 +74,9 @@ def load_data(config: DataConfig, seed: int) -> Data:
             metrics=task.metrics,
         )
     else:
-        raise AFLoRAError(f"There is no task {config.task!r}. data.task is one of: {', '.join(TASKS)}, demo, files.")
+        raise AFLoRAError(
+            f"There is no task {config.task!r}. data.task is one of: {', '.join(TASKS)}, demo, files, sft."
+        )
     for split, dataset in {"train": data.train, **data.evaluation}.items():
         _check_split(data, split, dataset)
     train = data.train
@@ -106,7 +108,7 @@ def _standard(dataset: datasets.Dataset, text_columns: tuple[str, ...], label_co
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 
 
-def _glue_from_hub(task: Task) -> dict[str, datasets.Dataset]:
+def _glue_from_hub(task: GlueTask) -> dict[str, datasets.Dataset]:
     def load() -> Any:
         try:
             return datasets.load_dataset("nyu-mll/glue", task.name)
@@ -121,11 +123,11 @@ def _glue_from_hub(task: Task) -> dict[str, datasets.Dataset]:
     return {split: _standard(loaded[split], task.text_columns, "label") for split, _ in task.files}
 
 
-def _glue_from_folder(task: Task, folder: Path) -> dict[str, datasets.Dataset]:
+def _glue_from_folder(task: GlueTask, folder: Path) -> dict[str, datasets.Dataset]:
     return {split: _read_tsv(task, folder / task.folder / file) for split, file in task.files}
 
 
-def _read_tsv(task: Task, path: Path) -> datasets.Dataset:
+def _read_tsv(task: GlueTask, path: Path) -> datasets.Dataset:
     """GLUE's TSV files: tab-separated without quoting, most with a header."""
     if not path.is_file():
         raise AFLoRAError(f"There is no file {path}. data.path is the folder that holds GLUE's {task.folder}/.")
@@ -182,7 +184,12 @@ def _files(config: DataConfig) -> Data:
     return Data("files", loaded["train"], {"validation": loaded["validation"]}, labels, metrics)
 
 
-def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
+def read_table(path: Path) -> datasets.Dataset:
+    """A CSV, TSV, JSON (lines) or parquet file. A collective.
+
+    Raises:
+        AFLoRAError: On every rank: it is not there, or cannot be read.
+    """
     if not path.is_file():
         raise AFLoRAError(f"There is no file {path}.")
     kind = _FILE_FORMATS.get(path.suffix.lower())
@@ -201,7 +208,11 @@ def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
                 f"{path} could not be read as {kind}: {str(error.__cause__ or error).splitlines()[0]}"
             ) from error
 
-    dataset = first_on_node(load)
+    return first_on_node(load)
+
+
+def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
+    dataset = read_table(path)
     wanted = [*config.text_columns, config.label_column]
     if not 1 <= len(config.text_columns) <= 2 or len(set(wanted)) < len(wanted):
         raise AFLoRAError(

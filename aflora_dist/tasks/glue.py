@@ -1,13 +1,12 @@
-"""The eight GLUE tasks: columns, labels, metrics, GLUE's file layouts, and the paper's Table 5."""
+"""The eight GLUE tasks: columns, labels, metrics, and GLUE's file layouts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class GlueTask:
     """A sequence classification or regression task.
 
     Args:
@@ -38,10 +37,10 @@ class Task:
 
 _NLI = ("entailment", "not_entailment")
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, GlueTask] = {
     task.name: task
     for task in (
-        Task(
+        GlueTask(
             name="cola",
             text_columns=("sentence",),
             labels=("unacceptable", "acceptable"),
@@ -49,7 +48,7 @@ TASKS: dict[str, Task] = {
             folder="CoLA",
             tsv_columns=(3, 1),
         ),
-        Task(
+        GlueTask(
             name="sst2",
             text_columns=("sentence",),
             labels=("negative", "positive"),
@@ -57,7 +56,7 @@ TASKS: dict[str, Task] = {
             folder="SST-2",
             tsv_columns=("sentence", "label"),
         ),
-        Task(
+        GlueTask(
             name="mrpc",
             text_columns=("sentence1", "sentence2"),
             labels=("not_equivalent", "equivalent"),
@@ -65,7 +64,7 @@ TASKS: dict[str, Task] = {
             folder="MRPC",
             tsv_columns=("#1 String", "#2 String", "Quality"),
         ),
-        Task(
+        GlueTask(
             name="qqp",
             text_columns=("question1", "question2"),
             labels=("not_duplicate", "duplicate"),
@@ -73,7 +72,7 @@ TASKS: dict[str, Task] = {
             folder="QQP",
             tsv_columns=("question1", "question2", "is_duplicate"),
         ),
-        Task(
+        GlueTask(
             name="stsb",
             text_columns=("sentence1", "sentence2"),
             labels=None,
@@ -81,7 +80,7 @@ TASKS: dict[str, Task] = {
             folder="STS-B",
             tsv_columns=("sentence1", "sentence2", "score"),
         ),
-        Task(
+        GlueTask(
             name="mnli",
             text_columns=("premise", "hypothesis"),
             labels=("entailment", "neutral", "contradiction"),
@@ -95,7 +94,7 @@ TASKS: dict[str, Task] = {
             tsv_columns=("sentence1", "sentence2", "gold_label"),
             tsv_labels=("entailment", "neutral", "contradiction"),
         ),
-        Task(
+        GlueTask(
             name="qnli",
             text_columns=("question", "sentence"),
             labels=_NLI,
@@ -104,7 +103,7 @@ TASKS: dict[str, Task] = {
             tsv_columns=("question", "sentence", "label"),
             tsv_labels=_NLI,
         ),
-        Task(
+        GlueTask(
             name="rte",
             text_columns=("sentence1", "sentence2"),
             labels=_NLI,
@@ -115,50 +114,3 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
-
-# Table 5: epochs, learning rate of the head, learning rate, t_f in epochs. The rest is the same for
-# all tasks and is what config.py defaults to.
-_TABLE_5: dict[str, tuple[int, float, float, float]] = {
-    "cola": (20, 4e-2, 1e-2, 14),
-    "sst2": (10, 4e-3, 4e-3, 7),
-    "mrpc": (20, 8e-2, 1e-2, 14),
-    "qnli": (10, 4e-3, 1e-3, 7),
-    "stsb": (20, 2e-2, 2e-3, 14),
-    "rte": (20, 4e-2, 1e-3, 14),
-    "mnli": (10, 4e-3, 1e-3, 7),
-    "qqp": (10, 4e-3, 4e-3, 7),
-}
-
-
-def _table_5(task: str) -> dict[str, Any]:
-    epochs, head_learning_rate, learning_rate, final_epochs = _TABLE_5[task]
-    return {
-        "model.name": "microsoft/deberta-v3-base",
-        "data.task": task,
-        "data.max_length": 256,
-        "train.epochs": epochs,
-        "train.batch_size": 64,
-        "train.head_learning_rate": head_learning_rate,
-        "train.learning_rate": learning_rate,
-        "freezing.initial_epochs": 1.0,
-        "freezing.final_epochs": final_epochs,
-    }
-
-
-# Found on the demo itself: 78 updates want larger steps of s_b, which starts at 0, than Table 5's.
-_DEMO: dict[str, Any] = {
-    "model.name": "demo",
-    "data.task": "demo",
-    "data.max_length": 128,
-    "data.max_train_examples": 4992,
-    "train.epochs": 1,
-    "train.learning_rate": 4e-2,
-    "train.head_learning_rate": 1e-2,
-    "train.max_grad_norm": 1.0,
-    "freezing.initial_epochs": 0.1,
-    "freezing.final_epochs": 0.5,
-    "run.dir": "runs/demo",
-    "run.log_every": 1,
-}
-
-PRESETS: dict[str, dict[str, Any]] = {"demo": _DEMO, **{f"glue/{task}": _table_5(task) for task in TASKS}}

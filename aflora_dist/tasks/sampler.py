@@ -2,8 +2,8 @@
 
 Which examples are in the global batch depends on the seed and the update alone, so that nothing is biased (as it is
 where whole batches are grouped by length). Within it they are sorted by length and cut into pieces, one for each
-micro-batch of each rank, so that little is padded and no rank waits for another. Pieces differ in size: the loss of
-each is weighted, see `weight`.
+micro-batch of each rank, so that little is padded and no rank waits for another. Pieces differ in size: their losses
+are summed up, and the sum is scaled, see `scale`.
 
 transformers' BatchRebalanceSampler deals a global batch out likewise, but takes the number of micro-batches as given,
 moves single examples between pieces until it is stuck where `cut` finds the smallest largest piece, and leaves the
@@ -12,6 +12,7 @@ weights to the model's loss, of which a regression's knows none. So it is not us
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -61,16 +62,41 @@ def _starts(widths: Sequence[int], size: int) -> list[int]:
     return starts
 
 
-def deal(lengths: Sequence[int], ranks: int, micro_batches: int) -> list[list[list[int]]]:
-    """rank -> its micro-batches -> positions in the global batch; ranks have about equally many padded tokens."""
-    pieces = sorted(cut(lengths, ranks * micro_batches), key=lambda p: (-len(p) * lengths[p[0]], p))
+def spread(lengths: Sequence[int], pieces: int) -> list[list[int]]:
+    """Cut examples into pieces of about equally many tokens, whatever the examples' own lengths: for packing."""
+    found: list[list[int]] = [[] for _ in range(pieces)]
+    totals = [0] * pieces
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        lightest = min(range(pieces), key=lambda p: (totals[p], p))
+        found[lightest].append(i)
+        totals[lightest] += lengths[i]
+    return found
+
+
+def deal(lengths: Sequence[int], ranks: int, micro_batches: int, packed: bool = False) -> list[list[list[int]]]:
+    """rank -> its micro-batches -> positions in the global batch; ranks compute about equally many tokens.
+
+    Args:
+        packed: Examples are laid end to end in a micro-batch, instead of padded to the longest.
+    """
+
+    def size(piece: Sequence[int]) -> int:
+        return sum(lengths[i] for i in piece) if packed else len(piece) * lengths[piece[0]]
+
+    pieces = sorted((spread if packed else cut)(lengths, ranks * micro_batches), key=lambda p: (-size(p), p))
     hands: list[list[list[int]]] = [[] for _ in range(ranks)]
     totals = [0] * ranks
     for piece in pieces:
         rank = min((r for r in range(ranks) if len(hands[r]) < micro_batches), key=lambda r: (totals[r], r))
         hands[rank].append(piece)
-        totals[rank] += len(piece) * lengths[piece[0]]
+        totals[rank] += size(piece)
     return hands
+
+
+@functools.lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, examples: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(examples, generator=generator).tolist()
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -82,6 +108,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         micro_batches: Per update, on each rank, at least.
         tokens: About how many tokens a micro-batch may have, padding included: there are as many micro-batches as an
             average update needs for that, the same number in every update, as ZeRO wants it.
+        counts: What each example's loss is a sum over: its loss-carrying tokens; 1 if not given.
+        packed: See `deal`.
 
     Attributes:
         epoch, start: Where the next iteration begins: the epoch, and the updates of it that are done already.
@@ -94,12 +122,15 @@ class GlobalBatchSampler(Sampler[list[int]]):
         *,
         micro_batches: int = 1,
         tokens: int | None = None,
+        counts: Sequence[int] | None = None,
+        packed: bool = False,
         rank: int,
         world_size: int,
         seed: int,
     ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
+        self.counts, self.packed = counts, packed
         self.rank, self.world_size = rank, world_size
         self.seed = seed
         self.epoch = 0
@@ -114,19 +145,23 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def updates_per_epoch(self) -> int:
         return len(self.lengths) // self.batch_size
 
-    def weight(self, examples: int) -> float:
-        """What a micro-batch's mean loss counts, so that the gradient is that of the global batch's mean.
+    def scale(self, update: int) -> float:
+        """What makes a sum of losses this rank's share of the mean over the epoch's global batch number `update`.
 
-        Engines average over ranks and micro-batches.
+        Engines average over ranks and micro-batches. Every rank knows every example's count: nothing is exchanged.
         """
-        return examples * self.world_size * self.micro_batches / self.batch_size
+        total = self.batch_size if self.counts is None else sum(self.counts[i] for i in self._drawn(update))
+        return self.world_size * self.micro_batches / total
+
+    def _drawn(self, update: int) -> list[int]:
+        """The examples of one of the epoch's global batches."""
+        start = update * self.batch_size
+        return _order(self.seed, self.epoch, len(self.lengths))[start : start + self.batch_size]
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
         for update in range(self.start, self.updates_per_epoch):
-            batch = order[update * self.batch_size :][: self.batch_size]
-            hands = deal([self.lengths[i] for i in batch], self.world_size, self.micro_batches)
+            batch = self._drawn(update)
+            hands = deal([self.lengths[i] for i in batch], self.world_size, self.micro_batches, self.packed)
             yield from ([batch[i] for i in piece] for piece in hands[self.rank])
 
     def __len__(self) -> int:

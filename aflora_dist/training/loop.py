@@ -26,11 +26,10 @@ from ..processes import launched_accelerator, on_main
 from ..progress import Progress
 from ..store.resume import Checkpointer, find, finished
 from ..store.rundir import RunDirectory
-from ..tasks.batches import Batch, create_loaders, move
-from ..tasks.data import digest, load_data
-from ..tasks.evaluation import evaluate
-from ..tasks.model import load_base
-from ..tasks.sampler import GlobalBatchSampler
+from ..tasks.base import Task
+from ..tasks.batches import Batch, move
+from ..tasks.classification import Classification
+from ..tasks.sft import LanguageModelling
 from ..watch.log import TrainingLog
 from ..watch.stopping import StopWish
 from ..watch.traces import TraceRecorder, Window, windows
@@ -59,13 +58,13 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
         return result
     resumed = find(run, resolved, accelerator)
     set_seed(config.train.seed)
-    data = load_data(config.data, config.train.seed)
-    base, tokenizer, head = load_base(config.model, data.labels)
+    task = create_task(config)
+    base, head = task.load(accelerator)
     check_length(config, base)
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     model = method.adapt(base, head)
-    sampler, batches, evaluation = create_loaders(config, data, tokenizer, accelerator)
+    sampler, batches = task.batches(accelerator)
     per_epoch = sampler.updates_per_epoch
     total_steps = config.train.epochs * per_epoch
     method.check(per_epoch)  # may refuse: before time is spent
@@ -78,9 +77,10 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     control = method.attach(
         accelerator, model, optimizer, progress, lambda event: run.append("freeze_log.jsonl", asdict(event))
     )
+    task.rehearse(model, accelerator)
     recorded = create_windows(config, control, total_steps, accelerator)
     scheduler = create_scheduler(config, progress, total_steps)
-    checkpointer = Checkpointer(run, accelerator, progress, scheduler, digest(data), resolved)
+    checkpointer = Checkpointer(run, accelerator, progress, scheduler, task.digest(), resolved)
     first_step = checkpointer.claim(resumed)  # all that can be refused has been
     set_seed(config.train.seed, device_specific=True)  # from here on every rank draws its own dropout
     profile = config.profile
@@ -105,8 +105,9 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
             with log.timed():
                 for micro_batches in updates(drawn, sampler.micro_batches):
                     step, trained = progress.step, progress.engine.trainable_params
+                    scale = sampler.scale(step - epoch * per_epoch)
                     loss, norm = update(
-                        model, optimizer, micro_batches, accelerator, sampler, config.train.max_grad_norm
+                        task, model, optimizer, micro_batches, accelerator, scale, config.train.max_grad_norm
                     )
                     assert progress.step == step + 1, "one global batch, one tick of the clock"
                     log.update(loss, norm, trained, [float(rate) for rate in scheduler.get_last_lr()])
@@ -122,16 +123,21 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                         accelerator.end_training()
                         return None
                 wish.settle(run.failure)
-            evaluations.append(evaluate(model, evaluation, data, accelerator))
-            log.evaluated(evaluations[-1])
+            evaluation = task.evaluate(model, accelerator)
+            evaluations.append(evaluation.metrics)
+            log.evaluated(evaluation)
         save_adapter(method, progress, run, accelerator)
         result = log.finished(
-            evaluations, data, method.name, [str(path.relative_to(run.path)) for path in traces.written]
+            evaluations, task, method.name, [str(path.relative_to(run.path)) for path in traces.written]
         )
     run.finish(result)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
+
+
+def create_task(config: Config) -> Task:
+    return LanguageModelling(config) if config.data.task == "sft" else Classification(config)
 
 
 def save_is_due(config: Config, step: int, per_epoch: int) -> bool:
@@ -223,23 +229,28 @@ def updates(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]
 
 
 def update(
+    task: Task,
     model: nn.Module,
     optimizer: Any,
     micro_batches: list[Batch],
     accelerator: Accelerator,
-    sampler: GlobalBatchSampler,
+    scale: float,
     max_grad_norm: float,
 ) -> tuple[Tensor, Any]:
     """One optimizer update: this rank's share of the global batch's mean loss, and the gradient norm before clipping.
 
-    The mean of the ranks' shares is the mean over the global batch's examples, as the gradient is its gradient, however
-    many of them a rank or a micro-batch has. Freezing happens inside, by itself: it watches the optimizer.
+    The mean of the ranks' shares is the mean over the global batch's examples or loss-carrying tokens, as the gradient
+    is its gradient, however many of them a rank or a micro-batch has. Freezing happens inside, by itself: it watches
+    the optimizer.
+
+    Args:
+        scale: See `GlobalBatchSampler.scale`.
     """
     total = torch.zeros((), device=accelerator.device)
     norm = None
     for batch in micro_batches:
         with accelerator.accumulate(model):
-            loss = model(**move(batch, accelerator.device)).loss * sampler.weight(len(batch["labels"]))
+            loss = task.loss(model, move(batch, accelerator.device)) * scale
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))

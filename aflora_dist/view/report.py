@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_LESS_IS_BETTER = ("loss", "perplexity")
+
 
 def print_summary(result: dict[str, Any], directory: str, console: Console | None = None) -> None:
     """The result as a table, on this process's standard output unless a console is given."""
@@ -14,7 +16,7 @@ def print_summary(result: dict[str, Any], directory: str, console: Console | Non
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in result["metrics"].items():
-        best = max(evaluation[name] for evaluation in result["evaluations"])
+        best = (min if name in _LESS_IS_BETTER else max)(evaluation[name] for evaluation in result["evaluations"])
         note = f"  (best epoch {best:.4f})" if len(result["evaluations"]) > 1 else ""
         table.add_row(name.replace("_", " "), f"{value:.4f}{note}")
     average, lora = result["avg_trainable_params"], result["lora_r8_trainable_params"]

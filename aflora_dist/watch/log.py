@@ -21,7 +21,7 @@ from ..errors import DivergedError
 from ..methods import Control
 from ..progress import Progress
 from ..store.rundir import RunDirectory
-from ..tasks.data import Data
+from ..tasks.base import Evaluation, Task
 from ..training.config import Config
 from .telemetry import Telemetry, run_summary
 
@@ -167,12 +167,16 @@ class TrainingLog:
         self.control.seconds = state["control_seconds"]
         self.bar.update(self.step)
 
-    def evaluated(self, metrics: dict[str, float]) -> None:
+    def evaluated(self, evaluation: Evaluation) -> None:
+        metrics = evaluation.metrics
         self.telemetry.scalars({f"eval/{name}": value for name, value in metrics.items()}, self.step - 1)
         self.telemetry.freeze_map(self.control.freezable, self.control.frozen, self.total_steps, self.step - 1)
         self._say(
             "  ".join([f"epoch {self.step / self.updates_per_epoch:g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
         )
+        if evaluation.samples:
+            self.telemetry.text("samples", evaluation.samples, self.step - 1)
+            self._say(evaluation.samples)
 
     def stopped(self) -> None:
         """The job was asked to leave early, and has saved."""
@@ -200,14 +204,14 @@ class TrainingLog:
         self.telemetry.text("run", run_summary(resolved, facts))
 
     def finished(
-        self, evaluations: list[dict[str, float]], data: Data, method: str, traces: list[str]
+        self, evaluations: list[dict[str, float]], task: Task, method: str, traces: list[str]
     ) -> dict[str, Any]:
         """What result.json holds. A collective."""
-        result = self._result(evaluations, data) | {"method": method, "traces": traces}
+        result = self._result(evaluations, task) | {"method": method, "traces": traces}
         self.telemetry.result(self.config, result, self.step - 1)
         return result
 
-    def _result(self, evaluations: list[dict[str, float]], data: Data) -> dict[str, Any]:
+    def _result(self, evaluations: list[dict[str, float]], task: Task) -> dict[str, Any]:
         accelerator, control = self.accelerator, self.control
         if torch.cuda.is_available() and accelerator.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
@@ -217,7 +221,7 @@ class TrainingLog:
             torch.tensor([[peak, control.seconds]], dtype=torch.float64, device=accelerator.device)
         )
         return {
-            "task": data.name,
+            "task": task.name,
             "metrics": evaluations[-1],
             "evaluations": evaluations,
             "engine": self.progress.engine.kind,
@@ -225,7 +229,7 @@ class TrainingLog:
             "mixed_precision": str(accelerator.mixed_precision),
             "steps": self.step,
             "skipped_updates": self.progress.skipped,
-            "train_examples": len(data.train),
+            "train_examples": task.train_examples,
             "train_seconds": self.train_seconds,
             "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,
             "avg_trainable_params": self.trained_sum / self.step,

@@ -63,8 +63,8 @@ class Telemetry:
             figure.set_dpi(120)
             self._write(lambda writer: writer.add_figure("freezing/Fig. 5", figure, step))
 
-    def text(self, tag: str, markdown: str) -> None:
-        self._write(lambda writer: writer.add_text(tag, markdown))
+    def text(self, tag: str, markdown: str, step: int | None = None) -> None:
+        self._write(lambda writer: writer.add_text(tag, markdown, step))
 
     def result(self, config: Config, result: Mapping[str, Any], step: int) -> None:
         """The run's row in the HPARAMS tab."""

@@ -24,6 +24,15 @@ def test_freezing_may_begin_at_once_and_end_with_the_last_step() -> None:
     assert CubicSchedule(total_steps=4, initial_steps=2, final_steps=2).count(2, 5) == 5  # no ramp in between
 
 
+def test_the_quadratic_shape_freezes_few_early_and_most_late() -> None:
+    schedule = CubicSchedule(total_steps=100, initial_steps=30, final_steps=30, shape="quadratic")
+    assert [schedule.fraction(t) for t in (29, 30, 40, 50, 60, 69, 70, 99)] == pytest.approx(
+        [0, 0, 1 / 16, 1 / 4, 9 / 16, (39 / 40) ** 2, 1, 1]
+    )
+    with pytest.raises(AFLoRAError, match=r"cubic or quadratic, got 'linear'"):
+        CubicSchedule(total_steps=4, initial_steps=0, final_steps=0, shape="linear")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("every", [1, 3, 10, 49, 1000])
 def test_grouped_decisions_are_so_far_apart_and_all_is_frozen_in_time(every: int) -> None:
     schedule = CubicSchedule(total_steps=100, initial_steps=10, final_steps=50, every=every)

