@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         }
         args.out.write_text(json.dumps(found))
     accelerator.end_training()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort as Python ends, after all is written
 
 
 if __name__ == "__main__":
