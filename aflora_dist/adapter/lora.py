@@ -5,7 +5,9 @@ With alpha = r, LoRA computes W0 + B' A'; A' = A and B' = diag(s_b) B diag(s_d) 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -15,6 +17,28 @@ from torch import Tensor
 from ..names import is_adapter, of_base
 from .config import AFLoRAConfig
 from .layer import AFLoRALayer
+
+
+def lora_up(B: Tensor, s_d: Tensor, s_b: Tensor) -> Tensor:
+    """B' = diag(s_b) B diag(s_d), shape (out, r), in float32 or better."""
+    B, s_d, s_b = (p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (B, s_d, s_b))
+    return (s_b.unsqueeze(1) * B * s_d).contiguous()
+
+
+def lora_config(config: Mapping[str, Any], layers: Sequence[str]) -> LoraConfig:
+    """The LoRA configuration for what an adapter_config.json of ours says, on these layers, by full name."""
+    bias = config.get("bias", "none")
+    return LoraConfig(
+        r=config["r"],
+        lora_alpha=config["r"],
+        target_modules=list(layers),
+        modules_to_save=config.get("modules_to_save"),
+        bias="lora_only" if bias == "aflora_only" else bias,
+        task_type=config.get("task_type"),
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+        revision=config.get("revision"),
+        inference_mode=True,
+    )
 
 
 @torch.no_grad()
@@ -44,20 +68,11 @@ def save_as_lora(model: PeftModel, directory: str | Path, adapter_name: str = "d
         if isinstance(layer, AFLoRALayer) and adapter_name in layer.aflora:
             path = layer.path(adapter_name)
             tensors[f"{name}.lora_A.weight"] = path.A.detach().clone().contiguous()
-            tensors[f"{name}.lora_B.weight"] = (path.s_b.unsqueeze(1) * path.B * path.s_d).contiguous()
+            tensors[f"{name}.lora_B.weight"] = lora_up(path.B, path.s_d, path.s_b)
             targets.append(of_base(name))
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors |= {key: value.detach().clone().contiguous() for key, value in saved.items() if not is_adapter(key)}
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.r,
-        target_modules=targets,
-        modules_to_save=config.modules_to_save,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        inference_mode=True,
-    )
     directory.mkdir(parents=True, exist_ok=True)
-    lora.save_pretrained(str(directory))
+    lora_config(config.to_dict(), targets).save_pretrained(str(directory))
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     return directory

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from peft import PeftModel, TaskType, get_peft_model
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import nn
+from torch import Tensor, nn
 
-from ..adapter import AFLoRAConfig, AFLoRALayer
+from ..adapter import AFLoRAConfig
 from ..control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from ..errors import AFLoRAError
-from ..freezing import CubicSchedule
 from ..names import is_adapter, is_head
 from ..progress import Progress
 from ..training.config import Config
+from .base import save_peft
 
 
 class AFLoRA:
@@ -52,6 +53,9 @@ class AFLoRA:
         except ValueError as error:  # PEFT's own: no target module matched
             raise AFLoRAError(f"The adapter could not be put in: {' '.join(str(error).split())}") from error
 
+    def is_head(self, name: str) -> bool:
+        return is_head(name)
+
     def check(self, updates_per_epoch: int) -> None:
         self._freezing = self._schedule(updates_per_epoch)
 
@@ -68,6 +72,9 @@ class AFLoRA:
 
     def saved(self, name: str, trains: bool) -> bool:
         return is_adapter(name) or is_head(name) or trains  # a frozen A or B was learned like the rest
+
+    def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+        save_peft(model, folder, values)
 
     def _schedule(self, updates_per_epoch: int) -> FreezingConfig:
         epochs, freezing = self.config.train.epochs, self.config.freezing
@@ -86,15 +93,3 @@ class AFLoRA:
             every=freezing.every,
             shape=freezing.shape,
         )
-
-
-def lora_parameters(model: nn.Module, r: int = 8) -> int:
-    """Trainable elements of LoRA on the same layers, for comparison (Table 1 uses r = 8)."""
-    layers = (module for module in model.modules() if isinstance(module, AFLoRALayer))
-    return sum(r * (layer.in_features + layer.out_features) for layer in layers)
-
-
-def schedule_of(control: Any, total_steps: int) -> CubicSchedule:
-    """When something freezes; never, with a control that has no schedule."""
-    never = CubicSchedule(total_steps=total_steps, initial_steps=0, final_steps=0)
-    return control.schedule if isinstance(control, AdaptiveFreezing) else never

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
+from ..freezing import CubicSchedule
 from ..progress import Progress
 
 
@@ -19,12 +21,16 @@ class Control(Protocol):
         freezable, frozen: Parameters that may stop training; those that have, with the step after which they did.
         events: What happened so far, one for each line of freeze_log.jsonl.
         seconds: Host time spent so far.
+        schedule: When they stop; None if nothing ever does.
     """
 
     freezable: list[str]
     frozen: dict[str, int]
     events: list[Any]
     seconds: float
+
+    @property
+    def schedule(self) -> CubicSchedule | None: ...
 
     def scores(self) -> Mapping[str, float]:
         """A number for each parameter that may still stop training. A collective.
@@ -48,6 +54,7 @@ class NoControl:
     frozen: dict[str, int] = field(default_factory=dict)
     events: list[Any] = field(default_factory=list)
     seconds: float = 0.0
+    schedule: CubicSchedule | None = None
 
     def scores(self) -> Mapping[str, float]:
         return {}
@@ -57,6 +64,12 @@ class NoControl:
 
     def interrupted(self) -> None:
         return
+
+    @classmethod
+    def of(cls, progress: Progress) -> NoControl:
+        """For this training; its engine is told that nobody looks at its gradients."""
+        progress.engine.buckets([])
+        return cls()
 
 
 class Method(Protocol):
@@ -75,6 +88,9 @@ class Method(Protocol):
             AFLoRAError: It does not fit this model.
         """
 
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter of the adapted model trains whole beside the method, at the head's learning rate."""
+
     def check(self, updates_per_epoch: int) -> None:
         """Raise AFLoRAError for what can be refused before the model is prepared."""
 
@@ -85,3 +101,31 @@ class Method(Protocol):
 
     def saved(self, name: str, trains: bool) -> bool:
         """Whether the adapter's folder holds this parameter."""
+
+    def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+        """Write the adapter's folder. On the main process only.
+
+        Args:
+            model: As `adapt` gave it; its own values may be elsewhere.
+            values: Of the parameters that are `saved`, whole, by name.
+        """
+
+
+def save_peft(model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+    """`Method.save` for a model of PEFT."""
+    whole = {name: value.contiguous() for name, value in values.items()}
+    first: dict[int, str] = {}  # parameters that several layers share are asked for under each of their names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (known := first.setdefault(id(parameter), name)) in whole:
+            whole[name] = whole[known]
+    model.save_pretrained(str(folder), state_dict={**buffers(model), **whole}, save_embedding_layers=False)
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a state dict has besides parameters: no engine shards it."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }

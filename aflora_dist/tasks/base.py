@@ -47,6 +47,9 @@ class Task(Protocol):
             AFLoRAError: On every rank: one is not there, or cannot be used.
         """
 
+    def metrics(self) -> list[str]:
+        """The names of what `evaluate` will measure, once the batches are made."""
+
     def digest(self) -> str:
         """A short text that tells training data apart."""
 

@@ -12,7 +12,7 @@ from ..training.config import Config
 from .base import Evaluation
 from .batches import Batch, create_loaders
 from .data import digest, load_data
-from .evaluation import evaluate
+from .evaluation import evaluate, measured
 from .model import check_quantization, load_base
 from .sampler import GlobalBatchSampler
 
@@ -31,6 +31,9 @@ class Classification:
         check_quantization(self.config.model, accelerator)
         model, self.tokenizer, head = load_base(self.config.model, self.data.labels)
         return model, head
+
+    def metrics(self) -> list[str]:
+        return measured(self.data)
 
     def digest(self) -> str:
         return digest(self.data)

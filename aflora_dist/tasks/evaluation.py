@@ -34,10 +34,15 @@ def predict(
     return accelerator.reduce(found, "sum")  # a value of one rank, zeros of the others
 
 
+def measured(data: Data) -> list[str]:
+    """Names of the metrics. Those of several splits carry the split's suffix: accuracy_matched, accuracy_mismatched."""
+    return [f"{name}{split.removeprefix('validation')}" for split in data.evaluation for name in data.metrics]
+
+
 def evaluate(
     model: nn.Module, splits: dict[str, DataLoader[Batch]], data: Data, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The task's metrics. Those of several splits carry the split's suffix: accuracy_matched, accuracy_mismatched."""
+    """The task's metrics, named as `measured` says. A collective."""
     metrics = {}
     for split, batches in splits.items():
         labels = np.asarray(data.evaluation[split]["label"][:], dtype=np.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
@@ -26,6 +26,9 @@ class RunConfig:
         keep: How many checkpoints to keep.
         log_every: Updates between two lines of metrics.jsonl.
         tensorboard: Write TensorBoard events.
+        keep_best: A metric, as result.json names it: adapter/ is that of the epoch with the best value of it (lowest
+            loss or perplexity, else highest), instead of the last.
+        patience: With keep_best: stop after so many evaluations without improvement.
     """
 
     dir: str = "runs/aflora"
@@ -35,6 +38,8 @@ class RunConfig:
     keep: int = 2
     log_every: int = 10
     tensorboard: bool = True
+    keep_best: str | None = None
+    patience: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -123,6 +128,20 @@ class DataConfig:
     packing: bool = False
     system: str | None = None
     max_new_tokens: int = 128
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """What trains.
+
+    Args:
+        name: aflora, full, or one of PEFT's methods by name: lora, adalora, vera, ia3, miss, ...
+        options: Options of that method's PEFT configuration, as in '{"r": 8, "lora_alpha": 8}'; AFLoRA's are adapter.*
+            and freezing.*.
+    """
+
+    name: str = "aflora"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -218,7 +237,8 @@ class Config:
         profile: Profiler traces.
         model: What is fine-tuned.
         data: What it is fine-tuned on.
-        adapter: The adapter.
+        method: What trains.
+        adapter: The AFLoRA adapter.
         freezing: The freezing schedule and score.
         train: How it is fine-tuned.
     """
@@ -228,6 +248,7 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     freezing: FreezingScheduleConfig = field(default_factory=FreezingScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -267,7 +288,21 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     namespace.pop("config", None)  # the files it came from
     config = Config(**parser.instantiate(namespace).as_dict())
     _check(config)
+    if config.method.name != "aflora":
+        _refuse_aflora_options(config, parser.get_defaults())
     return config, parser.dump(namespace, skip_unset=False)
+
+
+def _refuse_aflora_options(config: Config, defaults: Any) -> None:
+    """Raise for what was asked of AFLoRA where another method trains; a preset says it to whom it may concern."""
+    for group in ("adapter", "freezing"):
+        chosen, usual = asdict(getattr(config, group)), defaults[group]
+        for option, value in chosen.items():
+            if value != usual[option]:
+                raise AFLoRAError(
+                    f"{group}.{option}={value} is for AFLoRA, and method.name={config.method.name}. Options of other "
+                    f"methods are given as --method.options '{{\"NAME\": VALUE, ...}}'."
+                )
 
 
 def _shorthands(arguments: list[str]) -> list[str]:
@@ -303,6 +338,7 @@ def _check(config: Config) -> None:
     at_least_one = {
         "run.log_every": config.run.log_every,
         "run.keep": config.run.keep,
+        "run.patience": 1 if config.run.patience is None else config.run.patience,
         "train.epochs": train.epochs,
         "train.batch_size": train.batch_size,
         "train.accumulation": train.accumulation,
@@ -335,6 +371,8 @@ def _check(config: Config) -> None:
             raise AFLoRAError(f"{name} must not be negative, got {number}.")
     if config.run.resume is not None and config.run.overwrite:
         raise AFLoRAError("run.resume goes on with the run in run.dir, run.overwrite replaces it: choose one.")
+    if config.run.patience is not None and config.run.keep_best is None:
+        raise AFLoRAError("run.patience waits for a better value of a metric: name it with run.keep_best.")
     if data.path is not None and data.task not in TASKS:
         raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={data.task} does not read it.")
     if (data.train_file or data.validation_file) and data.task not in ("files", "sft"):
@@ -344,7 +382,15 @@ def _check(config: Config) -> None:
             raise AFLoRAError(f"data.{option} is for language models: it needs data.task=sft, not {data.task}.")
     if not 0 <= train.warmup_ratio <= 1:
         raise AFLoRAError(f"train.warmup_ratio must lie in [0, 1], got {train.warmup_ratio}.")
-    if config.adapter.freezing == "adaptive" and t_i + t_f > train.epochs:
+    if config.method.name == "aflora" and config.method.options:
+        raise AFLoRAError(
+            f"method.options ({', '.join(config.method.options)}) is for PEFT's other methods: AFLoRA's options are "
+            f"adapter.* and freezing.*."
+        )
+    if config.method.name == "full" and config.method.options:
+        raise AFLoRAError("method.name=full has no options: it trains every parameter. Drop method.options.")
+    adaptive = config.method.name == "aflora" and config.adapter.freezing == "adaptive"
+    if adaptive and t_i + t_f > train.epochs:
         raise AFLoRAError(
             f"The freezing schedule does not fit: t_i + t_f = {t_i:g} + {t_f:g} epochs (freezing.initial_epochs + "
             f"freezing.final_epochs), but train.epochs = {train.epochs}. Train longer, or lower one of them."

@@ -19,11 +19,12 @@ from transformers import get_linear_schedule_with_warmup
 
 from ..engines import create_engine
 from ..errors import AFLoRAError, writing
+from ..freezing import CubicSchedule
 from ..methods import Control, Method
-from ..methods.aflora import AFLoRA, lora_parameters, schedule_of
-from ..names import is_head
+from ..methods.choose import create_method, lora_parameters
 from ..processes import launched_accelerator, on_main
 from ..progress import Progress
+from ..store.best import BestEpoch, check_metric
 from ..store.resume import Checkpointer, find, finished
 from ..store.rundir import RunDirectory
 from ..tasks.base import Task
@@ -41,7 +42,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
 
     Args:
         resolved: `config` as YAML, to keep beside the results.
-        method: What trains; AFLoRA as the configuration says if not given.
+        method: What trains; as the configuration says if not given.
 
     Returns:
         What result.json holds, the same on every rank; None if the job was asked to stop early, and
@@ -51,7 +52,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
         AFLoRAError: What was asked for cannot be done; on every rank.
         DivergedError: The loss or a freezing score is no longer finite.
     """
-    method = method or AFLoRA(config)
+    method = method or create_method(config)
     accelerator = create_accelerator(config)
     run = RunDirectory(config.run, accelerator)
     if (result := finished(run, resolved)) is not None:
@@ -65,11 +66,12 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
         base.gradient_checkpointing_enable({"use_reentrant": False})
     model = method.adapt(base, head)
     sampler, batches = task.batches(accelerator)
+    check_metric(config.run.keep_best, task.metrics())
     per_epoch = sampler.updates_per_epoch
     total_steps = config.train.epochs * per_epoch
     method.check(per_epoch)  # may refuse: before time is spent
-    optimizer = create_optimizer(config, model)
-    head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and is_head(n))
+    optimizer = create_optimizer(config, model, method)
+    head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and method.is_head(n))
     lora_r8 = lora_parameters(model)
     accumulate(config, accelerator, sampler.micro_batches)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -77,6 +79,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     control = method.attach(
         accelerator, model, optimizer, progress, lambda event: run.append("freeze_log.jsonl", asdict(event))
     )
+    best = keep_best(config, method, progress)
     task.rehearse(model, accelerator)
     recorded = create_windows(config, control, total_steps, accelerator)
     scheduler = create_scheduler(config, progress, total_steps)
@@ -126,9 +129,14 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
             evaluation = task.evaluate(model, accelerator)
             evaluations.append(evaluation.metrics)
             log.evaluated(evaluation)
-        save_adapter(method, progress, run, accelerator)
+            if best is not None:
+                best.evaluated(epoch + 1, evaluation.metrics)
+                if best.exhausted and epoch + 1 < config.train.epochs:
+                    log.ended_early(best)
+                    break
+        save_adapter(method, progress, run, accelerator, best)
         result = log.finished(
-            evaluations, task, method.name, [str(path.relative_to(run.path)) for path in traces.written]
+            evaluations, task, method.name, [str(path.relative_to(run.path)) for path in traces.written], best
         )
     run.finish(result)
     accelerator.wait_for_everyone()
@@ -191,12 +199,12 @@ def check_length(config: Config, model: Any) -> None:
         )
 
 
-def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(config: Config, model: nn.Module, method: Method) -> torch.optim.Optimizer:
     """AdamW over two param groups: the adapter, and the head (if it trains) with its own learning rate."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
-        {"params": [p for n, p in trainable.items() if not is_head(n)], "lr": config.train.learning_rate},
-        {"params": [p for n, p in trainable.items() if is_head(n)], "lr": config.train.head_learning_rate},
+        {"params": [p for n, p in trainable.items() if not method.is_head(n)], "lr": config.train.learning_rate},
+        {"params": [p for n, p in trainable.items() if method.is_head(n)], "lr": config.train.head_learning_rate},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=config.train.weight_decay)
 
@@ -215,7 +223,8 @@ def create_windows(config: Config, control: Control, total_steps: int, accelerat
     unknown = [rank for rank in profile.ranks or [] if not 0 <= rank < accelerator.num_processes]
     if unknown:
         raise AFLoRAError(f"profile.ranks names rank {unknown[0]}; there are {accelerator.num_processes}, from 0 on.")
-    return windows(schedule_of(control, total_steps), len(control.freezable), profile.steps, profile.starts)
+    never = CubicSchedule(total_steps=total_steps, initial_steps=0, final_steps=0)
+    return windows(control.schedule or never, len(control.freezable), profile.steps, profile.starts)
 
 
 def updates(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]]:
@@ -260,16 +269,29 @@ def update(
     return total, norm
 
 
-def save_adapter(method: Method, progress: Progress, run: RunDirectory, accelerator: Accelerator) -> None:
-    """Write adapter/, chosen by name. A collective."""
+def adapter_now(method: Method, progress: Progress) -> dict[str, Tensor]:
+    """What adapter/ would hold, chosen by name, on the main process. A collective."""
     engine = progress.engine
-    names = [n for n, p in engine.parameters.items() if method.saved(n, p.requires_grad)]
-    values = engine.gather(names)
+    return engine.gather([n for n, p in engine.parameters.items() if method.saved(n, p.requires_grad)])
+
+
+def keep_best(config: Config, method: Method, progress: Progress) -> BestEpoch | None:
+    """What keeps the best epoch's adapter, as a part of what survives a restart."""
+    if config.run.keep_best is None:
+        return None
+    best = BestEpoch(config.run.keep_best, config.run.patience, lambda: adapter_now(method, progress))
+    progress.parts["run.keep_best"] = best
+    return best
+
+
+def save_adapter(
+    method: Method, progress: Progress, run: RunDirectory, accelerator: Accelerator, best: BestEpoch | None
+) -> None:
+    """Write adapter/: the best epoch's where one is kept, else as it is now. A collective."""
+    values = adapter_now(method, progress) if best is None else best.adapter
 
     def write() -> None:
-        model: Any = engine.model
-        whole = {name: value.contiguous() for name, value in values.items()}
         with writing("The adapter", run.adapter, "Make room, then --resume: the last checkpoint is whole."):
-            model.save_pretrained(str(run.adapter), state_dict=whole, save_embedding_layers=False)
+            method.save(progress.engine.model, run.adapter, values)
 
     on_main(accelerator, write)

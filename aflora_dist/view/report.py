@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_LESS_IS_BETTER = ("loss", "perplexity")
+from ..store.best import LOWER_IS_BETTER
 
 
 def print_summary(result: dict[str, Any], directory: str, console: Console | None = None) -> None:
@@ -16,8 +16,10 @@ def print_summary(result: dict[str, Any], directory: str, console: Console | Non
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in result["metrics"].items():
-        best = (min if name in _LESS_IS_BETTER else max)(evaluation[name] for evaluation in result["evaluations"])
+        best = (min if name in LOWER_IS_BETTER else max)(evaluation[name] for evaluation in result["evaluations"])
         note = f"  (best epoch {best:.4f})" if len(result["evaluations"]) > 1 else ""
+        if kept := result.get("best"):
+            note = f"  (epoch {kept['epoch']}, kept; last epoch {result['last']['metrics'][name]:.4f})"
         table.add_row(name.replace("_", " "), f"{value:.4f}{note}")
     average, lora = result["avg_trainable_params"], result["lora_r8_trainable_params"]
     table.add_row(

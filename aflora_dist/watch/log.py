@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import DivergedError
 from ..methods import Control
 from ..progress import Progress
+from ..store.best import BestEpoch
 from ..store.rundir import RunDirectory
 from ..tasks.base import Evaluation, Task
 from ..training.config import Config
@@ -178,6 +179,21 @@ class TrainingLog:
             self.telemetry.text("samples", evaluation.samples, self.step - 1)
             self._say(evaluation.samples)
 
+    def ended_early(self, best: BestEpoch) -> None:
+        """No epoch has been better for as long as the patience lasts. A collective."""
+        if self._losses:
+            self.flush_losses()  # for the error that they may be
+        self._say(
+            f"Ended after epoch {self.step // self.updates_per_epoch} of {self.config.train.epochs}: {best.metric} has "
+            f"not improved since epoch {best.epoch}. The schedules of learning rate and freezing were for all "
+            f"{self.total_steps} updates (T), of which {self.step} were done."
+        )
+        if training := len(self.control.freezable) - len(self.control.frozen):
+            self._say(
+                f"aflora: warning: {training} of {len(self.control.freezable)} projection matrices had not frozen yet. "
+                f"For a whole schedule set train.epochs to what the best epoch needs, or raise run.patience."
+            )
+
     def stopped(self) -> None:
         """The job was asked to leave early, and has saved."""
         self._say(f"Stopped as asked, after step {self.step - 1}. The same command with --resume goes on from there.")
@@ -204,10 +220,19 @@ class TrainingLog:
         self.telemetry.text("run", run_summary(resolved, facts))
 
     def finished(
-        self, evaluations: list[dict[str, float]], task: Task, method: str, traces: list[str]
+        self,
+        evaluations: list[dict[str, float]],
+        task: Task,
+        method: str,
+        traces: list[str],
+        best: BestEpoch | None,
     ) -> dict[str, Any]:
         """What result.json holds. A collective."""
         result = self._result(evaluations, task) | {"method": method, "traces": traces}
+        result["last"] = {"epoch": len(evaluations), "metrics": evaluations[-1]}
+        if best is not None and best.epoch is not None:
+            result["metrics"] = evaluations[best.epoch - 1]  # of what adapter/ holds
+            result["best"] = {"metric": best.metric, "epoch": best.epoch, "metrics": result["metrics"]}
         self.telemetry.result(self.config, result, self.step - 1)
         return result
 

@@ -189,7 +189,7 @@ def test_trainable_parameters_of_deberta_v3_base(deberta_v3_base: Any) -> None:
 
 
 def test_lora_r8_of_the_same_layers(deberta_v3_base: Any) -> None:
-    from aflora_dist.methods.aflora import lora_parameters
+    from aflora_dist.methods.choose import lora_parameters
 
     assert lora_parameters(deberta_v3_base) == 1_327_104
 

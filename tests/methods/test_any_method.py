@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from aflora_dist import AFLoRAError
 from aflora_dist.methods import Control, NoControl
+from aflora_dist.methods.base import save_peft
+from aflora_dist.names import is_head
 from aflora_dist.progress import Progress
 from aflora_dist.training.config import parse
 from aflora_dist.training.loop import train
@@ -32,16 +34,22 @@ class LoRA:
     def adapt(self, model: Any, head: Sequence[str]) -> PeftModel:
         return get_peft_model(model, LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
 
+    def is_head(self, name: str) -> bool:
+        return is_head(name)
+
     def check(self, updates_per_epoch: int) -> None:
         return
 
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:
-        return NoControl()
+        return NoControl.of(progress)
 
     def saved(self, name: str, trains: bool) -> bool:
         return trains
+
+    def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+        save_peft(model, folder, values)
 
 
 def run(arguments: list[str]) -> dict[str, Any]:

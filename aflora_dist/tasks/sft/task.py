@@ -52,6 +52,10 @@ class LanguageModelling:
                     f"answers are compared by their last number. Leave the column out."
                 )
 
+    def metrics(self) -> list[str]:
+        answered = [] if self.prompt_batches is None else ["exact_match"]
+        return [*answered, *([] if self.loss_batches is None else ["loss", "perplexity"])]
+
     def digest(self) -> str:
         some = [self.train[i] for i in range(0, len(self.train), max(1, len(self.train) // 16))]
         return hashlib.sha256(json.dumps([len(self.train), some]).encode()).hexdigest()[:16]

@@ -1,0 +1,51 @@
+"""Full fine-tuning as a method of the main job: every parameter trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..errors import AFLoRAError
+from ..progress import Progress
+from ..training.config import Config
+from .base import Control, NoControl, buffers
+
+
+class Full:
+    """The whole model; what is saved is a model's folder, for from_pretrained of transformers."""
+
+    name = "full"
+
+    def __init__(self, config: Config) -> None:
+        if config.model.quantize is not None:
+            raise AFLoRAError(
+                f"method.name=full trains the weights that model.quantize={config.model.quantize} holds in a few bits. "
+                f"Drop model.quantize, or name another method (method.name=lora)."
+            )
+        self._head: tuple[str, ...] = ()
+
+    def adapt(self, model: Any, head: Sequence[str]) -> Any:
+        self._head = tuple(f"{name}." for name in head)
+        return model.requires_grad_(True)
+
+    def is_head(self, name: str) -> bool:
+        return name.startswith(self._head)
+
+    def check(self, updates_per_epoch: int) -> None:
+        return
+
+    def attach(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
+    ) -> Control:
+        return NoControl.of(progress)
+
+    def saved(self, name: str, trains: bool) -> bool:
+        return True
+
+    def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+        whole = {name: value.contiguous() for name, value in values.items()}
+        model.save_pretrained(str(folder), state_dict={**buffers(model), **whole})

@@ -1,0 +1,149 @@
+"""Any of PEFT's methods as one of the main job, by name and with its own options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftModel, PromptLearningConfig, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import Tensor, nn
+
+from ..adapter.architectures import ARCHITECTURES, default_targets
+from ..errors import AFLoRAError
+from ..names import is_head
+from ..progress import Progress
+from ..training.config import Config
+from .base import Control, NoControl, save_peft
+
+# What the main job or PEFT itself sets, and no option.
+_OURS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+_OURS |= {"inference_mode", "runtime_config"}
+_OWN_TARGETS = {"ln_tuning", "trainable_tokens"}  # they train norms and embeddings, not linear layers
+_NOT_HERE = {
+    "adaption_prompt": "it puts learned tokens into the attention of one kind of model, which no adapted layer holds",
+    "poly": "it needs to be told the task of each example, and the main job trains on one task",
+    "shadow": "it replaces what the model's blocks hand on, which the adapted layers of other models do not expect",
+    "xlora": "it mixes adapters that were trained before, and the main job begins with none",
+}
+
+
+def known_methods() -> dict[str, Any]:
+    """PEFT's methods: configuration classes by the names that its adapter_config.json writes, in lower case."""
+    kinds = {str(getattr(kind, "value", kind)).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds.pop("aflora", None)  # ours, which has options of its own
+    return kinds
+
+
+class Peft:
+    """A method of PEFT on the layers that AFLoRA adapts: nothing happens to it while it trains.
+
+    Raises:
+        AFLoRAError: PEFT has no such method, it has no such option, or the main job cannot train it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.name = config.method.name
+        self.options = dict(config.method.options)
+        kinds = known_methods()
+        if self.name not in kinds:
+            able = [name for name, kind in kinds.items() if not _refusal(name, kind)]
+            raise AFLoRAError(
+                f"There is no method {self.name!r}. method.name is aflora, full, or one of PEFT's: "
+                f"{', '.join(sorted(able))}."
+            )
+        self.kind = kinds[self.name]
+        if reason := _refusal(self.name, self.kind):
+            raise AFLoRAError(f"The main job cannot train method.name={self.name}: {reason}.")
+        for option in self.options:
+            self._check_option(option)
+        if self.options.get("use_asa"):
+            raise AFLoRAError(
+                f"method.options use_asa: {self.name} would have to be told of every update, which the main job does "
+                f"for adalora alone. Leave it out."
+            )
+        self._prefix = ""
+
+    def _check_option(self, option: str) -> None:
+        known = sorted(f.name for f in dataclasses.fields(self.kind) if f.init and f.name not in self._set_here())
+        if option in self._set_here():
+            raise AFLoRAError(f"method.options {option} is set by the main job. Leave it out.")
+        if option not in known:
+            raise AFLoRAError(
+                f"{self.kind.__name__} has no option {option!r}. method.options of {self.name}: {', '.join(known)}."
+            )
+
+    def _set_here(self) -> set[str]:
+        return _OURS
+
+    def adapt(self, model: Any, head: Sequence[str]) -> PeftModel:
+        try:
+            adapted = get_peft_model(model, self.kind(**self._arguments(model, head)))
+        except AFLoRAError:
+            raise
+        except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, AssertionError) as error:
+            reason = " ".join((str(error).strip() or type(error).__name__).split())
+            raise AFLoRAError(f"PEFT cannot put {self.name} into this model: {reason}") from error
+        self._prefix = str(getattr(adapted.base_model, "prefix", "")) or f"{self.name}_"
+        return adapted
+
+    def _arguments(self, model: Any, head: Sequence[str]) -> dict[str, Any]:
+        """What the method's configuration is made of."""
+        fields = {field.name for field in dataclasses.fields(self.kind)}
+        arguments = dict(self.options)
+        arguments["task_type"] = TaskType.CAUSAL_LM if self.config.data.task == "sft" else TaskType.SEQ_CLS
+        # PEFT adds the usual heads of classifiers itself.
+        whole = [name for name in head if name not in SEQ_CLS_HEAD_NAMES]
+        whole += [name for name in arguments.get("modules_to_save") or [] if name not in whole]
+        if "modules_to_save" in fields:
+            arguments["modules_to_save"] = whole or None
+        elif head:
+            raise AFLoRAError(f"{self.name} trains nothing beside it, and the head ({', '.join(head)}) is new.")
+        chooses = arguments.get("target_modules") or arguments.get("target_parameters")
+        if "target_modules" in fields and not chooses and self.name not in _OWN_TARGETS:
+            arguments |= self._targets(model, fields)
+        return arguments
+
+    def _targets(self, model: Any, fields: set[str]) -> dict[str, Any]:
+        model_type = model.config.model_type
+        if model_type not in ARCHITECTURES:
+            raise AFLoRAError(
+                f"Which layers of a {model_type!r} model to adapt is not known here: name them, as in "
+                f"""--method.options '{{"target_modules": ["q_proj", "v_proj"]}}'."""
+            )
+        chosen: dict[str, Any] = {"target_modules": default_targets(model_type)}
+        if "feedforward_modules" in fields and "feedforward_modules" not in self.options:  # IA3
+            chosen["feedforward_modules"] = list(ARCHITECTURES[model_type].ffn)
+        return chosen
+
+    def is_head(self, name: str) -> bool:
+        return is_head(name)
+
+    def check(self, updates_per_epoch: int) -> None:
+        return
+
+    def attach(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
+    ) -> Control:
+        return NoControl.of(progress)
+
+    def saved(self, name: str, trains: bool) -> bool:
+        return trains or is_head(name) or self._prefix in name  # PEFT leaves out what it does not need
+
+    def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+        save_peft(model, folder, values)
+
+
+def _refusal(name: str, kind: Any) -> str:
+    """Why the main job cannot train a method of PEFT; empty if it can."""
+    if issubclass(kind, PromptLearningConfig):
+        return (
+            "it learns tokens that stand before the text instead of layers, and they would shift the positions by "
+            "which the main job deals texts and counts loss. Adapt layers, as with lora, or use transformers' Trainer"
+        )
+    return _NOT_HERE.get(name, "")

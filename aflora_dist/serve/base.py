@@ -1,0 +1,159 @@
+"""The model that an adapter is for, as it lies on disk: its tensors by name, and its structure without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from ..errors import AFLoRAError
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+_NOT_BESIDE = ("config.json", "*.index.json", "adapter_config.json")
+
+
+class Shards(Mapping[str, Tensor]):
+    """All tensors of a folder of safetensors files; one is read when asked for, whatever all of them come to.
+
+    Raises:
+        AFLoRAError: There are none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._file = {key: folder / name for key, name in files.items()}
+        elif (single := folder / "model.safetensors").is_file():
+            with safe_open(str(single), framework="pt") as file:
+                self._file = dict.fromkeys(file.keys(), single)
+        else:
+            raise AFLoRAError(
+                f"{folder} has no model.safetensors, which is what is merged into. Save the model in that format "
+                f"(model.save_pretrained), and name its folder with --base."
+            )
+        self._open: tuple[Path, Any] | None = None
+
+    def __getitem__(self, key: str) -> Tensor:
+        path = self._file[key]
+        if self._open is None or self._open[0] != path:  # one at a time: what was read is not kept mapped
+            self._open = (path, safe_open(str(path), framework="pt"))
+        return self._open[1].get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._file, key=lambda key: (self._file[key].name, key)))
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+
+def find_base(name: str, revision: str | None) -> Path:
+    """The folder of a model: a folder, or what the hub has (its safetensors files are fetched).
+
+    Raises:
+        AFLoRAError: It is not there.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *_BESIDE]))
+    except (OSError, ValueError) as error:
+        raise AFLoRAError(
+            f"The base model {name!r} is no folder, and could not be fetched from the hub: "
+            f"{' '.join(str(error).split())[:300]} Name its folder with --base."
+        ) from None
+
+
+def beside_weights(folder: Path) -> list[Path]:
+    """Tokenizer, generation configuration, templates, code and licence: all that is copied as it is."""
+    left_out = {path for pattern in _NOT_BESIDE for path in folder.glob(pattern)}
+    return sorted({path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()} - left_out)
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> Any:
+    """config.json.
+
+    Raises:
+        AFLoRAError: There is none, or the model is quantised.
+    """
+    if not (folder / "config.json").is_file():
+        raise AFLoRAError(f"{folder} has no config.json: it is no folder of a model of transformers.")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if (how := getattr(config, "quantization_config", None)) is not None:
+        method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+        raise AFLoRAError(
+            f"{folder} holds quantised weights ({method or 'quantization_config'}): a change as small as an adapter's "
+            f"would be lost in rounding. Merge into the model that was quantised: name its folder with --base."
+        )
+    return config
+
+
+class Skeleton:
+    """The model without memory for its weights: names, layouts, and which parameters are one and the same.
+
+    Args:
+        config: The model's configuration; the class is that of `task_type`, else the one that it names.
+
+    Attributes:
+        model: On the meta device.
+        tied: Groups of names of the same parameter.
+        shapes: Of the parameters, by name.
+    """
+
+    def __init__(self, config: Any, task_type: str | None, trust_remote_code: bool) -> None:
+        named = _CLASSES.get(task_type or "", (config.architectures or ["AutoModel"])[0])
+        kind: Any = getattr(transformers, named, transformers.AutoModel)
+        with torch.device("meta"):
+            if named.startswith("Auto") or not hasattr(transformers, named):
+                self.model: nn.Module = kind.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                self.model = kind(config)
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+        self.tied = [names for names in groups.values() if len(names) > 1]
+        self.shapes = {n: p.shape for n, p in self.model.named_parameters(remove_duplicate=False)}
+        self.names = {*self.shapes, *dict(self.model.named_buffers())}
+
+    @property
+    def prefix(self) -> str:
+        """What names begin with in a model with a head, and not in a checkpoint of the same model without one."""
+        return str(getattr(self.model, "base_model_prefix", ""))
+
+    def stored(self, keys: Mapping[str, Tensor]) -> dict[str, str]:
+        """The checkpoint's keys by the names that this model has for them.
+
+        A checkpoint of a model without a head lacks the prefix, one of a model with a head may have one too many;
+        a key that the model does not know keeps its name.
+        """
+        prefix = f"{self.prefix}."
+        lacks = self.prefix and any(n.startswith(prefix) for n in self.names)
+        lacks = lacks and not any(key.startswith(prefix) for key in keys)
+        named = {}
+        for key in keys:
+            if key in self.names:
+                name = key
+            elif lacks:
+                name = prefix + key
+            elif self.prefix and key.removeprefix(prefix) in self.names:
+                name = key.removeprefix(prefix)
+            else:
+                name = key
+            named[name] = key
+        return named
