@@ -65,12 +65,6 @@ class NoControl:
     def interrupted(self) -> None:
         return
 
-    @classmethod
-    def of(cls, progress: Progress) -> NoControl:
-        """For this training; its engine is told that nobody looks at its gradients."""
-        progress.engine.buckets([])
-        return cls()
-
 
 class Method(Protocol):
     """A way of fine-tuning.

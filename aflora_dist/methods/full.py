@@ -41,7 +41,7 @@ class Full:
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:
-        return NoControl.of(progress)
+        return NoControl()
 
     def saved(self, name: str, trains: bool) -> bool:
         return True

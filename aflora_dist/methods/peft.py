@@ -130,7 +130,7 @@ class Peft:
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:
-        return NoControl.of(progress)
+        return NoControl()
 
     def saved(self, name: str, trains: bool) -> bool:
         return trains or is_head(name) or self._prefix in name  # PEFT leaves out what it does not need

@@ -43,7 +43,7 @@ class LoRA:
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:
-        return NoControl.of(progress)
+        return NoControl()
 
     def saved(self, name: str, trains: bool) -> bool:
         return trains

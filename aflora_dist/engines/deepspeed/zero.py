@@ -104,7 +104,8 @@ class ZeroEngine(Engine):
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             partition = next(p for group in optimizer.param_groups for p in group["params"])
             bucket = next(i for i, flat in enumerate(self._partitions()) if flat is partition)
-            if not (spans := self._observed[bucket]):
+            spans = self._observed[bucket] if self._observed else []  # none: nobody has asked for buckets
+            if not spans:
                 return
             observe(
                 bucket,
