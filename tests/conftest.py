@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from tests.launch import MAIN_JOB, launch
 from tests.runs import command_line, options, start_all
@@ -15,6 +16,14 @@ from tests.small import make_tiny_model, write_reviews
 
 torch.set_num_threads(1)  # small models; two threads would wait for each other where something else is at work
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_settings_of_accelerate() -> Iterator[None]:
+    """What a module's tests have set in accelerate's singletons (compiling, Trainer's accumulation) ends with it."""
+    yield
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
 
 
 @pytest.fixture
