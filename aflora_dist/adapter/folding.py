@@ -103,7 +103,7 @@ def fold(paths: list[AFLoRAPath], dtype: torch.dtype) -> list[Tensor]:
 
 
 class Folding:
-    """The hooks of one model. Layers find what is folded for them in `AFLoRAPath.folded`."""
+    """The hooks of one model. Layers are given what is folded for them (`AFLoRAPath.keep`)."""
 
     def __init__(self, layers: Iterable[AFLoRALayer]) -> None:
         self.layers = list(layers)
