@@ -26,11 +26,10 @@ from .engines import Engine, create_engine, place
 from .engines.rehearsal import rehearse
 from .engines.transfer import Piece
 from .errors import AFLoRAError, DivergedError
-from .freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore
+from .freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore, QuantilePolicy
+from .freezing.quantile import quantile
 from .processes import refuse_lonely_processes
 from .progress import Progress
-
-_AVERAGES = ("smoothed", "uncertainty")  # Ibar and Ubar, by their names in a snapshot
 
 
 class AdaptiveFreezing:
@@ -81,7 +80,8 @@ class AdaptiveFreezing:
         self.engine.keep(self._fixed(()))
         self.freezable = self._find_freezable()
         self.schedule = config.schedule()
-        self.policy = FreezingPolicy(self.freezable, pairwise=config.pairwise)
+        policy = QuantilePolicy if config.rule == "quantile" else FreezingPolicy
+        self.policy = policy(self.freezable, pairwise=config.pairwise)
         self.numels = {name: self.engine.numel(name) for name in self.freezable}
         self.frozen: dict[str, int] = {}  # name -> step at which it froze
         self.events: list[FreezeEvent] = []
@@ -284,11 +284,21 @@ class AdaptiveFreezing:
                 )
 
     def _record(self) -> dict[str, Any]:
+        begun, observed = self._window()
         return {
             "events": [asdict(event) for event in self.events],
             "config": asdict(self.config),
             "numels": self.numels,
+            "window": {"begun": begun, "observed": observed},
         }
+
+    def _window(self) -> tuple[int, int]:
+        """Which window of importances is being averaged, and how many steps of it have been. A collective."""
+        if self.config.window == 1:
+            return 0, 0
+        mine = max(((score.begun, score.observed) for score in self._scores), default=(0, 0))
+        begun, observed = self.engine.max_over_ranks(torch.tensor(mine, dtype=torch.int64)).tolist()
+        return begun, observed
 
     def _load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self.events = [FreezeEvent(**event) for event in record["events"]]
@@ -296,9 +306,8 @@ class AdaptiveFreezing:
         for name in self.freezable:
             path, matrix = self._paths[name]
             (path.frozen.add if name in self.frozen else path.frozen.discard)(matrix)
-        self._scores = self._new_scores()
-        keys = [f"{kind}/{name}" for kind in _AVERAGES for name in self.remaining]
-        self.engine.fill(tensors, keys, self._score_pieces())
+        self._scores = self._new_scores(**record.get("window", {}))  # an earlier release knew of none
+        self.engine.fill(tensors, list(self._score_numels()), self._score_pieces())
 
     def _fixed(self, trainable: Sequence[str]) -> list[str]:
         """Names of the parameters of the low-rank paths that do not train."""
@@ -307,15 +316,23 @@ class AdaptiveFreezing:
         return [name for name, p in self.engine.parameters.items() if id(p) in inside and name not in trains]
 
     def _gather_scores(self) -> dict[str, Tensor]:
-        numels = {f"{kind}/{name}": self.numels[name] for kind in _AVERAGES for name in self.remaining}
-        return self.engine.collect(self._score_pieces(), numels)
+        return self.engine.collect(self._score_pieces(), self._score_numels())
+
+    def _score_numels(self) -> dict[str, int]:
+        """Sizes of the scores' averages by their names in a snapshot, as "smoothed/NAME"."""
+        return {f"{kind}/{name}": self.numels[name] for kind in self._kinds for name in self.remaining}
+
+    @property
+    def _kinds(self) -> list[str]:
+        """What scores average (`FreezingScore.averages`); the same where this rank holds none."""
+        return list(FreezingScore([], "cpu", window=self.config.window).averages)
 
     def _score_pieces(self) -> list[Piece]:
         return [
-            Piece(f"{kind}/{fragment.name}", fragment.start, getattr(score, kind)[at : at + fragment.numel])
+            Piece(f"{kind}/{fragment.name}", fragment.start, average[at : at + fragment.numel])
             for score in self._scores
             for fragment, at in score.spans()
-            for kind in _AVERAGES
+            for kind, average in score.averages.items()
         ]
 
     # -- each global batch -------------------------------------------------------------------
@@ -329,25 +346,30 @@ class AdaptiveFreezing:
     ) -> None:
         start = time.perf_counter()
         with torch.profiler.record_function("aflora.observe"):
-            self._scores[bucket].observe(gradients, None if self.config.score == "gradient" else weights(), scale)
+            values = None if self.config.score == "gradient" else weights()
+            self._scores[bucket].observe(gradients, values, scale, self.step)
         self.seconds += time.perf_counter() - start
 
     def _after_batch(self) -> None:
-        count = self.schedule.count(self.step, len(self.policy))
-        if count > len(self.policy) - self._remaining_units():
-            self._decide(count)
+        if self.policy.due(self.schedule, self.step, self._remaining_units()):
+            self._decide()
         self._ending.note(self.step + 1, len(self.remaining))
 
     def _remaining_units(self) -> int:
         return sum(names[0] not in self.frozen for names in self.policy.units.values())
 
-    def _decide(self, count: int) -> None:
+    def _decide(self) -> None:
         start = time.perf_counter()
         with torch.profiler.record_function("aflora.decide"):
             scores = self.scores()
-            names = self.policy.next_frozen(scores, count)
+            names = self.policy.choose(self.schedule, self.step, scores, self._quantile)
             self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
-        self._freeze(names, scores, start, self.step)
+        if names:
+            self._freeze(names, scores, start, self.step)
+
+    def _quantile(self, fraction: float) -> float:
+        """Of the elements' Ibar * Ubar, of all matrices that still train. A collective."""
+        return quantile([s.smoothed * s.uncertainty for s in self._scores], fraction, self.engine.sum_over_ranks)
 
     def freeze(self, names: Sequence[str]) -> None:
         """Freeze these matrices now, whatever the schedule says. A collective: call it on every rank.
@@ -407,27 +429,31 @@ class AdaptiveFreezing:
             self.frozen[name] = step
             path, matrix = self._paths[name]
             path.frozen.add(matrix)
-        old = self._scores
+        old, window = self._scores, self._window()
         moves = self.engine.drop(names)
-        self._scores = self._new_scores()
+        self._scores = self._new_scores(*window)
         moves = [move for move in moves if move.fragment.name in self.numels]
-        for kind in _AVERAGES:
-            source = place((getattr(score, kind), score.spans()) for score in old)
-            target = place((getattr(score, kind), score.spans()) for score in self._scores)
+        for kind in self._kinds:
+            source = place((score.averages[kind], score.spans()) for score in old)
+            target = place((score.averages[kind], score.spans()) for score in self._scores)
             self.engine.carry(moves, source, target)
 
-    def _new_scores(self) -> list[FreezingScore]:
+    def _new_scores(self, begun: int = 0, observed: int = 0) -> list[FreezingScore]:
         buckets = self.engine.buckets(self.remaining)
-        return [
+        scores = [
             FreezingScore(
                 fragments,
                 device,
                 kind=self.config.score,
                 beta1=self.config.beta1,
                 beta2=self.config.beta2,
+                window=self.config.window,
             )
             for fragments, device in zip(buckets, self.engine.bucket_devices(), strict=True)
         ]
+        for score in scores:
+            score.begun, score.observed = begun, observed
+        return scores
 
     def _agree(self, what: str, complaint: str) -> None:
         """Raise on every rank unless all ranks hold the same text. One all-reduce of two numbers."""

@@ -3,21 +3,24 @@
 from typing import TYPE_CHECKING, Any
 
 from .config import FreezeEvent, FreezingConfig
-from .kinds import SCORE_KINDS, ScheduleShape, ScoreKind
-from .policy import FreezingPolicy
+from .kinds import FREEZING_RULES, SCORE_KINDS, FreezingRule, ScheduleShape, ScoreKind
+from .policy import FreezingPolicy, QuantilePolicy
 from .schedule import CubicSchedule
 
 if TYPE_CHECKING:
     from .score import Fragment, FreezingScore
 
 __all__ = [
+    "FREEZING_RULES",
     "SCORE_KINDS",
     "CubicSchedule",
     "Fragment",
     "FreezeEvent",
     "FreezingConfig",
     "FreezingPolicy",
+    "FreezingRule",
     "FreezingScore",
+    "QuantilePolicy",
     "ScheduleShape",
     "ScoreKind",
 ]

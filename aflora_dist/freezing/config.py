@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import AFLoRAError
-from .kinds import SCORE_KINDS, ScheduleShape, ScoreKind
+from .kinds import FREEZING_RULES, SCORE_KINDS, FreezingRule, ScheduleShape, ScoreKind
 from .schedule import CubicSchedule
 
 
@@ -24,6 +24,8 @@ class FreezingConfig:
             freezes, where each is dear: a model compiled under ZeRO-3 or FSDP2 is compiled anew at each.
         shape: How the frozen fraction grows: "cubic" (Eq. 5), or "quadratic" (the authors' scripts for language
             models).
+        rule: Who freezes at a decision: by "rank", the paper's rule (Eq. 5), or by "quantile", as in the authors'
+            scripts (see `QuantilePolicy`; their `every` is 10).
 
     Raises:
         AFLoRAError: The schedule does not fit, or an argument is out of range.
@@ -38,6 +40,7 @@ class FreezingConfig:
     pairwise: bool = False
     every: int = 1
     shape: ScheduleShape = "cubic"
+    rule: FreezingRule = "rank"
 
     def __post_init__(self) -> None:
         self.schedule()
@@ -46,6 +49,15 @@ class FreezingConfig:
                 raise AFLoRAError(f"FreezingConfig: {name} must lie in [0, 1), got {getattr(self, name)}.")
         if self.score not in SCORE_KINDS:
             raise AFLoRAError(f"FreezingConfig: score must be one of {', '.join(SCORE_KINDS)}, got {self.score!r}.")
+        if self.rule not in FREEZING_RULES:
+            raise AFLoRAError(f"FreezingConfig: rule must be one of {', '.join(FREEZING_RULES)}, got {self.rule!r}.")
+        if self.rule == "quantile" and self.pairwise:
+            raise AFLoRAError("FreezingConfig: rule='quantile' judges each matrix on its own; drop pairwise.")
+
+    @property
+    def window(self) -> int:
+        """Updates over which the importance is averaged before it is smoothed."""
+        return self.every if self.rule == "quantile" else 1
 
     def schedule(self) -> CubicSchedule:
         return CubicSchedule(

@@ -33,8 +33,13 @@ class FreezingScore:
         fragments: What this rank observes, in the order in which gradients are passed.
         kind: The importance I (Fig. 4): "gradient" |g|, "sensitivity" |w g|, "relative" |g / w|.
         beta1, beta2: Decay of Ibar and Ubar.
+        window: Steps over which I is averaged before Eq. 2 and 3 take it; 1 is the paper's rule, more the authors'
+            scripts'. A window's average is taken when the next one begins.
 
-    Both averages start at zero and are not bias-corrected.
+    Attributes:
+        averages: By name: Ibar ("smoothed"), Ubar ("uncertainty"), and with a window what has been averaged in it so
+            far ("importance"). Float32, all start at zero and are not bias-corrected.
+        begun, observed: Which window is being averaged, from 0, and how many steps of it have been so far.
     """
 
     def __init__(
@@ -45,14 +50,20 @@ class FreezingScore:
         kind: ScoreKind = "gradient",
         beta1: float = 0.85,
         beta2: float = 0.95,
+        window: int = 1,
     ) -> None:
         self.fragments = list(fragments)
         self.kind = kind
         self.beta1 = beta1
         self.beta2 = beta2
+        self.window = window
+        self.begun, self.observed = 0, 0
         numel = sum(fragment.numel for fragment in self.fragments)
         self.smoothed = torch.zeros(numel, dtype=torch.float32, device=device)  # Ibar
         self.uncertainty = torch.zeros(numel, dtype=torch.float32, device=device)  # Ubar
+        self.averages = {"smoothed": self.smoothed, "uncertainty": self.uncertainty}
+        if window > 1:
+            self.averages["importance"] = torch.zeros(numel, dtype=torch.float32, device=device)
         self._importance = torch.empty(numel, dtype=torch.float32, device=device)
 
     def spans(self) -> list[tuple[Fragment, int]]:
@@ -62,7 +73,11 @@ class FreezingScore:
 
     @torch.no_grad()
     def observe(
-        self, gradients: Sequence[Tensor], weights: Sequence[Tensor] | None = None, scale: Tensor | float = 1.0
+        self,
+        gradients: Sequence[Tensor],
+        weights: Sequence[Tensor] | None = None,
+        scale: Tensor | float = 1.0,
+        step: int = 0,
     ) -> None:
         """Eq. 2 and 3 for one step.
 
@@ -70,7 +85,12 @@ class FreezingScore:
             gradients: One 1-D tensor per fragment, any float dtype.
             weights: The fragments' values before the update; read for the kinds that need them.
             scale: g is `scale` times what is passed (undoes clipping and loss scaling).
+            step: t; with a window, one begins at each multiple of it.
         """
+        if self.window > 1 and step // self.window > self.begun:
+            self._smooth(self.averages["importance"])
+            self.begun, self.observed = step // self.window, 0
+        self.observed += 1
         if not self.fragments:
             return
         importance = self._flatten(gradients).abs_().mul_(scale)
@@ -81,6 +101,13 @@ class FreezingScore:
                 importance.mul_(magnitude)
             else:
                 importance.div_(magnitude.clamp_min_(torch.finfo(torch.float32).eps))
+        if self.window > 1:
+            self.averages["importance"].lerp_(importance, 1.0 / self.observed)
+        else:
+            self._smooth(importance)
+
+    def _smooth(self, importance: Tensor) -> None:
+        """Eq. 2 and 3; overwrites what it is given."""
         self.smoothed.lerp_(importance, 1.0 - self.beta1)
         self.uncertainty.lerp_(importance.sub_(self.smoothed).abs_(), 1.0 - self.beta2)
 

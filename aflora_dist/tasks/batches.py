@@ -32,10 +32,12 @@ def create_loaders(
         AFLoRAError: On every rank: there is less than one batch of training examples, or a rank failed.
     """
     place = Place(accelerator)
+    if config.data.pad_to_max_length:
+        place.multiple = config.data.max_length
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=place.multiple)
     enough(config, len(data.train))  # before time is spent
     train_set = tokenized(data.train, tokenizer, config.data.max_length, "the training split")
-    sampler = create_sampler(config, lengths(train_set, place.multiple), place)
+    sampler = create_sampler(config, lengths(train_set, place.multiple), place, sizes=lengths(train_set, 1))
     evaluation = {}
     for split, dataset in data.evaluation.items():
         tokens = tokenized(dataset, tokenizer, config.data.max_length, f"the {split} split")

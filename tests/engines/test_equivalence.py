@@ -21,12 +21,13 @@ CASES: dict[str, list[str]] = {
     "clip, accumulation 3": ["--clip", "0.05", "--accumulation", "3"],
     "a group of matrices": ["--groups", "split", "--freezing", json.dumps({"score": "sensitivity", "pairwise": True})],
     "groups of A and of B": ["--groups", "ab"],
+    "by quantile": ["--freezing", json.dumps({"rule": "quantile", "every": 2})],
     "checkpointing, all layers": ["--checkpointing", "--adapter", json.dumps({"freezable": "all"})],
     "bf16": ["--precision", "bf16"],
 }
 
 
-THREE = ("clip", "a group of matrices", "groups of A and of B")  # cases on three ranks
+THREE = ("clip", "a group of matrices", "groups of A and of B", "by quantile")  # cases on three ranks
 FOUR = {"ddp": ("plain",), "zero2": ("plain",), "fsdp2": ("plain", "two replicas")}  # and on four
 EVERY = (*ENGINES, "fsdp2")
 

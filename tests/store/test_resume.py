@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from aflora_dist.store import checkpoint
 from aflora_dist.training.run import main
@@ -95,6 +96,38 @@ def test_half_precision_goes_on_to_the_bit(
     assert losses[1] == losses[0][SAVED:]
     mine, theirs = weights(tmp_path / "cut"), weights(whole)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+OFFICIAL = {  # the authors' rule, saved in the middle of a window; a pooler that keeps its random start
+    "freezing.rule": "quantile",
+    "freezing.every": 4,
+    "model.train_new": '["classifier"]',
+    "train.decay_biases": False,
+    "data.pad_to_max_length": True,
+}
+
+
+@pytest.mark.distributed
+def test_the_authors_recipe_goes_on_on_any_engine(tiny_model: Path, reviews: Path, tmp_path: Path) -> None:
+    whole, model = tmp_path / "whole", tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    stored = load_file(model / "model.safetensors")
+    stored = {name: value for name, value in stored.items() if not name.startswith("pooler.")}
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    start("single", options(whole, model, reviews, **OFFICIAL))
+    assert freezes(whole)[0][0] < SAVED < freezes(whole)[-1][0]
+    assert all(step % 4 == 0 or step > 18 for step, _ in freezes(whole))
+    expected = weights(whole)
+    pooler = {name: value for name, value in expected.items() if ".pooler." in name}
+    assert pooler
+    saved = ["--resume", str(whole / "checkpoints" / SAVED_NAME)]
+    for engine in ("single", "ddp", "zero2", "zero3", "fsdp2"):
+        start_all(engine, [[*options(tmp_path / engine, model, reviews, **OFFICIAL), *saved]])
+        assert freezes(tmp_path / engine) == freezes(whole)
+        for name, value in weights(tmp_path / engine).items():
+            if engine == "single" or name in pooler:
+                assert torch.equal(value, expected[name]), name
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
 
 
 SAVING = {"run.save_every": 1, "adapter.dropout": 0.1, "train.accumulation": 2, "run.log_every": 3}

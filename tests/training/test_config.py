@@ -1,0 +1,145 @@
+"""The command line; the presets against the numbers of their sources, and what trains under them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, DebertaV2Config
+
+from aflora_dist.errors import AFLoRAError
+from aflora_dist.methods.choose import create_method
+from aflora_dist.training.config import parse
+from aflora_dist.training.loop import create_optimizer, hold
+
+# Paper, Table 5: epochs, the classifier's rate, the learning rate, t_i, t_f; batch 64, length 256.
+TABLE_5 = {
+    "cola": (20, 4e-2, 1e-2, 1, 14),
+    "sst2": (10, 4e-3, 4e-3, 1, 7),
+    "mrpc": (20, 8e-2, 1e-2, 1, 14),
+    "qnli": (10, 4e-3, 1e-3, 1, 7),
+    "stsb": (20, 2e-2, 2e-3, 1, 14),
+    "rte": (20, 4e-2, 1e-3, 1, 14),
+    "mnli": (10, 4e-3, 1e-3, 1, 7),
+    "qqp": (10, 4e-3, 4e-3, 1, 7),
+}
+# The authors' scripts: rate, the head's, batch over all GPUs, r, best by.
+SCRIPTS = {
+    "cola": (1e-2, 4e-2, 64, 4, "matthews_correlation"),
+    "sst2": (4e-3, 4e-3, 64, 4, "accuracy"),
+    "mrpc": (1e-2, 8e-2, 64, 4, "f1"),
+    "qnli": (1e-3, 4e-3, 256, 4, "accuracy"),
+    "stsb": (2e-2, 2e-2, 64, 4, "pearson"),
+    "rte": (1e-2, 4e-2, 64, 4, "accuracy"),
+    "mnli": (1e-2, 4e-3, 256, 1024, "accuracy_matched"),
+    "qqp": (4e-3, 4e-3, 256, 1024, "accuracy"),
+}
+HEAD = ["pooler", "classifier"]
+
+
+@pytest.mark.parametrize("task", TABLE_5)
+def test_the_papers_presets_are_table_5(task: str) -> None:
+    config, _ = parse(["--preset", f"glue/{task}"])
+    train, freezing = config.train, config.freezing
+    found = (
+        train.epochs,
+        train.head_learning_rate,
+        train.learning_rate,
+        freezing.initial_epochs,
+        freezing.final_epochs,
+    )
+    assert found == TABLE_5[task]
+    assert (train.batch_size, config.data.max_length, config.adapter.r) == (64, 256, 4)
+    assert (train.weight_decay, train.max_grad_norm, train.warmup_ratio) == (0.1, 0.1, 0.06)
+    assert (freezing.rule, freezing.every, freezing.beta1, freezing.beta2) == ("rank", 1, 0.85, 0.95)
+    assert config.model.train_new is None
+    assert train.decay_biases
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_the_official_presets_are_the_authors_scripts(task: str) -> None:
+    config, _ = parse(["--preset", f"official/{task}"])
+    train, freezing = config.train, config.freezing
+    found = (train.learning_rate, train.head_learning_rate, train.batch_size, config.adapter.r, config.run.keep_best)
+    assert found == SCRIPTS[task]
+    assert (train.epochs, freezing.initial_epochs, freezing.final_epochs) == (TABLE_5[task][0], 1, TABLE_5[task][4])
+    assert (train.weight_decay, train.max_grad_norm, train.warmup_ratio, train.seed) == (0.1, 0.1, 0.06, 42)
+    assert (freezing.rule, freezing.every, freezing.beta1, freezing.beta2) == ("quantile", 10, 0.85, 0.95)
+    assert (config.data.max_length, config.data.pad_to_max_length, config.adapter.dropout) == (256, True, 0.0)
+    assert config.model.train_new == ["classifier"]
+    assert not train.decay_biases
+
+
+def outlined() -> torch.nn.Module:
+    """DeBERTaV3-base's shape, without weights."""
+    config = DebertaV2Config(
+        vocab_size=1000,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        relative_attention=True,
+        position_biased_input=False,
+        pooler_hidden_size=768,
+        num_labels=2,
+    )
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "adapter", "head"),
+    [
+        ("glue/cola", 83_232 + 368_640, (768 * 768 + 768) + (2 * 768 + 2)),
+        ("official/cola", 83_232 + 368_640, 2 * 768 + 2),
+        ("glue/mnli", 83_232 + 368_640, (768 * 768 + 768) + (2 * 768 + 2)),
+        # r = 1024: s_d of 72 layers is longer, and 24 layers have A and B of (768 + 3072) x 1024.
+        ("official/mnli", 83_232 + 72 * 1020 + 24 * (768 + 3072) * 1024, 2 * 768 + 2),
+    ],
+)
+def test_what_trains_by_preset(preset: str, adapter: int, head: int) -> None:
+    config, _ = parse(["--preset", preset])
+    method = create_method(config)
+    model = method.adapt(outlined(), HEAD)
+    held = hold(model, HEAD, config.model.train_new, method)
+    trains = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(n for name, n in trains.items() if not method.is_head(name)) == adapter
+    assert sum(n for name, n in trains.items() if method.is_head(name)) == head
+    assert bool(held) == preset.startswith("official")
+    assert all(method.saved(name, trains=False) for name in held)
+
+
+def test_only_the_heads_bias_is_spared_from_weight_decay() -> None:
+    config, _ = parse(["--preset", "official/cola"])
+    method = create_method(config)
+    model = method.adapt(outlined(), HEAD)
+    hold(model, HEAD, config.model.train_new, method)
+    groups = create_optimizer(config, model, method).param_groups
+    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups[1:]] == [(4e-2, 0.1, 1), (4e-2, 0.0, 1)]
+    assert (groups[0]["lr"], groups[0]["weight_decay"]) == (1e-2, 0.1)
+    assert groups[2]["params"][0].shape == (2,)
+
+
+def test_a_module_that_is_not_new_cannot_be_chosen() -> None:
+    config, _ = parse(["--preset", "glue/cola", "--model.train_new", '["encoder"]'])
+    method = create_method(config)
+    with pytest.raises(AFLoRAError, match=r"no new module of this model\. New are: pooler, classifier"):
+        hold(method.adapt(outlined(), HEAD), HEAD, config.model.train_new, method)
+
+
+def test_language_models_have_no_new_modules_to_choose() -> None:
+    config, _ = parse(["--preset", "glue/cola"])
+    assert replace(config.data, pad_to_max_length=True).pad_to_max_length
+    with pytest.raises(AFLoRAError, match=r"model\.train_new is for classifiers"):
+        parse(["--preset", "sft/demo", "--model.train_new", '["classifier"]'])
+    with pytest.raises(AFLoRAError, match=r"data\.pad_to_max_length is for classifiers"):
+        parse(["--preset", "sft/demo", "--data.pad_to_max_length", "true"])
+
+
+@pytest.mark.parametrize(
+    "said", [["--data.text_columns", "a,b"], ["--data.text_columns=a,b"], ["--data.text_columns", "[a, b]"]]
+)
+def test_lists_need_no_brackets(said: list[str]) -> None:
+    assert parse(said)[0].data.text_columns == ["a", "b"]
+    assert parse([*said, "--profile.starts", "3"])[0].profile.starts == [3]
