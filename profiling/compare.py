@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 
 from aflora_dist.freezing import CubicSchedule
 from aflora_dist.processes import launched_accelerator
+from aflora_dist.watch.peaks import peak_flops
 
 from .launches import count_calls, count_launches, per_call
 from .methods import MORE_OF_PEFT, REFERENCES, Method, create, freeze_share
 from .models import SHAPES, build
-from .peaks import peak_flops
 from .report import write_report, write_traces
 
 

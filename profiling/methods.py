@@ -9,57 +9,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import AdaLoraConfig, LoraConfig, MissConfig, RandLoraConfig, VeraConfig, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.optimizers import create_lorafa_optimizer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
+from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingConfig
 from aflora_dist.adapter.architectures import target_modules
+from aflora_dist.methods.autocast import OutputCast
+from aflora_dist.methods.choose import create_method
+from aflora_dist.methods.peft import Peft
+from aflora_dist.training.config import AdapterConfig, Config, MethodConfig, TrainConfig
 
 REFERENCES = ("floor", "full", "lora", "adalora", "elora", "aflora_training", "aflora_half", "aflora_frozen")
 MORE_OF_PEFT = ("miss", "lorafa", "dora", "randlora")  # not on every layer and not in every dtype
 BUILT_IN = (*REFERENCES, *MORE_OF_PEFT)
-
-
-class _OutputCast:
-    """Forward hook: gives an output the dtype that autocast gives the layers around it.
-
-    PEFT's VeRA, MiSS and RandLoRA return float32 from a float32 input under autocast, where a plain Linear returns
-    bfloat16; DeBERTa-v2 then fails in its attention mask, which it fills with the lowest number of another dtype.
-
-    Attributes:
-        used: An output had to be cast.
-    """
-
-    def __init__(self) -> None:
-        self.used = False
-        self.handles: list[RemovableHandle] = []
-
-    def remove_if_unused(self) -> None:
-        """After a step: nobody shall be slowed down by what only others need."""
-        if not self.used:
-            for handle in self.handles:
-                handle.remove()
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        device = output.device.type
-        if not torch.is_autocast_enabled(device) or output.dtype == torch.get_autocast_dtype(device):
-            return None
-        self.used = True
-        return output.to(torch.get_autocast_dtype(device))
-
-
-def match_autocast(model: nn.Module) -> _OutputCast:
-    """Have the adapted layers of a PEFT model return what autocast would; the hook says whether it was needed."""
-    hook = _OutputCast()
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            hook.handles.append(module.register_forward_hook(hook))
-    return hook
+EPOCHS, UPDATES = 20, 10**6  # of AdaLoRA's schedule: longer than any measurement
+_LORA = {"r": 8, "lora_alpha": 8}
 
 
 @dataclass
@@ -68,7 +33,7 @@ class Method:
 
     Attributes:
         adapted: The modules around the adapted linear layers (for the floor: the layers themselves).
-        output_cast: See `match_autocast`.
+        output_cast: See `aflora_dist.methods.autocast`.
     """
 
     name: str
@@ -76,7 +41,7 @@ class Method:
     optimizer: Optimizer | None
     adapted: list[nn.Module]
     after_step: Callable[[], None] = lambda: None
-    output_cast: _OutputCast = field(default_factory=_OutputCast)
+    output_cast: OutputCast = field(default_factory=OutputCast)
     freezing: AdaptiveFreezing | None = None
     seconds: list[float] = field(default_factory=list)
 
@@ -112,38 +77,36 @@ def create(name: str, base: nn.Module, accelerator: Accelerator) -> Method:
         SystemExit: No such method of PEFT, or it cannot be set up on these layers.
     """
     targets = target_modules(base.config.model_type)  # type: ignore[union-attr, arg-type]
-    after: Callable[[], None] = lambda: None  # noqa: E731
-    cast = _OutputCast()
-    model: Any
     if name == "floor":
-        model, adapted = _floor(base, targets)
-        return Method(name, accelerator.prepare(model), None, adapted)
-    if name == "full":
-        model = copy.deepcopy(base).requires_grad_(True)
-        adapted = [m for n, m in model.named_modules() if _is_target(n, targets)]
-    else:
-        try:
-            model = get_peft_model(shared_copy(base), _config(name, targets))
-        except (ValueError, TypeError, KeyError) as error:
-            raise SystemExit(f"{name}: PEFT cannot set it up on these layers: {error}") from None
-        if not name.startswith("aflora"):
-            cast = match_autocast(model)
-        adapted = [m for n, m in model.named_modules() if _is_target(n, targets)]
-        if name == "adalora":
-            tuner = model.base_model
-            counter = iter(range(1, 10**9))
-            after = lambda: tuner.update_and_allocate(next(counter))  # noqa: E731
+        floor, adapted = _floor(base, targets)
+        return Method(name, accelerator.prepare(floor), None, adapted)
+    after: Callable[[], None] = lambda: None  # noqa: E731
+    try:
+        method = create_method(_config(name))
+        model = method.adapt(copy.deepcopy(base) if name == "full" else shared_copy(base), [])
+        method.check(UPDATES // EPOCHS)
+    except AFLoRAError as error:
+        raise SystemExit(f"{name}: {error}") from None
+    if name != "full":
+        for parameter_name, parameter in model.named_parameters():
+            if method.is_head(parameter_name):
+                parameter.requires_grad_(False)  # what is compared is the work of the adapters
+    adapted = [m for n, m in model.named_modules() if _is_target(n, targets)]
+    if name == "adalora":
+        counter = iter(range(1, 10**9))
+        after = lambda: model.base_model.update_and_allocate(next(counter))  # noqa: E731
     model.train()
     if name == "lorafa":
         optimizer: Any = create_lorafa_optimizer(model, r=8, lora_alpha=8, lr=1e-4)  # freezes A
     else:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    method = Method(name, prepared, optimizer, adapted, after, cast)
+    cast = method.output_cast if isinstance(method, Peft) else OutputCast()
+    ready = Method(name, prepared, optimizer, adapted, after, cast)
     if name.startswith("aflora"):
         never = FreezingConfig(total_steps=10**9, initial_steps=10**9 - 1, final_steps=0)
-        method.freezing = AdaptiveFreezing(accelerator, prepared, optimizer, never)
-    return method
+        ready.freezing = AdaptiveFreezing(accelerator, prepared, optimizer, never)
+    return ready
 
 
 def freeze_share(method: Method) -> None:
@@ -173,25 +136,20 @@ def _is_target(name: str, targets: list[str]) -> bool:
     return f".{name}".endswith(tuple(f".{target}" for target in targets))
 
 
-def _config(name: str, targets: list[str]) -> Any:
+def _config(name: str) -> Config:
+    """The main job's configuration of a method."""
     if name.startswith("aflora"):
-        return AFLoRAConfig(r=4, target_modules=targets)
-    if name in ("lora", "lorafa", "dora"):
-        return LoraConfig(r=8, lora_alpha=8, use_dora=name == "dora", target_modules=targets)
-    if name == "adalora":
-        return AdaLoraConfig(init_r=12, target_r=8, tinit=1, tfinal=1, total_step=10**6, target_modules=targets)
-    if name == "elora":
-        return VeraConfig(r=1024, target_modules=targets)
-    if name == "miss":
-        return MissConfig(r=16, target_modules=targets)  # one matrix a layer: as many parameters as LoRA with r = 8
-    if name == "randlora":
-        return RandLoraConfig(r=32, target_modules=targets)  # PEFT's default; about LoRA's number of parameters, too
-    kinds = {str(getattr(kind, "value", kind)).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if name not in kinds:
-        raise SystemExit(
-            f"There is no method {name!r}. Methods: {', '.join(BUILT_IN)}; of PEFT: {', '.join(sorted(kinds))}."
-        )
-    return kinds[name](target_modules=targets)
+        return Config(adapter=AdapterConfig(r=4))
+    kind, options = {
+        "lora": ("lora", _LORA),
+        "lorafa": ("lora", _LORA),
+        "dora": ("lora", {**_LORA, "use_dora": True}),
+        "adalora": ("adalora", {"init_r": 12, "target_r": 8, "tinit": 1, "tfinal": 1}),
+        "elora": ("vera", {"r": 1024}),
+        "miss": ("miss", {"r": 16}),  # one matrix a layer: as many parameters as LoRA with r = 8
+        "randlora": ("randlora", {"r": 32}),  # PEFT's default; about LoRA's number of parameters, too
+    }.get(name, (name, {}))
+    return Config(method=MethodConfig(name=kind, options=options), train=TrainConfig(epochs=EPOCHS))
 
 
-__all__ = ["BUILT_IN", "MORE_OF_PEFT", "REFERENCES", "Method", "create", "freeze_share", "match_autocast"]
+__all__ = ["BUILT_IN", "MORE_OF_PEFT", "REFERENCES", "Method", "create", "freeze_share"]

@@ -22,7 +22,9 @@ from tests.test_contract import GONE
 from tests.workers import trainer as worker
 from tests.workers.trainer import STEPS, Examples, Stream, batch, build_llama, settings, values
 
-EVERY = ("single", "ddp", "zero2", "zero3", "fsdp2")
+EVERY = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+# Whose checkpoint each goes on from, besides its own and one process's: each is a source and a target.
+BEFORE = {"single": "zero1", "ddp": "fsdp2", "zero1": "ddp", "zero2": "zero1", "zero3": "zero2", "fsdp2": "zero3"}
 FOURTHS = {"save_strategy": "steps", "save_steps": 4}
 # The first checkpoint is the best: matrices freeze after it.
 BEST = {
@@ -136,15 +138,17 @@ def test_the_best_model_comes_back_though_matrices_froze_since(engine: str) -> N
     assert_close(plain(best["values"]), saved(folder / "best" / "model"), 0.0)
 
 
-@pytest.mark.parametrize("engine", marked(EVERY))
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", EVERY)
 def test_resuming_is_exact_before_between_and_after_the_freezes(engine: str, tmp_path: Path) -> None:
-    """To the bit on the same engine, and within 1e-5 from a checkpoint of one process."""
+    """To the bit on the same engine, and within 1e-5 from a checkpoint of one process or of another engine."""
     folder, (whole, *_), _ = trained(engine)
-    single, _, _ = trained("single")
-    sources = [folder / "whole" / f"checkpoint-{step}" for step in (4, 8)] + [single / "whole" / "checkpoint-4"]
+    others = [trained(source)[0] for source in dict.fromkeys(("single", BEFORE[engine])) if source != engine]
+    sources = [folder / "whole" / f"checkpoint-{step}" for step in (4, 8)]
+    sources += [other / "whole" / "checkpoint-4" for other in others]
     runs = [[str(tmp_path / str(i)), "--resume", str(source)] for i, source in enumerate(sources)]
     resumed = run(engine, *runs)
-    for (first, *_), exact in zip(resumed, (True, True, engine == "single"), strict=True):
+    for (first, *_), exact in zip(resumed, [True, True] + [False] * len(others), strict=True):
         assert_same_log(first["events"], whole["events"], rel=1e-12 if exact else 1e-5)
         assert_close(first["values"], whole["values"], 0.0 if exact else 1e-5)
         assert first["rates"] == pytest.approx(whole["rates"][-len(first["rates"]) :], rel=1e-12)

@@ -13,7 +13,16 @@ from .base import Engine, inner_optimizer
 from .native import Fsdp2Engine, ReplicatedEngine
 from .transfer import Move, place
 
-__all__ = ["Engine", "Move", "create_engine", "place"]
+__all__ = ["Engine", "Move", "create_engine", "engine_kind", "place"]
+
+
+def engine_kind(accelerator: Accelerator) -> str:
+    """What `create_engine` will call its engine (`Engine.kind`), before anything is prepared."""
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        return f"zero{plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
 
 
 def create_engine(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:

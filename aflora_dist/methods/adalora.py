@@ -66,18 +66,21 @@ class AdaLora(Peft):
             )
         tuning.total_step, tuning.tinit, tuning.tfinal = total, first, last
 
-    def attach(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
-    ) -> Control:
-        if progress.engine.kind not in ("single", "ddp"):
+    def check_engine(self, kind: str, precision: str) -> None:
+        if kind not in ("single", "ddp"):
             raise UnsupportedEngineError(
-                f"AdaLoRA scores its matrices by whole gradients after each update, and {progress.engine.kind} keeps "
-                f"pieces of them on every rank. Use one process or launch/ddp.yaml, or method.name=lora."
+                f"AdaLoRA scores its matrices by whole gradients after each update, and {kind} keeps pieces of them "
+                f"on every rank. Use one process or launch/ddp.yaml, or method.name=lora."
             )
-        if accelerator.mixed_precision == "fp16":
+        if precision == "fp16":
             raise UnsupportedEngineError(
                 "AdaLoRA would score the infinite gradients of updates that fp16 skips. Use bf16, or method.name=lora."
             )
+
+    def attach(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
+    ) -> Control:
+        self.check_engine(progress.engine.kind, str(accelerator.mixed_precision))
         return RankAllocation(progress)
 
     def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ class AFLoRA:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._freezing: FreezingConfig | None = None
+        self.freezing: FreezingConfig | None = None  # once check() knows how long the training is
 
     def adapt(self, model: Any, head: Sequence[str]) -> PeftModel:
         """Put the adapter in, with the head among the modules to save.
@@ -57,7 +57,10 @@ class AFLoRA:
         return is_head(name)
 
     def check(self, updates_per_epoch: int) -> None:
-        self._freezing = self._schedule(updates_per_epoch)
+        self.freezing = self._schedule(updates_per_epoch)
+
+    def check_engine(self, kind: str, precision: str) -> None:
+        return
 
     def attach(
         self,
@@ -67,8 +70,8 @@ class AFLoRA:
         progress: Progress,
         log: Callable[[FreezeEvent], None],
     ) -> AdaptiveFreezing:
-        assert self._freezing is not None, "check() comes first"
-        return AdaptiveFreezing(accelerator, model, optimizer, self._freezing, on_freeze=log, progress=progress)
+        assert self.freezing is not None, "check() comes first"
+        return AdaptiveFreezing(accelerator, model, optimizer, self.freezing, on_freeze=log, progress=progress)
 
     def saved(self, name: str, trains: bool) -> bool:
         return is_adapter(name) or is_head(name) or trains  # a frozen A or B was learned like the rest
@@ -92,4 +95,5 @@ class AFLoRA:
             pairwise=freezing.pairwise,
             every=freezing.every,
             shape=freezing.shape,
+            rule=freezing.rule,
         )

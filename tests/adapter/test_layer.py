@@ -50,7 +50,7 @@ def leaves(layer: AFLoRALayer, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("base", "frozen", "x_grad", "adapters"), itertools.product(BASES, FROZEN, [True, False], [1, 2])
+    ("base", "frozen", "x_grad", "adapters"), [*itertools.product(BASES, FROZEN, [True, False], [1, 2])]
 )
 def test_values_and_gradients_equal_the_plain_formula_in_float64(
     base: str, frozen: set[str], x_grad: bool, adapters: int

@@ -40,6 +40,9 @@ class LoRA:
     def check(self, updates_per_epoch: int) -> None:
         return
 
+    def check_engine(self, kind: str, precision: str) -> None:
+        return
+
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:

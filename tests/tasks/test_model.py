@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from aflora_dist import AFLoRAError
 from aflora_dist.tasks import model
-from aflora_dist.tasks.model import check_quantization, load_base, load_language_model, resolve_name
+from aflora_dist.tasks.model import check_quantization, load_base, load_language_model, resolve_name, storage_dtype
 from aflora_dist.training.config import ModelConfig
 from tests.small_lm import make_small_language_model
 
@@ -85,14 +85,20 @@ def test_nf4_is_quantised_doubly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model._quantization(ModelConfig()) is None
 
 
-@pytest.mark.parametrize(("engine", "stage"), [("ZeRO-3", 3), ("FSDP", None), (None, 2), (None, None)])
-def test_sharded_engines_take_no_quantised_weights(engine: str | None, stage: int | None) -> None:
+@pytest.mark.parametrize(("engine", "stage"), [("ZeRO-3", 3), ("FSDP2", None), (None, 2), (None, None)])
+def test_engines_that_shard_take_4_bits_in_their_own_dtype_and_no_8(engine: str | None, stage: int | None) -> None:
     plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
-    kind = DistributedType.FSDP if engine == "FSDP" else DistributedType.NO
+    kind = DistributedType.FSDP if engine == "FSDP2" else DistributedType.NO
     accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), distributed_type=kind)
-    check_quantization(ModelConfig(), accelerator)
+    packed = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for precision, dtype in packed.items():
+        accelerator.mixed_precision = precision
+        for quantize in (None, "nf4"):
+            config = ModelConfig(quantize=quantize)  # type: ignore[arg-type]
+            check_quantization(config, accelerator)
+            assert storage_dtype(config, accelerator) is (dtype if engine and quantize else None)
     if engine is None:
-        check_quantization(ModelConfig(quantize="nf4"), accelerator)
+        check_quantization(ModelConfig(quantize="int8"), accelerator)
     else:
-        with pytest.raises(AFLoRAError, match=rf"quantize=nf4 does not work with {engine}, .*launch/ddp.yaml"):
-            check_quantization(ModelConfig(quantize="nf4"), accelerator)
+        with pytest.raises(AFLoRAError, match=rf"quantize=int8 does not work with {engine}, .*quantize=nf4"):
+            check_quantization(ModelConfig(quantize="int8"), accelerator)

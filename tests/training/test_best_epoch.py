@@ -45,7 +45,9 @@ def accuracy(run: Path, model: Path, data: Path) -> float:
     [
         "single",
         pytest.param("ddp", marks=pytest.mark.distributed),
+        pytest.param("zero1", marks=pytest.mark.distributed),
         pytest.param("zero3", marks=pytest.mark.distributed),
+        pytest.param("fsdp2", marks=pytest.mark.distributed),
     ],
 )
 def test_the_adapter_is_the_best_epoch_s_after_a_restart_too(

@@ -216,6 +216,38 @@ def test_a_language_model_s_training_resumes_to_the_bit(model: Path, problems: P
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("engine", "precision", "dtype"),
+    [("ddp", "bf16", None), ("zero3", "bf16", "bfloat16"), ("fsdp2", "bf16", "bfloat16"), ("zero2", "fp16", None)],
+)
+def test_half_precision_trains_alike_and_goes_on_to_the_bit(
+    engine: str, precision: str, dtype: str | None, model: Path, problems: Path, dealt: Dealt, tmp_path: Path
+) -> None:
+    """Computed in half precision, and with `dtype` held in it, too; fp16 with DeepSpeed's loss scale."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = {"run.tensorboard": False, "run.save_every": 4, "data.tokens_per_micro_batch": 100_000}
+    more |= {} if dtype is None else {"model.dtype": dtype}
+    saved = str(whole / "checkpoints" / "step_00000004")
+    jobs = [arguments(whole, model, problems, **more), [*arguments(cut, model, problems, **more), "--resume", saved]]
+    worker = [*(["profiling.fsdp_on_cpu"] if engine == "fsdp2" else []), "tests.workers.half"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
+        launch_series(engine, 2, [[*worker, *job] for job in jobs], mixed_precision=precision)
+    float32 = dealt("single", 1)["one micro-batch"]
+    losses = {folder: [line["loss"] for line in lines(folder, "metrics.jsonl")] for folder in (whole, cut, float32)}
+    assert losses[cut] == losses[whole][4:]
+    counts = {f: [(e["step"], len(e["frozen"])) for e in lines(f, "freeze_log.jsonl")] for f in (whole, float32)}
+    assert json.loads((whole / "result.json").read_text())["mixed_precision"] == precision
+    if precision == "bf16":  # fp16 skips updates until its scale fits
+        assert losses[whole] == pytest.approx(losses[float32], rel=2e-2)
+        assert counts[whole] == counts[float32]
+    assert all(math.isfinite(loss) for loss in losses[whole])
+    mine, theirs = weights(cut), weights(whole)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 def test_packing_is_refused_where_examples_would_attend_to_each_other(
     model: Path,
     problems: Path,
