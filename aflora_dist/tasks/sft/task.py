@@ -17,7 +17,7 @@ from ...errors import AFLoRAError
 from ...training.config import Config
 from ..base import Evaluation
 from ..batches import Batch, Place, create_sampler, enough, lengths, loader, move
-from ..model import check_quantization, load_language_model
+from ..model import check_quantization, load_language_model, load_tokenizer, outline_language_model, storage_dtype
 from ..sampler import EvaluationSampler, GlobalBatchSampler
 from ..tokens import made_once
 from .answers import answer, last_number
@@ -36,20 +36,28 @@ class LanguageModelling:
         self.config = config
         self.train_examples = 0
 
-    def load(self, accelerator: Accelerator) -> tuple[Any, list[str]]:
+    def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:
         check_quantization(self.config.model, accelerator)
         self.train, self.held = load_examples(self.config.data, self.config.train.seed)
         self._check_answers()
         self.train_examples = len(self.train)
-        model, self.tokenizer = load_language_model(self.config.model)
+        if not weights:
+            model = outline_language_model(self.config.model)
+            self.tokenizer = load_tokenizer(self.config.model, language_model=True)
+            return model, []
+        model, self.tokenizer = load_language_model(
+            self.config.model, storage=storage_dtype(self.config.model, accelerator)
+        )
         return model, []
 
     def _check_answers(self) -> None:
-        for row, right in enumerate(self.held["answer"] if "answer" in self.held.column_names else [], start=1):
-            if last_number(right) is None:
+        answers = self.held["answer"][:] if "answer" in self.held.column_names else []
+        self.asked = [row for row, right in enumerate(answers) if right is not None]
+        for row in self.asked:
+            if last_number(answers[row]) is None:
                 raise AFLoRAError(
-                    f"Example {row} of the evaluation data has the answer {right!r}, in which there is no number: "
-                    f"answers are compared by their last number. Leave the column out."
+                    f"Example {row + 1} of the evaluation data has the answer {answers[row]!r}, in which there is no "
+                    f"number: answers are compared by their last number. Leave the column out."
                 )
 
     def metrics(self) -> list[str]:
@@ -74,6 +82,7 @@ class LanguageModelling:
             place,
             counts=train["count"][:],
             packed=data.packing,
+            sizes=lengths(train, 1),
         )
         collate = Collator(pad, place.multiple, data.max_length if data.packing else None)
         return sampler, loader(train.select_columns(["input_ids", "labels"]), sampler, collate, place.on_gpu)
@@ -108,9 +117,9 @@ class LanguageModelling:
             order = EvaluationSampler(lengths(carrying, place.multiple), size, **where)
             columns = carrying.select_columns(["input_ids", "labels"])
             self.loss_batches = loader(columns, order, Collator(pad, place.multiple), place.on_gpu)
-        if "prompt_ids" in tokens.column_names:
-            order = EvaluationSampler([len(prompt) for prompt in tokens["prompt_ids"]], size, **where)
-            columns = tokens.select_columns(["prompt_ids"])
+        if self.asked:
+            columns = tokens.select(self.asked).select_columns(["prompt_ids"])
+            order = EvaluationSampler([len(prompt) for prompt in columns["prompt_ids"]], size, **where)
             self.prompt_batches = loader(columns, order, PromptCollator(pad), place.on_gpu)
 
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
@@ -158,11 +167,12 @@ class LanguageModelling:
         model.eval()
         metrics, samples = {}, ""
         if self.prompt_batches is not None:
+            asked = self.held.select(self.asked)
             metrics["exact_match"], samples = answer(
                 model,
                 self.prompt_batches,
-                [question(row) for row in self.held],
-                list(self.held["answer"]),
+                [question(row) for row in asked],
+                list(asked["answer"]),
                 self.tokenizer,
                 self.config.data.max_new_tokens,
                 accelerator,
