@@ -37,8 +37,11 @@ class Task(Protocol):
     name: str
     train_examples: int
 
-    def load(self, accelerator: Accelerator) -> tuple[Any, list[str]]:
+    def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:
         """Load data and pretrained model. A collective.
+
+        Args:
+            weights: Without, the model is made on the meta device from its configuration: enough to plan with.
 
         Returns:
             The model, and its modules that no checkpoint has: they start at random and train whole.

@@ -13,7 +13,7 @@ from .base import Evaluation
 from .batches import Batch, create_loaders
 from .data import digest, load_data
 from .evaluation import evaluate, measured
-from .model import check_quantization, load_base
+from .model import check_quantization, load_base, load_tokenizer, outline_base, storage_dtype
 from .sampler import GlobalBatchSampler
 
 
@@ -25,11 +25,17 @@ class Classification:
         self.name = config.data.task
         self.train_examples = 0
 
-    def load(self, accelerator: Accelerator) -> tuple[Any, list[str]]:
+    def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:
         self.data = load_data(self.config.data, self.config.train.seed)
         self.train_examples = len(self.data.train)
         check_quantization(self.config.model, accelerator)
-        model, self.tokenizer, head = load_base(self.config.model, self.data.labels)
+        if not weights:
+            model, head = outline_base(self.config.model, self.data.labels)
+            self.tokenizer = load_tokenizer(self.config.model)
+            return model, head
+        model, self.tokenizer, head = load_base(
+            self.config.model, self.data.labels, storage=storage_dtype(self.config.model, accelerator)
+        )
         return model, head
 
     def metrics(self) -> list[str]:

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate.state import PartialState
 
 from ..errors import AFLoRAError
 from ..processes import first_on_node
 from ..training.config import DataConfig
 from .glue import TASKS, GlueTask
+from .labels import encode_labels, is_spelled_not_finite, number
+from .reading import Table, is_text, listed, plain_rows, positions, read_table, shown
 
-_FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _DEMO_HELD_OUT = 1000
 
 
@@ -48,7 +50,7 @@ def digest(data: Data) -> str:
     """A short text that tells training data apart: their number, their labels, some of their texts."""
     train = data.train
     texts = [train[i]["text"] for i in range(0, len(train), max(1, len(train) // 16))]
-    return hashlib.sha256(json.dumps([len(train), list(train["label"]), texts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([len(train), train["label"][:], texts]).encode()).hexdigest()[:16]
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
@@ -74,9 +76,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
             metrics=task.metrics,
         )
     else:
-        raise AFLoRAError(
-            f"There is no task {config.task!r}. data.task is one of: {', '.join(TASKS)}, demo, files, sft."
-        )
+        raise unknown_task(config.task)
     for split, dataset in {"train": data.train, **data.evaluation}.items():
         _check_split(data, split, dataset)
     train = data.train
@@ -89,12 +89,16 @@ def load_data(config: DataConfig, seed: int) -> Data:
     return Data(data.name, train, evaluation, data.labels, data.metrics)
 
 
+def unknown_task(name: str) -> AFLoRAError:
+    return AFLoRAError(f"There is no task {name!r}. data.task is one of: {', '.join(TASKS)}, demo, files, sft.")
+
+
 def _check_split(data: Data, split: str, dataset: datasets.Dataset) -> None:
     if len(dataset) == 0:
         raise AFLoRAError(f"Task {data.name}: the {split} split is empty.")
     if data.labels is None:
         return
-    for row, label in enumerate(dataset["label"]):
+    for row, label in enumerate(dataset["label"][:]):
         if not 0 <= label < len(data.labels):
             raise AFLoRAError(
                 f"Task {data.name}: example {row + 1} of the {split} split has the label {label}, outside of 0 to "
@@ -124,147 +128,119 @@ def _glue_from_hub(task: GlueTask) -> dict[str, datasets.Dataset]:
 
 
 def _glue_from_folder(task: GlueTask, folder: Path) -> dict[str, datasets.Dataset]:
-    return {split: _read_tsv(task, folder / task.folder / file) for split, file in task.files}
+    found = first_on_node(lambda: {split: _read_glue(task, folder / task.folder / file) for split, file in task.files})
+    if PartialState().is_main_process:
+        for _, left_out in found.values():
+            print(*left_out, sep="", end="", flush=True)
+    return {split: dataset for split, (dataset, _) in found.items()}
 
 
-def _read_tsv(task: GlueTask, path: Path) -> datasets.Dataset:
-    """GLUE's TSV files: tab-separated without quoting, most with a header."""
+def _read_glue(task: GlueTask, path: Path) -> tuple[datasets.Dataset, list[str]]:
+    """GLUE's TSV files, tab-separated without quoting, most with a header; and what is said of lines left out."""
     if not path.is_file():
         raise AFLoRAError(f"There is no file {path}. data.path is the folder that holds GLUE's {task.folder}/.")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     *text_columns, label_column = task.tsv_columns
-    if isinstance(label_column, int):
-        header, first = None, 1
-    else:
-        header, first, rows = (rows or [[]])[0], 2, rows[1:]
-        missing = [column for column in task.tsv_columns if column not in header]
-        if missing:
-            raise AFLoRAError(f"{path} has no column {missing[0]!r}; its columns are: {', '.join(header) or '(none)'}.")
-    positions = [c if isinstance(c, int) else header.index(c) for c in (*text_columns, label_column)]  # type: ignore[union-attr]
-    width = max(positions) + 1
     labels = task.tsv_labels or (tuple(str(i) for i in range(len(task.labels))) if task.labels else None)
     columns: dict[str, list[Any]] = {name: [] for name in ("text", "text_pair")[: len(text_columns)]} | {"label": []}
-    for line, row in enumerate(rows, start=first):
-        if len(row) < width and task.name == "qqp":
-            continue  # a few lines of GLUE's file are cut short; the reference reader leaves them out as well
-        if len(row) < width:
-            raise AFLoRAError(f"{path}, line {line}: {len(row)} columns, expected at least {width}.")
-        if labels is None:
-            columns["label"].append(_as_float(row[positions[-1]], path, line))
-        elif row[positions[-1]] == "-" and task.name == "mnli":
-            continue  # annotators did not agree; the hub leaves these out as well
-        elif row[positions[-1]] not in labels:
-            raise AFLoRAError(f"{path}, line {line}: the label {row[positions[-1]]!r} is none of {', '.join(labels)}.")
-        else:
-            columns["label"].append(labels.index(row[positions[-1]]))
-        for name, position in zip(columns, positions, strict=True):
-            if name != "label":
-                columns[name].append(row[position])
-    return datasets.Dataset.from_dict(columns)
-
-
-def _as_float(text: str, path: Path, line: int) -> float:
+    cut, disputed = [], []  # lines
     try:
-        return float(text)
-    except ValueError:
-        raise AFLoRAError(f"{path}, line {line}: the label {text!r} is not a number.") from None
+        rows = plain_rows(path)
+        if isinstance(label_column, int):
+            places, width = list(task.tsv_columns), max(map(int, task.tsv_columns)) + 1
+        else:
+            _, header = next(rows, (0, []))
+            found, width = positions(path, header, [str(column) for column in task.tsv_columns]), len(header)
+            for column in task.tsv_columns:
+                if column not in found:
+                    raise AFLoRAError(f"{path} has no column {column!r}; its columns are: {listed(header)}.")
+            places = [found[str(column)] for column in task.tsv_columns]
+        for line, cells in rows:
+            if len(cells) < width and task.name == "qqp":
+                cut.append(line)  # a few lines of GLUE's file are cut short; the reference reader leaves them out too
+                continue
+            if len(cells) != width:
+                raise AFLoRAError(f"{path}, line {line}: {len(cells)} columns, expected {width}.")
+            *texts, label = [cells[int(place)] for place in places]
+            if label == "-" and task.name == "mnli":
+                disputed.append(line)  # annotators did not agree; the hub leaves these out as well
+                continue
+            columns["label"].append(_label(label, labels, f"{path}, line {line}"))
+            for name, text in zip(columns, texts, strict=False):
+                columns[name].append(text)
+    except OSError as error:
+        raise AFLoRAError(f"{path} could not be read: {error.strerror or error}.") from None
+    left_out = [
+        f"{path}: {len(lines):,} lines {reason} are left out, the first of them line {lines[0]}.\n"
+        for lines, reason in ((cut, "that are cut short"), (disputed, "without a gold label"))
+        if lines
+    ]
+    return datasets.Dataset.from_dict(columns), left_out
+
+
+def _label(text: str, labels: tuple[str, ...] | None, where: str) -> int | float:
+    if labels is not None:
+        if text not in labels:
+            raise AFLoRAError(f"{where}: the label {shown(text)} is none of {', '.join(labels)}.")
+        return labels.index(text)
+    value = number(text)
+    if is_spelled_not_finite(text) or (value is not None and not math.isfinite(value)):
+        raise AFLoRAError(f"{where}: the label {text!r} is not finite.")
+    if value is None:
+        raise AFLoRAError(f"{where}: the label {shown(text)} is not a number.")
+    return value
 
 
 def _files(config: DataConfig) -> Data:
-    loaded = {}
-    for split, name in (("train", config.train_file), ("validation", config.validation_file)):
-        if name is None:
-            raise AFLoRAError(f"data.task=files needs data.{split}_file.")
-        loaded[split] = _read_file(Path(name), config)
-        if len(loaded[split]) == 0:
-            raise AFLoRAError(f"{name} is empty.")
-    labels, loaded = _encode_labels(loaded, config)
-    metrics = ("pearson",) if labels is None else ("accuracy", "f1") if len(labels) == 2 else ("accuracy",)
-    return Data("files", loaded["train"], {"validation": loaded["validation"]}, labels, metrics)
-
-
-def read_table(path: Path) -> datasets.Dataset:
-    """A CSV, TSV, JSON (lines) or parquet file. A collective.
-
-    Raises:
-        AFLoRAError: On every rank: it is not there, or cannot be read.
-    """
-    if not path.is_file():
-        raise AFLoRAError(f"There is no file {path}.")
-    kind = _FILE_FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise AFLoRAError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(_FILE_FORMATS)}.")
-    # A cell that reads NA is a text like any other.
-    options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}
-    if path.suffix.lower() == ".tsv":
-        options["sep"] = "\t"
-
-    def load() -> datasets.Dataset:
-        try:
-            return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-        except Exception as error:  # the parsers of four formats
-            raise AFLoRAError(
-                f"{path} could not be read as {kind}: {str(error.__cause__ or error).splitlines()[0]}"
-            ) from error
-
-    return first_on_node(load)
-
-
-def _read_file(path: Path, config: DataConfig) -> datasets.Dataset:
-    dataset = read_table(path)
     wanted = [*config.text_columns, config.label_column]
     if not 1 <= len(config.text_columns) <= 2 or len(set(wanted)) < len(wanted):
         raise AFLoRAError(
             f"data.text_columns names one or two columns besides data.label_column, got {config.text_columns} and "
             f"{config.label_column!r}."
         )
-    for column in wanted:
-        if column not in dataset.column_names:
-            raise AFLoRAError(f"{path} has no column {column!r}; its columns are: {', '.join(dataset.column_names)}.")
-        values = dataset[column][:]
-        for row, value in enumerate(values, start=1):
-            if value is None or (column == config.label_column and value == ""):
-                raise AFLoRAError(f"{path}: example {row} has nothing in column {column!r}.")
-            if column != config.label_column and not isinstance(value, str):
-                raise AFLoRAError(f"{path}: example {row} has {value!r} in column {column!r}, which is not text.")
-    return _standard(dataset, tuple(config.text_columns), config.label_column)
+    tables = {}
+    for split, name in (("train", config.train_file), ("validation", config.validation_file)):
+        if name is None:
+            raise AFLoRAError(f"data.task=files needs data.{split}_file.")
+        tables[split] = read_table(name, wanted)
+        _check_texts(tables[split], config)
+    names, labels = encode_labels(tables, config.label_column)
+    splits = {}
+    for split, table in tables.items():
+        rows = table.rows.remove_columns(config.label_column).add_column(config.label_column, labels[split])
+        splits[split] = _standard(rows, tuple(config.text_columns), config.label_column)
+    metrics = ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
+    return Data("files", splits["train"], {"validation": splits["validation"]}, names, metrics)
 
 
-def _encode_labels(
-    splits: dict[str, datasets.Dataset], config: DataConfig
-) -> tuple[list[str] | None, dict[str, datasets.Dataset]]:
-    """Class numbers (or booleans) stay, class names are numbered in alphabetical order, floats are regressed to."""
-    found = {split: list(dataset["label"]) for split, dataset in splits.items()}
-    kinds = {split: {int if type(v) is bool else type(v) for v in values} for split, values in found.items()}
-    if len(set.union(*kinds.values())) > 1:
-        said = ", ".join(
-            f"{' and '.join(sorted(k.__name__ for k in kind))} in {split}" for split, kind in kinds.items()
-        )
-        raise AFLoRAError(f"Column {config.label_column!r} holds labels of different kinds: {said}.")
-    if float in kinds["train"]:
-        for split, values in found.items():
-            for row, value in enumerate(values, start=1):
-                if not math.isfinite(value):
-                    raise AFLoRAError(f"Example {row} of the {split} file has the label {value}, which is not finite.")
-        return None, splits
-    if len(set(found["train"])) < 2:
-        raise AFLoRAError(f"Column {config.label_column!r} of the training file holds one class only.")
-    if int in kinds["train"]:
-        names = [str(i) for i in range(max(map(int, found["train"])) + 1)]
-        numbers = {split: [int(value) for value in values] for split, values in found.items()}
-    else:
-        names = sorted({str(label) for label in found["train"]})
-        numbers = {}
-        for split, values in found.items():
-            for row, label in enumerate(values, start=1):
-                if label not in names:
+def _check_texts(table: Table, config: DataConfig) -> None:
+    for column in (*config.text_columns, config.label_column):
+        if column not in table.columns:
+            raise table.lacks(column)
+    for column in config.text_columns:
+        missing, kind = table.first_null(column), table.type(column)
+        if missing is not None:
+            raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
+        if not is_text(kind):
+            row, value = next((row, v) for row, v in enumerate(table.rows[column][:]) if not isinstance(v, str))
+            raise AFLoRAError(
+                f"{table.where(row)}: it has {shown(str(value))} in column {column!r}, which is not text."
+            )
+    if table.name.lower().endswith(".csv"):
+        _refuse_swallowed_rows(table, config)
+
+
+def _refuse_swallowed_rows(table: Table, config: DataConfig) -> None:
+    """A quote too many makes all up to the next one a cell's text; its lines then end in labels, as texts do not."""
+    labels, place = set(table.rows[config.label_column][:]), table.columns.index(config.label_column)
+    for column in config.text_columns:
+        for row, text in enumerate(table.rows[column][:]):
+            for line in text.split("\n") if "\n" in text else ():
+                cells = line.rstrip("\r").split(",")
+                if len(cells) == len(table.columns) and cells[place] in labels:
                     raise AFLoRAError(
-                        f"Example {row} of the {split} file has the label {label!r}, which the training file does not "
-                        f"have. Its labels are: {', '.join(names)}."
+                        f"{table.where(row)}: between two quotes there are whole rows, such as {shown(line)}. Double "
+                        f'quotes that belong to a text (""), or save the file as JSON lines if this is one text.'
                     )
-            numbers[split] = [names.index(label) for label in values]
-    return names, {s: d.remove_columns("label").add_column("label", numbers[s]) for s, d in splits.items()}
 
 
 def _demo() -> Data:

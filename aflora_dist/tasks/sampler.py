@@ -110,6 +110,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             average update needs for that, the same number in every update, as ZeRO wants it.
         counts: What each example's loss is a sum over: its loss-carrying tokens; 1 if not given.
         packed: See `deal`.
+        sizes: Tokens of each example, without padding; `lengths` if not given.
 
     Attributes:
         epoch, start: Where the next iteration begins: the epoch, and the updates of it that are done already.
@@ -124,11 +125,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
         tokens: int | None = None,
         counts: Sequence[int] | None = None,
         packed: bool = False,
+        sizes: Sequence[int] | None = None,
         rank: int,
         world_size: int,
         seed: int,
     ) -> None:
-        self.lengths = lengths
+        self.lengths, self.sizes = lengths, lengths if sizes is None else sizes
         self.batch_size = batch_size
         self.counts, self.packed = counts, packed
         self.rank, self.world_size = rank, world_size
@@ -152,6 +154,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
         """
         total = self.batch_size if self.counts is None else sum(self.counts[i] for i in self._drawn(update))
         return self.world_size * self.micro_batches / total
+
+    def tokens(self, update: int) -> int:
+        """Tokens of the epoch's global batch number `update` on all ranks, padding excluded."""
+        return sum(self.sizes[i] for i in self._drawn(update))
 
     def _drawn(self, update: int) -> list[int]:
         """The examples of one of the epoch's global batches."""

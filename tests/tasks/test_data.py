@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 
 from aflora_dist import AFLoRAError
-from aflora_dist.tasks.data import load_data
+from aflora_dist.tasks.data import Data, load_data
 from aflora_dist.tasks.glue import TASKS
 from aflora_dist.tasks.metrics import compute
 from aflora_dist.training.config import DataConfig, parse
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
 
 # Two lines of each task's files, as GLUE distributes them, and the label of the first.
 TSV: dict[str, tuple[str | None, list[str], Any]] = {
@@ -90,7 +96,7 @@ def test_mnli_lines_without_a_gold_label_are_left_out(tmp_path: Path) -> None:
     ("labels", "expected", "names"),
     [
         (["no", "yes", "no"], [0, 1, 0], ["no", "yes"]),
-        ([False, True, True], [0, 1, 1], ["0", "1"]),
+        ([False, True, True], [0, 1, 1], "booleans"),
         ([2, 0, 1], [2, 0, 1], ["0", "1", "2"]),
         ([0.5, 1.5, 2.5], [0.5, 1.5, 2.5], None),
     ],
@@ -108,9 +114,105 @@ def test_your_own_files(suffix: str, labels: list[Any], expected: list[Any], nam
         task="files", train_file=str(path), validation_file=str(path), text_columns=["a", "b"], label_column="stars"
     )
     data = load_data(config, seed=0)
+    if names == "booleans":
+        names = ["False", "True"] if suffix in (".csv", ".tsv") else ["0", "1"]  # a cell is what is written in it
     assert data.labels == names
     assert list(data.train["label"]) == expected
     assert data.evaluation["validation"][1] == {"text": "y", "text_pair": "v", "label": expected[1]}
+
+
+def own(path: Path, **options: Any) -> Data:
+    return load_data(DataConfig(task="files", train_file=str(path), validation_file=str(path), **options), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "said"),
+    [
+        ("csv", "good film,pos\nbad film,neg\n", r"file.csv has no column 'text'; its columns are: good film, pos\."),
+        ("csv", "text;label\na;1\n", r"its columns are: text;label \(separated by commas"),
+        ("csv", "text, label\na,1\n", r"has no column 'label'; its columns are: text, ' label'\."),
+        ("jsonl", '{"text": "a", "label": 0}\n{"text": 5}', r"line 2, column 'text': a number"),
+        ("jsonl", '{"text": 4, "label": 0}\n{"text": 5}', r"line 1: it has '4' in column 'text', which is not text"),
+        ("jsonl", '{"text": "a", "label": 0}\n{"text": ["b"]}', r"line 2: it has .* in column 'text', which is not te"),
+        ("jsonl", '{"text": "a", "label": 0}\n{"label": 1}', r"line 2: it has nothing in column 'text'"),
+        ("json", '{"text": {"0": "a"}, "label": {"0": 1}}', r"line 1: it has .* in column 'text', which is not text"),
+    ],
+)
+def test_columns_that_are_not_as_they_should_be(suffix: str, content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / f"file.{suffix}"
+    path.write_text(content)
+    with pytest.raises(AFLoRAError, match=said):
+        own(path)
+
+
+def test_two_lone_quotes_in_a_csv_do_not_swallow_the_rows_between_them(tmp_path: Path) -> None:
+    path = tmp_path / "file.csv"
+    for content in (
+        'text,label\ngood,pos\n"great plot,pos\nbad,neg\nbad b",neg\n',
+        'label,text\nneg,poor\npos,"great plot\nneg,bad\nneg,bad b"\n',
+        'text,label\r\ngood,pos\r\n"great plot,pos\r\nbad b",neg\r\n',
+    ):
+        path.write_text(content, newline="")
+        with pytest.raises(AFLoRAError, match=r"file.csv, line 3: between two quotes there are whole rows"):
+            own(path)
+    path.write_text('text,label\n"Dear all,\nthank you, really",pos\nbad,neg\n')
+    assert own(path).train["text"][0] == "Dear all,\nthank you, really"
+
+
+def glue_file(folder: Path, task: str, change: Any) -> Path:
+    """A folder of a task's files, the training file's lines changed."""
+    header, rows, _ = TSV[task]
+    (folder / TASKS[task].folder).mkdir()
+    for split, file in TASKS[task].files:
+        lines = [*([header] if header else []), *rows]
+        content = "\n".join(change(lines) if split == "train" else lines) + "\n"
+        (folder / TASKS[task].folder / file).write_bytes(content.encode("latin-1" if "\xe9" in content else "utf-8"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "said"),
+    [
+        ("stsb", lambda lines: [*lines, lines[1].replace("4.750", "nan")], r"line 4: the label 'nan' is not finite"),
+        ("stsb", lambda lines: [*lines, lines[1].replace("4.750", "-Inf")], r"line 4: the label '-Inf' is not finite"),
+        ("stsb", lambda lines: [*lines, lines[1].replace("4.750", "1e999")], r"line 4: the label '1e999' is not fin"),
+        ("stsb", lambda lines: [*lines, lines[1].replace("4.750", "4,75")], r"line 4: the label '4,75' is not a num"),
+        ("stsb", lambda lines: [*lines, lines[1].replace("4.750", "")], r"line 4: the label '' is not a number"),
+        ("cola", lambda lines: [*lines, "gj\t1\t\tcaf\xe9"], r"line 3: byte 10 \(0xe9\) is not UTF-8"),
+        ("cola", lambda lines: [*lines, "gj\t1\t\ta\tb"], r"line 3: 5 columns, expected 4"),
+        ("cola", lambda lines: [*lines, "gj\t1\t\ta\0"], r"line 3: it holds a NUL"),
+        ("cola", lambda lines: [*lines, "gj\t1\t\ta\rb"], r"line 3: a carriage return"),
+        ("mrpc", lambda lines: [*lines, f"{lines[1]}\tmore"], r"line 4: 6 columns, expected 5"),
+        (
+            "rte",
+            lambda lines: ["id\tpremise\thypothesis\tlabel", *lines[1:]],
+            r"no column 'sentence1'; its columns are",
+        ),
+        ("rte", lambda lines: [f"{lines[0]}\tlabel", *lines[1:]], r"line 1: the header names column 'label' 2 times"),
+        ("rte", lambda lines: [*lines, "2\tA.\tB."], r"line 4: 3 columns, expected 4"),
+        ("sst2", lambda lines: [], r"train.tsv has no column 'sentence'; its columns are: \(none\)"),
+        ("sst2", lambda lines: lines[:1], r"the train split is empty"),
+    ],
+)
+def test_what_is_wrong_in_a_glue_file_is_named_with_its_line(task: str, change: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(AFLoRAError, match=said):
+        load_data(DataConfig(task=task, path=str(glue_file(tmp_path, task, change))), seed=0)
+
+
+def test_glue_s_long_sentences_and_blank_lines_are_read(tmp_path: Path) -> None:
+    folder = glue_file(tmp_path, "cola", lambda lines: [*lines, "", f"gj\t0\t\t{'x' * 150_000}"])
+    data = load_data(DataConfig(task="cola", path=str(folder)), seed=0)
+    assert [len(text) for text in data.train["text"]] == [15, 16, 150_000]
+
+
+def test_lines_of_qqp_that_are_cut_short_are_left_out_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = glue_file(tmp_path, "qqp", lambda lines: [*lines[:2], "3\t4\tcut", *lines[2:], "cut"])
+    data = load_data(DataConfig(task="qqp", path=str(folder)), seed=0)
+    assert len(data.train) == 2
+    said = f"{folder / 'QQP' / 'train.tsv'}: 2 lines that are cut short are left out, the first of them line 3.\n"
+    assert capsys.readouterr().out == said
 
 
 def test_metrics_against_closed_formulas() -> None:

@@ -163,6 +163,65 @@ def test_what_is_not_understood_is_refused_with_what_is(
         load_examples(DataConfig(**chosen), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "content", "said"),
+    [
+        ("jsonl", '{"text": "a"}\n{"text": null}', r"line 2: it has nothing in column 'text'"),
+        ("jsonl", '{"text": 1}', r"line 1: it has '1' in column 'text', which is not text"),
+        (
+            "jsonl",
+            '{"prompt": "a", "completion": "b"}\n\n{"completion": "b"}',
+            r"line 3: it has nothing in column 'prom",
+        ),
+        (
+            "jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": {}}',
+            r"line 2: column completion ",
+        ),
+        ("jsonl", '{"instruction": "a", "output": 5}', r"line 1: column output holds neither text nor a list"),
+        (
+            "jsonl",
+            '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": []}',
+            r"line 2: nothing is said in it",
+        ),
+        (
+            "jsonl",
+            '{"messages": [{"role": "user"}]}\n{"messages": ["b"]}',
+            r"line 2: column messages holds neither text n",
+        ),
+        ("csv", 'messages\n"[]"\n', r"line 2: column messages holds neither text nor a list"),
+        ("csv", "prompt,reply\na,b\n", r"has the columns prompt, reply, which are none"),
+        ("csv", "prompt,completion\na, b,c\n", r"line 2: 3 fields, the header has 2"),
+    ],
+)
+def test_a_file_s_example_that_is_none_is_named_with_its_line(
+    suffix: str, content: str, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"data.{suffix}"
+    path.write_text(content)
+    with pytest.raises(AFLoRAError, match=said):
+        load_examples(DataConfig(task="sft", train_file=str(path), validation_file=str(path)), seed=0)
+
+
+def test_chats_need_not_be_of_one_kind_and_cells_stay_text(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "completion": "b", "more": 1},
+        {"prompt": [{"role": "user", "content": "c", "call": {"x": 1}}], "completion": None, "more": "y"},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "d"}], "call": {"x": "z"}}]},
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = str(tmp_path / "chats.jsonl")
+    for _ in range(2):
+        train, _ = load_examples(DataConfig(task="sft", train_file=path, validation_file=path), seed=0)
+        assert train[:] == {name: [row.get(name) for row in rows] for name in ("prompt", "completion")}
+    (tmp_path / "cells.csv").write_text("prompt,completion,answer\n007,NA,1e5\nTrue,1.0,4\n")
+    path = str(tmp_path / "cells.csv")
+    train, held = load_examples(DataConfig(task="sft", train_file=path, hold_out=1), seed=0)
+    assert {*train["prompt"], *held["prompt"]} == {"007", "True"}
+    assert {*train["completion"], *held["completion"]} == {"NA", "1.0"}
+    assert held.column_names == ["prompt", "completion", "answer"]
+
+
 def test_what_is_cut_and_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "how many ?", "completion": "Ada"}] * 3
     rows += [{"prompt": "how many ? " * 30, "completion": "Ada"}, {"prompt": "Ada", "completion": "and " * 60}]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -11,7 +10,7 @@ import datasets
 from ...errors import AFLoRAError
 from ...processes import first_on_node
 from ...training.config import DataConfig
-from ..data import read_table
+from ..reading import is_text, listed, read_table, shown
 from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
@@ -44,9 +43,9 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
         train, held = _by_name(config.name)
     else:
         assert config.train_file is not None
-        train, held = read_table(Path(config.train_file)), None
+        train, held = _from_file(config.train_file, trained=True), None
     if config.validation_file is not None:
-        held = read_table(Path(config.validation_file))
+        held = _from_file(config.validation_file, trained=False)
     where = config.name or config.train_file
     if held is None:
         if not 0 < config.hold_out < len(train):
@@ -87,21 +86,45 @@ def _by_name(name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     return loaded["train"], next((loaded[split] for split in ("validation", "test") if split in loaded), None)
 
 
+def _from_file(name: str, trained: bool) -> datasets.Dataset:
+    """A file's examples, checked row by row."""
+    columns = {column for needed, beside, _ in _FORMS for column in (*needed, *beside)}
+    table = read_table(name, {*columns, "answer"})
+    chosen = [column for column in _choose(table.columns, table.name, trained) if column != "answer"]
+    for column in chosen:
+        missing, kind = table.first_null(column), table.type(column)
+        if missing is not None and column not in ("input", "completion", "output"):
+            raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
+        if column == "text" and not is_text(kind):
+            row, value = next((row, v) for row, v in enumerate(table.rows[column][:]) if not isinstance(v, str))
+            raise AFLoRAError(f"{table.where(row)}: it has {shown(str(value))} in column 'text', which is not text.")
+    if "messages" in chosen or not all(is_text(table.type(column)) for column in chosen):
+        for place, row in enumerate(table.rows.select_columns(chosen)):
+            try:
+                turns(row, None)
+            except ValueError as error:
+                raise AFLoRAError(f"{table.where(place)}: {error}.") from None
+    return table.rows
+
+
 def _understood(dataset: datasets.Dataset, where: str, trained: bool) -> datasets.Dataset:
-    """Its understood columns. What is only to be answered needs no completion, but an answer."""
-    columns = set(dataset.column_names)
     if len(dataset) == 0:
         raise AFLoRAError(f"{where} is empty.")
+    return dataset.select_columns(_choose(dataset.column_names, where, trained))
+
+
+def _choose(found: Sequence[str], where: str, trained: bool) -> list[str]:
+    """Those columns that make an example. What is only to be answered needs no completion, but an answer."""
+    columns = set(found)
     answer = [] if trained or "answer" not in columns else ["answer"]
     for needed, beside, prompt in _FORMS:
         if columns.issuperset(needed):
-            return dataset.select_columns([*needed, *(c for c in beside if c in columns), *(answer if prompt else [])])
+            return [*needed, *(c for c in beside if c in columns), *(answer if prompt else [])]
         if answer and prompt and columns.issuperset(prompt):
-            return dataset.select_columns([*prompt, *(c for c in beside if c in columns), *answer])
+            return [*prompt, *(c for c in beside if c in columns), *answer]
     only_asked = ' For evaluation a prompt and its "answer" will do.' if not trained else ""
     raise AFLoRAError(
-        f"{where} has the columns {', '.join(dataset.column_names)}, which are none of what is understood: {_ACCEPTED}."
-        f"{only_asked}"
+        f"{where} has the columns {listed(found)}, which are none of what is understood: {_ACCEPTED}.{only_asked}"
     )
 
 

@@ -1,0 +1,198 @@
+"""What the labels of your own files stand for: class numbers, class names, or numbers to regress to.
+
+The whole column of the training file decides, and that of the validation file has to fit:
+
+- Floats, or cells of CSV and TSV that are all numbers, not all of them whole ("0.5", "1e-3"; the others may be whole):
+  numbers to regress to.
+- Whole numbers without sign or leading zeros, of which at least half of those from 0 to the largest occur: class
+  numbers. They keep their numbers, so that there are as many classes as the largest and one. False and true of JSON and
+  parquet are 0 and 1.
+- All else: class names, numbered in alphabetical order, and by their size where all are whole numbers. "01" and "1" are
+  two names, and so are "True" and "true".
+
+Cells that are almost numbers (a decimal comma, a percent sign, "NA" or text among numbers) are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from ..errors import AFLoRAError
+from .reading import Table, is_text, listed, shown
+
+_WHOLE = re.compile("0|[1-9][0-9]{0,17}")
+_SIGNED = re.compile("[+-]?(?:0|[1-9][0-9]*)")
+_NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_ALMOST = re.compile(r"[+-]?[0-9][0-9.,' ]*\s?%?")
+_NOT_FINITE = {"nan", "inf", "infinity"}
+_MISSING = _NOT_FINITE | {"na", "n/a", "<na>", "null", "nil", "none", "-", "?", "."}
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A file's labels: numbers, or text, which of class numbers is "0", "1", ..."""
+
+    table: Table
+    name: str
+    kind: Literal["numbers", "class numbers", "names", "cells"]
+    values: Sequence[Any]
+
+    def where(self, row: int) -> str:
+        return f"{self.table.where(row)}, column {self.name!r}"
+
+
+def encode_labels(tables: dict[str, Table], column: str) -> tuple[list[str] | None, dict[str, list[Any]]]:
+    """Class names by number (None for regression), and each split's labels as class numbers, or as floats.
+
+    Args:
+        tables: Those of the splits "train" and "validation".
+
+    Raises:
+        AFLoRAError: A label that is missing, of another kind than others, not finite, or not among those of the
+            training file, with its line; a training file with one class only.
+    """
+    columns = {split: _column(table, column) for split, table in tables.items()}
+    train = columns["train"]
+    numbers = train.kind == "numbers" or (train.kind == "cells" and _are_numbers(train))
+    for other in columns.values():
+        if not _go_together(train.kind, other.kind, numbers):
+            raise AFLoRAError(
+                f"Column {column!r} holds labels of different kinds: {train.kind} in {train.table.name}, {other.kind} "
+                f"in {other.table.name}."
+            )
+    if numbers:
+        return None, {split: _floats(labels) for split, labels in columns.items()}
+    if train.kind == "cells":
+        train = columns["train"] = _Column(train.table, column, "names", _texts(train))
+    names = _class_names(columns, column)
+    place = {name: number for number, name in enumerate(names)}
+    numbered = {}
+    for split, labels in columns.items():
+        texts = _texts(labels) if labels.kind == "cells" else labels.values
+        for row, label in enumerate(texts):
+            if label not in place:
+                raise AFLoRAError(
+                    f"{labels.where(row)}: it has the label {shown(label)}, which the training file "
+                    f"{train.table.name} does not have. Its labels are: {listed(names)}."
+                )
+        numbered[split] = [place[label] for label in texts]
+    return names, numbered
+
+
+def number(cell: str) -> float | None:
+    """What a cell stands for that is written as a number; NaN and infinity are none.
+
+    >>> number(" 1e-3"), number("1,5"), number("007"), number("nan")
+    (0.001, None, None, None)
+    """
+    return float(cell) if _NUMBER.fullmatch(cell.strip()) else None
+
+
+def is_spelled_not_finite(cell: str) -> bool:
+    """NaN and infinity, as programs write them."""
+    return cell.strip().lower().lstrip("+-") in _NOT_FINITE
+
+
+def _column(table: Table, column: str) -> _Column:
+    missing, kind = table.first_null(column), table.type(column)
+    if missing is None and is_text(kind):
+        missing = next((row for row, label in enumerate(table.rows[column][:]) if not label.strip()), None)
+    if missing is not None:
+        raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
+    values = table.rows[column][:]
+    if is_text(kind):
+        return _Column(table, column, "cells" if table.untyped else "names", values)
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
+        return _Column(table, column, "class numbers", [str(int(value)) for value in values])
+    if pa.types.is_floating(kind):
+        return _Column(table, column, "numbers", values)
+    row = next((row for row, value in enumerate(values) if isinstance(value, list | dict)), 0)
+    raise AFLoRAError(
+        f"{table.where(row)}, column {column!r}: {shown(str(values[row]))} ({kind}) is no label. Write labels as "
+        f"text, or as whole numbers or floats."
+    )
+
+
+def _go_together(train: str, other: str, numbers: bool) -> bool:
+    if numbers:
+        return other != "names"
+    return train == other or "cells" in (train, other)
+
+
+def _are_numbers(labels: _Column) -> bool:
+    """Whether the cells of a column are to be regressed to.
+
+    Raises:
+        AFLoRAError: Some almost are.
+    """
+    cells = labels.values
+    if all(_SIGNED.fullmatch(cell.strip()) for cell in cells):
+        return False
+    odd = [row for row, cell in enumerate(cells) if number(cell) is None]
+    if not odd:
+        return True
+    first = odd[0]
+    if len(odd) < len(cells):
+        strange = set(odd)
+        decimals = (r for r, cell in enumerate(cells) if r not in strange and not _SIGNED.fullmatch(cell.strip()))
+        example = next((row for row in decimals if "." in cells[row]), None)
+        if example is None and all(cells[row].strip().lower().lstrip("+-") in _MISSING for row in odd):
+            example = next(row for row in range(len(cells)) if row not in strange)
+        if example is not None:
+            raise AFLoRAError(
+                f"{labels.where(first)}: the label {shown(cells[first])} is no number, but {shown(cells[example])} "
+                f"(line {labels.table.lines[example]}) is one. Leave rows without a label out, write numbers "
+                f"as 0.5, and class names so that none is a number."
+            )
+    if all(_ALMOST.fullmatch(cells[row].strip()) and set(cells[row]) & set(",%' ") for row in odd):
+        raise AFLoRAError(
+            f"{labels.where(first)}: the label {shown(cells[first])} is almost a number. Write numbers as 0.5, and "
+            f"class names so that they do not look like numbers."
+        )
+    return False
+
+
+def _floats(labels: _Column) -> list[float]:
+    """The labels as finite numbers."""
+    found = []
+    for row, value in enumerate(labels.values):
+        wanted = number(value) if isinstance(value, str) else value
+        if wanted is None and not is_spelled_not_finite(value):
+            raise AFLoRAError(f"{labels.where(row)}: the label {shown(value)} is no number, as those of train are.")
+        if wanted is None or not math.isfinite(wanted):
+            raise AFLoRAError(f"{labels.where(row)}: the label {str(value)!r} is not finite.")
+        found.append(float(wanted))
+    return found
+
+
+def _texts(labels: _Column) -> list[str]:
+    """Cells; where they are whole numbers, without the blanks around them."""
+    return [cell.strip() if _WHOLE.fullmatch(cell.strip()) else cell for cell in labels.values]
+
+
+def _class_names(columns: dict[str, _Column], column: str) -> list[str]:
+    train = columns["train"]
+    names = set(train.values)
+    if len(names) < 2:
+        raise AFLoRAError(f"Column {column!r} of the training file {train.table.name} holds one class only.")
+    numbered = train.table.untyped or train.kind == "class numbers"
+    if numbered and all(_WHOLE.fullmatch(name) for name in names):
+        count = max(map(int, names)) + 1
+        others = {text.strip() for labels in columns.values() for text in labels.values}
+        seen = {int(text) for text in names | others if _WHOLE.fullmatch(text) and int(text) < count}
+        if len(seen) * 2 >= count:
+            return [str(i) for i in range(count)]
+    blank = next((row for row, name in enumerate(train.values) if name != name.strip() and name.strip() in names), None)
+    if blank is not None:
+        raise AFLoRAError(
+            f"{train.where(blank)}: the label {train.values[blank]!r} differs from another by blanks alone. Remove "
+            f"them."
+        )
+    whole = all(_SIGNED.fullmatch(name) and len(name) < 1000 for name in names)
+    return sorted(names, key=lambda name: (int(name) if whole else 0, name))

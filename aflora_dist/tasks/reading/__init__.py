@@ -1,0 +1,11 @@
+"""Files of examples: the one place where CSV, TSV, JSON (lines) and parquet are read and checked.
+
+What comes out is what the file holds: cells of CSV and TSV are text, JSON and parquet have types of their own. Nothing
+is guessed from values, no row is left out, and what cannot be read is an error that names the line.
+"""
+
+from .delimited import plain_rows, positions
+from .lines import listed, shown
+from .table import Table, is_text, read_table
+
+__all__ = ["Table", "is_text", "listed", "plain_rows", "positions", "read_table", "shown"]

@@ -1,0 +1,247 @@
+"""What labels stand for is decided by the whole column, and what does not fit is named with its line."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aflora_dist import AFLoRAError
+from aflora_dist.tasks.data import Data, load_data
+from aflora_dist.training.config import DataConfig
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def load(train: Path, validation: Path | None = None) -> Data:
+    files = {"train_file": str(train), "validation_file": str(validation or train)}
+    return load_data(DataConfig(task="files", **files), seed=0)
+
+
+def csv(path: Path, labels: list[str]) -> Path:
+    path.write_text("text,label\n" + "".join(f'a film,"{label}"\n' for label in labels))
+    return path
+
+
+def jsonl(path: Path, labels: list[Any]) -> Path:
+    path.write_text("".join(json.dumps({"text": "a film", "label": label}) + "\n" for label in labels))
+    return path
+
+
+def parquet(path: Path, labels: pa.Array) -> Path:
+    pq.write_table(pa.table({"text": ["a film"] * len(labels), "label": labels}), path)
+    return path
+
+
+CELLS: dict[str, tuple[list[str], list[str] | None, list[Any]]] = {
+    "class numbers": (["2", "0", "1"], ["0", "1", "2"], [2, 0, 1]),
+    "class numbers from 1": (["1", "2", "3"], ["0", "1", "2", "3"], [1, 2, 3]),
+    "blanks around them": ([" 1", "0 "], ["0", "1"], [1, 0]),
+    "every second one": (["1", "3"], ["0", "1", "2", "3"], [1, 3]),
+    "dates as numbers": (["20240102", "20240101", "20240102"], ["20240101", "20240102"], [1, 0, 1]),
+    "too sparse": (["404", "1200", "404"], ["404", "1200"], [0, 1, 0]),
+    "zip codes": (["01001", "01000"], ["01000", "01001"], [1, 0]),
+    "leading zeros beside none": (["1", "01", "1"], ["01", "1"], [1, 0, 1]),
+    "signs": (["-1", "1", "0"], ["-1", "0", "1"], [0, 2, 1]),
+    "more digits than numbers have": (["9" * 30, "1" * 30], ["1" * 30, "9" * 30], [1, 0]),
+    "more than Python takes for one": (["9" * 5000, "1" * 5000], ["1" * 5000, "9" * 5000], [1, 0]),
+    "booleans as written": (["True", "true", "False"], ["False", "True", "true"], [1, 2, 0]),
+    "exponents among names": (["1e5", "3f2", "1e5"], ["1e5", "3f2"], [0, 1, 0]),
+    "leading zeros beside exponents": (["012", "1e5"], ["012", "1e5"], [0, 1]),
+    "names and numbers": (["1", "2", "other"], ["1", "2", "other"], [0, 1, 2]),
+    "dates": (["2021-01-02", "2021-01-01"], ["2021-01-01", "2021-01-02"], [1, 0]),
+    "nan among names": (["naan", "nan"], ["naan", "nan"], [0, 1]),
+    "other numerals": (["\u0661", "\u0662"], ["\u0661", "\u0662"], [0, 1]),
+    "with a comma": (["a, b", "c"], ["a, b", "c"], [0, 1]),
+    "floats": (["0.5", "-1", "2.", ".5", "1e-3", " 3.0"], None, [0.5, -1.0, 2.0, 0.5, 0.001, 3.0]),
+    "whole floats": (["1.0", "2.0"], None, [1.0, 2.0]),
+    "exponents": (["1e5", "2"], None, [100000.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("case", CELLS)
+def test_what_cells_stand_for(case: str, tmp_path: Path) -> None:
+    labels, names, numbers = CELLS[case]
+    data = load(csv(tmp_path / "train.csv", labels))
+    assert data.labels == names
+    assert list(data.train["label"]) == list(data.evaluation["validation"]["label"]) == numbers
+    assert data.metrics == (("pearson",) if names is None else ("accuracy", "f1")[: 2 if len(names) == 2 else 1])
+
+
+def test_ten_thousand_rows_do_not_outvote_a_later_one(tmp_path: Path) -> None:
+    data = load(csv(tmp_path / "train.csv", ["1"] * 10_500 + ["012", "True"]))
+    assert data.labels == ["012", "1", "True"]
+    assert data.train[10_500:]["label"] == [0, 2]
+
+
+REFUSED_CELLS: dict[str, tuple[list[str], str]] = {
+    "a decimal comma": (
+        ["0.5", "1.5", "1,5"],
+        r"line 4, column 'label': the label '1,5' is no number, but '0.5' \(line 2\) is one",
+    ),
+    "a percent sign": (
+        ["50%", "0.5"],
+        r"line 2, column 'label': the label '50%' is no number, but '0.5' \(line 3\) is one",
+    ),
+    "decimal commas only": (
+        ["1,5", "2", "2,5"],
+        r"line 2, column 'label': the label '1,5' is almost a number. Write numbers as 0\.5",
+    ),
+    "percent signs only": (["50%", "10 %"], r"line 2, column 'label': the label '50%' is almost a number"),
+    "thousands": (["1,000", "1.5"], r"line 2, column 'label': the label '1,000' is no number"),
+    "nothing": (["0.5", "", "1.5"], r"line 3: it has nothing in column 'label'"),
+    "blanks": (["a", "  ", "b"], r"line 3: it has nothing in column 'label'"),
+    "NaN": (["0.5", "NaN", "1.5"], r"line 3, column 'label': the label 'NaN' is no number, but '0.5'"),
+    "infinity": (["0.5", "-inf", "1.5"], r"line 3, column 'label': the label '-inf' is no number"),
+    "too large": (["0.5", "1e999"], r"line 3, column 'label': the label '1e999' is not finite"),
+    "NA among class numbers": (
+        ["0", "1", "NA"],
+        r"line 4, column 'label': the label 'NA' is no number, but '0' \(line 2\) is one",
+    ),
+    "NaN among class numbers": (
+        ["nan", "1", "0"],
+        r"line 2, column 'label': the label 'nan' is no number, but '1' \(line 3\) is one",
+    ),
+    "a leading zero among floats": (["0.5", "00.5"], r"line 3, column 'label': the label '00.5' is no number"),
+    "a name among floats": (["3.5", "good"], r"line 3, column 'label': the label 'good' is no number"),
+    "a blank more": (["a", "b", "a "], r"line 4, column 'label': the label 'a ' differs from another by blanks alone"),
+    "one class": (["a", "a"], r"Column 'label' of the training file .* holds one class only"),
+    "one number": (["1", "1"], r"holds one class only"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CELLS)
+def test_cells_that_are_no_labels_are_refused(case: str, tmp_path: Path) -> None:
+    labels, expected = REFUSED_CELLS[case]
+    with pytest.raises(AFLoRAError, match=expected):
+        load(csv(tmp_path / "train.csv", labels))
+
+
+TYPED: dict[str, tuple[pa.Array, list[str] | None, list[Any]]] = {
+    "text": (pa.array(["b", "a"]), ["a", "b"], [1, 0]),
+    "text that looks like numbers": (pa.array(["10", "9"]), ["9", "10"], [1, 0]),
+    "text that looks like floats": (pa.array(["0.5", "1.5"]), ["0.5", "1.5"], [0, 1]),
+    "category": (pa.array(["b", "a"]).dictionary_encode(), ["a", "b"], [1, 0]),
+    "large text": (pa.array(["b", "a"], pa.large_string()), ["a", "b"], [1, 0]),
+    "booleans": (pa.array([True, False]), ["0", "1"], [1, 0]),
+    "bytes as numbers": (pa.array([1, 0], pa.int8()), ["0", "1"], [1, 0]),
+    "sparse": (pa.array([20240102, 20240101]), ["20240101", "20240102"], [1, 0]),
+    "signs": (pa.array([1, -1]), ["-1", "1"], [1, 0]),
+    "unsigned": (pa.array([2**64 - 1, 2], pa.uint64()), ["2", str(2**64 - 1)], [1, 0]),
+    "floats": (pa.array([0.5, 1.0], pa.float32()), None, [0.5, 1.0]),
+    "half floats": (pa.array([0.5, 1.0], pa.float16()), None, [0.5, 1.0]),
+}
+
+
+@pytest.mark.parametrize("case", TYPED)
+def test_what_typed_labels_stand_for(case: str, tmp_path: Path) -> None:
+    labels, names, numbers = TYPED[case]
+    data = load(parquet(tmp_path / "train.parquet", labels))
+    assert data.labels == names
+    assert list(data.train["label"]) == numbers
+
+
+REFUSED_TYPES: dict[str, tuple[pa.Array, str]] = {
+    "date": (
+        pa.array([datetime.date(2021, 1, 2)] * 2),
+        r"row 1, column 'label': '2021-01-02' \(date32\[day\]\) is no la",
+    ),
+    "timestamp": (pa.array([datetime.datetime(2021, 1, 2)] * 2), r"\(timestamp\[us\]\) is no label"),
+    "duration": (pa.array([datetime.timedelta(1)] * 2), r"\(duration\[us\]\) is no label"),
+    "decimal": (
+        pa.array([decimal.Decimal("1.5")] * 2),
+        r"'1.5' \(decimal128\(2, 1\)\) is no label\. Write labels as text",
+    ),
+    "bytes": (pa.array([b"a", b"b"]), r"\(binary\) is no label"),
+    "list": (pa.array([[1], [2]]), r"\(list<.*>\) is no label"),
+    "struct": (pa.array([{"a": 1}, {"a": 2}]), r"\(struct<.*>\) is no label"),
+    "map": (pa.array([[("a", 1)]] * 2, pa.map_(pa.string(), pa.int64())), r"column 'label'.* map<"),
+    "texts by number": (pa.array([["a"], ["b"]], pa.list_(pa.dictionary(pa.int8(), pa.string()))), r"column 'label'"),
+    "time": (pa.array([1, 2], pa.time32("s")), r"column 'label'.*time32"),
+    "fixed bytes": (pa.array([b"ab", b"cd"], pa.binary(2)), r"column 'label'.*binary"),
+    "null": (pa.array([1, 0, None]), r"row 3: it has nothing in column 'label'"),
+    "null text": (pa.array(["a", None, "b"]), r"row 2: it has nothing in column 'label'"),
+    "no text": (pa.array(["a", "", "b"]), r"row 2: it has nothing in column 'label'"),
+    "nulls": (pa.nulls(2), r"row 1: it has nothing in column 'label'"),
+    "a null float": (pa.array([0.5, None]), r"row 2: it has nothing in column 'label'"),
+    "NaN": (pa.array([0.5, float("nan")]), r"row 2, column 'label': the label 'nan' is not finite"),
+    "infinity": (pa.array([0.5, float("-inf")]), r"row 2, column 'label': the label '-inf' is not finite"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_TYPES)
+def test_types_that_are_no_labels_are_refused(case: str, tmp_path: Path) -> None:
+    labels, expected = REFUSED_TYPES[case]
+    with pytest.raises(AFLoRAError, match=expected):
+        load(parquet(tmp_path / "train.parquet", labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 1, [2]], r"line 3, column 'label': '\[2\]' .* is no label"),
+        ([{"a": 1}, {"a": "b"}], r"line 1, column 'label': .* is no label"),
+        ([0.5, float("nan")], r"line 2, column 'label': the label 'nan' is not finite"),
+        ([0, None], r"line 2: it has nothing in column 'label'"),
+        ([0, "1"], r"line 2, column 'label': text \('1'\), where line 1 has a number"),
+    ],
+)
+def test_json_values_that_are_no_labels_are_refused(labels: list[Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(AFLoRAError, match=expected):
+        load(jsonl(tmp_path / "train.jsonl", labels))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "expected"),
+    [
+        (["a", "b"], ["b", "c"], r"dev.csv, line 3, column 'label': it has the label 'c', which .*train.csv does not"),
+        (["a", "b"], ["a", "1"], r"line 3, .* the label '1'"),
+        (["0", "1"], ["0", "2"], r"line 3, .* the label '2', .* Its labels are: 0, 1\."),
+        (["0", "1"], ["0", "01"], r"line 3, .* the label '01'"),
+        (["0", "1"], ["0.0", "1.0"], r"line 2, .* the label '0.0'"),
+        (["0.5", "1"], ["0", "good"], r"line 3, column 'label': the label 'good' is no number"),
+        (["0.5", "1"], ["0", "nan"], r"line 3, column 'label': the label 'nan' is not finite"),
+        ([f"n{i}" for i in range(500)], ["x"], r"Its labels are: n0, n1, .*\.\.\. \(500 in all\)"),
+        ([1, 0], ["1", "0"], "different kinds: class numbers in .*train.jsonl, names in .*dev.jsonl"),
+        ([1, 0], [0.5], "different kinds: class numbers in .*, numbers in"),
+        ([0.5, 1], ["a"], "different kinds: numbers in .*, names in"),
+        (["a", "b"], [1], "different kinds: names in .*, class numbers in"),
+    ],
+)
+def test_the_validation_file_has_to_fit(train: list[Any], validation: list[Any], expected: str, tmp_path: Path) -> None:
+    typed = not all(isinstance(label, str) for label in [*train, *validation])
+    write, suffix = (jsonl, "jsonl") if typed else (csv, "csv")
+    with pytest.raises(AFLoRAError, match=expected) as refused:
+        load(write(tmp_path / f"train.{suffix}", train), write(tmp_path / f"dev.{suffix}", validation))
+    assert len(str(refused.value)) < 600
+
+
+def test_files_of_different_kinds_fit_where_their_labels_do(tmp_path: Path) -> None:
+    cells, typed = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    for labels, values, names in (
+        (["1", "0"], [1, 0], ["0", "1"]),
+        (["1", "0"], ["1", "0"], ["0", "1"]),
+        (["1", "0"], [True, False], ["0", "1"]),
+        (["b", "a"], ["b", "a"], ["a", "b"]),
+        (["0.5", "1"], [0.5, 1.0], None),
+        (["0.5", "1"], [2, 1], None),
+    ):
+        for train, validation in ((cells, typed), (typed, cells)):
+            if names is None and values == [2, 1] and train is typed:
+                continue
+            data = load(*(csv(p, labels) if p is cells else jsonl(p, values) for p in (train, validation)))
+            assert data.labels == names
+    data = load(csv(tmp_path / "floats.csv", ["0.5", "1"]), csv(tmp_path / "whole.csv", ["0", "1"]))
+    assert list(data.evaluation["validation"]["label"]) == [0.0, 1.0]
+    few, all_of_them = csv(tmp_path / "few.csv", ["1", "9"]), csv(tmp_path / "all.csv", [str(i) for i in range(10)])
+    assert load(few, all_of_them).labels == [str(i) for i in range(10)]  # class numbers, though train has few of them

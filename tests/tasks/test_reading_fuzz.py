@@ -1,0 +1,243 @@
+"""Anything may be in a file: what programs write is read as it was written, and all else is refused in a line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aflora_dist import AFLoRAError
+from aflora_dist.tasks.labels import encode_labels
+from aflora_dist.tasks.reading.table import Table, read, read_table
+
+# What separates, quotes and ends, more often than it would by chance.
+ODD = st.sampled_from(
+    ['"', '""', ",", "\t", "\n", "\r\n", " ", "'", "\\", "\ufeff", "\u2028", "\x85", "a", "1", "é", "😀"]
+)
+LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0\r")
+TEXTS = st.lists(ODD | LETTERS, max_size=8).map("".join)
+NAMES = st.lists(TEXTS.filter(bool), min_size=1, max_size=3, unique=True)
+fuzzed = settings(
+    max_examples=75, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@st.composite
+def tables(draw: Any, cells: Any = TEXTS) -> dict[str, list[Any]]:
+    names = draw(NAMES)
+    rows = draw(st.lists(st.tuples(*[cells] * len(names)), min_size=1, max_size=6))
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def columns(path: Path, wanted: dict[str, Any]) -> dict[str, list[Any]]:
+    found = read(path, wanted)
+    return {name: found.column(name).to_pylist() for name in wanted}
+
+
+def refused(action: Callable[[], Any]) -> str | None:
+    """What is said where something is refused; any other exception is one of the test."""
+    said = None
+    try:
+        action()
+    except AFLoRAError as error:
+        said = str(error)
+    assert "\n" not in (said or "")
+    return said
+
+
+@fuzzed
+@given(table=tables(), quoting=st.sampled_from([0, 1, 2]), end=st.sampled_from(["\n", "\r\n"]), mark=st.booleans())
+def test_csv_of_the_csv_module(table: dict[str, Any], quoting: Any, end: str, mark: bool, folder: Path) -> None:
+    with (folder / "a.csv").open("w", encoding="utf-8-sig" if mark else "utf-8", newline="") as file:
+        writer = csv.writer(file, quoting=quoting, lineterminator=end)
+        writer.writerow(table)
+        writer.writerows(zip(*table.values(), strict=True))
+    if not mark and next(iter(table)).startswith("\ufeff"):
+        return  # read as a mark, as every program does
+    assert columns(folder / "a.csv", table) == table
+
+
+@fuzzed
+@given(table=tables(), quoting=st.sampled_from([0, 1, 2]), sep=st.sampled_from([",", "\t"]), index=st.booleans())
+def test_csv_and_tsv_of_pandas(table: dict[str, Any], quoting: Any, sep: str, index: bool, folder: Path) -> None:
+    path = folder / ("b.csv" if sep == "," else "b.tsv")
+    pd.DataFrame(table).to_csv(path, sep=sep, quoting=quoting, index=index, encoding="utf-8-sig")
+    found: dict[str, Any] = {}
+    said = refused(lambda: found.update(columns(path, table)))
+    if said is None:
+        assert found == table
+    else:  # where it cannot be told
+        assert sep == "\t"
+        assert "between two quotes there are whole rows" in said
+
+
+@fuzzed
+@given(rows=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6))
+def test_tsv_without_quoting(rows: list[tuple[str, str]], folder: Path) -> None:
+    """As GLUE's files are: quotes are text, but where they are as another program would have put them."""
+    rows = [tuple(" ".join(cell.split()) for cell in row) for row in rows]  # type: ignore[misc]
+    lines = ["text\tlabel", *("\t".join(row) for row in rows)]
+    (folder / "c.tsv").write_text("\n".join(lines) + "\n")
+    found: dict[str, Any] = {}
+    said = refused(lambda: found.update(columns(folder / "c.tsv", {"text": None, "label": None})))
+    if said is not None:
+        assert "between two quotes there are whole rows" in said
+    elif found != {"text": [row[0] for row in rows], "label": [row[1] for row in rows]}:
+        texts = list(zip(found["text"], found["label"], strict=True))
+        assert len(texts) == len(rows)  # no row is lost, and what was taken for quotes is where they have to be
+        for read_row, row in zip(texts, rows, strict=True):
+            for cell, whole in zip(read_row, row, strict=True):
+                assert cell == whole or f'"{cell.replace(chr(34), chr(34) * 2)}"' == whole
+
+
+SCALARS = TEXTS | st.none()
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | TEXTS
+    | st.floats(-1e15, 1e15).map(lambda x: round(x, 3))
+)
+NESTED = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=6
+)
+
+
+@fuzzed
+@given(
+    table=st.one_of(
+        *(tables(kind | st.none()) for kind in (TEXTS, st.booleans(), st.integers(-(2**63), 2**63 - 1))),
+        tables(st.floats(allow_nan=False)),
+        tables(st.lists(st.fixed_dictionaries({"role": TEXTS, "content": TEXTS}), max_size=3)),
+    ),
+    style=st.sampled_from(["lines", "list", "indented", "escaped"]),
+)
+def test_json_of_the_json_module(table: dict[str, Any], style: str, folder: Path) -> None:
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    text = {
+        "lines": "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "list": json.dumps(rows, ensure_ascii=False),
+        "indented": json.dumps(rows, indent=2),
+        "escaped": "".join(json.dumps(row) + "\n" for row in rows),
+    }[style]
+    (folder / "d.json").write_text(text, newline="")
+    assert columns(folder / "d.json", table) == table
+
+
+@fuzzed
+@given(values=st.lists(NESTED, min_size=1, max_size=5))
+def test_json_of_any_values(values: list[Any], folder: Path) -> None:
+    path = folder / "e.jsonl"
+    path.write_text("".join(json.dumps({"x": value, "other": value}) + "\n" for value in values))
+    said = refused(lambda: read(path, ["x"]))
+    if said is None:
+        table = read(path, ["x"])
+        rows = datasets.Dataset(datasets.table.InMemoryTable(table))["x"][:]
+        assert len(rows) == len(values)
+        assert all(alike(found, value) for found, value in zip(rows, values, strict=True)), (rows, values)
+    else:
+        assert "line" in said
+        assert len({type(value) for value in values} - {type(None)}) > 1 or "more than 64 bits" in said
+
+
+def alike(found: Any, value: Any) -> bool:
+    """Whole numbers among floats are floats, and what a struct lacks is None."""
+    if isinstance(value, dict) and isinstance(found, dict):
+        return all(alike(found.get(key), value.get(key)) for key in {*found, *value})
+    if isinstance(value, list) and isinstance(found, list):
+        return len(found) == len(value) and all(map(alike, found, value))
+    if isinstance(value, float) and isinstance(found, float):
+        return math.isclose(found, value, rel_tol=1e-12)
+    return bool(found == value)
+
+
+@fuzzed
+@given(
+    table=st.one_of(
+        *(
+            tables(kind | st.none())
+            for kind in (st.text(), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.binary())
+        ),
+        tables(st.floats(allow_nan=False) | st.none()),
+        tables(st.dates() | st.none()),
+        tables(st.lists(st.fixed_dictionaries({"role": TEXTS, "content": TEXTS}), max_size=3) | st.none()),
+    )
+)
+def test_parquet_of_pyarrow(table: dict[str, Any], folder: Path) -> None:
+    pq.write_table(pa.table(table), folder / "f.parquet")
+    assert columns(folder / "f.parquet", table) == table
+
+
+@fuzzed
+@given(
+    suffix=st.sampled_from(["csv", "tsv", "json", "jsonl", "parquet"]),
+    content=st.binary(max_size=60)
+    | st.lists(ODD | st.sampled_from(["text", "[", "]", "{", "}", ":", "0"])).map("".join),
+)
+def test_any_bytes_are_read_or_refused(suffix: str, content: bytes | str, folder: Path) -> None:
+    path = folder / f"g.{suffix}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(lambda: read(path, ["text", "a"]))
+
+
+@fuzzed
+@given(at=st.integers(0, 10_000), byte=st.binary(min_size=1, max_size=4), cut=st.integers(0, 600))
+def test_broken_parquet_is_read_or_refused(at: int, byte: bytes, cut: int, folder: Path) -> None:
+    made = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a", "b", "c"] * 9, "label": list(range(27))}), made)
+    content = bytearray(made.getvalue())
+    content[at % len(content) : at % len(content) + len(byte)] = byte
+    (folder / "h.parquet").write_bytes(content[: len(content) - (cut if cut < 60 else 0)])
+    refused(lambda: read(folder / "h.parquet", ["text", "label"]))
+
+
+LABELS = st.sampled_from(
+    ["0", "1", "2", "7", "01", "20240101", "-1", "+1", "1.0", "0.5", "1e5", ".5", "1,5", "50%", "nan", "NA", "inf", "",
+     " ", "pos", "neg", "pos ", "True", "true", "1" * 30, "1e999", "\u0661", "_", "1_0", "0x1", "a,b", '"', "a\nb"]
+)  # fmt: skip
+
+
+@fuzzed
+@given(train=st.lists(LABELS, min_size=1, max_size=6), validation=st.lists(LABELS, min_size=1, max_size=3))
+def test_labels_are_told_apart_as_written_or_refused(train: list[str], validation: list[str]) -> None:
+    files = {"train": train, "validation": validation}
+    tables = {
+        name: Table(name, ["label"], datasets.Dataset.from_dict({"label": labels}), True, np.arange(len(labels)) + 2)
+        for name, labels in files.items()
+    }
+    found: list[Any] = []
+    if refused(lambda: found.append(encode_labels(tables, "label"))) is None:
+        ((names, numbers),) = found
+        for name, labels in files.items():
+            if names is None:
+                assert numbers[name] == [float(label) for label in labels]
+                assert all(map(math.isfinite, numbers[name]))
+            else:
+                assert [names[number] for number in numbers[name]] == labels
+                assert len(names) <= 2 * len({*train, *validation})
+
+
+def test_the_cache_holds_what_was_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    values = [{"a": 1}, {"a": "x"}, [None, 0.5], "b", None]
+    (folder / "i.jsonl").write_text("".join(json.dumps({"x": value}) + "\n" for value in values))
+    for _ in range(2):
+        assert read_table(str(folder / "i.jsonl"), ["x"]).rows["x"][:] == values
