@@ -16,6 +16,10 @@ class UnsupportedEngineError(AFLoRAError):
     """The way training was set up cannot be frozen exactly; the message says what to use instead."""
 
 
+class LaunchError(AFLoRAError):
+    """This process was started as no rank of its job can be. The others may not notice, so each says it."""
+
+
 class DivergedError(AFLoRAError):
     """Training broke down: a loss or a freezing score is not finite."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from .errors import AFLoRAError
+from .errors import AFLoRAError, LaunchError
 
 T = TypeVar("T")
 
@@ -36,6 +38,63 @@ def refuse_lonely_processes() -> None:
         )
 
 
+def launched_processes() -> int:
+    """How many processes the launcher has started, by the variables that it sets for each.
+
+    Raises:
+        AFLoRAError: The variables are incomplete or lead nowhere: the process would wait for the others in vain.
+        LaunchError: They contradict each other.
+    """
+    world, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
+    local_world, local_rank = _variable("LOCAL_WORLD_SIZE", world), _variable("LOCAL_RANK", 0)
+    for name, value, size_name, size in (
+        ("RANK", rank, "WORLD_SIZE", world),
+        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world),
+    ):
+        if not 0 <= value < size:
+            raise LaunchError(f"{name}={value} does not fit to {size_name}={size}: ranks count from 0. {_LAUNCHERS}")
+    if world == 1 and not _asked("DEEPSPEED"):
+        for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"):
+            if (others := _variable(name, 1)) > 1:
+                raise AFLoRAError(
+                    f"MPI has started {others} processes ({name}), each of which would train alone. {_LAUNCHERS}"
+                )
+        return 1
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if not os.environ.get(name)]:
+        asked = f"WORLD_SIZE={world}" if world > 1 else "DeepSpeed is asked for"
+        raise AFLoRAError(
+            f"{asked}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: the processes cannot "
+            f"find each other. {_LAUNCHERS}"
+        )
+    address, port = os.environ["MASTER_ADDR"], _variable("MASTER_PORT", 0)
+    if not 0 < port < 65536:
+        raise AFLoRAError(f"MASTER_PORT={port} is not a port: give one from 1024 to 65535.")
+    try:
+        socket.getaddrinfo(address, port)
+    except OSError as error:
+        raise AFLoRAError(
+            f"MASTER_ADDR={address}, where the ranks are to meet, is not a known host ({error.strerror}). Give the "
+            f"name or address of the node of rank 0 (--main_process_ip)."
+        ) from None
+    return world
+
+
+_LAUNCHERS = "`accelerate launch` and torchrun set all that is needed; under Slurm: launch/slurm."
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise LaunchError(f"{name}={text!r} is not a number. {_LAUNCHERS}") from None
+
+
+def _asked(engine: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true", "yes")
+
+
 def launched_accelerator(**options: Any) -> Accelerator:
     """An Accelerator for whatever launcher started this process, on GPUs as on CPUs.
 
@@ -43,25 +102,65 @@ def launched_accelerator(**options: Any) -> Accelerator:
         options: Further arguments of `Accelerator`.
 
     Raises:
-        AFLoRAError: The processes do not know of each other.
+        AFLoRAError: The processes cannot find each other, do not know of each other, or lack devices.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    accelerator = Accelerator(
-        cpu=several and on_cpu and not with_deepspeed,  # DDP wraps nothing on a CPU unless told
-        # Without it DeepSpeed's processes on a CPU would not know of each other.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several and on_cpu else [],
-        **options,
-    )
+    several = launched_processes() > 1
+    on_cpu = not torch.cuda.is_available() or _asked("CPU")
+    _check_devices(on_cpu, options.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    try:
+        accelerator = Accelerator(
+            cpu=several and on_cpu and not _asked("DEEPSPEED"),  # DDP wraps nothing on a CPU unless told
+            # Without it DeepSpeed's processes on a CPU would not know of each other.
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several and on_cpu else [],
+            **options,
+        )
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "Gloo connectFullMesh" not in str(error):
+            raise
+        raise AFLoRAError(_not_connected(str(error))) from None
     refuse_lonely_processes()
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if asked and accelerator.distributed_type != DistributedType.FSDP:
+    if _asked("FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise AFLoRAError(
             "FSDP was asked for, but accelerate leaves it out on CPUs: every process would hold the whole model. Use "
             "launch/ddp.yaml or launch/zero3.yaml there."
         )
     return accelerator
+
+
+def _check_devices(on_cpu: bool, precision: str) -> None:
+    """Raise for more ranks than GPUs and for fp16 without one; say it where GPUs could be used and none is seen."""
+    if on_cpu:
+        if precision == "fp16" and not _asked("DEEPSPEED"):
+            raise AFLoRAError("fp16 needs a GPU: on a CPU use --mixed_precision bf16, or no.")
+        wanted = torch.version.cuda is not None and not _asked("CPU") and os.environ.get("DS_ACCELERATOR") != "cpu"
+        if wanted and _variable("RANK", 0) == 0:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+            why = "torch finds none" if seen is None else f"CUDA_VISIBLE_DEVICES={seen!r}"
+            print(f"aflora: warning: no GPU is seen here ({why}); training goes on on the CPU.", file=sys.stderr)
+        return
+    ranks = _variable("LOCAL_WORLD_SIZE", _variable("LOCAL_RANK", 0) + 1)
+    if ranks > torch.cuda.device_count():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        said = "" if seen is None else f" (CUDA_VISIBLE_DEVICES={seen})"
+        raise AFLoRAError(
+            f"{ranks} ranks were started on this node, which has {torch.cuda.device_count()} GPUs{said}: lower "
+            f"--num_processes, or show them more."
+        )
+
+
+def _not_connected(reason: str) -> str:
+    """What to do where the ranks could not meet, from what torch says of it."""
+    where = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in reason or "address already in use" in reason:
+        return (
+            f"The ranks were to meet at {where}, but another program uses that port. Give another one "
+            f"(accelerate launch --main_process_port, or MASTER_PORT, the same for all ranks)."
+        )
+    return (
+        f"The ranks could not connect to each other at {where}: {reason.strip().splitlines()[0][:200]} See that all "
+        f"were started, that this is the node of rank 0 (--main_process_ip), and that the network between them is the "
+        f"right one (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."
+    )
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:

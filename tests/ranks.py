@@ -7,14 +7,18 @@ ends the others.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from multiprocessing import connection, forkserver
@@ -65,8 +69,9 @@ class Ranks:
         context = warm_process()
         self.args = [*launcher, *command]
         self.returncode: int | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        files = [str(Path(self._folder.name) / name) for name in ("stdout", "stderr")]
+        self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        files = [str(self._folder / name) for name in ("stdout", "stderr")]
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._deadline: float | None = None
         self._ranks: list[ForkServerProcess] = []
@@ -127,7 +132,7 @@ class Ranks:
 
     def output(self) -> tuple[str, str]:
         """What all ranks have printed so far: stdout, stderr."""
-        files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        files = [self._folder / name for name in ("stdout", "stderr")]
         stdout, stderr = (file.read_text(errors="replace") if file.exists() else "" for file in files)
         return stdout, stderr
 
@@ -176,6 +181,7 @@ def _start(place: tuple[int, int, int], arguments: list[str], environment: dict[
 
     assert preload.THREADS == 1, "an import in tests/preload.py starts threads: locks may be held when ranks are forked"
     multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]  # as in a new process
+    atexit._clear()  # what the warm process has to do at its end is not this rank's
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
@@ -205,7 +211,8 @@ def _torchrun_variables(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def _run(args: Any) -> None:
-    """Run the script or module as Python would have."""
+    """Run the script or module as Python would have; a warning that is due to this package is an error."""
+    warnings.filterwarnings("error", module=r"aflora_dist\b")
     sys.argv = [args.training_script, *args.training_script_args]
     if args.module:
         sys.path.insert(0, str(ROOT))

@@ -28,5 +28,6 @@ AUTOGRAD = [
 ACCELERATOR = [
     Private("Accelerator", "_optimizers", "find the wrapper that knows of skipped updates", "a public list of them"),
     Private("Accelerator", "_models", "number the state of several models as accelerate does", "a public list of them"),
+    Private("Accelerator", "_schedulers", "know whether DeepSpeed's schedule was asked for", "a public list of them"),
 ]
 PRIVATE = {"torch": REDUCER + AUTOGRAD, "accelerate": ACCELERATOR}

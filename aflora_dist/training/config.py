@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser
 
 from ..errors import AFLoRAError
-from ..freezing import ScheduleShape, ScoreKind
+from ..freezing import FreezingRule, ScheduleShape, ScoreKind
 from ..tasks.glue import TASKS
 from ..tasks.presets import PRESETS
+from ..watch.trackers import TENSORBOARD
+from ..watch.trackers import check as check_trackers
 
 
 @dataclass(kw_only=True)
@@ -25,10 +28,13 @@ class RunConfig:
         save_every: Updates between two checkpoints; at the end of each epoch if not given, 0 for none.
         keep: How many checkpoints to keep.
         log_every: Updates between two lines of metrics.jsonl.
-        tensorboard: Write TensorBoard events.
+        trackers: Where curves, and what else there is to see, go, as accelerate calls them: tensorboard, wandb, mlflow,
+            trackio, comet_ml, aim, clearml, dvclive, swanlab; [] for none.
+        tensorboard: An earlier name: true puts tensorboard among the trackers, false takes it out.
         keep_best: A metric, as result.json names it: adapter/ is that of the epoch with the best value of it (lowest
             loss or perplexity, else highest), instead of the last.
         patience: With keep_best: stop after so many evaluations without improvement.
+        dry_run: Print what the run would do, train nothing and write nothing (`--dry_run` alone says so).
     """
 
     dir: str = "runs/aflora"
@@ -37,9 +43,11 @@ class RunConfig:
     save_every: int | None = None
     keep: int = 2
     log_every: int = 10
-    tensorboard: bool = True
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    tensorboard: bool | None = None
     keep_best: str | None = None
     patience: int | None = None
+    dry_run: bool = False
 
 
 @dataclass(kw_only=True)
@@ -52,7 +60,7 @@ class ProfileConfig:
         steps: Updates in each window.
         starts: First update of each window, instead of those three.
         ranks: Which ranks record; all if not given.
-        memory: Record allocations too.
+        memory: Record allocations too, and on GPUs a snapshot of memory around a freeze, for pytorch.org/memory_viz.
     """
 
     enabled: bool = False
@@ -74,8 +82,10 @@ class ModelConfig:
         dtype: What the weights are held in; the checkpoint's own if not given.
         attn_implementation: As transformers names them: eager, sdpa, flash_attention_2, ...; its own choice if not
             given.
+        train_new: Of the modules that the checkpoint does not have (a classifier's head, DeBERTa's pooler) those that
+            train, by name, as in '["classifier"]'; all if not given. The others keep their random start, and are saved.
         quantize: Hold the frozen weights in 4 bits (nf4, with double quantisation: QLoRA) or 8 (int8), by
-            bitsandbytes; not with ZeRO-3 or FSDP.
+            bitsandbytes; int8 not with ZeRO-3 or FSDP2.
     """
 
     name: str = "demo"
@@ -83,6 +93,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     attn_implementation: str | None = None
+    train_new: list[str] | None = None
     quantize: Literal["nf4", "int8"] | None = None
 
 
@@ -101,6 +112,7 @@ class DataConfig:
         text_columns: For "files": the one or two columns of text.
         label_column: For "files": class names, class numbers, or a float to regress to.
         max_length: Tokens after which texts are cut.
+        pad_to_max_length: Pad every text to max_length, as the authors' scripts do: slower, and the same numbers.
         tokens_per_micro_batch: About how many tokens, padding included, go through the model at once on each
             rank; an update's batch is sorted by length and cut to that. By default 256 on a CPU and 16,384 on a GPU.
         max_train_examples: Use only that many training examples (drawn with the seed).
@@ -121,6 +133,7 @@ class DataConfig:
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
     max_length: int = 256
+    pad_to_max_length: bool = False
     tokens_per_micro_batch: int | None = None
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
@@ -178,6 +191,9 @@ class FreezingScheduleConfig:
         every: Updates from one decision to the next; 1 is the paper's rule.
         shape: How the frozen fraction grows between t_i and t_f: cubic (Eq. 5), or quadratic, x^2, as in the authors'
             scripts for language models.
+        rule: Who freezes at a decision: rank, the paper's (Eq. 5), or quantile, as in the authors' scripts: matrices
+            whose mean score lies below the r(t)-quantile of the elements of those still training, gradients
+            averaged over the `every` updates before.
     """
 
     initial_epochs: float | None = None
@@ -188,6 +204,7 @@ class FreezingScheduleConfig:
     pairwise: bool = False
     every: int = 1
     shape: ScheduleShape = "cubic"
+    rule: FreezingRule = "rank"
 
     def epochs(self, total: int) -> tuple[float, float]:
         """t_i and t_f for a training of so many epochs."""
@@ -207,6 +224,7 @@ class TrainConfig:
         learning_rate: Peak learning rate of the adapter.
         head_learning_rate: Peak learning rate of the task head.
         weight_decay: AdamW's weight decay.
+        decay_biases: Whether it takes the biases that train, of the head, too.
         warmup_ratio: Share of the updates in which the learning rate rises; it then falls to 0.
         max_grad_norm: Gradient clipping; 0 for none.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -220,6 +238,7 @@ class TrainConfig:
     learning_rate: float = 1e-2
     head_learning_rate: float = 4e-2
     weight_decay: float = 0.1
+    decay_biases: bool = True
     warmup_ratio: float = 0.06
     max_grad_norm: float = 0.1
     gradient_checkpointing: bool = False
@@ -286,6 +305,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     except Exception as error:  # jsonargparse raises many kinds
         raise AFLoRAError(_readable(error)) from None
     namespace.pop("config", None)  # the files it came from
+    _rename_tensorboard(namespace)
     config = Config(**parser.instantiate(namespace).as_dict())
     _check(config)
     if config.method.name != "aflora":
@@ -305,18 +325,45 @@ def _refuse_aflora_options(config: Config, defaults: Any) -> None:
                 )
 
 
+def _rename_tensorboard(namespace: Any) -> None:
+    """run.tensorboard of earlier releases' files as run.trackers has it."""
+    if (wanted := namespace["run.tensorboard"]) is not None:
+        others = [name for name in namespace["run.trackers"] if name != TENSORBOARD]
+        namespace["run.trackers"] = [TENSORBOARD, *others] if wanted else others
+        namespace["run.tensorboard"] = None
+
+
 def _shorthands(arguments: list[str]) -> list[str]:
-    """`--profile`, `--resume` and `--resume PATH` written out."""
-    result = []
+    """`--profile`, `--dry_run`, `--resume`, `--resume PATH`, and lists without brackets written out."""
+    result: list[str] = []
+    lists = {
+        f"--{group}.{option.name}"
+        for group, kind in get_type_hints(Config).items()
+        if is_dataclass(kind)
+        for option in fields(kind)
+        if "list[" in str(option.type)
+    }
     for i, argument in enumerate(arguments):
         followed = i + 1 < len(arguments) and not arguments[i + 1].startswith("-")
+        option, sign, value = argument.partition("=")
         if argument == "--profile":
             result.append("--profile.enabled=true")
+        elif argument == "--dry_run":
+            result.append("--run.dry_run=true")
         elif argument == "--resume":
             result.append("--run.resume" if followed else "--run.resume=last")
+        elif option in lists and sign:
+            result.append(f"{option}={_bracketed(value)}")
+        elif i and arguments[i - 1] in lists:
+            result.append(_bracketed(argument))
         else:
             result.append(argument)
     return result
+
+
+def _bracketed(value: str) -> str:
+    """`wandb,mlflow` as `[wandb,mlflow]`."""
+    return value if value[:1] in ("[", "{") or value in ("", "null") else f"[{value}]"
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -369,6 +416,7 @@ def _check(config: Config) -> None:
     for name, number in not_negative.items():
         if not number >= 0:
             raise AFLoRAError(f"{name} must not be negative, got {number}.")
+    _check_profile(config.profile)
     if config.run.resume is not None and config.run.overwrite:
         raise AFLoRAError("run.resume goes on with the run in run.dir, run.overwrite replaces it: choose one.")
     if config.run.patience is not None and config.run.keep_best is None:
@@ -377,6 +425,10 @@ def _check(config: Config) -> None:
         raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={data.task} does not read it.")
     if (data.train_file or data.validation_file) and data.task not in ("files", "sft"):
         raise AFLoRAError(f"data.train_file and data.validation_file need data.task=files or sft, not {data.task}.")
+    if data.task == "sft":
+        for group, option in (("model", "train_new"), ("data", "pad_to_max_length")):
+            if getattr(getattr(config, group), option):
+                raise AFLoRAError(f"{group}.{option} is for classifiers: data.task=sft has no use for it.")
     for option in ("name", "hold_out", "system", "packing"):
         if getattr(data, option) and data.task != "sft":
             raise AFLoRAError(f"data.{option} is for language models: it needs data.task=sft, not {data.task}.")
@@ -395,3 +447,27 @@ def _check(config: Config) -> None:
             f"The freezing schedule does not fit: t_i + t_f = {t_i:g} + {t_f:g} epochs (freezing.initial_epochs + "
             f"freezing.final_epochs), but train.epochs = {train.epochs}. Train longer, or lower one of them."
         )
+    check_trackers(config.run.trackers)
+
+
+def _check_profile(profile: ProfileConfig) -> None:
+    """What needs neither the number of ranks nor that of updates."""
+    for option, first in (("ranks", 0), ("starts", 1)):
+        given = getattr(profile, option)
+        if given is None:
+            continue
+        if not given:
+            raise AFLoRAError(f"profile.{option} is empty: name at least one, or leave the option away.")
+        if min(given) < first:
+            why = "; the update before a window warms the profiler up" if first else ""
+            raise AFLoRAError(f"profile.{option} holds {min(given)}; the first there can be is {first}{why}.")
+        if len(set(given)) < len(given):
+            twice = next(number for number in given if given.count(number) > 1)
+            raise AFLoRAError(f"profile.{option} holds {twice} twice: name it once.")
+    starts = sorted(profile.starts or [])
+    for one, other in pairwise(starts):
+        if other - one <= profile.steps:
+            raise AFLoRAError(
+                f"profile.starts={starts}: the windows of {profile.steps} updates from {one} and from {other} overlap, "
+                f"or leave none between them to warm the profiler up. Lower profile.steps, or move one."
+            )

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import get_linear_schedule_with_warmup
 
-from ..engines import create_engine
+from ..engines import create_engine, engine_kind
 from ..errors import AFLoRAError, writing
 from ..freezing import CubicSchedule
 from ..methods import Control, Method
 from ..methods.choose import create_method, lora_parameters
-from ..processes import launched_accelerator, on_main
+from ..processes import launched_accelerator, launched_processes, on_main
 from ..progress import Progress
 from ..store.best import BestEpoch, check_metric
+from ..store.held import Held
 from ..store.resume import Checkpointer, find, finished
 from ..store.rundir import RunDirectory
 from ..tasks.base import Task
@@ -32,8 +31,11 @@ from ..tasks.batches import Batch, move
 from ..tasks.classification import Classification
 from ..tasks.sft import LanguageModelling
 from ..watch.log import TrainingLog
+from ..watch.memory import MemoryHistory
+from ..watch.rates import flops_per_token
 from ..watch.stopping import StopWish
 from ..watch.traces import TraceRecorder, Window, windows
+from . import compile_lock, deepspeed_file
 from .config import Config
 
 
@@ -65,23 +67,29 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     model = method.adapt(base, head)
+    held = hold(model, head, config.model.train_new, method)
     sampler, batches = task.batches(accelerator)
     check_metric(config.run.keep_best, task.metrics())
     per_epoch = sampler.updates_per_epoch
     total_steps = config.train.epochs * per_epoch
     method.check(per_epoch)  # may refuse: before time is spent
+    method.check_engine(engine_kind(accelerator), str(accelerator.mixed_precision))
     optimizer = create_optimizer(config, model, method)
     head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and method.is_head(n))
     lora_r8 = lora_parameters(model)
+    flops = flops_per_token(model, method.is_head)
     accumulate(config, accelerator, sampler.micro_batches)
     model, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress(create_engine(accelerator, model, optimizer))
     control = method.attach(
         accelerator, model, optimizer, progress, lambda event: run.append("freeze_log.jsonl", asdict(event))
     )
+    if held:
+        progress.parts["model.train_new"] = Held(progress.engine, held)
     best = keep_best(config, method, progress)
     task.rehearse(model, accelerator)
     recorded = create_windows(config, control, total_steps, accelerator)
+    history = create_history(config, recorded, accelerator)
     scheduler = create_scheduler(config, progress, total_steps)
     checkpointer = Checkpointer(run, accelerator, progress, scheduler, task.digest(), resolved)
     first_step = checkpointer.claim(resumed)  # all that can be refused has been
@@ -89,11 +97,21 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     profile = config.profile
     with (
         closing(
-            TrainingLog(config, run, accelerator, progress, control, total_steps, head_params, lora_r8, first_step)
+            TrainingLog(
+                config, run, accelerator, progress, control, total_steps, head_params, lora_r8, first_step, flops
+            )
         ) as log,
         closing(
             TraceRecorder(
-                recorded, first_step, run.tensorboard, accelerator, model, optimizer, profile.ranks, profile.memory
+                recorded,
+                first_step,
+                run.tensorboard,
+                accelerator,
+                model,
+                optimizer,
+                profile.ranks,
+                profile.memory,
+                history,
             )
         ) as traces,
         closing(StopWish(run.stop_file, run.writes)) as wish,
@@ -113,12 +131,14 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                         task, model, optimizer, micro_batches, accelerator, scale, config.train.max_grad_norm
                     )
                     assert progress.step == step + 1, "one global batch, one tick of the clock"
-                    log.update(loss, norm, trained, [float(rate) for rate in scheduler.get_last_lr()])
+                    tokens = sampler.tokens(step - epoch * per_epoch)
+                    log.update(loss, norm, trained, tokens, [float(rate) for rate in scheduler.get_last_lr()])
                     scheduler.step()
                     traces.advance(step)
                     stop = wish.agreed(run.failure)
                     if stop or save_is_due(config, progress.step, per_epoch):
-                        checkpointer.save(log, evaluations)
+                        with record_function("aflora.save"):
+                            checkpointer.save(log, evaluations)
                     if stop:
                         log.stopped()
                         control.interrupted()
@@ -126,7 +146,8 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                         accelerator.end_training()
                         return None
                 wish.settle(run.failure)
-            evaluation = task.evaluate(model, accelerator)
+            with record_function("aflora.evaluate"):
+                evaluation = task.evaluate(model, accelerator)
             evaluations.append(evaluation.metrics)
             log.evaluated(evaluation)
             if best is not None:
@@ -155,15 +176,29 @@ def save_is_due(config: Config, step: int, per_epoch: int) -> bool:
 
 def create_accelerator(config: Config) -> Accelerator:
     """The accelerator that the launcher asks for; DeepSpeed's batch and clipping settings are ours."""
+    processes = launched_processes()
+    check_batch(config, processes)
+    check_ranks(config, processes)
+    deepspeed_file.check(config, processes)
+    compile_lock.check(deepspeed_file.compiled_ops())
     accelerator = launched_accelerator(step_scheduler_with_optimizer=False)
-    needed = accelerator.num_processes * config.train.accumulation
-    if config.train.batch_size < needed:
-        raise AFLoRAError(
-            f"train.batch_size={config.train.batch_size} cannot be split: {accelerator.num_processes} processes x "
-            f"train.accumulation={config.train.accumulation} = {needed} micro-batches, each with an example at least."
-        )
     accumulate(config, accelerator, config.train.accumulation)  # zero.Init wants to know before the data is known
     return accelerator
+
+
+def check_ranks(config: Config, processes: int) -> None:
+    unknown = [rank for rank in config.profile.ranks or [] if rank >= processes]
+    if unknown and config.profile.enabled:
+        raise AFLoRAError(f"profile.ranks names rank {unknown[0]}; there are {processes}, from 0 on.")
+
+
+def check_batch(config: Config, processes: int) -> None:
+    needed = processes * config.train.accumulation
+    if config.train.batch_size < needed:
+        raise AFLoRAError(
+            f"train.batch_size={config.train.batch_size} cannot be split: {processes} processes x "
+            f"train.accumulation={config.train.accumulation} = {needed} micro-batches, each with an example at least."
+        )
 
 
 def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> None:
@@ -171,23 +206,8 @@ def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> 
     accelerator.gradient_accumulation_steps = micro_batches  # whatever the environment says
     if (plugin := accelerator.state.deepspeed_plugin) is None:
         return
-    ours = {
-        # Micro-batches differ in size; DeepSpeed only reports this number.
-        "train_micro_batch_size_per_gpu": max(
-            config.train.batch_size // (accelerator.num_processes * micro_batches), 1
-        ),
-        "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": config.train.max_grad_norm,
-    }
-    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):  # else the values are the launcher's defaults
-        said = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
-        for key, value in ours.items():
-            if said.get(key, "auto") not in ("auto", value):
-                raise AFLoRAError(
-                    f"DeepSpeed's file says {key}={said[key]}, but train.* and data.* come to {value}. "
-                    f'Write "auto" there.'
-                )
-    plugin.deepspeed_config.update(ours)
+    deepspeed_file.contradicted(config, accelerator.num_processes, micro_batches)
+    plugin.deepspeed_config.update(deepspeed_file.values(config, accelerator.num_processes, micro_batches))
     plugin.deepspeed_config.pop("train_batch_size", None)
 
 
@@ -199,32 +219,69 @@ def check_length(config: Config, model: Any) -> None:
         )
 
 
+def hold(model: nn.Module, new: Sequence[str], train_new: Sequence[str] | None, method: Method) -> list[str]:
+    """Have those of the new modules that are not to train keep their random start.
+
+    Returns:
+        The names of their parameters.
+
+    Raises:
+        AFLoRAError: `train_new` names what is not new.
+    """
+    if train_new is None:
+        return []
+    if unknown := sorted(set(train_new) - set(new)):
+        raise AFLoRAError(
+            f"model.train_new names {unknown[0]!r}, which is no new module of this model. New are: "
+            f"{', '.join(new) or 'none, all come from the checkpoint'}."
+        )
+    still = [f".{module}." for module in new if module not in train_new]
+    held = [n for n, p in model.named_parameters() if method.is_head(n) and any(s in f".{n}" for s in still)]
+    for name in held:
+        model.get_parameter(name).requires_grad_(False)
+    return held
+
+
 def create_optimizer(config: Config, model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """AdamW over two param groups: the adapter, and the head (if it trains) with its own learning rate."""
+    """AdamW over param groups: the adapter, and the head (if it trains) with its own learning rate, its biases last."""
+    train = config.train
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = {name: p for name, p in trainable.items() if method.is_head(name)}
+    spared = set() if train.decay_biases else {name for name in trainable if name.endswith("bias")}
     groups = [
-        {"params": [p for n, p in trainable.items() if not method.is_head(n)], "lr": config.train.learning_rate},
-        {"params": [p for n, p in trainable.items() if method.is_head(n)], "lr": config.train.head_learning_rate},
+        {"params": [p for n, p in trainable.items() if n not in head and n not in spared], "lr": train.learning_rate},
+        {"params": [p for n, p in trainable.items() if n not in head and n in spared], "lr": train.learning_rate},
+        {"params": [p for n, p in head.items() if n not in spared], "lr": train.head_learning_rate},
+        {"params": [p for n, p in head.items() if n in spared], "lr": train.head_learning_rate},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=config.train.weight_decay)
+    for group, decay in zip(groups, (train.weight_decay, 0.0) * 2, strict=True):
+        group["weight_decay"] = decay
+    return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
 def create_scheduler(config: Config, progress: Progress, total_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up and decay over t: a skipped update moves it, too."""
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first one was skipped
-    warm_up = round(config.train.warmup_ratio * total_steps)
-    return get_linear_schedule_with_warmup(progress.engine.optimizer, warm_up, total_steps)
+    return get_linear_schedule_with_warmup(progress.engine.optimizer, warm_up(config, total_steps), total_steps)
+
+
+def warm_up(config: Config, total_steps: int) -> int:
+    """Updates in which the learning rate rises."""
+    return round(config.train.warmup_ratio * total_steps)
 
 
 def create_windows(config: Config, control: Control, total_steps: int, accelerator: Accelerator) -> tuple[Window, ...]:
     profile = config.profile
     if not profile.enabled:
         return ()
-    unknown = [rank for rank in profile.ranks or [] if not 0 <= rank < accelerator.num_processes]
-    if unknown:
-        raise AFLoRAError(f"profile.ranks names rank {unknown[0]}; there are {accelerator.num_processes}, from 0 on.")
     never = CubicSchedule(total_steps=total_steps, initial_steps=0, final_steps=0)
     return windows(control.schedule or never, len(control.freezable), profile.steps, profile.starts)
+
+
+def create_history(config: Config, recorded: tuple[Window, ...], accelerator: Accelerator) -> MemoryHistory | None:
+    """What snapshots CUDA memory around freezes, if that is asked for and there is any."""
+    wanted = config.profile.memory and any(window.freezes for window in recorded)
+    return MemoryHistory() if wanted and accelerator.device.type == "cuda" else None
 
 
 def updates(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import threading
 import warnings
+from typing import NoReturn
 
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, LaunchError
+from ..extras import require
 
 _LOST_RANK = (
     "Connection closed by peer",
@@ -19,9 +23,9 @@ _LOST_RANK = (
 
 
 def quiet_libraries() -> None:
-    """Leave warnings and errors; drop the libraries' progress reports."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    """Leave warnings and errors; drop the libraries' progress reports, and what will change for others than us."""
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(?!aflora_dist\b)")
     for name in ("DeepSpeed", "deepspeed", "accelerate", "transformers", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -29,18 +33,25 @@ def quiet_libraries() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the main job; returns the exit status. What a user did wrong is said in a line or two."""
     quiet_libraries()
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0  # once per node: its files may differ
+    is_first = os.environ.get("RANK", "0") == "0"
+    speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # once per node: its files may differ
     try:
+        require("train", "The main job")
         from .config import parse
 
         config, resolved = parse(sys.argv[1:] if arguments is None else arguments)
+        if config.run.dry_run:
+            from ..plan.command import dry_run
+
+            quiet_libraries()
+            dry_run(config, resolved)
+            return 0
         from .loop import train  # after parsing: a wrong option should not take seconds to find
 
         quiet_libraries()  # DeepSpeed sets its own level on import
         result = train(config, resolved)
     except AFLoRAError as error:
-        if speaks:
+        if speaks or isinstance(error, LaunchError):
             print(f"aflora: error: {error}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:  # what gloo and NCCL say when the other end of a collective is gone
@@ -55,11 +66,34 @@ def main(arguments: list[str] | None = None) -> int:
             )
         return 3
     if is_first and result is not None:
+        from ..store.records import as_result
         from ..view.report import print_summary
 
-        print_summary(result, config.run.dir)
+        print_summary(as_result(result), config.run.dir)
     return 0
 
 
+def leave(status: int) -> NoReturn:
+    """End this process with a status that is its own.
+
+    A thread of gloo's that lets go of a tensor while Python takes itself down asks for the interpreter's lock, is ended
+    for that, and C++ then aborts the process, after all is done (pytorch/pytorch#190489). So what Python does for its
+    programs is done here (other threads are waited for, exit handlers run, output is flushed), and the interpreter is
+    not taken down.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(status)
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    atexit._run_exitfuncs()  # logging's, trackers', a coverage measurement's
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            status = status or 120  # as Python's own
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -45,14 +45,19 @@ asked=
 trap 'asked=1; touch "$run_dir/stop"' USR1
 
 AFLORA_MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Another port at each start: the last one's may still be closing.
+# Another port at each start: the last one's may still be closing; and one that nothing uses here, on the first node.
 AFLORA_MAIN_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+while grep -Eqs "^ *[0-9]+: [0-9A-F]+:$(printf %04X $AFLORA_MAIN_PORT) " /proc/net/tcp /proc/net/tcp6; do
+    AFLORA_MAIN_PORT=$((20000 + (AFLORA_MAIN_PORT - 20000 + 1) % 20000))
+done
 export AFLORA_MAIN_ADDRESS AFLORA_MAIN_PORT
 echo "aflora: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES node(s), $run_dir"
 
-# One task that ends badly ends all: nobody waits in a collective for ranks that are gone.
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
-srun --kill-on-bad-exit=1 bash launch/slurm/node.sh "${arguments[@]}" --run.dir "$run_dir" --resume &
+# One launcher a node, with the CPUs of all tasks that the job has there: it starts the ranks.
+# One that ends badly ends all: nobody waits in a collective for ranks that are gone.
+cpus=$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
+    --kill-on-bad-exit=1 bash launch/slurm/node.sh "${arguments[@]}" --run.dir "$run_dir" --resume &
 step=$!
 while :; do
     wait "$step" # returns early when the trap has run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -130,6 +131,21 @@ def test_a_signal_to_the_ranks_saves_and_ends_the_job(submit: Callable[..., tupl
     job.wait_for_end()
     assert "Stopped as asked" in job.said()
     assert not (folder / "result.json").exists()
+
+
+def test_several_tasks_a_node_are_so_many_ranks_and_a_port_in_use_is_passed_over(
+    cluster: SlurmCluster, tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    """One launcher a node starts them: two would take each other for another job in the same directory."""
+    arguments = options(tmp_path / "run", tiny_model, reviews)
+    sbatch = ["--nodes=2", "--ntasks-per-node=2", "--hold"]
+    job = Job(cluster, tmp_path / "out.txt", sbatch, arguments, AFLORA_LAUNCH="launch/ddp.yaml")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 20000 + int(job.id) * 10 % 20000))  # what job.sh tries first
+        other.listen()
+        cluster.run("scontrol", "release", job.id)
+        job.wait_for_end()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 4
 
 
 def test_an_array_of_seeds_is_collected_into_a_table(

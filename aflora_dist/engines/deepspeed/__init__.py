@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ...errors import UnsupportedEngineError
 from .zero import ZeroEngine
 
 
@@ -16,6 +17,7 @@ def create_zero_engine(accelerator: Accelerator, optimizer: Any) -> ZeroEngine:
         UnsupportedEngineError: Names the feature of DeepSpeed that cannot be frozen exactly, and what to use instead.
     """
     ds = accelerator.deepspeed_engine_wrapped.engine
+    _check_schedule(accelerator, ds)
     if ds.zero_optimization_stage() == 3:
         from .zero3 import Zero3Engine
 
@@ -23,3 +25,14 @@ def create_zero_engine(accelerator: Accelerator, optimizer: Any) -> ZeroEngine:
     from .zero12 import Zero12Engine
 
     return Zero12Engine(accelerator, optimizer)
+
+
+def _check_schedule(accelerator: Accelerator, ds: Any) -> None:
+    """Refuse a schedule of DeepSpeed's that nobody holds: it sets every learning rate, whatever else sets them."""
+    own = None if ds.client_lr_scheduler is not None else ds.lr_scheduler
+    if own is not None and not any(scheduler.scheduler is own for scheduler in accelerator._schedulers):
+        raise UnsupportedEngineError(
+            f"DeepSpeed's configuration has a scheduler section ({type(own).__name__}), by which DeepSpeed sets the "
+            f"learning rates of all param groups itself. Remove it, or pass accelerate.utils.DummyScheduler(optimizer) "
+            f"through accelerator.prepare() and use no other scheduler."
+        )

@@ -1,0 +1,336 @@
+"""The DeepSpeed configuration that a launcher names: read in one place, and refused where it cannot be honoured.
+
+Looked at before processes talk, data are read or a model is loaded. DeepSpeed itself ignores a key that it does not
+know, sets learning rates by a scheduler of its own, and tells of other mistakes when the model is there.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..errors import AFLoRAError
+from ..extras import require
+from .config import Config
+
+_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+
+# Sections that say what train.* says.
+_OURS = {
+    "scheduler": "train.learning_rate, train.head_learning_rate and train.warmup_ratio are the schedule",
+    "optimizer": "the main job trains with AdamW, by train.learning_rate, train.head_learning_rate and "
+    "train.weight_decay",
+}
+_UNUSED = {  # features of DeepSpeed's own data loader and model, which a main job does not use
+    "data_efficiency": "data.* says what is trained on",
+    "hybrid_engine": "it is for generating while training",
+    "expert_parallel": "train mixture-of-experts layers without DeepSpeed-MoE",
+    "autotuning": "the launcher `deepspeed --autotuning` alone reads it",
+}
+_SECTIONS = ("zero_optimization", "fp16", "bf16")
+# What accelerate fills in; with "auto" anywhere else it ends in an error of its own.
+_FILLED = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "fp16.enabled",
+    "bf16.enabled",
+    "zero_optimization.stage",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_optimizer.nvme_path",
+    "zero_optimization.offload_param.device",
+    "zero_optimization.offload_param.nvme_path",
+}
+# Top-level keys that DeepSpeed or accelerate reads.
+_KNOWN = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("managed_gradient_accumulation", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
+    *("communication_data_type", "seq_parallel_communication_data_type", "sequence_parallel_size"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather"),
+    *("fp16", "bf16", "torch_autocast", "data_types", "optimizer", "scheduler"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc"),
+    *("flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "timers", "vocabulary_size"),
+    *("activation_checkpointing", "aio", "checkpoint", "datastates_ckpt", "dataloader_drop_last", "compile"),
+    *("pipeline", "tensor_parallel", "expert_parallel", "use_data_before_expert_parallelism"),
+    *("autotuning", "data_efficiency", "hybrid_engine", "weight_quantization"),
+}
+
+
+def in_use() -> bool:
+    """Whether the launcher asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def check(config: Config, processes: int) -> None:
+    """Raise if DeepSpeed is asked for what cannot be done, or for something else than `config` says.
+
+    Args:
+        processes: How many there are; more may be needed later (see `contradicted`).
+
+    Raises:
+        AFLoRAError: Names the file and the key, and says what to write instead.
+    """
+    if not in_use():
+        return
+    require("deepspeed", "ZeRO, which the launcher asks for,")
+    where, settings = _asked_for()
+    for section in _SECTIONS:
+        if not isinstance(settings.get(section, {}), dict):
+            raise AFLoRAError(f'{where}: {section} must be an object, as in "{section}": {{...}}.')
+    for section, instead in _OURS.items():
+        if section in settings:
+            raise AFLoRAError(f'{where} has a section "{section}": remove it; {instead}.')
+    _check_names(where, settings)
+    _check_autos(where, settings)
+    _check_precision(where, settings)
+    _check_with_deepspeed(where, settings)
+    contradicted(config, processes, config.train.accumulation)
+
+
+def compiled_ops() -> list[str]:
+    """The ops that DeepSpeed compiles, at their first use on a machine, for this job."""
+    if not in_use():
+        return []
+    from deepspeed.accelerator import get_accelerator
+
+    _, settings = _asked_for()
+    device = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    ops = {"deepspeed_shm_comm": get_accelerator().device_name() == "cpu", "cpu_adam": device != "none"}
+    return [op for op, needed in ops.items() if needed]
+
+
+def values(config: Config, processes: int, micro_batches: int) -> dict[str, float]:
+    """What `config` comes to in DeepSpeed's words."""
+    return {
+        # Micro-batches differ in size; DeepSpeed only reports this number.
+        "train_micro_batch_size_per_gpu": max(config.train.batch_size // (processes * micro_batches), 1),
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": config.train.max_grad_norm,
+    }
+
+
+def contradicted(config: Config, processes: int, micro_batches: int) -> None:
+    """Raise if the file gives a number that is not what the configuration comes to.
+
+    Args:
+        micro_batches: Of an update, on each rank; the data decide, so it is looked at again when they are known.
+
+    Raises:
+        AFLoRAError: Names both.
+    """
+    where, settings = _asked_for()
+    ours = {**values(config, processes, micro_batches), "train_batch_size": config.train.batch_size}
+    option = {"gradient_clipping": "train.max_grad_norm comes", "train_batch_size": "train.batch_size comes"}
+    for key, value in ours.items():
+        if settings.get(key, "auto") not in ("auto", value):
+            raise AFLoRAError(
+                f"{where} says {key}={settings[key]}, but {option.get(key, 'train.* and data.* come')} to {value}. "
+                f'Write "auto" there, or leave it out.'
+            )
+
+
+def _asked_for() -> tuple[str, dict[str, Any]]:
+    """Where the settings stand, for messages, and what they are."""
+    source = os.environ.get(_FILE)
+    if source and source != "none":
+        return _read(source)
+    said = {
+        "zero_optimization": {
+            "stage": _number("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
+            "offload_optimizer": {"device": os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")},
+            "offload_param": {"device": os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")},
+        }
+    }
+    for key, default in (("gradient_clipping", None), ("gradient_accumulation_steps", 1)):
+        number = _number(f"ACCELERATE_{key.upper()}", "auto")
+        if number not in ("auto", "none", default):  # 1 is what accelerate's questionnaire suggests
+            said[key] = number
+    return "The launcher's DeepSpeed configuration", said
+
+
+def _number(variable: str, default: str) -> Any:
+    text = os.environ.get(variable, default)
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
+
+
+def _read(source: str) -> tuple[str, dict[str, Any]]:
+    """The settings in a file; accelerate takes JSON, or JSON in base64, in place of a file's name, too."""
+    where = f"DeepSpeed's file {source}"
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AFLoRAError(f"{where} is not text in UTF-8 (byte {error.start}).") from None
+    except OSError as error:
+        embedded = _embedded(source)
+        if embedded is None:
+            if isinstance(error, FileNotFoundError):
+                raise AFLoRAError(
+                    f"There is no file {source}, which the launcher names as DeepSpeed's (deepspeed_config_file). A "
+                    f"relative name starts at the folder that the job is started in, here {Path.cwd()}."
+                ) from None
+            raise AFLoRAError(f"{where} could not be read: {error.strerror or error}.") from None
+        where, text = f"DeepSpeed's configuration in {_FILE}", embedded
+    try:
+        settings = json.loads(text, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise AFLoRAError(
+            f"{where} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}. (Comments and trailing "
+            f"commas are not allowed.)"
+        ) from None
+    except _DuplicateKeyError as error:
+        raise AFLoRAError(f'{where} gives "{error}" twice: keep one.') from None
+    if not isinstance(settings, dict):
+        raise AFLoRAError(f"{where} must hold an object, {{...}}, not {json.dumps(settings)[:40]}.")
+    return where, settings
+
+
+class _DuplicateKeyError(Exception):
+    """A key that stands twice in an object; of the two, accelerate would take the last."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _DuplicateKeyError(key)
+        found[key] = value
+    return found
+
+
+def _embedded(source: str) -> str | None:
+    if source.lstrip().startswith("{"):
+        return source
+    try:
+        text = base64.b64decode(source, altchars=b"-_", validate=True).decode("utf-8")
+    except (binascii.Error, ValueError):
+        return None
+    return text if text.lstrip().startswith("{") else None
+
+
+def _check_names(where: str, settings: Mapping[str, Any]) -> None:
+    for key in settings:
+        if key not in _KNOWN:
+            close = get_close_matches(key, _KNOWN, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else "remove it."
+            raise AFLoRAError(f'{where}: DeepSpeed does not know "{key}", and may ignore it: {hint}')
+    for section, instead in _UNUSED.items():
+        asked = settings.get(section)
+        if isinstance(asked, dict) and asked.get("enabled", False) is not False:
+            raise AFLoRAError(f'{where}: "{section}" cannot be honoured: remove it; {instead}.')
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _check_autos(where: str, settings: Mapping[str, Any]) -> None:
+    for key, value in _leaves(settings):
+        if value == "auto" and key not in _FILLED:
+            raise AFLoRAError(f'{where}: nothing can be filled in for {key}="auto". Give a value, or remove the key.')
+
+
+def _check_precision(where: str, settings: Mapping[str, Any]) -> None:
+    """bf16 and fp16 come from the file or from --mixed_precision, and must agree."""
+    from deepspeed.accelerator import get_accelerator  # takes seconds; needed in a moment anyhow
+
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    fields = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    if "mixed_precision" in fields and os.environ.get(_FILE):
+        raise AFLoRAError(
+            f"The launcher's configuration gives mixed_precision beside {where}. Give it on the command line "
+            f"(--mixed_precision {launched}), or as bf16 or fp16 in that file."
+        )
+    asked = {}
+    for kind in ("fp16", "bf16"):
+        enabled = settings.get(kind, {}).get("enabled", "auto" if kind not in settings else False)
+        asked[kind] = launched == kind if enabled == "auto" else enabled
+        if not isinstance(asked[kind], bool):
+            raise AFLoRAError(f'{where}: {kind}.enabled must be true, false or "auto", not {json.dumps(enabled)}.')
+        if asked[kind] is False and launched == kind:
+            raise AFLoRAError(f'{where} switches {kind} off, but --mixed_precision {kind} asks for it: write "auto".')
+    if asked["fp16"] and asked["bf16"]:
+        said = f" (--mixed_precision {launched})" if launched in asked else ""
+        raise AFLoRAError(f"{where}: fp16 and bf16 are both asked for{said}: choose one.")
+    supported = {"fp16": "is_fp16_supported", "bf16": "is_bf16_supported"}
+    for kind, enabled in asked.items():
+        if enabled and not getattr(get_accelerator(), supported[kind])():
+            raise AFLoRAError(
+                f"{where}, or --mixed_precision, asks for {kind}, which DeepSpeed does not do on this device "
+                f"({get_accelerator().device_name()}). Use --mixed_precision {'bf16' if kind == 'fp16' else 'no'}."
+            )
+
+
+def _check_with_deepspeed(where: str, settings: Mapping[str, Any]) -> None:
+    """Have DeepSpeed itself read the settings, and refuse the features that the engines refuse."""
+    from deepspeed import DeepSpeedConfig
+
+    from ..engines.deepspeed.zero import check_settings
+
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage == "auto":
+        stage = _number("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        raise AFLoRAError(
+            f"{where}: zero_optimization.stage is {json.dumps(stage)}; it must be 1, 2 or 3. Without DeepSpeed: "
+            f"launch/ddp.yaml."
+        )
+    filled = _without_autos(settings)
+    filled["zero_optimization"]["stage"] = stage
+    # Without train_batch_size: it would have to be that of all ranks, once DeepSpeed knows of them.
+    filled |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    filled.pop("train_batch_size", None)
+    filled |= {kind: {**settings.get(kind, {}), "enabled": False} for kind in ("fp16", "bf16")}  # looked at before
+    try:
+        parsed = DeepSpeedConfig(filled)
+    except Exception as error:  # pydantic's, DeepSpeed's own, AssertionError, TypeError, ...
+        raise AFLoRAError(f"{where}: {_complaint(error)}") from None
+    try:
+        check_settings(parsed)
+    except AFLoRAError as error:
+        raise AFLoRAError(f"{where}: {error}") from None
+
+
+def _without_autos(settings: Mapping[str, Any]) -> dict[str, Any]:
+    result = {}
+    for key, value in settings.items():
+        if value != "auto":
+            result[key] = _without_autos(value) if isinstance(value, dict) else copy.deepcopy(value)
+    return result
+
+
+def _complaint(error: Exception) -> str:
+    """What DeepSpeed has against a configuration, in a line."""
+    sections = {
+        "DeepSpeedZeroConfig": "zero_optimization",
+        "DeepSpeedFP16Config": "fp16",
+        "DeepSpeedBF16Config": "bf16",
+    }
+    if hasattr(error, "errors") and hasattr(error, "title"):  # pydantic's ValidationError
+        first = error.errors()[0]
+        place = ".".join([sections.get(error.title, error.title), *map(str, first["loc"])])
+        if first["type"] == "extra_forbidden":
+            return f"DeepSpeed knows no key {place}. Remove it, or mend its spelling."
+        given = "" if isinstance(first["input"], dict) else f"={json.dumps(first['input'], default=str)[:40]}"
+        return f"{place}{given}: {first['msg'].rstrip('.')}."
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"DeepSpeed cannot take it: {lines[0].rstrip('.')}."
