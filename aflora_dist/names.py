@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?P<module>.+)\.aflora\.(?P<adapter>[^.]+)\.(?P<tensor>A|B|s_d|s_b)")
-_NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<module>.*)")
+_NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d{1,9})\.(?P<module>.*)")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from aflora_dist.processes import launched_accelerator
 from aflora_dist.watch.telemetry import Telemetry
+from aflora_dist.watch.tensorboard import TensorBoard
 
 from .methods import create
 from .models import SHAPES, build
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     lines, figures = [], []
     with tempfile.TemporaryDirectory() as folder:
-        telemetry = Telemetry(Path(folder), first_step=0)
+        telemetry = Telemetry(TensorBoard(Path(folder), first_step=0))
         for number in tqdm(range(args.blocks + 1), desc="blocks"):
             for kind in random.sample(list(seconds), 2):
                 began = time.perf_counter()

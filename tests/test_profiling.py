@@ -17,13 +17,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from aflora_dist.tasks.data import load_data
 from aflora_dist.tasks.sampler import GlobalBatchSampler
+from aflora_dist.watch.peaks import peak_flops
 from profiling.compare import main as compare
 from profiling.compare import over_freeze_log, start
 from profiling.launches import count_calls, count_launches, per_call
 from profiling.methods import create
 from profiling.models import build
 from profiling.overhead import main as overhead
-from profiling.peaks import peak_flops
 from profiling.throughput import main as throughput
 from profiling.throughput import summary
 from profiling.trainings import Allocating, Training, evenly, peft_config

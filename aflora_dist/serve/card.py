@@ -79,7 +79,8 @@ def _figures(result: dict[str, Any]) -> str:
     kept = result.get("best")
     epoch = kept["epoch"] if kept else len(result["evaluations"])
     rows = [
-        (f"{name.replace('_', ' ')} (evaluation data)", f"{value:.4f}") for name, value in result["metrics"].items()
+        (f"{name.replace('_', ' ')} (evaluation data)", "not a number" if value is None else f"{value:.4f}")
+        for name, value in result["metrics"].items()
     ]
     rows += [
         ("epoch", f"{epoch}, the best by {kept['metric']}" if kept else str(epoch)),

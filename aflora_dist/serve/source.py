@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import AFLoRAError, writing
 from ..names import of_base
 from ..store.checkpoint import StoredTensors
+from ..store.records import CONFIG, RESULT, loads, read_config
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TENSORS = ("A", "B", "s_d", "s_b")
@@ -85,11 +85,16 @@ def read(path: Path) -> Source:
 
 
 def _run(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    path, result = directory / "config.yaml", directory / "result.json"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not (directory / CONFIG).is_file():
+        return None, None
+    config = read_config(directory)
     if not isinstance(config, dict) or not {"model", "data", "train"} <= config.keys():
         return None, None  # the adapter lies beside other people's files
-    return config, json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
+    result = directory / RESULT
+    try:
+        return config, loads(result.read_bytes()) if result.is_file() else None
+    except ValueError as error:
+        raise AFLoRAError(f"{result} is cut or damaged ({error}). Mend it, or put it aside.") from None
 
 
 @contextmanager

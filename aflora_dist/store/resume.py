@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from ..processes import on_main
 from ..progress import Progress
 from ..training.config import Config
 from ..watch.log import TrainingLog
-from . import checkpoint
+from . import checkpoint, records
 from .checkpoint import Checkpoint
 from .rundir import GoingOn, RunDirectory
 
@@ -76,11 +75,21 @@ def finished(run: RunDirectory, resolved: str) -> dict[str, Any] | None:
     """
 
     def look() -> dict[str, Any] | None:
-        if run.config.resume != "last" or not (run.path / "result.json").exists():
+        if run.config.resume != "last" or not (run.path / records.RESULT).exists():
             return None
-        config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+        config = records.read_config(run.path)
+        if not isinstance(config, dict):
+            raise AFLoRAError(f"{run.path / records.CONFIG} is not a run's configuration.")
         refuse_differences(config, yaml.safe_load(resolved), str(run.path))
-        return json.loads((run.path / "result.json").read_text(encoding="utf-8"))
+        file = run.path / records.RESULT
+        try:
+            result = records.loads(file.read_bytes())
+            records.as_result(result)
+        except ValueError as error:
+            raise AFLoRAError(
+                f"{file} is cut or damaged ({error}). Delete it, and the same command goes on from the last checkpoint."
+            ) from None
+        return result
 
     return on_main(run.accelerator, look)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import socket
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,10 +22,11 @@ from accelerate import Accelerator
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
 from ..training.config import RunConfig
+from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
 
 # Everything that a run writes; `overwrite` deletes these and nothing else.
-_FILES = ("config.yaml", "freeze_log.jsonl", "metrics.jsonl", "result.json")
-_FOLDERS = ("checkpoints", "adapter", "tensorboard")
+_FILES = (CONFIG, FREEZE_LOG, METRICS, RESULT)
+_FOLDERS = ("checkpoints", "adapter", "tensorboard", "trackers")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,36 @@ class GoingOn:
 
     step: int
     events: list[dict[str, Any]]
+
+
+def written(config: RunConfig) -> list[str]:
+    """What a run of this configuration leaves in its directory."""
+    there = {
+        "checkpoints": config.save_every != 0,
+        "tensorboard": "tensorboard" in config.trackers,
+        "trackers": bool({*config.trackers} - {"tensorboard"}),
+    }
+    return [*_FILES, *(f"{name}/" for name in _FOLDERS if there.get(name, True))]
+
+
+def refuse_taken(config: RunConfig) -> None:
+    """Raise unless a run may begin, or go on, in its directory.
+
+    Raises:
+        AFLoRAError: It holds (part of) a run already, or is a file.
+    """
+    path = Path(config.dir)
+    if path.exists() and not path.is_dir():
+        raise AFLoRAError(f"run.dir={path} is a file. Name a folder.")
+    held = [name for name in (*_FILES, *_FOLDERS) if (path / name).exists()]
+    goes_on = config.resume is not None and (
+        config.resume == "last" or Path(config.resume).resolve().parent == (path / "checkpoints").resolve()
+    )
+    if held and not config.overwrite and not goes_on:
+        raise AFLoRAError(
+            f"{path} already holds a run ({', '.join(held)}). Name another folder with run.dir, go on "
+            f"with that run (--resume), or replace it with run.overwrite=true."
+        )
 
 
 class RunDirectory:
@@ -51,17 +82,7 @@ class RunDirectory:
         self.path = Path(config.dir)
         self.accelerator = accelerator
         self.writes = accelerator.is_main_process
-        if self.path.exists() and not self.path.is_dir():
-            raise AFLoRAError(f"run.dir={self.path} is a file. Name a folder.")
-        held = [name for name in (*_FILES, *_FOLDERS) if (self.path / name).exists()]
-        goes_on = config.resume is not None and (
-            config.resume == "last" or Path(config.resume).resolve().parent == self.checkpoints.resolve()
-        )
-        if held and not config.overwrite and not goes_on:
-            raise AFLoRAError(
-                f"{self.path} already holds a run ({', '.join(held)}). Name another folder with run.dir, go on "
-                f"with that run (--resume), or replace it with run.overwrite=true."
-            )
+        refuse_taken(config)
         self._lock: IO[str] | None = None
         self.failure: str | None = None  # why nothing more can be written
 
@@ -90,6 +111,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         # A POSIX lock ends with its process, kill -9 included, and holds across the nodes of a shared file system.
         self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        weakref.finalize(self, self._lock.close)
+        job = os.environ.get("SLURM_JOB_ID")
         # The lock of a node that broke down may live on for a while.
         patience = time.monotonic() + (120 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0)
         while not self._try_lock(self._lock):
@@ -97,12 +120,18 @@ class RunDirectory:
                 time.sleep(2)
                 continue
             self._lock.seek(0)
+            holder = self._lock.read().strip() or "it does not say which"
+            if job and holder.endswith(f"Slurm job {job}"):
+                raise AFLoRAError(
+                    f"Another task of this same Slurm job is at work in {self.path}: {holder}. Each task trains alone "
+                    f"where srun starts several of them without a launcher that joins them: start one launcher a node "
+                    f"(srun --ntasks-per-node=1, as launch/slurm does), which starts the ranks."
+                )
             raise AFLoRAError(
-                f"Another job is at work in {self.path}: {self._lock.read().strip() or 'it does not say which'}. "
-                f"Wait for its end, or name another folder with run.dir."
+                f"Another job is at work in {self.path}: {holder}. Wait for its end, or name another folder with "
+                f"run.dir."
             )
         self._lock.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID")
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
         self._lock.flush()
 
@@ -131,7 +160,7 @@ class RunDirectory:
             if (self.path / "result.json").exists():
                 self._put_aside()
             self._abandon(going_on.step)
-            self._replace("freeze_log.jsonl", "".join(json.dumps(event) + "\n" for event in going_on.events))
+            self._replace("freeze_log.jsonl", "".join(dumps(event) + "\n" for event in going_on.events))
             self._cut("metrics.jsonl", going_on.step)
         self.tensorboard.mkdir(exist_ok=True)
         self._replace("config.yaml", resolved)
@@ -160,11 +189,12 @@ class RunDirectory:
         """Drop the lines of updates that will be done again, and half a line of a process that was killed."""
         path = self.path / name
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
-                if json.loads(line)["step"] < steps:
-                    kept.append(line + "\n")
-            except ValueError:
+                record = loads(line)
+                if record["step"] < steps:
+                    kept.append(dumps(record) + "\n")
+            except (ValueError, TypeError, KeyError):
                 break
         self._replace(name, "".join(kept))
 
@@ -206,7 +236,7 @@ class RunDirectory:
                 writing(name, self.path, "Make room, then --resume."),
                 (self.path / name).open("a", encoding="utf-8") as file,
             ):
-                file.write(json.dumps(line) + "\n")
+                file.write(dumps(line) + "\n")
         except AFLoRAError as error:
             self.failure = str(error)
 
@@ -215,6 +245,6 @@ class RunDirectory:
 
         def write() -> None:
             with writing("result.json", self.path, "Make room, then --resume."):
-                self._replace("result.json", json.dumps(result, indent=2) + "\n")
+                self._replace("result.json", dumps(result, indent=2) + "\n")
 
         on_main(self.accelerator, write)

@@ -3,94 +3,168 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import AFLoRAError, writing
+from ..store.records import CONFIG, Outcome, Result, dumps, read_outcome
+from .terminal import console, warn
 
-_OF_ONE_RUN = ("run", "profile")  # sections that say nothing about the setting
+_LEFT = ("task", "model", "differs in", "metric")
 
 
-def groups(folder: Path) -> list[dict[str, Any]]:
-    """Finished runs under `folder`, one entry per setting (everything but the seed and the directory).
+@dataclass
+class Setting:
+    """Runs that differ in their seed alone, each once."""
 
-    Each entry has task, metric (the task's first), seeds, values, trainable (average), seconds, unfinished.
+    task: str
+    model: str
+    options: dict[str, Any]
+    runs: list[Outcome] = field(default_factory=list)
+
+    @property
+    def finished(self) -> dict[int | None, list[Result]]:
+        """By seed; more than one where a seed was run several times."""
+        found: dict[int | None, list[Result]] = {}
+        for run in self.runs:
+            if run.result is not None:
+                found.setdefault(run.settings.seed, []).append(run.result)
+        return found
+
+    @property
+    def unfinished(self) -> int:
+        return sum(run.result is None for run in self.runs)
+
+    def values(self, metric: str) -> list[float]:
+        """The metric for each seed that has it; the mean of those that were run several times."""
+        found = [[run.metrics.get(metric) for run in runs] for runs in self.finished.values()]
+        return [statistics.fmean(numbers) for values in found if (numbers := [v for v in values if v is not None])]
+
+    def mean(self, name: str) -> float | None:
+        """Of a number of result.json over all that ended."""
+        found = [value for runs in self.finished.values() for run in runs if (value := getattr(run, name)) is not None]
+        return statistics.fmean(found) if found else None
+
+    @property
+    def metrics(self) -> list[str]:
+        names = dict.fromkeys(name for runs in self.finished.values() for run in runs for name in run.metrics)
+        return list(names) or ["-"]
+
+
+def groups(folder: Path, problems: list[str]) -> list[Setting]:
+    """The runs under `folder`, one entry per setting (everything but the seed and the directory).
+
+    Args:
+        problems: Takes a line for each thing that was left out, or is odd.
 
     Raises:
         AFLoRAError: There is no run under the folder.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("config.yaml")):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or "train" not in config:
-            continue
-        setting = {key: value for key, value in config.items() if key not in _OF_ONE_RUN}
-        seed = setting["train"].pop("seed")
-        entry = found.setdefault(
-            json.dumps(setting, sort_keys=True),
-            {
-                "task": config["data"]["task"],
-                "model": config["model"]["name"],
-                "setting": setting,
-                "runs": [],
-                "unfinished": 0,
-            },
-        )
-        result = path.parent / "result.json"
-        if result.exists():
-            entry["runs"].append({"seed": seed, **json.loads(result.read_text(encoding="utf-8"))})
-        else:
-            entry["unfinished"] += 1
-    if not found:
+    if not os.path.isdir(folder):
+        raise AFLoRAError(f"There is no folder {folder}.")
+    runs = [run for path in walk(folder, problems) if (run := read_outcome(path, problems)) is not None]
+    if not runs:
         raise AFLoRAError(f"There is no run under {folder}.")
-    return list(found.values())
+    runs.sort(key=lambda run: run.result is None)  # of copies, one that has ended counts
+    found: dict[str, Setting] = {}
+    for run in runs:
+        key = dumps(sorted(_flat(run.settings.values).items()))
+        entry = found.setdefault(key, Setting(run.settings.task, run.settings.model, run.settings.values))
+        original = next((other for other in entry.runs if run.is_copy_of(other)), None)
+        if original is not None:
+            problems.append(f"{run.path} is a copy of {original.path}, counted once.")
+        else:
+            problems += _oddities(run, entry)
+            entry.runs.append(run)
+    return sorted(found.values(), key=lambda entry: (entry.task, entry.model))
 
 
-def rows(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line per setting and metric; the deviation is the sample's (n - 1), absent for one run."""
+def _oddities(run: Outcome, entry: Setting) -> Iterator[str]:
+    if run.result is None:
+        return
+    if run.settings.seed in entry.finished:
+        yield f"{run.path} is another run with seed {run.settings.seed}: their mean counts, once."
+    for name, value in run.result.metrics.items():
+        if value is None:
+            yield f"{run.path}: {name} is not a number in its result; it does not count."
+
+
+def walk(folder: Path, problems: list[str]) -> Iterator[Path]:
+    """Folders with a config.yaml, depth first by name. Links are followed, and no folder is seen twice."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        try:
+            about = path.stat()
+            if (about.st_dev, about.st_ino) in seen:
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            with os.scandir(path) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            problems.append(f"{path} could not be read: {error.strerror or error}.")
+            continue
+        if any(entry.name == CONFIG for entry in inside):
+            yield path
+        waiting += [path / entry.name for entry in reversed(inside) if _is_folder(entry)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
+
+
+def rows(entries: list[Setting]) -> list[dict[str, Any]]:
+    """A line per setting and metric; the deviation is the sample's (n - 1), absent for one seed."""
     table = []
     for entry in entries:
-        runs = entry["runs"]
-        for metric in runs[0]["metrics"] if runs else ["-"]:
-            values = [run["metrics"][metric] for run in runs]
+        for metric in entry.metrics:
+            values = entry.values(metric)
             table.append(
                 {
-                    "task": entry["task"],
-                    "model": entry["model"],
+                    "task": entry.task,
+                    "model": entry.model,
                     "differs in": _differences(entry, entries),
                     "metric": metric,
                     "seeds": len(values),
-                    "unfinished": entry["unfinished"],
+                    "unfinished": entry.unfinished,
                     "mean": statistics.fmean(values) if values else None,
                     "deviation": statistics.stdev(values) if len(values) > 1 else None,
-                    "trainable": statistics.fmean(run["avg_trainable_params"] for run in runs) if runs else None,
-                    "seconds": statistics.fmean(run["train_seconds"] for run in runs) if runs else None,
+                    "trainable": entry.mean("avg_trainable_params"),
+                    "seconds": entry.mean("train_seconds"),
                 }
             )
     return table
 
 
-def _differences(entry: dict[str, Any], entries: list[dict[str, Any]]) -> str:
-    """What tells this setting from the others of the same task."""
-    same = [other["setting"] for other in entries if other["task"] == entry["task"]]
-    flat = {
-        f"{section}.{key}": value
-        for section, values in entry["setting"].items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }
+def _differences(entry: Setting, entries: list[Setting]) -> str:
+    """What tells this setting from the others of the same task; an option of a later release may be missing in it."""
+    mine = _flat(entry.options)
+    same = [_flat(other.options) for other in entries if other.task == entry.task]
+    names = dict.fromkeys(name for options in (mine, *same) for name in options)
     return ", ".join(
-        f"{name}={value}"
-        for name, value in flat.items()
-        if any(setting[name.split(".")[0]].get(name.split(".")[1]) != value for setting in same)
+        f"{name}={mine.get(name, 'not given')}"
+        for name in names
+        if any(options.get(name, same) != mine.get(name, same) for options in same)
     )
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}" if key else section: value
+        for section, values in options.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
 
 
 def main(arguments: list[str]) -> int:
@@ -99,17 +173,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="looked through with all its subfolders")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     args = parser.parse_args(arguments)
+    problems: list[str] = []
     try:
-        lines = rows(groups(args.folder))
+        try:
+            lines = rows(groups(args.folder, problems))
+        finally:
+            warn(problems)
         if args.json is not None:
             with writing("The table", args.json):
-                args.json.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+                args.json.write_text(dumps(lines, indent=2) + "\n", encoding="utf-8")
     except AFLoRAError as error:
         print(f"aflora: error: {error}", file=sys.stderr)
         return 2
     table = Table()
-    for title in ("task", "model", "differs in", "metric", "seeds", "mean ± deviation", "trainable", "seconds"):
-        table.add_column(title, justify="left" if title in ("task", "model", "differs in", "metric") else "right")
+    for title in (*_LEFT, "seeds", "mean ± deviation", "trainable", "seconds"):
+        table.add_column(title, justify="left" if title in _LEFT else "right")
     for line in lines:
         deviation = "" if line["deviation"] is None else f" ± {line['deviation']:.4f}"
         table.add_row(
@@ -122,5 +200,5 @@ def main(arguments: list[str]) -> int:
             "-" if line["trainable"] is None else f"{line['trainable']:,.0f}",
             "-" if line["seconds"] is None else f"{line['seconds']:.1f}",
         )
-    Console().print(table)
+    console().print(table)
     return 0

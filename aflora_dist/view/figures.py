@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from ..names import Place as Place
 from ..names import grid
 from ..names import place as place
+from ..store.records import Event, Update
 
 _BLUE, _GOLD, _GREY = "#1f5a96", "#c9a227", "#d9d9d9"
 _MAP = "viridis"
@@ -61,23 +63,23 @@ def freeze_map(names: Sequence[str], frozen: Mapping[str, int], total_steps: int
     return figure
 
 
-def curves(metrics: Sequence[Mapping[str, Any]], lora_r8: int | None = None) -> Figure:
+def curves(metrics: Sequence[Update], lora_r8: int | None = None) -> Figure:
     """Loss, gradient norm, trainable parameters and learning rates over the steps of metrics.jsonl."""
-    steps = [line["step"] for line in metrics]
+    steps = [line.step for line in metrics]
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     (loss, norm), (trained, rates) = figure.subplots(2, 2, sharex=True)
-    loss.plot(steps, [line["loss"] for line in metrics], color=_BLUE)
+    loss.plot(steps, _values(metrics, "loss"), color=_BLUE)
     loss.set_ylabel("loss")
-    norm.plot(steps, [line["grad_norm"] for line in metrics], color=_BLUE)
+    norm.plot(steps, _values(metrics, "grad_norm"), color=_BLUE)
     norm.set_ylabel("gradient norm before clipping")
-    trained.step(steps, [line["trainable_params"] for line in metrics], where="post", color=_BLUE, label="this run")
+    trained.step(steps, _values(metrics, "trainable_params"), where="post", color=_BLUE, label="this run")
     if lora_r8:
         trained.axhline(lora_r8, color=_GOLD, linestyle="--", label="LoRA r=8")
     trained.set_ylim(bottom=0)
     trained.set_ylabel("trainable parameters")
     trained.yaxis.set_major_formatter(lambda value, _: f"{value / 1e3:,.0f}k")
-    rates.plot(steps, [line["lr"] for line in metrics], color=_BLUE, label="adapter")
-    rates.plot(steps, [line["head_lr"] for line in metrics], color=_GOLD, linestyle="--", label="head")
+    rates.plot(steps, _values(metrics, "lr"), color=_BLUE, label="adapter")
+    rates.plot(steps, _values(metrics, "head_lr"), color=_GOLD, linestyle="--", label="head")
     rates.set_ylabel("learning rate")
     for axis in (trained, rates):
         axis.set_xlabel("step (optimizer update)")
@@ -87,15 +89,20 @@ def curves(metrics: Sequence[Mapping[str, Any]], lora_r8: int | None = None) -> 
     return figure
 
 
-def score_curves(events: Sequence[Mapping[str, Any]], total_steps: int) -> Figure:
+def _values(metrics: Sequence[Update], key: str) -> list[float]:
+    """A gap where there is no value."""
+    return [math.nan if (value := getattr(line, key)) is None else value for line in metrics]
+
+
+def score_curves(events: Sequence[Event], total_steps: int) -> Figure:
     """Every matrix's freezing score at the freeze events, ending where it froze; the colour is its layer."""
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axis = figure.add_subplot()
-    names = sorted({name for event in events for name in event["scores"]})
+    names = sorted({name for event in events for name in event.scores})
     columns, _ = grid(names)
     scale: Any = ScalarMappable(Normalize(0, max(len(columns) - 1, 1)), _MAP)
     for name in names:
-        points = [(event["step"], event["scores"][name]) for event in events if name in event["scores"]]
+        points = [(event.step, event.scores[name]) for event in events if name in event.scores]
         where = place(name)
         colour = scale.to_rgba(columns.index((where.stack, where.layer)))
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.8)

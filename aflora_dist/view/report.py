@@ -2,41 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 
 from ..store.best import LOWER_IS_BETTER
+from ..store.records import Result
 
 
-def print_summary(result: dict[str, Any], directory: str, console: Console | None = None) -> None:
+def print_summary(result: Result, directory: str, console: Console | None = None) -> None:
     """The result as a table, on this process's standard output unless a console is given."""
-    table = Table(title=f"AFLoRA on {result['task']}", show_header=False, title_justify="left")
+    table = Table(title=f"AFLoRA on {result.task}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in result["metrics"].items():
-        best = (min if name in LOWER_IS_BETTER else max)(evaluation[name] for evaluation in result["evaluations"])
-        note = f"  (best epoch {best:.4f})" if len(result["evaluations"]) > 1 else ""
-        if kept := result.get("best"):
-            note = f"  (epoch {kept['epoch']}, kept; last epoch {result['last']['metrics'][name]:.4f})"
-        table.add_row(name.replace("_", " "), f"{value:.4f}{note}")
-    average, lora = result["avg_trainable_params"], result["lora_r8_trainable_params"]
-    table.add_row(
-        "trainable parameters",
-        f"{average:,.0f} on average; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many",
-    )
-    table.add_row("froze", f"{result['freezable_matrices']} projection matrices in {result['freeze_events']} events")
-    seconds, share = result["freeze_seconds_total"], result["freeze_seconds_total"] / result["train_seconds"]
-    table.add_row("time spent freezing", f"{seconds:.2f} s, {share:.2%} of training")
-    table.add_row(
-        "training",
-        f"{result['steps']} steps in {result['train_seconds']:.1f} s, {result['samples_per_second']:.1f} examples/s, "
-        f"{result['world_size']} x {result['engine']}",
-    )
-    if result["traces"]:
-        names = ", ".join(path.rsplit("/", 1)[-1] for path in result["traces"])
+    for name, value in result.metrics.items():
+        table.add_row(name.replace("_", " "), f"{_number(value)}{_beside(result, name)}")
+    average, lora = result.avg_trainable_params, result.lora_r8_trainable_params
+    if average is not None:
+        than = f"; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many" if lora is not None else ""
+        table.add_row("trainable parameters", f"{average:,.0f} on average{than}")
+    if result.freezable_matrices is not None and result.freeze_events is not None:
+        froze = f"{result.freezable_matrices} projection matrices in {result.freeze_events} events"
+        table.add_row("froze", froze)
+    if result.freeze_seconds_total is not None:
+        share = (
+            f", {result.freeze_seconds_total / result.train_seconds:.2%} of training" if result.train_seconds else ""
+        )
+        table.add_row("time spent freezing", f"{result.freeze_seconds_total:.2f} s{share}")
+    table.add_row("training", ", ".join(_training(result)))
+    if result.traces:
+        names = ", ".join(path.rsplit("/", 1)[-1] for path in result.traces)
         table.add_row("traces", f"{names}, in {directory}/tensorboard/profile/ (*.json.gz opens in Perfetto)")
     table.add_row("look", f"aflora show {directory}, or tensorboard --logdir {directory}/tensorboard")
     table.add_row("files", f"{directory}/ (adapter/, freeze_log.jsonl, metrics.jsonl, result.json, tensorboard/)")
     (console or Console()).print(table)
+
+
+def _beside(result: Result, name: str) -> str:
+    """The metric in other epochs than the one that counts."""
+    values = [value for evaluation in result.evaluations if (value := evaluation.get(name)) is not None]
+    if len(result.evaluations) < 2 or not values:
+        return ""
+    if result.best_epoch is not None:
+        return f"  (epoch {result.best_epoch}, kept; last epoch {_number(result.evaluations[-1].get(name))})"
+    return f"  (best epoch {_number((min if name in LOWER_IS_BETTER else max)(values))})"
+
+
+def _training(result: Result) -> list[str]:
+    """Steps, time, rates and engine, as far as they are known."""
+    found = []
+    if result.steps is not None and result.train_seconds is not None:
+        found.append(f"{result.steps} steps in {result.train_seconds:.1f} s")
+    if result.samples_per_second is not None:
+        found.append(f"{result.samples_per_second:.1f} examples/s")
+    if result.tokens_per_second is not None:
+        found.append(f"{result.tokens_per_second:,.0f} tokens/s")
+    if result.mfu is not None:
+        found.append(f"{result.mfu:.1%} of the peak (MFU)")
+    if result.world_size is not None and result.engine is not None:
+        found.append(f"{result.world_size} x {result.engine}")
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4f}"

@@ -3,73 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import AFLoRAError, writing
+from ..extras import require
 from ..names import grid, place
+from ..store.records import Run as Run
+from .terminal import console as create_console
+from .terminal import warn
 
 _BARS = "▁▂▃▄▅▆▇█"
+_CURVES = (
+    ("loss", "loss", "{:.4f}"),
+    ("gradient norm", "grad_norm", "{:.3g}"),
+    ("learning rate", "lr", "{:.2g}"),
+    ("trainable", "trainable_params", "{:,.0f}"),
+    ("examples/s", "samples_per_second", "{:.1f}"),
+    ("tokens/s", "tokens_per_second", "{:,.0f}"),
+    ("share of peak", "mfu", "{:.1%}"),
+)
 # Dark to light, as viridis; a step's cell takes the colour of its share of the training.
 _COLOURS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
-
-
-class Run:
-    """What a run's directory holds so far; the run may still be going on.
-
-    Raises:
-        AFLoRAError: It is not a run's directory, or a file in it is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not (path / "config.yaml").is_file():
-            raise AFLoRAError(f"{path} is not a run's directory: it has no config.yaml.")
-        self.config: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        self.metrics = self._lines("metrics.jsonl")
-        self.events = self._lines("freeze_log.jsonl")
-        result = path / "result.json"
-        self.result: dict[str, Any] | None = json.loads(result.read_text()) if result.exists() else None
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        file = self.path / name
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        found = []
-        for number, line in enumerate(lines, 1):
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number == len(lines):
-                    break  # being written, or of a process that was killed
-                raise AFLoRAError(f"Line {number} of {file} is damaged: {error}.") from None
-        return found
-
-    @property
-    def names(self) -> list[str]:
-        """All matrices that were ranked at some time, in the model's order."""
-        return list(dict.fromkeys(name for event in self.events for name in (*event["scores"], *event["frozen"])))
-
-    @property
-    def frozen(self) -> dict[str, int]:
-        return {name: event["step"] for event in self.events for name in event["frozen"]}
-
-    @property
-    def total_steps(self) -> int:
-        """T; while the run goes on, as far as its learning rate's epochs tell."""
-        if self.result is not None:
-            return int(self.result["steps"])
-        if not self.metrics:
-            return 1
-        last = self.metrics[-1]
-        return round((last["step"] + 1) / last["epoch"] * self.config["train"]["epochs"])
 
 
 def sparkline(values: Sequence[float | None], width: int = 60) -> str:
@@ -85,22 +45,16 @@ def sparkline(values: Sequence[float | None], width: int = 60) -> str:
 
 def print_run(run: Run, console: Console) -> None:
     """Header, curves, Fig. 5 and result."""
-    config, last = run.config, run.metrics[-1] if run.metrics else None
-    state = "finished" if run.result else f"after {last['step'] + 1 if last else 0} of {run.total_steps} steps"
-    console.print(Text(f"{config['model']['name']} on {config['data']['task']}: {state}", style="bold"))
+    last = run.metrics[-1] if run.metrics else None
+    state = "finished" if run.result else f"after {last.step + 1 if last else 0} of {run.total_steps} steps"
+    console.print(Text(f"{run.settings.model} on {run.settings.task}: {state}", style="bold"))
     table = Table.grid(padding=(0, 2))
-    if last is not None:
-        for title, key, form in (
-            ("loss", "loss", "{:.4f}"),
-            ("gradient norm", "grad_norm", "{:.3g}"),
-            ("learning rate", "lr", "{:.2g}"),
-            ("trainable", "trainable_params", "{:,.0f}"),
-            ("examples/s", "samples_per_second", "{:.1f}"),
-        ):
-            values = [line[key] for line in run.metrics if line[key] is not None]
-            if values:
-                span = f"{form.format(values[0])} to {form.format(values[-1])}"
-                table.add_row(title, Text(sparkline(values), style="cyan"), span)
+    for title, key, form in _CURVES:
+        values = [value for line in run.metrics if (value := getattr(line, key)) is not None]
+        if values:
+            span = f"{form.format(values[0])} to {form.format(values[-1])}"
+            table.add_row(title, Text(sparkline(values), style="cyan"), span)
+    if table.row_count:
         console.print(table)
     if run.events:
         print_freeze_map(run, console)
@@ -145,17 +99,18 @@ def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
     """freeze_map, curves and scores as PNG or SVG files.
 
     Raises:
-        AFLoRAError: The folder cannot be written.
+        AFLoRAError: The folder cannot be written, or matplotlib is not installed.
     """
+    require("train", "aflora show --figures", "matplotlib")
     from .figures import curves, freeze_map, score_curves  # matplotlib takes a second, and is needed here alone
 
-    lora = run.result["lora_r8_trainable_params"] if run.result else None
+    lora = run.result.lora_r8_trainable_params if run.result else None
     drawn = {}
     if run.metrics:
         drawn["curves"] = curves(run.metrics, lora)
     if run.events:
         drawn["freeze_map"] = freeze_map(run.names, run.frozen, run.total_steps)
-    if any(event["scores"] for event in run.events):
+    if any(event.scores for event in run.events):
         drawn["scores"] = score_curves(run.events, run.total_steps)
     paths = []
     with writing("The figures", folder):
@@ -173,9 +128,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also write the figures there")
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures")
     args = parser.parse_args(arguments)
-    console = Console()
+    console = create_console()
     try:
         run = Run(args.run)
+        warn(run.problems)
         print_run(run, console)
         if args.figures is not None:
             for path in write_figures(run, args.figures, args.format):

@@ -19,16 +19,18 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..errors import DivergedError
 from ..methods import Control
+from ..processes import on_main
 from ..progress import Progress
 from ..store.best import BestEpoch
 from ..store.rundir import RunDirectory
 from ..tasks.base import Evaluation, Task
 from ..training.config import Config
-from .telemetry import Telemetry, run_summary
+from .rates import peak
+from .telemetry import Telemetry, open_telemetry, run_summary
 
 
 class TrainingLog:
-    """metrics.jsonl, TensorBoard, the progress bar, and result.json."""
+    """metrics.jsonl, trackers, the progress bar, and result.json."""
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class TrainingLog:
         head_params: int,
         lora_r8: int,
         first_step: int,
+        flops_per_token: int | None = None,
     ) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
         self.progress, self.control = progress, control
@@ -52,7 +55,13 @@ class TrainingLog:
         self._losses: list[Tensor] = []
         self._since: tuple[int, float] = (0, 0.0)
         self._started: float | None = None
-        self.telemetry = Telemetry(run.tensorboard if run.writes and config.run.tensorboard else None, first_step)
+        # Tokens so far, padding excluded, and up to the last line; None after a checkpoint that does not say.
+        self.tokens: int | None = 0
+        self._tokens_at_line = 0
+        at_most = peak(accelerator, progress.engine.model)
+        self._share = flops_per_token / at_most if flops_per_token and at_most else None  # of the peak, a token/s
+        self.telemetry = Telemetry()
+        on_main(accelerator, lambda: self._open_telemetry(first_step))
         if run.writes:
             print(
                 f"Fine-tuning {config.model.name} on {config.data.task}: {total_steps} updates of "
@@ -73,6 +82,13 @@ class TrainingLog:
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a job's log keeps every state of the bar
         )
 
+    def _open_telemetry(self, first_step: int) -> None:
+        facts = {
+            "engine": f"{self.accelerator.num_processes} x {self.progress.engine.kind}",
+            "mixed_precision": str(self.accelerator.mixed_precision),
+        }
+        self.telemetry = open_telemetry(self.config, self.run.path, first_step, facts)
+
     @contextmanager
     def timed(self) -> Iterator[None]:
         """What happens inside counts as training time."""
@@ -92,9 +108,14 @@ class TrainingLog:
         """Training time so far, evaluation excluded."""
         return self.train_seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
-    def update(self, loss: Tensor, norm: Any, trained: int, rates: list[float]) -> None:
-        """Take note of one global batch, after the clock has; every `log_every` of them write a line."""
+    def update(self, loss: Tensor, norm: Any, trained: int, tokens: int, rates: list[float]) -> None:
+        """Take note of one global batch, after the clock has; every `log_every` of them write a line.
+
+        Args:
+            tokens: Of all ranks, padding excluded.
+        """
         self._losses.append(loss)
+        self.tokens = None if self.tokens is None else self.tokens + tokens
         self.trained_sum += trained - self.head_params
         self.bar.update()
         if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
@@ -123,14 +144,23 @@ class TrainingLog:
             "optimizer_state_bytes": state_bytes,
             "step_seconds": seconds / steps,
             "samples_per_second": steps * self.config.train.batch_size / seconds,
+            **self._rates(self._tokens_at_line, seconds),
             "memory_bytes": memory(self.accelerator.device),
         }
+        self._tokens_at_line = self.tokens or 0
         self.run.append("metrics.jsonl", line)
         self.telemetry.scalars({f"train/{k}": v for k, v in line.items() if k != "step"}, self.step - 1)
         self.telemetry.scores(scores, self.step - 1)
         self.bar.set_postfix(
             loss=f"{mean:.3f}", frozen=f"{frozen}/{freezable}", trainable=f"{line['trainable_params']:,}", refresh=False
         )
+
+    def _rates(self, tokens_before: int, seconds: float) -> dict[str, float]:
+        """Tokens a second since then, and the share of the devices' peak where it is known."""
+        if self.tokens is None:
+            return {}
+        rate = (self.tokens - tokens_before) / seconds
+        return {"tokens_per_second": rate} | ({} if self._share is None else {"mfu": rate * self._share})
 
     def flush_losses(self) -> float:
         """Mean loss since the last line, over all ranks. A collective.
@@ -157,6 +187,7 @@ class TrainingLog:
             "trained_sum": self.trained_sum,
             "losses": losses,
             "since": self._since,
+            "tokens": None if self.tokens is None else [self.tokens, self._tokens_at_line],
             "control_seconds": self.control.seconds,
         }
 
@@ -165,6 +196,8 @@ class TrainingLog:
         self.train_seconds, self.trained_sum = state["train_seconds"], state["trained_sum"]
         self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state["losses"]]
         self._since = (state["since"][0], state["since"][1])
+        counted = state.get("tokens")  # not in checkpoints of earlier releases
+        self.tokens, self._tokens_at_line = counted or (None, 0)
         self.control.seconds = state["control_seconds"]
         self.bar.update(self.step)
 
@@ -217,7 +250,7 @@ class TrainingLog:
             "aflora_dist": __version__,
             "torch": torch.__version__,
         }
-        self.telemetry.text("run", run_summary(resolved, facts))
+        self.telemetry.text("run", run_summary(resolved, facts), self.step)
 
     def finished(
         self,
@@ -257,6 +290,7 @@ class TrainingLog:
             "train_examples": task.train_examples,
             "train_seconds": self.train_seconds,
             "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,
+            **self._rates(0, self.train_seconds),
             "avg_trainable_params": self.trained_sum / self.step,
             "lora_r8_trainable_params": self.lora_r8,
             "head_params": self.head_params,

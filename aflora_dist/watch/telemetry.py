@@ -1,47 +1,42 @@
-"""What TensorBoard shows of a run. Written by the main process; trouble with it never costs a training."""
+"""What the trackers of a run are told: the same to all, under the same names."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from ..names import place
 from ..training.config import Config
+from .trackers import TENSORBOARD, Tracker
+
+if TYPE_CHECKING:
+    from .tensorboard import TensorBoard
 
 # The columns of the HPARAMS tab, the same for every run: TensorBoard takes one run's list for all of them.
 _RESULTS = ("metric", "train_seconds", "samples_per_second", "avg_trainable_params", "peak_memory_bytes")
 
 
 class Telemetry:
-    """Scalars, scores by layer, Fig. 5, the configuration as text, hparams.
+    """Scalars, scores by layer, Fig. 5, the configuration, texts.
 
     Args:
-        folder: Where the events go; None: nothing is written.
-        first_step: A resumed run's first step: what an earlier process wrote from there on is hidden.
+        board: TensorBoard, which takes all of it.
+        trackers: Others, which take scalars and hyperparameters, and texts and figures if they can.
     """
 
-    def __init__(self, folder: Path | None, first_step: int) -> None:
-        self.folder = folder
-        self._writer: SummaryWriter | None = None
-        if folder is not None:
-            purge = first_step or None
-            self._guarded(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=purge)))
-
-    @property
-    def on(self) -> bool:
-        return self._writer is not None
+    def __init__(self, board: TensorBoard | None = None, trackers: Sequence[Tracker] = ()) -> None:
+        self.board = board
+        self.watchers: list[TensorBoard | Tracker] = [*([] if board is None else [board]), *trackers]
 
     def scalars(self, values: Mapping[str, float | None], step: int) -> None:
-        """Write all values in one event, which costs a tenth of as many calls of add_scalar."""
-        found = [Summary.Value(tag=tag, simple_value=v) for tag, v in values.items() if v is not None]
-        self._write(lambda writer: _events(writer).add_summary(Summary(value=found), step))
+        found = {tag: value for tag, value in values.items() if value is not None}
+        for watcher in self.watchers:
+            watcher.scalars(found, step)
 
     def scores(self, scores: Mapping[str, float], step: int) -> None:
         """The freezing score (Eq. 4) of each matrix that still trains: a group of charts per layer."""
@@ -52,25 +47,30 @@ class Telemetry:
             where = places[name]
             stack = f"{where.stack.split('.')[0]} " if several else ""
             tags[f"score {stack}layer {where.layer:02d}/{where.kind}"] = score
-        self.scalars(tags, step)
+        if tags:
+            self.scalars(tags, step)
 
     def freeze_map(self, names: Sequence[str], frozen: Mapping[str, int], total_steps: int, step: int) -> None:
         """Fig. 5 as it stands now."""
-        if names and self.on:
+        if names and self.watchers:
             from ..view.figures import freeze_map  # matplotlib, only where something is drawn
 
-            figure = freeze_map(names, frozen, total_steps)
-            figure.set_dpi(120)
-            self._write(lambda writer: writer.add_figure("freezing/Fig. 5", figure, step))
+            for watcher in self.watchers:  # each its own: they draw it at their own time
+                figure = freeze_map(names, frozen, total_steps)
+                figure.set_dpi(120)
+                watcher.figure("freezing/Fig. 5", figure, step)
 
-    def text(self, tag: str, markdown: str, step: int | None = None) -> None:
-        self._write(lambda writer: writer.add_text(tag, markdown, step))
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        for watcher in self.watchers:
+            watcher.text(tag, markdown, step)
 
     def result(self, config: Config, result: Mapping[str, Any], step: int) -> None:
-        """The run's row in the HPARAMS tab."""
+        """What the run came to, and its row in TensorBoard's HPARAMS tab."""
         metric = next(iter(result["metrics"].values()))
         values = {f"result/{name}": metric if name == "metric" else result[name] for name in _RESULTS}
         self.scalars(values, step)
+        if self.board is None:
+            return
         columns = {
             "task": config.data.task,
             "model": config.model.name,
@@ -88,36 +88,40 @@ class Telemetry:
             "pairwise": str(config.freezing.pairwise),
             "seed": config.train.seed,
         }
-
-        def write(writer: SummaryWriter) -> None:
-            for summary in hparams(columns, dict.fromkeys(values, 0.0)):
-                _events(writer).add_summary(summary)
-
-        self._write(write)
+        self.board.row(columns, values)
 
     def close(self) -> None:
-        self._write(lambda writer: writer.close())
-        self._writer = None
-
-    def _write(self, call: Callable[[SummaryWriter], Any]) -> None:
-        if (writer := self._writer) is not None:
-            self._guarded(lambda: call(writer))
-
-    def _guarded(self, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except OSError as error:  # of this call or of an earlier one: events are written by a thread
-            self._writer = None
-            print(
-                f"aflora: warning: TensorBoard's events could not be written to {self.folder} "
-                f"({error.strerror or error}); training goes on without them.",
-                file=sys.stderr,
-                flush=True,
-            )
+        for watcher in self.watchers:
+            watcher.close()
 
 
-def _events(writer: SummaryWriter) -> Any:
-    return writer.file_writer
+def open_telemetry(config: Config, run: Path, first_step: int, facts: Mapping[str, str]) -> Telemetry:
+    """What run.trackers asks for, in a run's directory.
+
+    Args:
+        first_step: Of this process; not 0 where a run is resumed.
+        facts: Hyperparameters besides the configuration's.
+
+    Raises:
+        AFLoRAError: A tracker does not start.
+    """
+    board: TensorBoard | None = None
+    if TENSORBOARD in config.run.trackers:
+        from .tensorboard import TensorBoard
+
+        board = TensorBoard(run / "tensorboard", first_step)
+    others = dict.fromkeys(name for name in config.run.trackers if name != TENSORBOARD)
+    return Telemetry(board, [Tracker(name, run, {**hyperparameters(config), **facts}) for name in others])
+
+
+def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
+    """The configuration as trackers take it: flat, lists and what is not given as text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for section, values in asdict(config).items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            plain = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            flat[f"{section}.{key}" if key else section] = plain
+    return flat
 
 
 def run_summary(config: str, facts: Mapping[str, Any]) -> str:

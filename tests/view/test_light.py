@@ -9,64 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.launch import ROOT
+from tests.view.written import write_run
+from tests.watch.cuda_trace import cuda_trace
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "tensorboard", "safetensors")
-NAME = "base_model.model.bert.encoder.layer.{}.{}.dense.aflora.default.{}"
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The directory of a finished run of 12 updates, as docs/main_job.md has it: two layers, eight matrices."""
-    folder = tmp_path / "runs" / "seed0"
-    folder.mkdir(parents=True)
-    config = {
-        "run": {"dir": str(folder)},
-        "model": {"name": "tiny"},
-        "data": {"task": "rte"},
-        "train": {"epochs": 2, "seed": 0},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    metrics = [
-        {
-            "step": step,
-            "epoch": (step + 1) / 6,
-            "loss": 1 / (step + 1),
-            "lr": 1e-2,
-            "head_lr": 4e-2,
-            "grad_norm": 1.0,
-            "trainable_params": 1000 - 50 * step,
-            "samples_per_second": 100.0,
-        }
-        for step in range(12)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    matrices = [NAME.format(i, kind, m) for i in (0, 1) for kind in ("intermediate", "output") for m in "AB"]
-    events = [
-        {"step": 3 + i, "frozen": [name], "scores": dict.fromkeys(matrices[i:], 0.1 + i)}
-        for i, name in enumerate(matrices)
-    ]
-    (folder / "freeze_log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    result = {
-        "task": "rte",
-        "metrics": {"accuracy": 0.75},
-        "evaluations": [{"accuracy": 0.7}, {"accuracy": 0.75}],
-        "engine": "zero2",
-        "world_size": 2,
-        "steps": 12,
-        "train_seconds": 3.0,
-        "samples_per_second": 64.0,
-        "avg_trainable_params": 700.0,
-        "lora_r8_trainable_params": 9000,
-        "freezable_matrices": 8,
-        "freeze_events": 8,
-        "freeze_seconds_total": 0.01,
-        "traces": [],
-    }
-    (folder / "result.json").write_text(json.dumps(result))
-    return folder
+    return write_run(tmp_path / "runs" / "seed0")
 
 
 @pytest.fixture(params=["ImportError('not here')", "OSError('libcudart.so.12: cannot open shared object file')"])
@@ -120,6 +73,17 @@ def test_figures_that_cannot_be_written_are_an_error_in_a_line(run: Path, broken
     assert done.stderr == f"aflora: error: The figures could not be written to {tmp_path / 'file'}: File exists.\n"
 
 
+def test_trace_needs_neither_torch_nor_matplotlib(run: Path, broken: Path, tmp_path: Path) -> None:
+    file = run / "tensorboard" / "profile" / "training" / "host_0.1.pt.trace.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(cuda_trace()))
+    done = aflora("trace", run, "--html", tmp_path / "page.html", path=without_matplotlib(broken))
+    assert done.returncode == 0, done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("computing "))
+    assert row.split() == ["computing", "0.338", "34%"]
+    assert "Where a step goes" in (tmp_path / "page.html").read_text()
+
+
 def test_collect_needs_neither_torch_nor_matplotlib(run: Path, broken: Path, tmp_path: Path) -> None:
     done = aflora("collect", run.parent, "--json", tmp_path / "table.json", path=without_matplotlib(broken))
     assert done.returncode == 0, done.stderr
@@ -136,6 +100,7 @@ def test_collect_needs_neither_torch_nor_matplotlib(run: Path, broken: Path, tmp
         (["shwo"], 2, "aflora: error: There is no command 'shwo'."),
         (["show", "--help"], 0, "usage: aflora show"),
         (["collect", "--help"], 0, "usage: aflora collect"),
+        (["trace", "--help"], 0, "usage: aflora trace"),
         (["train", "--help"], 0, "--train.learning_rate"),
         (["train", "--train.nonsense", "3"], 2, "--train.nonsense"),
         (["train", "--preset", "glue/nonsense"], 2, "There is no preset 'glue/nonsense'"),
@@ -159,11 +124,13 @@ def test_help_and_wrong_options_are_found_without_heavy_packages(
         "aflora_dist.errors",
         "aflora_dist.freezing",
         "aflora_dist.names",
+        "aflora_dist.store.records",
         "aflora_dist.training.config",
         "aflora_dist.training.run",
         "aflora_dist.view.collect",
         "aflora_dist.view.report",
         "aflora_dist.view.show",
+        "aflora_dist.view.trace.main",
     ],
 )
 def test_importing_it_imports_nothing_heavy(module: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from aflora_dist.training.run import main
 from aflora_dist.view.figures import Place, freeze_map, place
 from aflora_dist.view.show import Run, sparkline
 from aflora_dist.view.show import main as show
+from tests.view.written import NAME, write_lines, write_run
 
 
 def test_show_tells_the_story_and_writes_figures(
@@ -38,9 +40,64 @@ def test_show_tells_the_story_and_writes_figures(
     assert "trains" in said
 
 
-def test_show_refuses_what_is_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert show([str(tmp_path)]) == 2
-    assert "is not a run's directory" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: None, "There is no folder"),
+        (lambda path: path.touch(), "is not a folder"),
+        (lambda path: path.mkdir(), "is not a run's directory: it has no config.yaml"),
+        (lambda path: _foreign(path, "model: {lr: 1}\n"), "is not a run's directory: its config.yaml is another"),
+        (lambda path: _foreign(path, "a: !!python/object:x.Y {}\n"), "config.yaml, line 1, column 4: this is not YAML"),
+        (lambda path: _foreign(path, "a: 2024-13-45\n"), "config.yaml: this is not YAML that can be read: month must"),
+    ],
+    ids=["nothing", "a file", "an empty folder", "foreign", "tags", "not YAML"],
+)
+def test_show_refuses_what_is_not_a_run(
+    make: Callable[[Path], None], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "it")
+    assert show([str(tmp_path / "it")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("aflora: error: ")
+    assert said in line
+
+
+def _foreign(path: Path, config: str) -> None:
+    path.mkdir()
+    (path / "config.yaml").write_text(config)
+
+
+def test_show_leaves_out_what_is_damaged_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
+    lines[2], lines[4], lines[11] = b'{"step": 2, "lo', b'{"step": "4"}', lines[11][:30]
+    (run / "metrics.jsonl").write_bytes(b"\n".join(lines[:12]))  # the last one is being written
+    events = (run / "freeze_log.jsonl").read_bytes()
+    (run / "freeze_log.jsonl").write_bytes(events.replace(b'"frozen"', b'"fr\xffzen"', 1))
+    (run / "result.json").write_text('{"metrics": {"accuracy": 0.75')
+    assert show([str(run)]) == 0
+    printed, said = capsys.readouterr()
+    assert "after 11 of 12 steps" in printed
+    assert "7 of 7 projection matrices frozen in 7 events." in printed
+    assert [line.removeprefix(f"aflora: warning: {run}/").split(" (")[0] for line in said.splitlines()] == [
+        "metrics.jsonl: line 3 and 1 more cannot be read and is left out.",
+        "freeze_log.jsonl: line 1 cannot be read and is left out.",
+        "result.json is cut or damaged",
+    ]
+
+
+def test_show_and_its_figures_do_with_the_fields_that_an_earlier_release_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    write_lines(run / "metrics.jsonl", [{"step": step, "loss": 1.0} for step in range(3)])
+    write_lines(run / "freeze_log.jsonl", [{"step": 1, "frozen": [NAME.format(0, "output", "A")]}])
+    (run / "result.json").write_text('{"task": "rte", "metrics": {"pearson": NaN}, "evaluations": [{}, {}]}')
+    assert show([str(run), "--figures", str(tmp_path / "figures")]) == 0
+    printed, said = capsys.readouterr()
+    assert "not a number" in printed
+    assert said == ""
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["curves.png", "freeze_map.png"]
 
 
 def test_names_are_taken_apart_into_layer_and_kind() -> None:

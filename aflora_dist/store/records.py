@@ -1,0 +1,417 @@
+"""A run's records as other tools read them: typed, whichever release wrote them and however much of them is there.
+
+What is written is JSON as strict readers want it. What is read may be cut, damaged, of an earlier release, or another
+program's: what cannot be used is left out, and said in a line. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import AFLoRAError
+
+CONFIG, METRICS, FREEZE_LOG, RESULT = "config.yaml", "metrics.jsonl", "freeze_log.jsonl", "result.json"
+_NOT_SETTING = ("run", "profile")  # sections of config.yaml that say nothing about the training
+_LONGEST_CONFIG = 200_000  # bytes; of a run it has a few thousand
+_MOST_NODES, _DEEPEST = 10_000, 50
+_LARGEST = 1e150  # its square is a number, too
+
+
+def dumps(record: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: a number that is not finite, which JSON does not have, becomes null."""
+    return json.dumps(_finite(record), indent=indent, allow_nan=False)
+
+
+def loads(text: str | bytes) -> Any:
+    """Read JSON, also with the NaN and Infinity of lenient writers: they become None.
+
+    Raises:
+        ValueError: It is not JSON, or not UTF-8.
+    """
+    try:
+        return json.loads(text, parse_constant=lambda _: None, parse_float=lambda digits: _number(float(digits)))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+@dataclass(frozen=True)
+class Update:
+    """A line of metrics.jsonl; what is None was not measured, or not yet by the release that wrote it."""
+
+    step: int
+    epoch: float | None
+    loss: float | None
+    lr: float | None
+    head_lr: float | None
+    grad_norm: float | None
+    trainable_params: float | None
+    samples_per_second: float | None
+    tokens_per_second: float | None
+    mfu: float | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of freeze_log.jsonl: what froze after which step, and the scores of all that were ranked."""
+
+    step: int
+    frozen: list[str]
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """result.json; what is None, or empty, was not measured, or not yet by the release that wrote it.
+
+    Attributes:
+        metrics: Of what adapter/ holds; None: not a number.
+        evaluations: After each epoch.
+        best_epoch: Which epoch's adapter was kept, from 1; None: the last one's.
+        traces: Relative to the run's directory.
+    """
+
+    task: str
+    metrics: dict[str, float | None]
+    evaluations: list[dict[str, float | None]]
+    best_epoch: int | None
+    engine: str | None
+    world_size: int | None
+    steps: int | None
+    train_seconds: float | None
+    samples_per_second: float | None
+    tokens_per_second: float | None
+    mfu: float | None
+    avg_trainable_params: float | None
+    lora_r8_trainable_params: int | None
+    freezable_matrices: int | None
+    freeze_events: int | None
+    freeze_seconds_total: float | None
+    traces: list[str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """config.yaml of a run.
+
+    Attributes:
+        values: Everything that says what was trained: neither where the run went nor its seed.
+    """
+
+    model: str
+    task: str
+    epochs: float | None
+    seed: int | None
+    values: dict[str, Any]
+
+
+def as_result(record: Any) -> Result:
+    """What result.json holds, typed.
+
+    Raises:
+        ValueError: It is not a run's result.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
+        raise ValueError("it holds no metrics")
+    best = record.get("best")
+    numbers = {key: _number(value) for key, value in record.items()}
+    counts = {key: _integer(value) for key, value in record.items()}
+    return Result(
+        task=_text(record.get("task")) or "?",
+        metrics=_numbers(record["metrics"]),
+        evaluations=[_numbers(one) for one in _list(record.get("evaluations")) if isinstance(one, dict)],
+        best_epoch=_integer(best.get("epoch")) if isinstance(best, dict) else None,
+        engine=_text(record.get("engine")),
+        world_size=counts.get("world_size"),
+        steps=counts.get("steps"),
+        train_seconds=numbers.get("train_seconds"),
+        samples_per_second=numbers.get("samples_per_second"),
+        tokens_per_second=numbers.get("tokens_per_second"),
+        mfu=numbers.get("mfu"),
+        avg_trainable_params=numbers.get("avg_trainable_params"),
+        lora_r8_trainable_params=counts.get("lora_r8_trainable_params"),
+        freezable_matrices=counts.get("freezable_matrices"),
+        freeze_events=counts.get("freeze_events"),
+        freeze_seconds_total=numbers.get("freeze_seconds_total"),
+        traces=_texts(record.get("traces")),
+    )
+
+
+class Run:
+    """What a run's directory holds so far; the run may still be going on.
+
+    Attributes:
+        problems: What was left out, and why: a line each.
+
+    Raises:
+        AFLoRAError: It is not a run's directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[str] = []
+        self.settings = self._settings()
+        self.metrics: list[Update] = []
+        self.events: list[Event] = []
+        for at, line in self._lines(METRICS):
+            self.metrics.append(
+                Update(at, **{key: _number(line.get(key)) for key in Update.__annotations__ if key != "step"})
+            )
+        for at, line in self._lines(FREEZE_LOG):
+            scores = {name: score for name, score in _numbers(line.get("scores")).items() if score is not None}
+            self.events.append(Event(at, _texts(line.get("frozen")), scores))
+        self.result = read_result(path, self.problems)
+
+    def _settings(self) -> Settings:
+        if not _exists(self.path):
+            raise AFLoRAError(f"There is no folder {self.path}.")
+        if not _exists(self.path / CONFIG):
+            what = "a run's directory: it has no config.yaml" if self.path.is_dir() else "a folder"
+            raise AFLoRAError(f"{self.path} is not {what}. Name what was run.dir.")
+        settings = read_settings(self.path)
+        if settings is None:
+            raise AFLoRAError(
+                f"{self.path} is not a run's directory: its config.yaml is another program's (it names no model.name, "
+                f"data.task and train). Name what was run.dir."
+            )
+        return settings
+
+    def _lines(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The step and the whole of each line; half a line at the end is being written, or of a killed process."""
+        path = self.path / name
+        lines = _bytes(path, self.problems).split(b"\n")
+        damaged = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = loads(line) if line.strip() else None
+            except ValueError:
+                if number < len(lines):  # it ended with a line break: it was written whole
+                    damaged.append(number)
+                continue
+            if record is None:
+                continue
+            step = _integer(record.get("step")) if isinstance(record, dict) else None
+            if step is None or step < 0:
+                damaged.append(number)
+            else:
+                yield step, record
+        if damaged:
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            self.problems.append(f"{path}: line {damaged[0]}{more} cannot be read and is left out.")
+
+    @property
+    def names(self) -> list[str]:
+        """All matrices that were ranked at some time, in the model's order."""
+        return list(dict.fromkeys(name for event in self.events for name in (*event.scores, *event.frozen)))
+
+    @property
+    def frozen(self) -> dict[str, int]:
+        return {name: event.step for event in self.events for name in event.frozen}
+
+    @property
+    def total_steps(self) -> int:
+        """T; while the run goes on, as far as its learning rate's epochs tell."""
+        steps = [line.step for line in self.metrics] + [event.step for event in self.events]
+        done = max(steps, default=0) + 1
+        if self.result is not None and self.result.steps is not None:
+            return max(self.result.steps, done)
+        last, epochs = self.metrics[-1] if self.metrics else None, self.settings.epochs
+        if last is None or not last.epoch or not epochs or not 0 < epochs / last.epoch < 1e6:
+            return done
+        return max(round((last.step + 1) / last.epoch * epochs), done)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to, read without its logs.
+
+    The marks are what a copy of the run shares with it, and no other run: measured times are in them.
+
+    Attributes:
+        result: None: it has not ended, or its result cannot be read.
+        result_mark: Of result.json; None: there is none.
+        log_mark: Of the first line of metrics.jsonl; None: there is none.
+    """
+
+    path: Path
+    settings: Settings
+    result: Result | None
+    result_mark: str | None
+    log_mark: str | None
+
+    def is_copy_of(self, other: Outcome) -> bool:
+        """Whether both are one training. One that was copied before its end has no result."""
+        if self.settings.seed != other.settings.seed:
+            return False
+        if self.result is not None and other.result is not None:
+            return self.result_mark == other.result_mark
+        return self.log_mark is not None and self.log_mark == other.log_mark
+
+
+def read_outcome(path: Path, problems: list[str]) -> Outcome | None:
+    """What the run in this directory came to; None: it is none, which is a problem only where it looks like one."""
+    try:
+        settings = read_settings(path)
+    except AFLoRAError as error:
+        problems.append(str(error))
+        return None
+    if settings is None:
+        if _exists(path / METRICS) and _exists(path / FREEZE_LOG):
+            problems.append(f"{path} has a run's logs, but its config.yaml is not a run's; it is left out.")
+        return None
+    result = read_result(path, problems)
+    first, ended, _ = _bytes(path / METRICS, problems, 1_000_000).partition(b"\n")
+    return Outcome(
+        path,
+        settings,
+        result,
+        None if result is None else _digest(repr(result).encode(errors="replace")),
+        _digest(first) if ended else None,
+    )
+
+
+def read_config(path: Path) -> Any:
+    """config.yaml in a folder, whatever it holds.
+
+    Raises:
+        AFLoRAError: It cannot be read; the message says where.
+    """
+    file = path / CONFIG
+    try:
+        if not file.is_file() and _exists(file):
+            raise AFLoRAError(f"{file} is not a file.")
+        return yaml.load(file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except AFLoRAError:
+        raise
+    except OSError as error:
+        raise AFLoRAError(f"{file} could not be read: {error.strerror or error}.") from None
+    except Exception as error:  # PyYAML lets through whatever its constructors raise
+        said = " ".join(str(getattr(error, "problem", None) or error).split())
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise AFLoRAError(f"{file}{where}: this is not YAML that can be read: {said[:200]}.") from None
+
+
+def read_settings(path: Path) -> Settings | None:
+    """config.yaml in a folder; None: it is there, but not a run's.
+
+    Raises:
+        AFLoRAError: It cannot be read.
+    """
+    try:
+        if (path / CONFIG).stat().st_size > _LONGEST_CONFIG:
+            return None
+    except OSError:
+        pass  # said by who reads it
+    config = read_config(path)
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in ("model", "data", "train")):
+        return None
+    model, task, train = _text(config["model"].get("name")), _text(config["data"].get("task")), config["train"]
+    if model is None or task is None:
+        return None
+    try:
+        values = _plain({key: value for key, value in config.items() if key not in _NOT_SETTING}, [_MOST_NODES])
+    except ValueError:
+        return None
+    values["train"].pop("seed", None)
+    return Settings(model, task, _number(train.get("epochs")), _integer(train.get("seed")), values)
+
+
+def read_result(path: Path, problems: list[str]) -> Result | None:
+    """result.json in a folder; None: there is none, or it cannot be read, which is a problem."""
+    file = path / RESULT
+    if not _exists(file):
+        return None
+    try:
+        return as_result(loads(file.read_bytes()))
+    except OSError as error:
+        problems.append(f"{file} could not be read: {error.strerror or error}. The run counts as unfinished.")
+    except ValueError as error:
+        problems.append(f"{file} is cut or damaged ({error}). The run counts as unfinished.")
+    return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _bytes(path: Path, problems: list[str], most: int = -1) -> bytes:
+    try:
+        if not _exists(path):
+            return b""
+        if not path.is_file():
+            raise OSError("it is not a file")
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        problems.append(f"{path} could not be read: {error.strerror or error}.")
+        return b""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _finite(record: Any) -> Any:
+    if isinstance(record, float):
+        return record if math.isfinite(record) else None
+    if isinstance(record, Mapping):
+        return {key: _finite(value) for key, value in record.items()}
+    return [_finite(value) for value in record] if isinstance(record, list | tuple) else record
+
+
+def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
+    """Of YAML what JSON has, everything else as text. `left`: how many values it may still hold, aliases included.
+
+    Raises:
+        ValueError: It holds more, or is nested too deeply.
+    """
+    left[0] -= 1
+    if left[0] < 0 or depth > _DEEPEST:
+        raise ValueError
+    if isinstance(value, dict):
+        return {str(key): _plain(item, left, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item, left, depth + 1) for item in value]
+    if value is None or isinstance(value, bool) or _number(value) is not None:
+        return value
+    return hex(value) if isinstance(value, int) else _text(str(value))
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        return None
+    return value
+
+
+def _integer(value: Any) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and abs(number) < 2**53 and number == int(number) else None
+
+
+def _text(value: Any) -> str | None:
+    """A text in one line that every terminal shows."""
+    return "".join(c if c.isprintable() else "?" for c in value) if isinstance(value, str) else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for item in _list(value) if (text := _text(item)) is not None]
+
+
+def _numbers(value: Any) -> dict[str, float | None]:
+    return {_text(key) or "?": _number(number) for key, number in value.items()} if isinstance(value, dict) else {}

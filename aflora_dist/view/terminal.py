@@ -1,0 +1,21 @@
+"""How the commands that look at runs speak: tables and stories to standard output, complaints to standard error."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+
+
+def console() -> Console:
+    """Standard output. Texts of other people are printed as they are, on terminals without their letters, too."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def warn(problems: Iterable[str]) -> None:
+    for problem in problems:
+        print(f"aflora: warning: {problem}", file=sys.stderr)
