@@ -1,9 +1,10 @@
 """Private interfaces of other libraries: where they are listed, and what happens when one is gone.
 
 Each library's are in one list: torch's and accelerate's in engines/private.py, DeepSpeed's in
-engines/deepspeed/private.py, PEFT's in adapter/private.py, transformers' in trainer.py. They are looked for before they
-are used, so that a newer release that lacks one is an error in the first second, which names the release to install,
-and not an exception at a first freeze hours later. `python -m aflora_dist.contract` prints the lists.
+engines/deepspeed/private.py, PEFT's in adapter/private.py, transformers' in trainer.py, torch's recorder of CUDA memory
+(for --profile) in watch/memory.py. They are looked for before they are used, so that a newer release that lacks one is
+an error in the first second, which names the release to install, and not an exception at a first freeze hours later.
+`python -m aflora_dist.contract` prints the lists.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ LISTS = (
     "aflora_dist.engines.deepspeed.private",
     "aflora_dist.adapter.private",
     "aflora_dist.trainer",
+    "aflora_dist.watch.memory",
 )
 
 

@@ -111,6 +111,8 @@ class Browser:
     def _stop(self) -> None:
         self._driver.terminate()
         self._driver.wait(10)
+        assert self._driver.stdout is not None
+        self._driver.stdout.close()
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def __enter__(self) -> Browser:

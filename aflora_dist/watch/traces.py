@@ -29,6 +29,7 @@ from torch.profiler import record_function
 from ..errors import AFLoRAError
 from ..freezing import CubicSchedule
 from ..processes import on_main
+from .memory import MemoryHistory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports its every start and stop
 
@@ -80,11 +81,12 @@ def write_trace(profiler: torch.profiler.profile, folder: Path, rank: int) -> Pa
 
 @dataclass(frozen=True)
 class Window:
-    """Updates `start` to `start + steps - 1`, recorded under a name."""
+    """Updates `start` to `start + steps - 1`, recorded under a name; whether matrices freeze in one of them."""
 
     name: str
     start: int
     steps: int
+    freezes: bool = False
 
 
 def windows(
@@ -103,9 +105,9 @@ def windows(
         AFLoRAError: A window does not fit into the training, or two overlap.
     """
     total = schedule.total_steps
+    counts = [schedule.count(t, matrices) for t in range(total)]
+    freezes = [t for t, count in enumerate(counts) if count > (counts[t - 1] if t else 0)]
     if starts is None:
-        counts = [schedule.count(t, matrices) for t in range(total)]
-        freezes = [t for t, count in enumerate(counts) if count > (counts[t - 1] if t else 0)]
         if not freezes:
             chosen = {"training": 1}
         else:
@@ -117,7 +119,9 @@ def windows(
             }
     else:
         chosen = {f"{i}_from_{start}": start for i, start in enumerate(sorted(starts), 1)}
-    found = tuple(Window(name, start, steps) for name, start in chosen.items())
+    found = tuple(
+        Window(name, start, steps, any(start <= t < start + steps for t in freezes)) for name, start in chosen.items()
+    )
     free = 1  # the step before a window warms the profiler up
     for window in found:
         if window.start < free or window.start + steps > total:
@@ -141,6 +145,7 @@ class TraceRecorder:
         folder: TensorBoard's folder of the run; each window goes to `profile/<name>` in it.
         ranks: Which ranks record; all if None.
         memory: Record allocations as well.
+        history: What writes a snapshot of CUDA memory beside the trace of each window with a freeze; none if None.
     """
 
     def __init__(
@@ -153,13 +158,15 @@ class TraceRecorder:
         optimizer: Any,
         ranks: Sequence[int] | None,
         memory: bool,
+        history: MemoryHistory | None = None,
     ) -> None:
         self.windows = [window for window in windows if window.start > first_step]
         self.folder, self.accelerator = folder, accelerator
         self._model, self._optimizer, self._memory = model, optimizer, memory
         self._records = ranks is None or accelerator.process_index in ranks
+        self._history = history
         self._profiler: torch.profiler.profile | None = None
-        self._ranges = ExitStack()
+        self._ranges = ExitStack()  # what ends with a window
         self._failure: str | None = None
         self._before(first_step)
 
@@ -171,6 +178,7 @@ class TraceRecorder:
         if self._profiler is not None:
             self._profiler.step()  # after the last step of a window this writes the trace
         if step == window.start + window.steps - 1:
+            self._write_memory(window)
             self._stop()
             self.windows.pop(0)
             self._publish(window)
@@ -193,6 +201,9 @@ class TraceRecorder:
             return
         window = self.windows[0]
         self._ranges.enter_context(named_ranges(self.accelerator, self._model, self._optimizer))
+        if self._history is not None and window.freezes:
+            self._history.start()
+            self._ranges.callback(self._history.stop)
         self._profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=0, warmup=1, active=window.steps, repeat=1),
             on_trace_ready=lambda profiler: self._write(profiler, window),
@@ -213,6 +224,15 @@ class TraceRecorder:
     def _write(self, profiler: torch.profiler.profile, window: Window) -> None:
         try:
             write_trace(profiler, self._staged(window), self.accelerator.process_index)
+        except OSError as error:
+            self._failure = error.strerror or str(error)
+
+    def _write_memory(self, window: Window) -> None:
+        if self._history is None or not self._records or not window.freezes:
+            return
+        name = f"{socket.gethostname()}_{self.accelerator.process_index}.memory.pickle"
+        try:
+            self._history.write(self._staged(window) / name)
         except OSError as error:
             self._failure = error.strerror or str(error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,24 @@ def test_the_profiler_plugin_reads_the_trace_of_a_run(device: str, arguments: li
             shares = {child["name"]: child["value"] for child in overview["performance"][0]["children"]}
             assert shares["Kernel"] > 0
             assert "Kernel" in board.get(f"{PROFILER}/views", run=runs[0])
+
+
+def test_a_snapshot_of_memory_lies_beside_the_trace_of_the_freeze(
+    device: str, arguments: list[str], tmp_path: Path
+) -> None:
+    from aflora_dist.training.run import main
+
+    assert main([*arguments, "--profile", "--profile.steps", "1", "--profile.memory", "true"]) == 0
+    found = sorted((tmp_path / "run").rglob("*.memory.pickle"))
+    assert [file.parent.name for file in found] == (["2_middle"] if device == "cuda" else [])
+    for file in found:
+        snapshot = pickle.loads(file.read_bytes())
+        assert snapshot["segments"], "what is allocated now"
+        events = [event for trace in snapshot["device_traces"] for event in trace]
+        assert {"alloc", "free_completed"} <= {event["action"] for event in events}
+        assert len(events) <= 100_000
+        names = {frame["filename"] for event in events for frame in event.get("frames", [])}
+        assert any("aflora_dist" in name for name in names)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 HOST = 4242
+NCCL = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
 
 
-def cuda_trace() -> dict[str, Any]:
+def cuda_trace(collective: tuple[float, float] = (585, 40)) -> dict[str, Any]:
+    """`collective` is when in a step the all-reduce starts on the device, and how long it takes (microseconds)."""
     events: list[dict[str, Any]] = []
 
     def add(cat: str, name: str, pid: int, tid: int, ts: float, dur: float, **args: Any) -> None:
@@ -26,6 +28,8 @@ def cuda_trace() -> dict[str, Any]:
         more: dict[str, Any] = {"bytes": 4096, "memory bandwidth (GB/s)": 1.2}
         if kind == "kernel":
             more = {"blocks per SM": 1.5, "est. achieved occupancy %": 30, "grid": [198, 1, 1], "block": [256, 1, 1]}
+        if kernel == NCCL:
+            more |= {"Collective name": "allreduce", "In msg nelems": 1024, "Out msg nelems": 1024}
         place = {"External id": op, "device": 0, "context": 1, "stream": stream, "correlation": link}
         add(kind, kernel, 0, stream, ts, dur, **place, **more)
         events.append({"ph": "f", "pid": 0, "tid": stream, "ts": ts, "bp": "e", **ends})
@@ -44,7 +48,8 @@ def cuda_trace() -> dict[str, Any]:
         launch(op, "cudaLaunchKernel", "cuda_runtime", "vectorized_elementwise_kernel", "kernel", t + 380, 120.0)
         host("user_annotation", "aflora.all_reduce", t + 550, 90.0)
         op = host("user_annotation", "nccl:all_reduce", t + 560, 50.0)
-        launch(op, "cudaLaunchKernelExC", "cuda_runtime", "ncclDevKernel_AllReduce", "kernel", t + 585, 40.0, stream=20)
+        start, dur = collective
+        launch(op, "cudaLaunchKernelExC", "cuda_runtime", NCCL, "kernel", t + start, dur, stream=20)
         host("user_annotation", "optimizer", t + 700, 200.0)
         op = host("cpu_op", "aten::_fused_adamw_", t + 710, 100.0)
         launch(op, "cudaLaunchKernel", "cuda_runtime", "multi_tensor_apply_kernel", "kernel", t + 740, 60.0)

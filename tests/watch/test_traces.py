@@ -18,6 +18,7 @@ from torch_tb_profiler.profiler.run_generator import RunGenerator
 
 from aflora_dist import AFLoRAError
 from aflora_dist.freezing import CubicSchedule
+from aflora_dist.watch.memory import MemoryHistory
 from aflora_dist.watch.traces import TraceRecorder, Window, for_plugin, windows
 
 from .cuda_trace import cuda_trace
@@ -33,11 +34,15 @@ def test_windows_lie_before_around_the_middle_of_and_after_the_freezing() -> Non
     assert counts[recorded[0] - 1] < 12 <= counts[recorded[-1]]
     assert counts[after.start - 1] == 24
     assert [w.name for w in (before, middle, after)] == ["1_before", "2_middle", "3_after"]
+    assert [w.freezes for w in (before, middle, after)] == [False, True, False]
 
 
 def test_windows_where_nothing_freezes_or_where_asked_for() -> None:
     assert windows(SCHEDULE, 0, 4) == (Window("training", 1, 4),)
-    assert windows(SCHEDULE, 24, 2, starts=[30, 7]) == (Window("1_from_7", 7, 2), Window("2_from_30", 30, 2))
+    assert windows(SCHEDULE, 24, 2, starts=[30, 7]) == (
+        Window("1_from_7", 7, 2),
+        Window("2_from_30", 30, 2, freezes=True),
+    )
 
 
 @pytest.mark.parametrize(("steps", "starts"), [(4, [0]), (4, [98]), (4, [10, 14]), (60, None), (4, [-3])])
@@ -145,6 +150,103 @@ def test_profiling_leaves_no_trace_in_what_it_watched(tmp_path: Path) -> None:
     (file,) = recorder.written[0].iterdir()
     assert len(ranges(file)["forward"]) == 2
     assert "[memory]" in gzip.decompress(file.read_bytes()).decode()
+
+
+class Memory:
+    """In the place of torch's recorder of CUDA memory: keeps how it was called, writes a file."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[Any] = []
+        monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", self.record)
+        monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", self.dump)
+
+    def record(
+        self, enabled: str | None = "all", context: str = "all", stacks: str = "all", max_entries: int = 1 << 63
+    ) -> None:
+        self.calls.append((enabled, max_entries))
+
+    def dump(self, filename: str) -> None:
+        self.calls.append("dump")
+        Path(filename).write_text("a snapshot")
+
+
+def test_memory_is_recorded_around_the_freeze_and_lies_beside_the_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory(monkeypatch)
+    history = MemoryHistory()
+    rehearsed, memory.calls = memory.calls, []
+    assert [enabled for enabled, _ in rehearsed] == ["all", None]
+    accelerator = Accelerator(cpu=True)
+    recorded = [Window("1_before", 1, 2), Window("2_middle", 5, 2, freezes=True)]
+    recorder = TraceRecorder(
+        recorded, 0, tmp_path / "tensorboard", accelerator, nn.Linear(1, 1), None, None, True, history
+    )
+    seen = []
+    for step in range(8):
+        recorder.advance(step)
+        seen.append(list(memory.calls))
+    recorder.close()
+    # From the update before the window, which warms up, to the window's last.
+    assert [len(calls) for calls in seen] == [0, 0, 0, 1, 1, 1, 3, 3]
+    assert memory.calls[0][1] <= 100_000  # without a bound it would take all memory
+    assert memory.calls[1:] == ["dump", (None, memory.calls[2][1])]
+    (file,) = (tmp_path / "tensorboard").rglob("*.memory.pickle")
+    assert file.parent.name == "2_middle"
+    assert file.name.endswith("_0.memory.pickle")
+    assert file.read_text() == "a snapshot"
+
+
+def test_a_recording_that_does_not_come_to_its_end_leaves_no_recorder_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory(monkeypatch)
+    recorder = TraceRecorder(
+        [Window("one", 1, 3, freezes=True)],
+        0,
+        tmp_path / "tensorboard",
+        Accelerator(cpu=True),
+        nn.Linear(1, 1),
+        None,
+        None,
+        True,
+        MemoryHistory(),
+    )
+    recorder.advance(0)
+    recorder.close()
+    assert memory.calls[-1][0] is None
+    assert "dump" not in memory.calls
+
+
+def test_a_snapshot_that_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    memory = Memory(monkeypatch)
+
+    def full(filename: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", full)
+    window = Window("one", 1, 1, freezes=True)
+    recorder = TraceRecorder(
+        [window], 0, tmp_path / "tensorboard", Accelerator(cpu=True), nn.Linear(1, 1), None, None, True, MemoryHistory()
+    )
+    for step in range(3):
+        recorder.advance(step)
+    said = capfd.readouterr().err
+    assert "the profiler's trace one could not be written" in said
+    assert "No space left on device" in said
+    assert memory.calls[-1][0] is None
+
+
+def test_a_torch_without_the_memory_recorder_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    Memory(monkeypatch)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled=None: None)
+    with pytest.raises(AFLoRAError, match=r"Recording CUDA memory failed when it was rehearsed.*torch 2"):
+        MemoryHistory()
+    monkeypatch.delattr(torch.cuda.memory, "_record_memory_history")
+    with pytest.raises(AFLoRAError, match=r"has no torch\.cuda\.memory\._record_memory_history.*install that release"):
+        MemoryHistory()
 
 
 def test_a_trace_that_cannot_be_written_costs_the_trace_and_not_the_training(

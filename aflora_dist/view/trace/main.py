@@ -1,0 +1,139 @@
+"""The command `aflora trace`: reads all files of a run, prints the tables, writes the page and the numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ...errors import AFLoRAError, writing
+from .analysis import RankReport, WindowReport, report_rank, waits
+from .page import page
+from .reader import RankTrace, TraceError, rank_in_name, read_trace
+from .tables import Sheet, sheets
+
+_STANDARD = ("1_before", "2_middle", "3_after")
+
+
+def read_run(run: Path, only: Sequence[int] | None = None) -> tuple[list[WindowReport], list[str]]:
+    """The windows of a run, and what is missing of them. One file is held in memory at a time.
+
+    Args:
+        only: The ranks to read; all if None.
+
+    Raises:
+        AFLoRAError: There is no trace that can be read.
+    """
+    profile = run / "tensorboard" / "profile"
+    if not profile.is_dir():
+        raise AFLoRAError(f"{run} has no traces (tensorboard/profile): train with --profile to record them.")
+    windows, problems = [], []
+    world = 0
+    for folder in sorted(path for path in profile.iterdir() if path.is_dir()):
+        traces: dict[int, RankTrace] = {}
+        reports: list[RankReport] = []
+        for file in sorted(file for file in folder.iterdir() if not file.name.endswith(".memory.pickle")):
+            if only is not None and rank_in_name(file) not in (None, *only):
+                continue
+            try:
+                trace = read_trace(file)
+            except TraceError as error:
+                problems.append(str(error))
+                continue
+            world = max(world, trace.world_size or 0)
+            if trace.rank in traces:
+                problems.append(f"{file} is another trace of rank {trace.rank} and is left out.")
+            elif only is None or trace.rank in only:
+                reports.append(report_rank(trace))
+                trace.operators, trace.device, trace.launched = [], [], []  # what remains is small
+                traces[trace.rank] = trace
+        if not reports:
+            problems.append(f"{folder.name} has no trace that can be read{'' if only is None else ' of these ranks'}.")
+            continue
+        waiting = waits(list(traces.values())) if len(traces) > 1 else None
+        if waiting is None and len(traces) > 1:
+            problems.append(f"{folder.name}: the ranks did not take part in the same collectives; no waits are shown.")
+        windows.append(WindowReport(folder.name, tuple(sorted(reports, key=lambda r: r.rank)), waiting))
+    if not windows:
+        raise AFLoRAError(" ".join([f"{run} has no traces that can be read.", *problems]))
+    return windows, problems + _notes(windows, profile, world, only)
+
+
+def _notes(windows: Sequence[WindowReport], profile: Path, world: int, only: Sequence[int] | None) -> list[str]:
+    names = [window.name for window in windows]
+    said = [
+        f"{name} is missing: the run has not come to it, or it was not written."
+        for name in _STANDARD
+        if name not in names and set(names) & set(_STANDARD)
+    ]
+    present = {r.rank for window in windows for r in window.ranks}
+    for window in windows:
+        if absent := sorted(present - {r.rank for r in window.ranks}):
+            said.append(f"{window.name} has no trace of rank {', '.join(map(str, absent))}.")
+    if only is None and (absent := sorted(set(range(world)) - present)):
+        listed = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+        said.append(f"Of {world} ranks there are no traces of {listed}.")
+    if snapshots := sorted(profile.glob("*/*.memory.pickle")):
+        listed = ", ".join(str(path) for path in snapshots)
+        said.append(f"CUDA memory around a freeze, to be dropped on https://pytorch.org/memory_viz: {listed}")
+    for window in windows:
+        aside = max(r.aside_ms for r in window.ranks)
+        if aside:
+            said.append(f"{window.name}: {aside:,.0f} ms of evaluation and checkpoints lie in it and are left out.")
+    return said
+
+
+def print_sheet(sheet: Sheet, console: Console) -> None:
+    console.print(Text(sheet.title, style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    for i, column in enumerate(sheet.columns):
+        table.add_column(
+            column.replace("/", "/\n"), justify="left" if i < sheet.names else "right", no_wrap=i >= sheet.names
+        )
+    for row in sheet.rows:
+        table.add_row(*(Text(cell.text) for cell in row))
+    console.print(table)
+    if sheet.note:
+        console.print(Text(sheet.note, style="dim"))
+    console.print()
+
+
+def main(arguments: list[str]) -> int:
+    """`aflora trace`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="aflora trace", description="Compare the profiler's windows of a run: ranges, communication, idle, ranks."
+    )
+    parser.add_argument("run", type=Path, help="the directory (run.dir) of a run with --profile")
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="N", help="read the traces of these ranks only")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page that needs no network")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers")
+    args = parser.parse_args(arguments)
+    console = Console()
+    try:
+        windows, problems = read_run(args.run, args.ranks)
+        for sheet in sheets(windows):
+            print_sheet(sheet, console)
+        for problem in problems:
+            console.print(Text(f"note: {problem}"), soft_wrap=True)
+        if args.html is not None:
+            with writing("The page", args.html):
+                args.html.write_text(page(args.run.resolve().name, windows, problems), encoding="utf-8")
+        if args.json is not None:
+            numbers = {"run": str(args.run), "windows": [asdict(window) for window in windows], "notes": problems}
+            with writing("The numbers", args.json):
+                args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        for path in (args.html, args.json):
+            if path is not None:
+                console.print(f"wrote {path}", soft_wrap=True)
+    except AFLoRAError as error:
+        print(f"aflora: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,302 @@
+"""Reads a profiler's trace event by event, so that its size costs time and not memory."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from json import JSONDecodeError, JSONDecoder
+from pathlib import Path
+from typing import IO, Any
+
+from ...errors import AFLoRAError
+from .intervals import Interval
+
+_CHUNK = 1 << 20
+_LONGEST = 1 << 26  # characters of one event; more, and the file is none of ours
+_BLANK = re.compile(r"[ \t\r\n]*")
+_READING = (OSError, EOFError, zlib.error)
+_STRANGE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+
+# The ranges of watch/traces.py, control.py and the loop; all others are operators or another library's.
+_RANGES = ("forward", "backward", "optimizer")
+_LOADING = "enumerate(DataLoader)"
+# As torch writes them, and as watch/traces.py writes them for TensorBoard.
+_LAUNCHES = ("cuda_runtime", "cuda_driver", "Runtime")
+_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_HOST = ("cpu_op", "user_annotation")
+# A dispatched operator has a namespace. These have one and are around operators, or hand communication to a backend.
+_OPERATOR = re.compile(r"(?!autograd::|torch::autograd::|c10d|_c10d)[A-Za-z_]\w*::")
+_KINDS = {
+    "reducescatter": "reduce_scatter",
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "alltoall": "all_to_all",
+    "sendrecv": "send and recv",
+    "broadcast": "broadcast",
+    "barrier": "barrier",
+    "send": "send",
+    "recv": "recv",
+    "scatter": "scatter",
+    "gather": "gather",
+    "reduce": "reduce",
+}
+
+
+class TraceError(AFLoRAError):
+    """A file that is not a whole trace of a training; the message names it."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One communication on a rank.
+
+    Attributes:
+        start, end: When it was under way: a kernel of NCCL's on the device, work of gloo's on the host. Microseconds.
+        asked: When the host asked for it; NaN if that was not recorded.
+        elements: How many numbers this rank gave; None if not recorded.
+    """
+
+    kind: str
+    start: float
+    end: float
+    asked: float
+    elements: int | None
+
+
+@dataclass
+class RankTrace:
+    """What one rank's file says, in microseconds of that machine's clock.
+
+    Attributes:
+        world_size: Number of ranks in the training, if the file says so.
+        steps: The profiler's steps: updates with what lies between them.
+        ranges: (name, start, end) of the ranges that this package and the data loader write, in the main thread.
+        operators: Dispatched operators in the main thread; they overlap, for operators call operators.
+        collectives: Work of NCCL on the device, of gloo on the host.
+        device: Kernels and copies on the GPU, without communication; empty without a GPU.
+        launched: For each piece of work on the device, communication too: when the host asked for it (NaN if that
+            was not recorded), start, and duration.
+    """
+
+    path: Path
+    rank: int
+    world_size: int | None
+    steps: list[Interval]
+    ranges: list[tuple[str, float, float]]
+    operators: list[Interval]
+    collectives: list[Collective]
+    device: list[Interval]
+    launched: list[tuple[float, float, float]]
+
+
+def rank_in_name(path: Path) -> int | None:
+    """The rank that a trace's name says: HOST_RANK.*trace.json, perhaps .gz."""
+    named = re.search(r"_(\d+)\.[^/]*trace\.json(\.gz)?$", path.name)
+    return int(named[1]) if named else None
+
+
+def read_trace(path: Path) -> RankTrace:
+    """Read a trace as watch/traces.py or torch writes it, gzipped or not.
+
+    Raises:
+        TraceError: The file is cut short, is no trace, or has none of the profiler's steps in it.
+    """
+    rank, world_size = rank_in_name(path) or 0, None
+    events = _Events()
+    for key, value in _entries(path):
+        try:
+            if key == "traceEvents" and value.get("ph") == "X":
+                events.add(value)
+            elif key == "distributedInfo":
+                rank, world_size = int(value["rank"]), int(value["world_size"])
+        except _STRANGE:
+            raise TraceError(f"{path} is no trace of PyTorch's: {_said(key, value)} is not as it writes it.") from None
+    if not events.steps:
+        raise TraceError(f"{path} has no steps (ProfilerStep) in it: it is no window of a training.")
+    return events.trace(path, rank, world_size)
+
+
+def _said(key: str, value: Any) -> str:
+    if key == "traceEvents" and isinstance(value, dict):
+        return f"its event {value.get('name')!r}"
+    return f"its {key}"
+
+
+class _Events:
+    """What is kept of the events; which thread is the main one, and who launched what, is known after the last."""
+
+    def __init__(self) -> None:
+        self.steps: dict[Any, list[Interval]] = defaultdict(list)
+        self.ranges: dict[Any, list[tuple[str, float, float]]] = defaultdict(list)
+        self.operators: dict[Any, list[Interval]] = defaultdict(list)
+        self.gloo: list[Collective] = []
+        self.calls: dict[int, float] = {}
+        self.device: list[Interval] = []
+        self.work: list[tuple[int, float, float]] = []
+        self.nccl: list[tuple[int, str, int | None]] = []
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take an event that lasts.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is not as torch writes it.
+        """
+        category, name = event.get("cat"), str(event["name"])
+        start, duration, args = float(event["ts"]), float(event["dur"]), event.get("args", {})
+        end = start + duration
+        if not math.isfinite(end):
+            raise ValueError(end)
+        if category in _DEVICE:
+            self.work.append((int(args.get("correlation", -1)), start, duration))
+            if category == "kernel" and name.startswith("nccl"):
+                elements = args.get("In msg nelems")
+                kind = _kind(args.get("Collective name", name))
+                self.nccl.append((len(self.work) - 1, kind, None if elements is None else int(elements)))
+            else:
+                self.device.append((start, end))
+        elif category in _LAUNCHES:
+            if "correlation" in args:
+                self.calls[int(args["correlation"])] = start
+        elif category in _HOST:
+            self._add_host(name, (event["pid"], event["tid"]), start, end, args)
+
+    def _add_host(self, name: str, thread: tuple[Any, Any], start: float, end: float, args: dict[str, Any]) -> None:
+        if name.startswith("ProfilerStep#"):
+            self.steps[thread].append((start, end))
+        elif name.startswith("aflora.") or name in _RANGES:
+            self.ranges[thread].append((name, start, end))
+        elif name.startswith(_LOADING):
+            self.ranges[thread].append(("data loading", start, end))
+        elif name.startswith("gloo:"):
+            dims = args.get("Input Dims")
+            elements = None if dims is None else sum(map(_elements, dims))
+            self.gloo.append(Collective(_kind(name), start, end, start, elements))
+        elif _OPERATOR.match(name):
+            self.operators[thread].append((start, end))
+
+    def trace(self, path: Path, rank: int, world_size: int | None) -> RankTrace:
+        main = next(iter(self.steps))
+        launched = [(self.calls.get(number, math.nan), start, duration) for number, start, duration in self.work]
+        collectives = self.gloo
+        for i, kind, elements in self.nccl:
+            asked, start, duration = launched[i]
+            collectives.append(Collective(kind, start, start + duration, asked, elements))
+        return RankTrace(
+            path=path,
+            rank=rank,
+            world_size=world_size,
+            steps=sorted(self.steps[main]),
+            ranges=self.ranges[main],
+            operators=self.operators[main],
+            collectives=collectives,
+            device=self.device,
+            launched=launched,
+        )
+
+
+def _kind(name: str) -> str:
+    letters = re.sub("[^a-z]", "", name.lower())
+    return next((kind for pattern, kind in _KINDS.items() if pattern in letters), name)
+
+
+def _elements(dims: Any) -> int:
+    """How many numbers a tensor of this shape, or a list of tensors of these shapes, holds; [] is a scalar."""
+    if all(isinstance(size, int) for size in dims):
+        product = 1
+        for size in dims:
+            product *= size
+        return product
+    return sum(_elements(inner) for inner in dims)
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """(key, value) of the file's outermost object, for the list "traceEvents" one pair for each element."""
+    try:
+        with open(path, "rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8", errors="replace") as file:
+            yield from _Parser(path, file).entries()
+    except _READING as error:
+        cut = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
+        reason = "cut short or damaged" if cut else getattr(error, "strerror", None) or error
+        raise TraceError(f"{path} cannot be read: {reason}.") from None
+
+
+class _Parser:
+    """JSON's outermost object and its list of events; each value within goes through json's own scanner."""
+
+    def __init__(self, path: Path, file: IO[str]) -> None:
+        self._path, self._file = path, file
+        self._text, self._at, self._over = "", 0, False
+        self._events = 0
+        self._decode = JSONDecoder().raw_decode
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        if self._next() != "{":
+            raise TraceError(f"{self._path} is no trace of PyTorch's: it is no JSON object.")
+        self._at += 1
+        while self._next() != "}":
+            key = self._value()
+            self._expect(":")
+            if key == "traceEvents" and self._next() == "[":
+                self._at += 1
+                while self._next() != "]":
+                    event = self._value()
+                    self._events += 1
+                    yield key, event
+                    self._separate("]")
+                self._at += 1
+            else:
+                yield key, self._value()
+            self._separate("}")
+
+    def _value(self) -> Any:
+        self._next()
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+                if end < len(self._text) or self._over:  # a number at the end may go on
+                    self._at = end
+                    return value
+            except (JSONDecodeError, RecursionError) as error:
+                if isinstance(error, RecursionError) or len(self._text) - self._at > _LONGEST:
+                    raise self._damaged() from None
+                if self._over:
+                    raise self._cut() from None
+            self._more()
+
+    def _next(self) -> str:
+        """The next character that is not blank, which is not taken."""
+        while True:
+            blank = _BLANK.match(self._text, self._at)
+            self._at = blank.end() if blank else self._at
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if self._over:
+                raise self._cut()
+            self._more()
+
+    def _expect(self, character: str) -> None:
+        if self._next() != character:
+            raise self._damaged()
+        self._at += 1
+
+    def _separate(self, closing: str) -> None:
+        if self._next() != closing:
+            self._expect(",")
+
+    def _more(self) -> None:
+        chunk = self._file.read(max(_CHUNK, len(self._text) - self._at))  # as much again: a long value is scanned anew
+        self._over = not chunk
+        self._text, self._at = self._text[self._at :] + chunk, 0
+
+    def _cut(self) -> TraceError:
+        return TraceError(f"{self._path} is cut short or damaged, after {self._events:,} events.")
+
+    def _damaged(self) -> TraceError:
+        return TraceError(f"{self._path} is damaged, after {self._events:,} events.")
