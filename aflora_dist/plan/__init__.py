@@ -1,0 +1,1 @@
+"""What a run will train, hold and move, computed beforehand: without weights, without a GPU, without an engine."""

@@ -1,0 +1,119 @@
+"""`aflora plan`, and the dry run of the main job: print the plan, train nothing, write nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from accelerate.state import PartialState
+
+from ..errors import AFLoRAError
+from ..store.resume import find, finished
+from ..store.rundir import RunDirectory, refuse_taken
+from ..training.config import Config, parse
+from ..training.loop import create_accelerator
+from ..training.run import quiet_libraries
+from .launches import ENGINES, Launch
+from .plan import make_plan
+from .report import print_plan
+
+_DESCRIPTION = """What a run will train, freeze, hold and move, without weights and without a GPU. Takes what `aflora
+train` takes, and refuses what it would refuse."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise AFLoRAError(f"{message[:1].upper()}{message[1:]}. See aflora plan --help.")
+
+
+def _own_options() -> _Parser:
+    parser = _Parser(
+        prog="aflora plan",
+        usage="%(prog)s [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...] [options]",
+        description=_DESCRIPTION,
+        epilog="`aflora train --help` lists the options of the configuration.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--examples", type=int, help="training examples; else the data are read and tokenised")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="all by default")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 8], help="numbers of processes (1 2 8)")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="bf16", help="bf16 by default")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """`aflora plan`; returns the exit status."""
+    quiet_libraries()
+    try:
+        options, rest = _own_options().parse_known_args(arguments)
+        config, _ = parse(rest)
+        launches = _launches(options.engines, options.ranks, options.mixed_precision)
+        if options.examples is not None and options.examples < 1:
+            raise AFLoRAError(f"--examples must be at least 1, got {options.examples}.")
+        PartialState(cpu=True)  # a plan needs no GPU, and takes none
+        plan = make_plan(config, launches, examples=options.examples)
+    except AFLoRAError as error:
+        print(f"aflora: error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(asdict(plan), indent=1))
+    else:
+        print_plan(plan)
+    return 0
+
+
+def _launches(engines: list[Any] | None, ranks: list[int], precision: str) -> list[Launch]:
+    """Those that make sense: one process is its own engine, and ZeRO only if it was asked for."""
+    for number in ranks:
+        if number < 1:
+            raise AFLoRAError(f"--ranks must be at least 1, got {number}.")
+
+    def fits(engine: str, number: int) -> bool:
+        if number == 1:
+            return engine == "single" or (engines is not None and engine.startswith("zero"))
+        return engine != "single"
+
+    found = [
+        Launch(engine=engine, num_processes=number, mixed_precision=precision)
+        for engine in engines or ENGINES
+        for number in dict.fromkeys(ranks)
+        if fits(engine, number)
+    ]
+    if not found:
+        raise AFLoRAError("Nothing to plan: the engine single is one process, ddp and fsdp2 are several (--ranks).")
+    return found
+
+
+def dry_run(config: Config, resolved: str) -> None:
+    """The plan of the launch that this process is part of, once, and where the run would write. A collective.
+
+    Raises:
+        AFLoRAError: On every rank: the run would be refused.
+    """
+    accelerator = create_accelerator(config)
+    if accelerator.state.deepspeed_plugin is not None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or ZeRO-3 would shard the model that is made on the meta device
+    free = _free(config)
+    if free:
+        run = RunDirectory(config.run, accelerator)
+        if finished(run, resolved) is None:
+            find(run, resolved, accelerator)
+    plan = make_plan(config, [Launch.of(accelerator)])
+    if accelerator.is_main_process:
+        print_plan(plan)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _free(config: Config) -> bool:
+    try:
+        refuse_taken(config.run)
+    except AFLoRAError:
+        return False
+    return True

@@ -1,0 +1,152 @@
+"""What of an adapted model trains, and what that takes on a launch. The model may be on the meta device."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapter.adapted import Adapted
+from ..freezing import FreezingPolicy
+from ..methods import Method
+from ..methods.aflora import AFLoRA
+from ..names import is_adapter
+from ..training.config import Config
+from ..training.loop import create_optimizer
+from . import layout
+from .events import Freezes
+from .launches import Launch
+from .layout import FLOAT32, Trained
+from .memory import Shape, estimate, weights_of
+from .records import Checkpoint, EnginePlan
+
+_ORDERS = 4  # in which matrices might freeze: random ones, tried to see what moves
+# Bytes in state.safetensors: a rank's random states (PyTorch's, numpy's and Python's) with their entries, and what the
+# entry of a tensor has in the file's header besides the parameter's name.
+_RANDOM_STATES, _ENTRY = 15_600, 75
+
+
+class PlannedModel:
+    """What trains of a model, param group by param group, and what of it will freeze.
+
+    Args:
+        method: Its `check` has been called.
+        model: As `method.adapt` gave it.
+        held: Names of parameters of new modules that keep their random start.
+
+    Attributes:
+        numels: Elements of each matrix that will freeze.
+        schedule: When; None if none will.
+        certain: Whether the schedule says how many freeze, and not the scores.
+        trained: What trains at the start.
+        start, head: Elements of it, and of what trains whole beside the method.
+        learning_rates: Peaks: "adapter", "head".
+    """
+
+    def __init__(self, config: Config, method: Method, model: Any, held: Sequence[str] = ()) -> None:
+        named = list(model.named_parameters())
+        names = {id(parameter): name for name, parameter in named}
+        positions = {name: i for i, (name, _) in enumerate(named)}
+        groups = create_optimizer(config, model, method).param_groups
+        members = [(names[id(p)], p, i) for i, group in enumerate(groups) for p in group["params"]]
+        freezing = method.freezing if isinstance(method, AFLoRA) else None
+        matrices = {id(matrix) for matrix in Adapted(model).freezable_matrices().values()} if freezing else set()
+        self.numels = {name: p.numel() for name, p in named if id(p) in matrices}
+        self.policy = FreezingPolicy(list(self.numels), pairwise=bool(freezing and freezing.pairwise))
+        self.schedule = freezing.schedule() if freezing and self.numels else None
+        self.certain = freezing is None or freezing.rule == "rank"
+        self.trained = Trained.of(
+            [(p, group, positions[name], name in self.numels) for name, p, group in members],
+            averages=3 if freezing and freezing.window > 1 else 2,
+        )
+        self.start = int(self.trained.numels.sum())
+        self.head = sum(p.numel() for name, p, _ in members if method.is_head(name))
+        self.learning_rates = {
+            "head" if method.is_head(names[id(group["params"][0])]) else "adapter": float(group["lr"])
+            for group in groups
+        }
+        self._at = {name: i for i, (name, _, _) in enumerate(members)}
+        kept = {*held}
+        self._fixed = {n: p for n, p in named if n in kept or (is_adapter(n) and not p.requires_grad)}
+        self._weights, self._shape = weights_of(model, config), Shape.of(model, config)
+        self._length, self._checkpointed = config.data.max_length, config.train.gradient_checkpointing
+
+    def on(self, launch: Launch, micro_batches: int, tokens: int, freezes: Freezes | None) -> EnginePlan:
+        """What it takes there.
+
+        Args:
+            tokens: Of a micro-batch.
+        """
+        engine, ranks, trained = launch.engine, launch.num_processes, self.trained
+        if engine == "fsdp2" and launch.half:  # accelerate has what trains in float32 then
+            trained = dataclasses.replace(trained, itemsizes=np.full_like(trained.itemsizes, FLOAT32))
+        left = ~trained.freezable
+        both = (trained, trained.only(left))
+        moments = [layout.moment_bytes(engine, each, ranks).tolist() for each in both]
+        masters = [layout.master_bytes(engine, each, ranks).tolist() for each in both]
+        return EnginePlan(
+            engine=engine,
+            ranks=ranks,
+            precision=launch.mixed_precision,
+            micro_batches=micro_batches,
+            micro_batch_tokens=tokens,
+            optimizer_bytes=moments,
+            master_bytes=masters,
+            score_bytes=layout.score_bytes(engine, trained, ranks).tolist(),
+            freeze_moves=self._moves(launch, freezes),
+            checkpoints=[self._checkpoint(launch, trained, trains) for trains in (np.ones_like(left), left)],
+            checkpointed=self._checkpointed,
+            memory=estimate(launch, self._weights, trained, self._shape, tokens, self._length),
+        )
+
+    def _moves(self, launch: Launch, freezes: Freezes | None) -> list[int]:
+        """Bytes that freezes send between ranks: the most of one, and the mean of all together."""
+        if freezes is None or launch.engine not in ("zero1", "zero2"):
+            return [0, 0]
+        chance, found = random.Random(0), []
+        counts = [0, *(count for _, count in freezes.counts)]
+        for _ in range(_ORDERS):
+            order = list(self.policy.units.values())
+            chance.shuffle(order)
+            events = [[name for names in order[a:b] for name in names] for a, b in pairwise(counts)]
+            found.append(self.sent(launch, events))
+        return [max(map(max, found)), sum(map(sum, found)) // _ORDERS]
+
+    def sent(self, launch: Launch, events: Iterable[Iterable[str]]) -> list[int]:
+        """Bytes that each freeze sends between ranks, of freezes of these matrices one after the other."""
+        trains, found = np.ones(len(self._at), dtype=bool), []
+        for names in events:
+            stays = trains.copy()
+            stays[[self._at[name] for name in names]] = False
+            now = self.trained.only(trains)
+            found.append(layout.moved_bytes(launch.engine, now, stays[trains], launch.num_processes))
+            trains = stays
+        return found
+
+    def _checkpoint(self, launch: Launch, trained: Trained, trains: NDArray[np.bool_]) -> Checkpoint:
+        """Values, moments and scores of what trains, what else was drawn or learned, and random states."""
+        engine, ranks = launch.engine, launch.num_processes
+        names = [name for name, chosen in zip(self._at, trains, strict=True) if chosen]
+        stopped = trained.only(~trains)
+        trained = trained.only(trains)
+        held = layout.held(engine, trained, ranks) @ layout.state_itemsizes(engine, trained) * (1 + layout.MOMENTS)
+        if engine == "ddp":
+            held[1:] = 0  # copies of the first rank's
+        scores = layout.observed(engine, trained, ranks).sum(1) * trained.averages * FLOAT32
+        cast = 2 if launch.half and engine.startswith("zero") else None
+        fixed = sum(p.numel() * (cast or p.element_size()) for p in self._fixed.values())
+        fixed += int((stopped.numels * (cast or stopped.itemsizes)).sum())
+        scored = self.numels if trained.freezable.any() else {}
+        header = sum(len(name) + _ENTRY for name in names) * (1 + layout.MOMENTS)
+        header += sum(len(name) + _ENTRY for name in scored) * trained.averages
+        header += sum(len(name) + _ENTRY for name in {*self._fixed, *self._at} - {*names})
+        gathered = fixed * (ranks - 1) // ranks if engine in ("zero3", "fsdp2") else 0
+        return Checkpoint(
+            writes=int(held.sum() + scores.sum()) + fixed + header + ranks * _RANDOM_STATES,
+            moves=int(held[1:].sum() + scores[1:].sum()) + gathered,
+        )

@@ -1,0 +1,173 @@
+"""A plan for people: tables in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .events import Elements, PlannedFreeze
+from .records import EnginePlan, Plan
+
+_EVENTS = 24  # shown whole; of more, the first and the last ones
+_WIDTH = 120  # where output goes to no terminal
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """On this process's standard output unless a console is given."""
+    if console is None:
+        console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    for part in _parts(plan):
+        console.print(part, markup=False)
+
+
+def _parts(plan: Plan) -> Iterator[Table | str]:
+    yield f"Plan: {plan.method} on {plan.model} for {plan.task}. Nothing was trained, and no weights were loaded.\n"
+    yield from _steps(plan)
+    yield from _parameters(plan)
+    yield from _freezes(plan)
+    able = [engine for engine in plan.engines if engine.refused is None]
+    yield from _engines(able)
+    yield from _memory(able)
+    for engine in plan.engines:
+        if engine.refused is not None:
+            yield f"Refused on {engine.ranks} x {engine.engine}: {engine.refused}"
+    for assumption in plan.assumptions:
+        yield f"Assumed: {assumption}."
+    yield f"The run would write {', '.join(plan.writes)} into {plan.directory}."
+    yield plan.directory_taken or "That folder is free."
+
+
+def _steps(plan: Plan) -> Iterator[str]:
+    steps = plan.steps
+    tokens = "" if steps.tokens is None else f", about {steps.tokens:,} tokens"
+    left_out = f" ({steps.left_out} examples left out of each)" if steps.left_out else ""
+    yield (
+        f"{steps.examples:,} examples: {steps.per_epoch:,} updates an epoch{left_out}{tokens}; T = {steps.total:,} "
+        f"updates in all"
+    )
+    if steps.initial is not None and steps.final is not None:
+        yield (
+            f"Freezing begins after t_i = {steps.initial:,} and ends t_f = {steps.final:,} before the end, with update "
+            f"{steps.total - steps.final:,}"
+        )
+    rates = ", ".join(f"{rate:g} ({what})" for what, rate in steps.learning_rates.items())
+    yield f"Learning rates at their peak, after {steps.warm_up:,} updates: {rates}\n"
+
+
+def _parameters(plan: Plan) -> Iterator[Table | str]:
+    found = plan.parameters
+    table = _table("Trainable parameters", ["", "start", "average", "end"])
+    table.add_row(plan.method, f"{found.start:,}", _range(found.average), f"{found.end:,}")
+    table.add_row("head", *[f"{found.head:,}"] * 3)
+    table.add_row("LoRA r=8, same layers", *[f"{found.lora_r8:,}"] * 3)
+    yield table
+    times = found.lora_r8 / max(found.average.expected, 1)
+    yield f"On average LoRA r=8 has {times:.1f} times as many. The whole model has {found.model:,} parameters.\n"
+
+
+def _freezes(plan: Plan) -> Iterator[Table | str]:
+    events = plan.freezes
+    if not events:
+        yield "Which matrices freeze when is not known beforehand.\n" if plan.matrices else "Nothing freezes.\n"
+        return
+    table = _table(
+        f"{plan.matrices} matrices freeze in {len(events)} events",
+        ["after step", "freeze", "remain", "then train, head included"],
+    )
+    shown: list[PlannedFreeze | None] = list(events)
+    if len(events) > _EVENTS:
+        shown = [*events[: _EVENTS // 2], None, *events[-_EVENTS // 2 :]]
+    for event in shown:
+        if event is None:
+            table.add_row("...", "...", "...", "... (--json has all)")
+        else:
+            table.add_row(f"{event.step:,}", f"{event.freezes}", f"{event.remaining}", _range(event.trainable))
+    yield table
+
+
+def _engines(plans: list[EnginePlan]) -> Iterator[Table | str]:
+    columns = ["", "moments", "master weights", "scores", "freezes send", "checkpoint", "to the main process"]
+    table = _table("What the fullest rank holds, and what moves, from the start to the end", columns)
+    for plan in plans:
+        start, end = plan.checkpoints
+        most, together = plan.freeze_moves
+        table.add_row(
+            f"{plan.ranks} x {plan.engine}",
+            _both(*(max(each) for each in plan.optimizer_bytes)),
+            _both(*(max(each) for each in plan.master_bytes)),
+            _both(max(plan.score_bytes), 0),
+            f"{size(most)}, {size(together)}" if most else "0",
+            _both(start.writes, end.writes),
+            _both(start.moves, end.moves),
+        )
+    yield table
+    yield (
+        "Freezes send: the most of one, and all together, tried in random orders. Checkpoint: what it writes, and what "
+        "comes to the main process for it.\n"
+    )
+
+
+def _memory(plans: list[EnginePlan]) -> Iterator[Table | str]:
+    columns = ["", "micro-batches", "weights", "trained", "optimizer", "gathered", "activations", "or", "logits"]
+    table = _table("Memory of a rank at the height of a step: an ESTIMATE", [*columns, "total"])
+    for plan in plans:
+        parts = plan.memory
+        table.add_row(
+            f"{plan.ranks} x {plan.engine}",
+            f"{plan.micro_batches} x {plan.micro_batch_tokens:,}",
+            size(parts["weights"]),
+            size(_sum(parts["trained"], parts["gradients"])),
+            size(_sum(parts["optimizer"], parts["scores"])),
+            size(_sum(parts["gathered"], parts["buffers"])),
+            size(_sum(parts["activations"], parts["casts"])),
+            *(size(parts[part]) for part in ("activations_otherwise", "logits", "total")),
+        )
+    yield table
+    other = "without" if any(plan.checkpointed for plan in plans) else "with"
+    yield (
+        f"Micro-batches: how many an update has on a rank, and tokens of one. Trained: with gradients. Or: the "
+        f"activations {other} gradient checkpointing.\n"
+    )
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    return table
+
+
+def _sum(*numbers: int | None) -> int | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+def _range(elements: Elements) -> str:
+    low, middle, high = (round(number) for number in (elements.least, elements.expected, elements.most))
+    return f"{middle:,}" if low == high else f"{middle:,} ({low:,} to {high:,})"
+
+
+def _both(start: int, end: int) -> str:
+    if start == end:
+        return size(start)
+    first, unit = size(start).rsplit(" ", 1)
+    last = size(end)
+    return f"{first} to {last}" if last.endswith(f" {unit}") else f"{size(start)} to {last}"
+
+
+def size(number: int | None) -> str:
+    """Bytes as people say them; what is not known is a dash.
+
+    >>> size(0), size(999), size(1_234_567), size(2_500_000_000_000), size(None)
+    ('0', '999 B', '1.2 MB', '2500 GB', '-')
+    """
+    if number is None:
+        return "-"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.{0 if number >= 100 * factor else 1}f} {unit}"
+    return f"{number} B" if number else "0"
