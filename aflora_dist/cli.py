@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import sys
 
+from . import __version__
+from .errors import AFLoRAError
+from .extras import require
+
 USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...]
+       aflora plan [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...] [--ranks N ...]
+       aflora launch-files FOLDER
        aflora show RUN [--figures FOLDER]
+       aflora trace RUN [--ranks N ...] [--html FILE] [--json FILE]
        aflora collect FOLDER [--json FILE]
        aflora to-lora RUN OUT
        aflora merge RUN OUT [--base MODEL] [--max-shard-size SIZE]
+       aflora --version
 
   train   fine-tune with AFLoRA; `aflora train --help` lists all options
           (several processes: accelerate launch -m aflora_dist.training.run ...)
+  plan    what that would train, freeze, hold and move, without weights or a GPU
+  launch-files
+          write the configurations for `accelerate launch`, and the Slurm scripts, into a folder
   show    a run's story in the terminal, finished or not; its figures as PNG or SVG
+  trace   profiler traces before, amid and after the freezing, range by range and rank by rank
   collect the runs under a folder as a table: mean and deviation over seeds
   to-lora a run's adapter as plain LoRA, for whatever serves LoRA
   merge   a run's adapter in its model's weights, for whatever serves models
@@ -20,30 +32,56 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
 
 
 def main() -> int:
-    """Dispatch to a subcommand and import nothing for the others; returns the exit status."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["train"]:
-        from .training.run import main as train
+    """Run the command; returns the exit status."""
+    try:
+        return _run(sys.argv[1:])
+    except AFLoRAError as error:
+        print(f"aflora: error: {error}", file=sys.stderr)
+        return 2
 
-        return train(arguments[1:])
-    if arguments[:1] == ["show"]:
-        from .view.show import main as show
 
-        return show(arguments[1:])
-    if arguments[:1] == ["collect"]:
-        from .view.collect import main as collect
+def _run(line: list[str]) -> int:
+    """Dispatch to a subcommand and import nothing for the others."""
+    match line:
+        case ["train", *arguments]:
+            from .training.run import main as train
 
-        return collect(arguments[1:])
-    if arguments[:1] in (["to-lora"], ["merge"]):
-        from .serve.main import main as serve
+            return train(arguments)
+        case ["plan", *arguments]:
+            require("train", "aflora plan")
+            from .plan.command import main as plan
 
-        return serve(arguments[0], arguments[1:])
-    if arguments[:1] in (["--help"], ["-h"]):
-        print(USAGE, end="")
-        return 0
-    print(USAGE, end="", file=sys.stderr)
-    if arguments:
-        print(f"\naflora: error: There is no command {arguments[0]!r}.", file=sys.stderr)
+            return plan(arguments)
+        case ["launch-files", *arguments]:
+            from .launch_files import main as launch_files
+
+            return launch_files(arguments)
+        case ["show", *arguments]:
+            from .view.show import main as show
+
+            return show(arguments)
+        case ["trace", *arguments]:
+            from .view.trace.main import main as trace
+
+            return trace(arguments)
+        case ["collect", *arguments]:
+            from .view.collect import main as collect
+
+            return collect(arguments)
+        case ["to-lora" | "merge" as command, *arguments]:
+            from .serve.main import main as serve
+
+            return serve(command, arguments)
+        case ["--version"]:
+            print(f"aflora-dist {__version__}")
+            return 0
+        case ["--help" | "-h", *_]:
+            print(USAGE, end="")
+            return 0
+        case [*arguments]:
+            print(USAGE, end="", file=sys.stderr)
+            if arguments:
+                print(f"\naflora: error: There is no command {arguments[0]!r}.", file=sys.stderr)
     return 2
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -104,12 +104,12 @@ def undisturbed(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPa
     return run
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With AFLORA_EXCUSED_SKIPS, a test fails that is skipped for a reason without one of these words (by commas)."""
-    outcome = yield
-    report = outcome.get_result()
+    report = yield
     excused = os.environ.get("AFLORA_EXCUSED_SKIPS")
     if report.skipped and excused and not any(word in str(report.longrepr) for word in excused.split(",")):
         report.outcome = "failed"
         report.longrepr = f"skipped although skipping is not allowed here: {report.longrepr}"
+    return report

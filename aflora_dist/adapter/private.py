@@ -64,6 +64,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """A parameter's shape, also where ZeRO-3 shards it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def in_backward() -> bool:
     """Whether this thread is inside of a backward pass, as recomputing with gradient checkpointing is."""
     return backward_pass() != -1
