@@ -1,0 +1,80 @@
+"""Every script in examples/ runs, at its smallest size, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+import aflora_dist  # noqa: F401  # PEFT knows its adapters
+from tests.launch import ROOT, launch
+from tests.runs import command_line
+from tests.small_lm import make_small_language_model
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(script: str, *arguments: object, engine: str = "single", ranks: int = 1) -> str:
+    done = launch(engine, ranks, str(EXAMPLES / script), *map(str, arguments))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def trained_vectors(base: Path, adapter: Path) -> int:
+    """How many s_b of a saved adapter are no longer 0, where they started."""
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), adapter)
+    return sum(bool(p.any()) for name, p in model.named_parameters() if ".s_b" in name)
+
+
+def test_each_script_is_run_below() -> None:
+    here = Path(__file__).read_text()
+    scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"small.py"}
+    assert scripts == set(re.findall(r'run\(\s*"(\w+\.py)"', here))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("ddp", 2), ("zero3", 2)])
+def test_an_own_loop(engine: str, ranks: int, tiny_model: Path, tmp_path: Path) -> None:
+    small = ["--model", tiny_model, "--examples", 64, "--batch", 4, "--out", tmp_path]
+    said = run("own_loop.py", *small, engine=engine, ranks=ranks)
+    updates = 64 // 4 // ranks
+    last = updates - updates // 2  # T - t_f: from there on all are frozen
+    assert re.findall(r"step (\d+): 0 matrices still train", said) == [str(last)]
+    assert re.search(r"accuracy 0\.\d{3}, [2-8] freezes", said)
+    assert trained_vectors(tiny_model, tmp_path) == 12
+
+
+def test_trainer(tiny_model: Path, tmp_path: Path) -> None:
+    said = run("with_trainer.py", "--model", tiny_model, "--examples", 64, "--batch", 8, "--out", tmp_path)
+    assert re.search(r"accuracy [01]\.\d{3}, [2-8] freezes", said)
+    assert trained_vectors(tiny_model, tmp_path / "adapter") == 12
+    assert (tmp_path / "checkpoint-8" / "aflora").is_dir()
+
+
+def test_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    model = make_small_language_model(tmp_path / "model")
+    said = run("with_trl.py", "--model", model, "--examples", 32, "--batch", 4, "--out", tmp_path / "out")
+    assert re.search(r"^[2-9] freezes", said, re.MULTILINE)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "AFLORA"
+
+
+def test_the_main_job_and_what_others_make_of_its_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    chosen = {"model.name": tiny_model, "data.max_train_examples": 128, "data.max_eval_examples": 32}
+    chosen |= {"train.batch_size": 16, "run.dir": tmp_path / "run", "run.tensorboard": False}
+    said = run("main_job.py", *command_line(chosen))
+    frozen = re.findall(r"[\w.]+\.[AB]\b", said)
+    assert len(set(frozen)) == 8  # two layers, up and down, A and B
+    said = run("export_and_serve.py", tmp_path / "run", "--out", tmp_path / "exported")
+    assert "AFLoRA, LoRA and the merged model say the same" in said
+    assert len(re.findall(r"^LABEL_[01] \(0\.\d\d\): ", said, re.MULTILINE)) == 2
+
+
+def test_several_adapters(tiny_model: Path) -> None:
+    said = run("several_adapters.py", "--model", tiny_model, "--steps", 8)
+    assert re.findall(r"^(\w+): 8 matrices froze", said, re.MULTILINE) == ["praise", "long"]
+    assert len(re.findall(r"^(?:praise|long): [01]  ", said, re.MULTILINE)) == 4
