@@ -65,7 +65,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     base, head = task.load(accelerator)
     check_length(config, base)
     if config.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
     model = method.adapt(base, head)
     held = hold(model, head, config.model.train_new, method)
     sampler, batches = task.batches(accelerator)

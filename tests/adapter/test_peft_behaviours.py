@@ -423,7 +423,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str, reentrant: b
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         torch.manual_seed(4)
         model(**inputs(kind)).logits.square().mean().backward()
@@ -436,6 +436,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str, reentrant: b
         close(found[name], gradient)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 def test_a_traced_model_can_be_saved(kind: str) -> None:
     model = adapted(kind).eval()

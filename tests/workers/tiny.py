@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = build_model(**args.adapter)
     if args.checkpointing:
         model.enable_input_require_grads()
-        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = build_optimizer(model, args.groups)
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / (2 * args.steps))
