@@ -384,6 +384,8 @@ def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
         return {str(key): _plain(item, left, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [_plain(item, left, depth + 1) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)  # 2.0 epochs are 2
     if value is None or isinstance(value, bool) or _number(value) is not None:
         return value
     return hex(value) if isinstance(value, int) else _text(str(value))

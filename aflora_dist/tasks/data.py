@@ -10,11 +10,13 @@ import csv
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 from accelerate.state import PartialState
 
 from ..errors import AFLoRAError
@@ -203,13 +205,35 @@ def _files(config: DataConfig) -> Data:
             raise AFLoRAError(f"data.task=files needs data.{split}_file.")
         tables[split] = read_table(name, wanted)
         _check_texts(tables[split], config)
-    names, labels = encode_labels(tables, config.label_column)
+    names, labels = encode_labels(tables, config.label_column, config.regression)
+    if PartialState().is_main_process:
+        print(*dict.fromkeys(_told(tables, config, names, labels["train"])), sep="\n", flush=True)
     splits = {}
     for split, table in tables.items():
         rows = table.rows.remove_columns(config.label_column).add_column(config.label_column, labels[split])
         splits[split] = _standard(rows, tuple(config.text_columns), config.label_column)
     metrics = ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
     return Data("files", splits["train"], {"validation": splits["validation"]}, names, metrics)
+
+
+def _told(tables: dict[str, Table], config: DataConfig, names: list[str] | None, labels: list[Any]) -> Iterator[str]:
+    """What the labels were taken for, and which texts are empty: a line each, to show what nobody meant."""
+    column = f"{tables['train'].name}: column {config.label_column!r} holds"
+    if names is None:
+        whole = config.regression is None and all(label.is_integer() for label in labels)
+        hint = ", all of them whole: if they are classes, say data.regression=false" if whole else ""
+        yield f"{column} numbers to regress to, from {min(labels):g} to {max(labels):g}{hint}."
+    else:
+        found = set(labels)
+        without = [name for number, name in enumerate(names) if number not in found]
+        none_of = f"; it has no example of {listed(without)}" if without else ""
+        yield f"{column} {len(names):,} classes for {len(labels):,} examples: {listed(names)}{none_of}."
+    for table in tables.values():
+        for name in config.text_columns:
+            empty = pc.equal(pc.utf8_trim_whitespace(table.rows.data.column(name)), "")
+            if count := pc.sum(empty).as_py():
+                first = table.where(empty.index(True).as_py())
+                yield f"{first}: it has no text in column {name!r}, the first of {count:,} rows."
 
 
 def _check_texts(table: Table, config: DataConfig) -> None:

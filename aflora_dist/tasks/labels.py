@@ -2,21 +2,24 @@
 
 The whole column of the training file decides, and that of the validation file has to fit:
 
-- Floats, or cells of CSV and TSV that are all numbers, not all of them whole ("0.5", "1e-3"; the others may be whole):
-  numbers to regress to.
+- Floats, or cells of CSV and TSV that are all numbers, one at least written as a float ("0.5", "1e-3", "1.0"): numbers
+  to regress to, unless the user says that they are classes ("0.0" and "1.0" are what pandas makes of class numbers
+  beside a missing one).
 - Whole numbers without sign or leading zeros, of which at least half of those from 0 to the largest occur: class
   numbers. They keep their numbers, so that there are as many classes as the largest and one. False and true of JSON and
   parquet are 0 and 1.
 - All else: class names, numbered in alphabetical order, and by their size where all are whole numbers. "01" and "1" are
   two names, and so are "True" and "true".
 
-Cells that are almost numbers (a decimal comma, a percent sign, "NA" or text among numbers) are refused.
+Cells that are almost numbers (a decimal comma, a percent sign, "NA" or text among numbers) are refused, and so are
+names that look the same.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,7 +34,7 @@ _SIGNED = re.compile("[+-]?(?:0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ALMOST = re.compile(r"[+-]?[0-9][0-9.,' ]*\s?%?")
 _NOT_FINITE = {"nan", "inf", "infinity"}
-_MISSING = _NOT_FINITE | {"na", "n/a", "<na>", "null", "nil", "none", "-", "?", "."}
+_MISSING = _NOT_FINITE | {"na", "n/a", "<na>", "null", "nil", "none", "-", "?", ".", "\\n", "#n/a", "#null!"}
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,26 @@ class _Column:
         return f"{self.table.where(row)}, column {self.name!r}"
 
 
-def encode_labels(tables: dict[str, Table], column: str) -> tuple[list[str] | None, dict[str, list[Any]]]:
+def encode_labels(
+    tables: dict[str, Table], column: str, regression: bool | None = None
+) -> tuple[list[str] | None, dict[str, list[Any]]]:
     """Class names by number (None for regression), and each split's labels as class numbers, or as floats.
 
     Args:
         tables: Those of the splits "train" and "validation".
+        regression: What the user says they are: numbers to regress to; classes, whose 1.0 is 1; None: as above.
 
     Raises:
         AFLoRAError: A label that is missing, of another kind than others, not finite, or not among those of the
             training file, with its line; a training file with one class only.
     """
     columns = {split: _column(table, column) for split, table in tables.items()}
+    if regression:
+        return None, {split: _floats(labels) for split, labels in columns.items()}
+    if regression is False:
+        columns = {split: _as_classes(labels) for split, labels in columns.items()}
     train = columns["train"]
-    numbers = train.kind == "numbers" or (train.kind == "cells" and _are_numbers(train))
+    numbers = train.kind == "numbers" or (train.kind == "cells" and _are_numbers(train) and regression is None)
     for other in columns.values():
         if not _go_together(train.kind, other.kind, numbers):
             raise AFLoRAError(
@@ -77,9 +87,12 @@ def encode_labels(tables: dict[str, Table], column: str) -> tuple[list[str] | No
         texts = _texts(labels) if labels.kind == "cells" else labels.values
         for row, label in enumerate(texts):
             if label not in place:
+                value = number(label)
+                meant = None if value is None else _class_of(value)
+                hint = " data.regression=false takes 1.0 for 1." if meant in place else ""
                 raise AFLoRAError(
                     f"{labels.where(row)}: it has the label {shown(label)}, which the training file "
-                    f"{train.table.name} does not have. Its labels are: {listed(names)}."
+                    f"{train.table.name} does not have. Its labels are: {listed(names)}.{hint}"
                 )
         numbered[split] = [place[label] for label in texts]
     return names, numbered
@@ -119,10 +132,28 @@ def _column(table: Table, column: str) -> _Column:
     )
 
 
+def _as_classes(labels: _Column) -> _Column:
+    """Numbers as the names of classes, 1.0 as 1."""
+    if labels.kind == "numbers":
+        texts = [_class_of(value) for value in _floats(labels)]
+        return _Column(labels.table, labels.name, "class numbers", texts)
+    if labels.kind == "cells":
+        texts = []
+        for cell in labels.values:
+            value = None if _SIGNED.fullmatch(cell.strip()) else number(cell)
+            texts.append(cell if value is None else _class_of(value))
+        return _Column(labels.table, labels.name, "cells", texts)
+    return labels
+
+
+def _class_of(value: float) -> str:
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
 def _go_together(train: str, other: str, numbers: bool) -> bool:
     if numbers:
         return other != "names"
-    return train == other or "cells" in (train, other)
+    return train == other or ("cells" in (train, other) and other != "numbers")
 
 
 def _are_numbers(labels: _Column) -> bool:
@@ -164,7 +195,7 @@ def _floats(labels: _Column) -> list[float]:
     for row, value in enumerate(labels.values):
         wanted = number(value) if isinstance(value, str) else value
         if wanted is None and not is_spelled_not_finite(value):
-            raise AFLoRAError(f"{labels.where(row)}: the label {shown(value)} is no number, as those of train are.")
+            raise AFLoRAError(f"{labels.where(row)}: the label {shown(value)} is no number to regress to.")
         if wanted is None or not math.isfinite(wanted):
             raise AFLoRAError(f"{labels.where(row)}: the label {str(value)!r} is not finite.")
         found.append(float(wanted))
@@ -188,11 +219,18 @@ def _class_names(columns: dict[str, _Column], column: str) -> list[str]:
         seen = {int(text) for text in names | others if _WHOLE.fullmatch(text) and int(text) < count}
         if len(seen) * 2 >= count:
             return [str(i) for i in range(count)]
-    blank = next((row for row, name in enumerate(train.values) if name != name.strip() and name.strip() in names), None)
-    if blank is not None:
-        raise AFLoRAError(
-            f"{train.where(blank)}: the label {train.values[blank]!r} differs from another by blanks alone. Remove "
-            f"them."
-        )
+    looks: dict[str, str] = {}  # look -> name
+    for name in sorted(names, key=len):
+        other = looks.setdefault(_look(name), name)
+        if other != name:
+            raise AFLoRAError(
+                f"{train.where(list(train.values).index(name))}: the label {name!a} differs from {other!a} by blanks "
+                f"alone, or by what is not seen. Write them alike."
+            )
     whole = all(_SIGNED.fullmatch(name) and len(name) < 1000 for name in names)
     return sorted(names, key=lambda name: (int(name) if whole else 0, name))
+
+
+def _look(name: str) -> str:
+    """A name without the blanks around it, and without characters that are not seen."""
+    return "".join(c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) != "Cf").strip()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -159,7 +160,7 @@ def _readable(config: ModelConfig) -> Iterator[None]:
     """Turn what transformers raises for a model that it cannot load into an AFLoRAError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         reason = " ".join((str(error).strip() or type(error).__name__).split())
         raise AFLoRAError(
             f"The model {config.name!r} could not be loaded: {reason[:300]} (model.name is a folder, a hub id, a "

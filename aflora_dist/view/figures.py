@@ -47,8 +47,8 @@ def freeze_map(names: Sequence[str], frozen: Mapping[str, int], total_steps: int
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="layer")
     several = len({stack for stack, _ in columns}) > 1
     labels = [f"{stack.split('.')[0]} {layer}" if several else str(layer) for stack, layer in columns]
-    axis.set_xticks(range(len(columns)), labels, rotation=90 if several else 0, fontsize=8)
-    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_xticks(range(len(columns)), labels, rotation=90 if several else 0, fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
     axis.set_title(f"{len(frozen)} of {len(names)} projection matrices frozen", fontsize=10)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)

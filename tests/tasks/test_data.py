@@ -129,8 +129,9 @@ def own(path: Path, **options: Any) -> Data:
     ("suffix", "content", "said"),
     [
         ("csv", "good film,pos\nbad film,neg\n", r"file.csv has no column 'text'; its columns are: good film, pos\."),
-        ("csv", "text;label\na;1\n", r"its columns are: text;label \(separated by commas"),
-        ("csv", "text, label\na,1\n", r"has no column 'label'; its columns are: text, ' label'\."),
+        ("csv", "text, label\na,1\n", r"no column 'label'; its columns are: text, ' label'\. ' label' is written othe"),
+        ("csv", "Text,x\na,1\n", r"has no column 'text'; its columns are: Text, x\. 'Text' is written otherwise"),
+        ("csv", "\u200btext,label\na,1\n", r"its columns are: '.u200btext', label\. '.u200btext' is written otherwise"),
         ("jsonl", '{"text": "a", "label": 0}\n{"text": 5}', r"line 2, column 'text': a number"),
         ("jsonl", '{"text": 4, "label": 0}\n{"text": 5}', r"line 1: it has '4' in column 'text', which is not text"),
         ("jsonl", '{"text": "a", "label": 0}\n{"text": ["b"]}', r"line 2: it has .* in column 'text', which is not te"),

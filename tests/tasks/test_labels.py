@@ -23,9 +23,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def load(train: Path, validation: Path | None = None) -> Data:
+def load(train: Path, validation: Path | None = None, regression: bool | None = None) -> Data:
     files = {"train_file": str(train), "validation_file": str(validation or train)}
-    return load_data(DataConfig(task="files", **files), seed=0)
+    return load_data(DataConfig(task="files", regression=regression, **files), seed=0)
 
 
 def csv(path: Path, labels: list[str]) -> Path:
@@ -64,8 +64,7 @@ CELLS: dict[str, tuple[list[str], list[str] | None, list[Any]]] = {
     "other numerals": (["\u0661", "\u0662"], ["\u0661", "\u0662"], [0, 1]),
     "with a comma": (["a, b", "c"], ["a, b", "c"], [0, 1]),
     "floats": (["0.5", "-1", "2.", ".5", "1e-3", " 3.0"], None, [0.5, -1.0, 2.0, 0.5, 0.001, 3.0]),
-    "whole floats": (["1.0", "2.0"], None, [1.0, 2.0]),
-    "exponents": (["1e5", "2"], None, [100000.0, 2.0]),
+    "exponents": (["1e5", "2.5"], None, [100000.0, 2.5]),
 }
 
 
@@ -114,7 +113,12 @@ REFUSED_CELLS: dict[str, tuple[list[str], str]] = {
     ),
     "a leading zero among floats": (["0.5", "00.5"], r"line 3, column 'label': the label '00.5' is no number"),
     "a name among floats": (["3.5", "good"], r"line 3, column 'label': the label 'good' is no number"),
-    "a blank more": (["a", "b", "a "], r"line 4, column 'label': the label 'a ' differs from another by blanks alone"),
+    "a blank more": (["a", "b", "a "], r"line 4, column 'label': the label 'a ' differs from 'a' by blanks alone"),
+    "a blank that does not break": (["a", "a\u00a0"], r"line 3, .* the label 'a\\xa0' differs from 'a' by"),
+    "what is not seen": (["a", "b", "a\u200b"], r"line 4, .* the label 'a\\u200b' differs from 'a' by"),
+    "an accent of its own": (["\u00e9", "e\u0301"], r"line 3, .* the label 'e\\u0301' differs from '\\xe9' by"),
+    "MySQL's NULL": (["0", "1", r"\N"], r"line 4, column 'label': the label .* is no number, but '0'"),
+    "Excel's NA": (["0", "#N/A", "1"], r"line 3, column 'label': the label '#N/A' is no number, but '0'"),
     "one class": (["a", "a"], r"Column 'label' of the training file .* holds one class only"),
     "one number": (["1", "1"], r"holds one class only"),
 }
@@ -208,7 +212,7 @@ def test_json_values_that_are_no_labels_are_refused(labels: list[Any], expected:
         (["a", "b"], ["a", "1"], r"line 3, .* the label '1'"),
         (["0", "1"], ["0", "2"], r"line 3, .* the label '2', .* Its labels are: 0, 1\."),
         (["0", "1"], ["0", "01"], r"line 3, .* the label '01'"),
-        (["0", "1"], ["0.0", "1.0"], r"line 2, .* the label '0.0'"),
+        (["0", "1"], ["0.0", "1.0"], r"line 2, .* the label '0.0'.* data.regression=false takes 1.0 for 1\."),
         (["0.5", "1"], ["0", "good"], r"line 3, column 'label': the label 'good' is no number"),
         (["0.5", "1"], ["0", "nan"], r"line 3, column 'label': the label 'nan' is not finite"),
         ([f"n{i}" for i in range(500)], ["x"], r"Its labels are: n0, n1, .*\.\.\. \(500 in all\)"),
@@ -245,3 +249,71 @@ def test_files_of_different_kinds_fit_where_their_labels_do(tmp_path: Path) -> N
     assert list(data.evaluation["validation"]["label"]) == [0.0, 1.0]
     few, all_of_them = csv(tmp_path / "few.csv", ["1", "9"]), csv(tmp_path / "all.csv", [str(i) for i in range(10)])
     assert load(few, all_of_them).labels == [str(i) for i in range(10)]  # class numbers, though train has few of them
+    numbers = parquet(tmp_path / "c.parquet", pa.array([0.0, 1.0]))
+    for labels in (["1", "0"], ["b", "a"]):
+        with pytest.raises(AFLoRAError, match=r"different kinds: cells in .*\.csv, numbers in .*\.parquet"):
+            load(csv(cells, labels), numbers)
+
+
+SAID: dict[str, tuple[bool, list[Any], list[Any], list[str] | None, list[Any]]] = {
+    "class numbers of pandas": (False, ["0.0", "2.0", "1.0"], [0.0, 1.0, 2.0], ["0", "1", "2"], [0, 2, 1]),
+    "classes with signs": (False, ["-1.0", "1"], [-1.0, 1.0], ["-1", "1"], [0, 1]),
+    "classes of half stars": (False, ["0.5", "1.0", "1.5"], [0.5, 1.0, 1.5], ["0.5", "1", "1.5"], [0, 1, 2]),
+    "many digits": (False, ["9" * 30, "1.0"], [1.0, 1.0], ["1", "9" * 30], [1, 0]),
+    "stars": (True, ["1", "5", "3"], [1, 5, 3], None, [1.0, 5.0, 3.0]),
+    "whole numbers": (True, ["1.0", "-2.0"], [1.0, -2.0], None, [1.0, -2.0]),
+    "numbers as text": (True, ["1.5", "2"], ["1.5", "2"], None, [1.5, 2.0]),
+}
+
+
+@pytest.mark.parametrize("labels", [["0.0", "1.0", "2.0"], ["1", "0.", "2"], ["100", "1E+05"]])
+def test_whole_numbers_written_as_floats_are_regressed_to_and_a_line_says_so(
+    labels: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = csv(tmp_path / "train.csv", labels)
+    assert load(path).labels is None
+    assert "all of them whole: if they are classes, say data.regression=false." in capsys.readouterr().out
+    assert load(path, regression=True).labels is None
+    assert "all of them whole" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_labels_are_can_be_said(case: str, tmp_path: Path) -> None:
+    regression, cells, typed, names, numbers = SAID[case]
+    train, validation = csv(tmp_path / "train.csv", cells), jsonl(tmp_path / "dev.jsonl", typed)
+    data = load(train, validation, regression)
+    assert data.labels == names
+    assert list(data.train["label"]) == numbers
+    if cells[0][0] != "9":
+        assert sorted(data.evaluation["validation"]["label"]) == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    ("regression", "labels", "expected"),
+    [
+        (True, ["1", "good"], r"line 3, column 'label': the label 'good' is no number to regress to"),
+        (True, ["1", "1,5"], r"line 3, column 'label': the label '1,5' is no number to regress to"),
+        (True, ["1", "nan"], r"line 3, column 'label': the label 'nan' is not finite"),
+        (False, ["0.0", "NA", "1.0"], r"line 3, column 'label': the label 'NA' is no number, but '0'"),
+    ],
+)
+def test_what_is_said_of_labels_has_to_fit(regression: bool, labels: list[str], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(AFLoRAError, match=expected):
+        load(csv(tmp_path / "train.csv", labels), regression=regression)
+
+
+def test_what_labels_were_taken_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stars, names = csv(tmp_path / "stars.csv", ["1", "2", "4"]), csv(tmp_path / "names.csv", ["pos", "NA", "neg"])
+    scores = tmp_path / "scores.csv"
+    scores.write_text("text,label\na,0.5\n ,3\n,1\n")
+    for path, said in (
+        (stars, "5 classes for 3 examples: 0, 1, 2, 3, 4; it has no example of 0, 3.\n"),
+        (names, "3 classes for 3 examples: NA, neg, pos.\n"),
+        (
+            scores,
+            "numbers to regress to, from 0.5 to 3.\n"
+            f"{scores}, line 3: it has no text in column 'text', the first of 2 rows.\n",
+        ),
+    ):
+        load(path)
+        assert capsys.readouterr().out == f"{path}: column 'label' holds {said}"

@@ -14,7 +14,7 @@ from aflora_dist import AFLoRAError
 from aflora_dist.tasks.sft.answers import Answer, last_number
 from aflora_dist.tasks.sft.batching import IGNORED
 from aflora_dist.tasks.sft.encode import PLAIN_TEMPLATE, Encoder
-from aflora_dist.tasks.sft.examples import load_examples, question
+from aflora_dist.tasks.sft.examples import load_examples, question, turns
 from aflora_dist.tasks.sft.problems import word_problems
 from aflora_dist.tasks.sft.task import LanguageModelling
 from aflora_dist.training.config import Config, DataConfig, ModelConfig, TrainConfig, parse
@@ -136,6 +136,16 @@ def test_files_of_every_kind_are_read(suffix: str, tmp_path: Path) -> None:
     assert (len(train), len(held)) == (2, 1)
 
 
+def test_an_empty_completion_is_none() -> None:
+    found = encode({"prompt": ["how many ?"] * 3, "completion": ["", None, "Ada"]})
+    assert found["count"] == [0, 0, 2]  # rather than to learn to say nothing
+
+
+def test_a_turn_that_calls_a_tool_needs_no_content() -> None:
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    assert turns({"messages": [CHAT[0], turn]}, None)[1] == {key: turn[key] for key in ("role", "tool_calls")}
+
+
 def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     split = datasets.Dataset.from_dict({"text": ["a", "b"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": split, "test": split})
@@ -186,9 +196,33 @@ def test_what_is_not_understood_is_refused_with_what_is(
         ),
         (
             "jsonl",
-            '{"messages": [{"role": "user"}]}\n{"messages": ["b"]}',
+            '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": ["b"]}',
             r"line 2: column messages holds neither text n",
         ),
+        (
+            "jsonl",
+            '{"messages": [{"role": "human", "content": "a"}]}',
+            r"line 1: column messages has the role 'human'; roles",
+        ),
+        (
+            "jsonl",
+            '{"messages": [{"role": "Assistant", "content": "a"}]}',
+            r"line 1: .* has the role 'Assistant'; roles",
+        ),
+        ("jsonl", '{"messages": [{"role": 1, "content": "a"}]}', r"line 1: column messages has the role 1; roles are"),
+        (
+            "jsonl",
+            '{"messages": [{"role": "user", "content": 5}]}',
+            r"line 1: .* a turn of the user whose content is no te",
+        ),
+        (
+            "jsonl",
+            '{"prompt": [{"role": "user"}], "completion": "b"}',
+            r"line 1: column prompt has a turn of the user who",
+        ),
+        ("jsonl", '{"instruction": "a", "input": ["b"], "output": "c"}', r"line 1: column input holds no text"),
+        ("jsonl", '{"instruction": 5, "input": "b", "output": "c"}', r"line 1: column instruction holds no text"),
+        ("csv", "prompt,completion\na,b\nprompt,completion\nc,d\n", r"line 3: the header again"),
         ("csv", 'messages\n"[]"\n', r"line 2: column messages holds neither text nor a list"),
         ("csv", "prompt,reply\na,b\n", r"has the columns prompt, reply, which are none"),
         ("csv", "prompt,completion\na, b,c\n", r"line 2: 3 fields, the header has 2"),

@@ -163,6 +163,13 @@ def test_runs_of_earlier_releases_lack_fields_and_sections(folder: Path, capsys:
     assert found.warnings == []
 
 
+def test_two_epochs_are_two_however_they_are_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = (folder / "seed_0" / "config.yaml").read_text()
+    (folder / "seed_0" / "config.yaml").write_text(config.replace("epochs: 2", "epochs: 2.0"))
+    (row,) = Collected(folder, capsys).rows
+    assert row["seeds"] == 3
+
+
 def test_links_in_a_circle_and_twice_to_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "seed_0" / "up").symlink_to(folder)
     (folder / "round").symlink_to(folder / "round")

@@ -100,6 +100,13 @@ def test_show_and_its_figures_do_with_the_fields_that_an_earlier_release_wrote(
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["curves.png", "freeze_map.png"]
 
 
+def test_names_are_no_formulas_in_figures(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    log = (run / "freeze_log.jsonl").read_text()
+    (run / "freeze_log.jsonl").write_text(log.replace("intermediate", r"$\\frac{1}{$"))
+    assert show([str(run), "--figures", str(tmp_path / "figures")]) == 0
+
+
 def test_names_are_taken_apart_into_layer_and_kind() -> None:
     llama = "base_model.model.model.layers.11.mlp.up_proj.aflora.default.B"
     assert place(llama) == Place("model.layers", 11, "mlp.up_proj B")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -345,6 +346,19 @@ def test_what_is_missing_is_said(cuda_run: Path, capsys: pytest.CaptureFixture[s
     assert "note: Of 4 ranks there are no traces of 2, 3." in said
     assert main([str(cuda_run), "--ranks", "0"]) == 0
     assert "note: 1_before has" not in capsys.readouterr().out
+
+
+def test_odd_names_pipes_and_sizes_do_not_stop_it(
+    cuda_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    window = cuda_run / "tensorboard" / "profile" / "1_before"
+    os.mkfifo(window / "a_host_2.1.pt.trace.json")
+    write(cuda_run, "3_after", 1, cuda_trace(), world=10**12)
+    (cuda_run / "tensorboard" / "profile" / "2_middle").rename(window.parent / "\udcff")
+    assert main([str(cuda_run), "--html", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert f"note: {window / 'a_host_2.1.pt.trace.json'} is not a file." in said
+    assert "note: Of 1000000000000 ranks there are no traces of 2, 3, 4, 5, 6, 7, 8, 9, ...." in said
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ _GRAMMARS = {
 }
 # The characters that make a program quote a cell: Python's csv module and pandas; Excel.
 _QUOTING_PROGRAMS = ('\t\r\n"', '\t\r\n",')
+_TAB = "\t"
 Row = tuple[int, list[str]]  # the line in which it begins, its cells
 
 
@@ -71,6 +72,7 @@ def _columns(path: Path, rows: Iterator[Row], wanted: Collection[str], separator
         _, header = next(rows, (0, None))
         if header is None:
             raise AFLoRAError(f"{path} is empty. Its first line has to name the columns, separated by {separators}.")
+        _refuse_separators(path, header, wanted, separators)
         places = positions(path, header, wanted)
         values: dict[str, list[str]] = {name: [] for name in places}
         for line, cells in rows:
@@ -78,11 +80,24 @@ def _columns(path: Path, rows: Iterator[Row], wanted: Collection[str], separator
                 found = f"{path}, line {line}: {len(cells)} fields, the header has {len(header)}."
                 ends = len(cells) == len(header) + 1 and not cells[-1]
                 raise AFLoRAError(f"{found} {'The last one is empty: remove it.' if ends else hint}".rstrip())
+            if len(header) > 1 and [cells[0].removeprefix("\ufeff"), *cells[1:]] == header:
+                raise AFLoRAError(f"{path}, line {line}: the header again, as between two files. Leave it out.")
             lines.append(line)
             for name, place in places.items():
                 values[name].append(cells[place])
     arrays = {name: pa.array(cells, pa.string()) for name, cells in values.items()}
     return Found(header, arrays, pa.array(lines, pa.int64()))
+
+
+def _refuse_separators(path: Path, header: list[str], wanted: Collection[str], separators: str) -> None:
+    if header[0] not in wanted and re.fullmatch("sep=.?", header[0]):
+        raise AFLoRAError(f"{path}, line 1: {shown(header[0])} is for Excel alone. Remove the line.")
+    found = next((character for character in ",;\t|" if character in header[0]), None)
+    if len(header) == 1 and found is not None and header[0] not in wanted:
+        raise AFLoRAError(
+            f"{path}, line 1: {shown(header[0])} is one name, for columns are separated by {separators} in "
+            f"{path.suffix}. Save it with {separators}{', or name it .tsv' if found == _TAB else ''}."
+        )
 
 
 def _quoted_rows(path: Path, delimiter: str) -> Iterator[Row]:

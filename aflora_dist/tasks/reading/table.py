@@ -32,7 +32,13 @@ _READERS: dict[str, Callable[[Path, Collection[str]], Found]] = {
     ".jsonl": read_json,
     ".parquet": read_parquet,
 }
-_VERSION = 1  # of what the readers make of a file: raise it when that changes
+_VERSION = 2  # of what the readers make of a file: raise it when that changes
+# What was downloaded in place of a file.
+_STANDS_FOR = {
+    b"version https://git-lfs.github.com/": "only Git LFS's pointer to the file. Get the file: git lfs pull",
+    b"<!doctype html": "a web page. Download the file itself",
+    b"<html": "a web page. Download the file itself",
+}
 _LINE = "\n"  # no column that anybody wants
 
 
@@ -60,8 +66,9 @@ class Table:
 
     def lacks(self, column: str) -> AFLoRAError:
         """The error that says so, with the columns that it has."""
-        separated = " (separated by commas in .csv, by tabs in .tsv)" if self.untyped and len(self.columns) == 1 else ""
-        return AFLoRAError(f"{self.name} has no column {column!r}; its columns are: {listed(self.columns)}{separated}.")
+        near = next((name for name in self.columns if _plain(name) == _plain(column)), None)
+        hint = f" {near!r} is written otherwise." if near is not None else ""
+        return AFLoRAError(f"{self.name} has no column {column!r}; its columns are: {listed(self.columns)}.{hint}")
 
     def type(self, column: str) -> pa.DataType:
         """A column's type."""
@@ -105,11 +112,20 @@ def read(path: Path, wanted: Collection[str]) -> pa.Table:
     Raises:
         AFLoRAError: It cannot be read, or holds no row.
     """
+    with path.open("rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, kind in _STANDS_FOR.items():
+        if start.startswith(beginning):
+            raise AFLoRAError(f"{path} is {kind}.")
     found = _READERS[path.suffix.lower()](path, wanted)
     if len(found.lines) == 0:
         raise AFLoRAError(f"{path} is empty: it names columns, but has no rows.")
     table = pa.table({_LINE: found.lines, **found.values})
     return table.replace_schema_metadata({"columns": json.dumps(found.columns)})
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name if character.isprintable()).strip().casefold()
 
 
 def _existing(name: str) -> Path:

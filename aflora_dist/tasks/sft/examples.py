@@ -24,6 +24,9 @@ _ACCEPTED = (
     '"messages" (a chat: a list of {"role", "content"}); "prompt" and "completion" (texts or messages); "instruction", '
     '"input" (may be missing) and "output"; or "text"'
 )
+# What others call them. Templates write any role as it is, and would learn nothing from these.
+_OTHER_ROLES = dict.fromkeys(("human", "user"), "user") | {"system": "system"}
+_OTHER_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "assistant"), "assistant")
 Turn = dict[str, Any]
 
 
@@ -142,8 +145,10 @@ def turns(row: Mapping[str, Any], system: str | None) -> list[Turn]:
     elif "prompt" in row:
         found = _spoken(row["prompt"], "user", "prompt") + _spoken(row.get("completion"), "assistant", "completion")
     else:
-        given = row.get("input")
-        asked = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
+        asked, given = row["instruction"], row.get("input")
+        if given is not None and not (isinstance(given, str) and isinstance(asked, str)):
+            raise ValueError(f"column {'input' if isinstance(asked, str) else 'instruction'} holds no text")
+        asked = f"{asked}\n\n{given}" if given else asked
         found = _spoken(asked, "user", "instruction") + _spoken(row.get("output"), "assistant", "output")
     if not found:
         raise ValueError("nothing is said in it")
@@ -159,7 +164,7 @@ def question(row: Mapping[str, Any]) -> str:
 
 
 def _spoken(value: Any, role: str, column: str) -> list[Turn]:
-    if value is None and role == "assistant":
+    if role == "assistant" and (value is None or value == ""):  # a cell of a CSV file has no other way to be missing
         return []
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, column)
 
@@ -167,4 +172,12 @@ def _spoken(value: Any, role: str, column: str) -> list[Turn]:
 def _messages(value: Any, column: str) -> list[Turn]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
         raise ValueError(f'column {column} holds neither text nor a list of {{"role", "content"}}')
-    return [{key: part for key, part in turn.items() if part is not None} for turn in value]  # Arrow fills up with None
+    found = [{key: part for key, part in turn.items() if part is not None} for turn in value]  # None is Arrow's
+    for turn in found:
+        role, content = turn.get("role"), turn.get("content")
+        meant = _OTHER_ROLES.get(role.strip().lower()) if isinstance(role, str) else "user"
+        if meant is not None and role != meant:
+            raise ValueError(f'column {column} has the role {role!r}; roles are "system", "user" and "assistant"')
+        if not isinstance(content, str | list) and not (content is None and len(turn) > 1):  # it may call a tool
+            raise ValueError(f"column {column} has a turn of the {role} whose content is no text")
+    return found

@@ -52,7 +52,7 @@ class LanguageModelling:
 
     def _check_answers(self) -> None:
         answers = self.held["answer"][:] if "answer" in self.held.column_names else []
-        self.asked = [row for row, right in enumerate(answers) if right is not None]
+        self.asked = [row for row, right in enumerate(answers) if right not in (None, "")]
         for row in self.asked:
             if last_number(answers[row]) is None:
                 raise AFLoRAError(

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 from rich import box
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...errors import AFLoRAError, writing
+from ..terminal import console as create_console
 from .analysis import RankReport, WindowReport, report_rank, waits
 from .page import page
 from .reader import RankTrace, TraceError, rank_in_name, read_trace
@@ -42,6 +44,9 @@ def read_run(run: Path, only: Sequence[int] | None = None) -> tuple[list[WindowR
         reports: list[RankReport] = []
         for file in sorted(file for file in folder.iterdir() if not file.name.endswith(".memory.pickle")):
             if only is not None and rank_in_name(file) not in (None, *only):
+                continue
+            if file.exists() and not file.is_file():  # a pipe would be waited for
+                problems.append(f"{file} is not a file.")
                 continue
             try:
                 trace = read_trace(file)
@@ -78,7 +83,7 @@ def _notes(windows: Sequence[WindowReport], profile: Path, world: int, only: Seq
     for window in windows:
         if absent := sorted(present - {r.rank for r in window.ranks}):
             said.append(f"{window.name} has no trace of rank {', '.join(map(str, absent))}.")
-    if only is None and (absent := sorted(set(range(world)) - present)):
+    if only is None and (absent := list(islice((rank for rank in range(world) if rank not in present), 9))):
         listed = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
         said.append(f"Of {world} ranks there are no traces of {listed}.")
     if snapshots := sorted(profile.glob("*/*.memory.pickle")):
@@ -116,7 +121,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page that needs no network")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers")
     args = parser.parse_args(arguments)
-    console = Console()
+    console = create_console()
     try:
         windows, problems = read_run(args.run, args.ranks)
         for sheet in sheets(windows):
@@ -125,7 +130,9 @@ def main(arguments: list[str]) -> int:
             console.print(Text(f"note: {problem}"), soft_wrap=True)
         if args.html is not None:
             with writing("The page", args.html):
-                args.html.write_text(page(args.run.resolve().name, windows, problems), encoding="utf-8")
+                args.html.write_text(
+                    page(args.run.resolve().name, windows, problems), encoding="utf-8", errors="replace"
+                )
         if args.json is not None:
             numbers = {"run": str(args.run), "windows": [asdict(window) for window in windows], "notes": problems}
             with writing("The numbers", args.json):
