@@ -53,7 +53,10 @@ def launched_processes() -> int:
     ):
         if not 0 <= value < size:
             raise LaunchError(f"{name}={value} does not fit to {size_name}={size}: ranks count from 0. {_LAUNCHERS}")
-    if world == 1 and not _asked("DEEPSPEED"):
+    if local_world > world:
+        raise LaunchError(f"LOCAL_WORLD_SIZE={local_world} is more than WORLD_SIZE={world}. {_LAUNCHERS}")
+    joins = bool(os.environ.get("LOCAL_RANK"))  # by which accelerate tells
+    if world == 1 and not joins and not _asked("DEEPSPEED"):
         for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"):
             if (others := _variable(name, 1)) > 1:
                 raise AFLoRAError(
@@ -62,7 +65,8 @@ def launched_processes() -> int:
         return 1
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in names if not os.environ.get(name)]:
-        asked = f"WORLD_SIZE={world}" if world > 1 else "DeepSpeed is asked for"
+        asked = "DeepSpeed is asked for" if _asked("DEEPSPEED") else f"LOCAL_RANK={local_rank}"
+        asked = f"WORLD_SIZE={world}" if world > 1 else asked
         raise AFLoRAError(
             f"{asked}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: the processes cannot "
             f"find each other. {_LAUNCHERS}"
@@ -72,10 +76,11 @@ def launched_processes() -> int:
         raise AFLoRAError(f"MASTER_PORT={port} is not a port: give one from 1024 to 65535.")
     try:
         socket.getaddrinfo(address, port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
         raise AFLoRAError(
-            f"MASTER_ADDR={address}, where the ranks are to meet, is not a known host ({error.strerror}). Give the "
-            f"name or address of the node of rank 0 (--main_process_ip)."
+            f"MASTER_ADDR={address[:80]}, where the ranks are to meet, is not a known host "
+            f"({getattr(error, 'strerror', None) or error}). Give the name or address of the node of rank 0 "
+            f"(--main_process_ip)."
         ) from None
     return world
 
@@ -114,6 +119,8 @@ def launched_accelerator(**options: Any) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several and on_cpu else [],
             **options,
         )
+    except (ValueError, ImportError) as error:  # what it makes of ACCELERATE_* variables
+        raise AFLoRAError(_not_set_up(error)) from None
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "Gloo connectFullMesh" not in str(error):
             raise
@@ -127,8 +134,17 @@ def launched_accelerator(**options: Any) -> Accelerator:
     return accelerator
 
 
+def _not_set_up(error: Exception) -> str:
+    """Why there is no Accelerator, from what accelerate says of it."""
+    given = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    return f"accelerate cannot do what the launcher asks for: {reason}. It is asked by {', '.join(given) or 'nothing'}."
+
+
 def _check_devices(on_cpu: bool, precision: str) -> None:
     """Raise for more ranks than GPUs and for fp16 without one; say it where GPUs could be used and none is seen."""
+    if precision.lower() not in ("no", "", "fp16", "bf16"):
+        raise AFLoRAError(f"mixed precision {precision!r} is not supported: use --mixed_precision bf16, fp16 or no.")
     if on_cpu:
         if precision == "fp16" and not _asked("DEEPSPEED"):
             raise AFLoRAError("fp16 needs a GPU: on a CPU use --mixed_precision bf16, or no.")

@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from aflora_dist import AFLoRAConfig
+from aflora_dist.freezing import CubicSchedule, FreezingPolicy
 from aflora_dist.methods.choose import create_method
 from aflora_dist.plan.command import main as plan_main
+from aflora_dist.plan.events import Freezes
 from aflora_dist.plan.launches import Launch
 from aflora_dist.plan.memory import Shape, weights_of
 from aflora_dist.plan.model import PlannedModel
@@ -68,6 +70,15 @@ def measured(
         return done[engine, precision]
 
     return run
+
+
+def test_what_is_said_of_the_data_is_not_part_of_the_json(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_main([*arguments, "--ranks", "1", "--json"]) == 0
+    printed, said = capsys.readouterr()
+    assert json.loads(printed)
+    assert "column 'label' holds 2 classes" in said
 
 
 def test_the_demos_language_model_is_planned_from_its_files_header(capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,3 +389,18 @@ def test_a_dry_run_says_that_its_folder_is_taken(arguments: list[str], tmp_path:
     assert run_main([*arguments, "--dry_run"]) == 0
     assert "already holds a run (adapter)" in " ".join(capsys.readouterr().out.split())
     assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "adapter"]
+
+
+def test_freezes_of_a_training_without_end_in_sight_are_found_at_once_and_as_step_by_step() -> None:
+    names = [f"model.layers.{i}.up.aflora.default.A" for i in range(5)]
+    numels = {name: 10 + i for i, name in enumerate(names)}
+    policy = FreezingPolicy(names, pairwise=False)
+    for every, shape in ((1, "cubic"), (7, "cubic"), (3, "quadratic")):
+        schedule = CubicSchedule(total_steps=60, initial_steps=9, final_steps=20, every=every, shape=shape)
+        freezes = Freezes(schedule, policy, numels, trainable=100)
+        counts = [schedule.count(step, 5) for step in range(60)]
+        assert freezes.counts == [(t, n) for t, n in enumerate(counts) if n > (counts[t - 1] if t else 0)]
+        left = [100 - 12 * frozen for frozen in [0, *counts[:-1]]]
+        assert freezes.average.expected == pytest.approx(sum(left) / 60)
+    long = CubicSchedule(total_steps=10**12, initial_steps=10**10, final_steps=10**11)
+    assert [event.freezes for event in Freezes(long, policy, numels, trainable=100).events] == [1] * 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -55,7 +56,8 @@ def main(arguments: list[str]) -> int:
         if options.examples is not None and options.examples < 1:
             raise AFLoRAError(f"--examples must be at least 1, got {options.examples}.")
         PartialState(cpu=True)  # a plan needs no GPU, and takes none
-        plan = make_plan(config, launches, examples=options.examples)
+        with redirect_stdout(sys.stderr):  # what is said of the data is not part of the plan
+            plan = make_plan(config, launches, examples=options.examples)
     except AFLoRAError as error:
         print(f"aflora: error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2

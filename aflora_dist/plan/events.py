@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ..freezing import CubicSchedule, FreezingPolicy
 
@@ -60,10 +61,18 @@ class Freezes:
         sizes = sorted(sum(numels[name] for name in names) for names in policy.units.values())
         self._least, self._most = [0, *accumulate(sizes)], [0, *accumulate(reversed(sizes))]
         self._units, self._in_unit = len(policy), len(numels) // max(len(policy), 1)
-        counts = [schedule.count(step, self._units) for step in range(schedule.total_steps)]
-        before = [0, *counts]  # frozen before each update
-        self.counts = [(step, counts[step]) for step in range(len(counts)) if counts[step] > before[step]]
-        self._before = before[: len(counts)]
+        self.counts = self._counts()  # (t, frozen from then on)
+
+    def _counts(self) -> list[tuple[int, int]]:
+        """Found by bisection: of a long training, most updates freeze nothing."""
+        steps, step, frozen = range(self.schedule.total_steps), 0, 0
+        found: list[tuple[int, int]] = []
+        while True:
+            step = bisect_left(steps, frozen + 1, lo=step, key=lambda t: self.schedule.count(t, self._units))
+            if step == len(steps):
+                return found
+            frozen = self.schedule.count(step, self._units)
+            found.append((step, frozen))
 
     @property
     def events(self) -> list[PlannedFreeze]:
@@ -77,8 +86,16 @@ class Freezes:
     @property
     def average(self) -> Elements:
         """Over all updates."""
-        each = [self._left(frozen) for frozen in self._before]
-        return Elements(*(sum(getattr(e, kind) for e in each) / len(each) for kind in ("least", "expected", "most")))
+        total = self.schedule.total_steps
+        firsts, frozen = [0, *(step + 1 for step, _ in self.counts)], [0, *(count for _, count in self.counts)]
+        parts = [
+            (self._left(count), (end - first) / total)
+            for count, (first, end) in zip(frozen, pairwise([*firsts, total]), strict=True)
+        ]
+        least, expected, most = (
+            sum(getattr(left, kind) * share for left, share in parts) for kind in ("least", "expected", "most")
+        )
+        return Elements(least, expected, most)
 
     @property
     def end(self) -> Elements:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
+from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -14,6 +19,7 @@ from ..tasks.glue import TASKS
 from ..tasks.presets import PRESETS
 from ..watch.trackers import TENSORBOARD
 from ..watch.trackers import check as check_trackers
+from .config_file import Places, look_through
 
 
 @dataclass(kw_only=True)
@@ -111,6 +117,8 @@ class DataConfig:
         hold_out: For "sft" without data for evaluation: so many training examples, drawn at random, serve as such.
         text_columns: For "files": the one or two columns of text.
         label_column: For "files": class names, class numbers, or a float to regress to.
+        regression: For "files": whether labels are numbers to regress to. By default floats are, 1.0 as well as 0.5;
+            false makes them classes.
         max_length: Tokens after which texts are cut.
         pad_to_max_length: Pad every text to max_length, as the authors' scripts do: slower, and the same numbers.
         tokens_per_micro_batch: About how many tokens, padding included, go through the model at once on each
@@ -132,6 +140,7 @@ class DataConfig:
     hold_out: int = 0
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
+    regression: bool | None = None
     max_length: int = 256
     pad_to_max_length: bool = False
     tokens_per_micro_batch: int | None = None
@@ -273,6 +282,20 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+_GROUPS = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
+_OPTIONS: dict[str, Any] = {  # name -> type
+    "preset": str | None,
+    **{f"{group}.{name}": hint for group, kind in _GROUPS.items() for name, hint in get_type_hints(kind).items()},
+}
+_LISTS = {f"--{name}" for name, hint in _OPTIONS.items() if "list[" in str(hint)}
+_FLAGS = {"--profile": "--profile.enabled", "--dry_run": "--run.dry_run", "--dry-run": "--run.dry_run"}
+# What `accelerate launch` takes, or other launchers add, and people write behind the module.
+_LAUNCHER = re.compile(
+    r"--(local[_-]rank|num_processes|num_machines|mixed_precision|config_file|deepspeed|use_\w+|main_\w+"
+    r"|zero_stage|multi_gpu|machine_rank|cpu)\b"
+)
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="aflora train",
@@ -297,13 +320,17 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
         arguments = ["--config", *arguments]
     arguments = _shorthands(arguments)
     parser = _parser()
+    places: Places = {}
+    for path in _files(arguments):
+        nullable = {name: type(None) in get_args(hint) for name, hint in _OPTIONS.items()}
+        places |= look_through(path, _GROUPS, nullable, {"method.options"})
     try:
         preset = parser.parse_args(arguments).preset
         if preset is not None:
             parser.set_defaults(_preset(preset))
         namespace = parser.parse_args(arguments)
     except Exception as error:  # jsonargparse raises many kinds
-        raise AFLoRAError(_readable(error)) from None
+        raise AFLoRAError(_readable(error, arguments, places)) from None
     namespace.pop("config", None)  # the files it came from
     _rename_tensorboard(namespace)
     config = Config(**parser.instantiate(namespace).as_dict())
@@ -333,28 +360,30 @@ def _rename_tensorboard(namespace: Any) -> None:
         namespace["run.tensorboard"] = None
 
 
+def _files(arguments: list[str]) -> Iterator[str]:
+    """YAML files; `--config` takes the text of one, too."""
+    for i, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if argument == "--config" and i + 1 < len(arguments):
+            value = arguments[i + 1]
+        if option == "--config" and value and value[0] != "{":
+            yield value
+
+
 def _shorthands(arguments: list[str]) -> list[str]:
     """`--profile`, `--dry_run`, `--resume`, `--resume PATH`, and lists without brackets written out."""
     result: list[str] = []
-    lists = {
-        f"--{group}.{option.name}"
-        for group, kind in get_type_hints(Config).items()
-        if is_dataclass(kind)
-        for option in fields(kind)
-        if "list[" in str(option.type)
-    }
     for i, argument in enumerate(arguments):
-        followed = i + 1 < len(arguments) and not arguments[i + 1].startswith("-")
+        following = arguments[i + 1] if i + 1 < len(arguments) else "-"
         option, sign, value = argument.partition("=")
-        if argument == "--profile":
-            result.append("--profile.enabled=true")
-        elif argument == "--dry_run":
-            result.append("--run.dry_run=true")
-        elif argument == "--resume":
-            result.append("--run.resume" if followed else "--run.resume=last")
-        elif option in lists and sign:
+        if option in _FLAGS:
+            said = "" if following in ("true", "false") and not sign else f"={value or 'true'}"
+            result.append(_FLAGS[option] + said)
+        elif option == "--resume":
+            result.append("--run.resume" if following[0:1] != "-" and not sign else f"--run.resume={value or 'last'}")
+        elif option in _LISTS and sign:
             result.append(f"{option}={_bracketed(value)}")
-        elif i and arguments[i - 1] in lists:
+        elif i and arguments[i - 1] in _LISTS:
             result.append(_bracketed(argument))
         else:
             result.append(argument)
@@ -372,15 +401,68 @@ def _preset(name: str) -> dict[str, Any]:
     return PRESETS[name]
 
 
-def _readable(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _readable(error: Exception, arguments: list[str], places: Places) -> str:
+    """What jsonargparse complains of, in a line."""
+    text = str(error)
+    if isinstance(error, AFLoRAError):
+        return text
+    if (found := re.match(r'Parser key "([\w.]+)"', text)) and found[1] in _OPTIONS:
+        name = found[1]
+        given = re.findall(r"(?:Got|Given) value: *(.*)", text) or [""]
+        from_file = name in places and not any(a.partition("=")[0] == f"--{name}" for a in arguments)
+        where = f"{places[name]}: " if from_file else ""
+        return f"{where}{name} must be {_in_words(_OPTIONS[name])}, not {given[-1][:80] or 'empty'}."
+    if found := re.match(r"unrecognized arguments: (\S+)", text):
+        return f"There is no option {found[1]}. {_instead(found[1].partition('=')[0])}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines else type(error).__name__
-    return str(error) if isinstance(error, AFLoRAError) else f"{text.rstrip('.')}. See --help for all options."
+    return f"{text.rstrip('.')}. See --help for all options."
+
+
+def _in_words(hint: Any) -> str:
+    """A type.
+
+    >>> _in_words(list[int] | None), _in_words(Literal["cubic", "quadratic"])
+    ('a list of whole numbers, as in [1, 2], or null', 'one of cubic, quadratic')
+    """
+    if type(None) in get_args(hint):
+        (kind,) = (kind for kind in get_args(hint) if kind is not type(None))
+        return f"{_in_words(kind)}, or null"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+        str: "text (put numbers, and yes and no, into quotes)",
+        list[int]: "a list of whole numbers, as in [1, 2]",
+        list[str]: "a list of texts, as in [a, b]",
+    }.get(hint, 'names and values, as in {"r": 8}')
+
+
+def _instead(unknown: str) -> str:
+    """What may have been meant by an option that there is not."""
+    if not unknown.startswith("--"):
+        return "Options begin with `--`; lists are written [a, b], or a,b; a file comes first."
+    if _LAUNCHER.match(unknown):
+        return (
+            "It is the launcher's, and stands before the module: `accelerate launch OPTIONS -m "
+            "aflora_dist.training.run ...`; other launchers than that and torchrun are not known."
+        )
+    last = unknown.replace("-", "_").lstrip("_").rpartition(".")[2]
+    fields = {name: name.rpartition(".")[2] for name in _OPTIONS}
+    same = [name for name, field in fields.items() if last in (field, "".join(word[0] for word in field.split("_")))]
+    close = same or get_close_matches(unknown.lstrip("-"), [*_OPTIONS], n=1, cutoff=0.75)
+    return f"Did you mean --{' or --'.join(close)}?" if close else "See --help for all options."
 
 
 def _check(config: Config) -> None:
     """What can be wrong with single values; what depends on data and devices is checked where it is known."""
     train, data = config.train, config.data
+    for group in _GROUPS:
+        for name, number in asdict(getattr(config, group)).items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise AFLoRAError(f"{group}.{name} must be a finite number, not {number}.")
     t_i, t_f = config.freezing.epochs(train.epochs)
     at_least_one = {
         "run.log_every": config.run.log_every,
@@ -417,6 +499,12 @@ def _check(config: Config) -> None:
         if not number >= 0:
             raise AFLoRAError(f"{name} must not be negative, got {number}.")
     _check_profile(config.profile)
+    if train.seed >= 2**32:
+        raise AFLoRAError(f"train.seed must be less than 2^32, as NumPy has it, got {train.seed}.")
+    for option in ("dir", "resume", "keep_best"):
+        if getattr(config.run, option) == "":
+            raise AFLoRAError(f"run.{option} is empty: give a value, or leave the option away.")
+    _check_dir(config.run.dir)
     if config.run.resume is not None and config.run.overwrite:
         raise AFLoRAError("run.resume goes on with the run in run.dir, run.overwrite replaces it: choose one.")
     if config.run.patience is not None and config.run.keep_best is None:
@@ -425,6 +513,8 @@ def _check(config: Config) -> None:
         raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={data.task} does not read it.")
     if (data.train_file or data.validation_file) and data.task not in ("files", "sft"):
         raise AFLoRAError(f"data.train_file and data.validation_file need data.task=files or sft, not {data.task}.")
+    if data.regression is not None and data.task != "files":
+        raise AFLoRAError(f"data.regression is for data.task=files: what {data.task} learns is known.")
     if data.task == "sft":
         for group, option in (("model", "train_new"), ("data", "pad_to_max_length")):
             if getattr(getattr(config, group), option):
@@ -448,6 +538,18 @@ def _check(config: Config) -> None:
             f"freezing.final_epochs), but train.epochs = {train.epochs}. Train longer, or lower one of them."
         )
     check_trackers(config.run.trackers)
+
+
+def _check_dir(path: str) -> None:
+    if path.startswith("~") or "$" in path or "://" in path:
+        raise AFLoRAError(f"run.dir={path} would be a folder of just that name. Write the path of a folder in full.")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # made, or refused, when all else is known
+    except (OSError, ValueError) as error:  # the latter for a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise AFLoRAError(f"run.dir={path[:80]} cannot be a run's folder: {reason}. Name another.") from None
 
 
 def _check_profile(profile: ProfileConfig) -> None:

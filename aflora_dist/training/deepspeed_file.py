@@ -11,7 +11,7 @@ import binascii
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ _UNUSED = {  # features of DeepSpeed's own data loader and model, which a main j
     "expert_parallel": "train mixture-of-experts layers without DeepSpeed-MoE",
     "autotuning": "the launcher `deepspeed --autotuning` alone reads it",
 }
+_UNUSED_KEYS = {  # which DeepSpeed passes over here, or fails at
+    "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"} for it',
+    "sequence_parallel_size": "ranks share the data alone",
+    "pipeline.stages": "ranks share the data alone",
+    "compile.deepcompile": "it would compile before matrices freeze",
+}
 _SECTIONS = ("zero_optimization", "fp16", "bf16")
 # What accelerate fills in; with "auto" anywhere else it ends in an error of its own.
 _FILLED = {
@@ -52,6 +58,11 @@ _FILLED = {
     "zero_optimization.offload_optimizer.nvme_path",
     "zero_optimization.offload_param.device",
     "zero_optimization.offload_param.nvme_path",
+}
+# What accelerate's own configuration may not say beside a file.
+_IN_FILE = {
+    *("mixed_precision", "zero_stage", "gradient_accumulation_steps", "gradient_clipping", "zero3_save_16bit_model"),
+    *("offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path"),
 }
 # Top-level keys that DeepSpeed or accelerate reads.
 _KNOWN = {
@@ -89,14 +100,15 @@ def check(config: Config, processes: int) -> None:
     for section in _SECTIONS:
         if not isinstance(settings.get(section, {}), dict):
             raise AFLoRAError(f'{where}: {section} must be an object, as in "{section}": {{...}}.')
-    for section, instead in _OURS.items():
-        if section in settings:
-            raise AFLoRAError(f'{where} has a section "{section}": remove it; {instead}.')
-    _check_names(where, settings)
-    _check_autos(where, settings)
-    _check_precision(where, settings)
-    _check_with_deepspeed(where, settings)
-    contradicted(config, processes, config.train.accumulation)
+    _raise_all(
+        where,
+        [
+            *_keys(settings),
+            *_contradictions(config, processes, config.train.accumulation, settings),
+            *_precision(where, settings),
+            *_taken_by_deepspeed(settings),
+        ],
+    )
 
 
 def compiled_ops() -> list[str]:
@@ -106,8 +118,8 @@ def compiled_ops() -> list[str]:
     from deepspeed.accelerator import get_accelerator
 
     _, settings = _asked_for()
-    device = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    ops = {"deepspeed_shm_comm": get_accelerator().device_name() == "cpu", "cpu_adam": device != "none"}
+    device = (settings.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
+    ops = {"deepspeed_shm_comm": get_accelerator().device_name() == "cpu", "cpu_adam": device not in ("none", "auto")}
     return [op for op, needed in ops.items() if needed]
 
 
@@ -131,13 +143,17 @@ def contradicted(config: Config, processes: int, micro_batches: int) -> None:
         AFLoRAError: Names both.
     """
     where, settings = _asked_for()
+    _raise_all(where, _contradictions(config, processes, micro_batches, settings))
+
+
+def _contradictions(config: Config, processes: int, micro_batches: int, settings: Mapping[str, Any]) -> Iterator[str]:
     ours = {**values(config, processes, micro_batches), "train_batch_size": config.train.batch_size}
     option = {"gradient_clipping": "train.max_grad_norm comes", "train_batch_size": "train.batch_size comes"}
     for key, value in ours.items():
         if settings.get(key, "auto") not in ("auto", value):
-            raise AFLoRAError(
-                f"{where} says {key}={settings[key]}, but {option.get(key, 'train.* and data.* come')} to {value}. "
-                f'Write "auto" there, or leave it out.'
+            yield (
+                f"it says {key}={json.dumps(settings[key])}, but {option.get(key, 'train.* and data.* come')} to "
+                f'{value}. Write "auto" there, or leave it out.'
             )
 
 
@@ -195,6 +211,8 @@ def _read(source: str) -> tuple[str, dict[str, Any]]:
         ) from None
     except _DuplicateKeyError as error:
         raise AFLoRAError(f'{where} gives "{error}" twice: keep one.') from None
+    except (RecursionError, ValueError) as error:  # nested without an end; a number of thousands of digits
+        raise AFLoRAError(f"{where} cannot be taken as JSON: {str(error)[:100]}.") from None
     if not isinstance(settings, dict):
         raise AFLoRAError(f"{where} must hold an object, {{...}}, not {json.dumps(settings)[:40]}.")
     return where, settings
@@ -223,16 +241,10 @@ def _embedded(source: str) -> str | None:
     return text if text.lstrip().startswith("{") else None
 
 
-def _check_names(where: str, settings: Mapping[str, Any]) -> None:
-    for key in settings:
-        if key not in _KNOWN:
-            close = get_close_matches(key, _KNOWN, n=1)
-            hint = f'did you mean "{close[0]}"?' if close else "remove it."
-            raise AFLoRAError(f'{where}: DeepSpeed does not know "{key}", and may ignore it: {hint}')
-    for section, instead in _UNUSED.items():
-        asked = settings.get(section)
-        if isinstance(asked, dict) and asked.get("enabled", False) is not False:
-            raise AFLoRAError(f'{where}: "{section}" cannot be honoured: remove it; {instead}.')
+def _raise_all(where: str, complaints: Iterable[str]) -> None:
+    """Raise for all of them at once: a file is mended in one go."""
+    if found := list(complaints):
+        raise AFLoRAError(f"{where}: {found[0]}" if len(found) == 1 else "\n  - ".join([f"{where}:", *found]))
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -243,45 +255,61 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield prefix + key, value
 
 
-def _check_autos(where: str, settings: Mapping[str, Any]) -> None:
+def _keys(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What has to go, or to change, whatever it stands beside."""
+    for section, instead in _OURS.items():
+        if section in settings:
+            yield f'it has a section "{section}": remove it; {instead}.'
+    for key in settings:
+        if key not in _KNOWN:
+            close = get_close_matches(key, _KNOWN, n=1) if key[:1] != "_" else []  # "_comment"
+            hint = f'did you mean "{close[0]}"?' if close else "remove it."
+            yield f'DeepSpeed does not know "{key}", and may ignore it: {hint}'
+    for section, instead in _UNUSED.items():
+        asked = settings.get(section)
+        if isinstance(asked, dict) and asked.get("enabled", False) is not False:
+            yield f'"{section}" cannot be honoured: remove it; {instead}.'
     for key, value in _leaves(settings):
-        if value == "auto" and key not in _FILLED:
-            raise AFLoRAError(f'{where}: nothing can be filled in for {key}="auto". Give a value, or remove the key.')
+        if key in _UNUSED_KEYS and value not in (False, None, 0, "auto") and (value is True or value != 1):
+            yield f"{key}={json.dumps(value)} cannot be honoured: remove it; {_UNUSED_KEYS[key]}."
+        if value == "auto" and key not in _FILLED and key.partition(".")[0] not in _OURS:
+            yield f'nothing can be filled in for {key}="auto". Give a value, or remove the key.'
 
 
-def _check_precision(where: str, settings: Mapping[str, Any]) -> None:
+def _precision(where: str, settings: Mapping[str, Any]) -> Iterator[str]:
     """bf16 and fp16 come from the file or from --mixed_precision, and must agree."""
     from deepspeed.accelerator import get_accelerator  # takes seconds; needed in a moment anyhow
 
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    fields = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
-    if "mixed_precision" in fields and os.environ.get(_FILE):
-        raise AFLoRAError(
-            f"The launcher's configuration gives mixed_precision beside {where}. Give it on the command line "
-            f"(--mixed_precision {launched}), or as bf16 or fp16 in that file."
-        )
+    fields = set(os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","))
+    if (twice := sorted(fields & _IN_FILE)) and os.environ.get(_FILE, "none") != "none":
+        yield f"the launcher's own configuration gives {', '.join(twice)}, too: remove that there."
+        if "mixed_precision" in twice:
+            yield f"mixed_precision can be given as --mixed_precision {launched}, or in the file (bf16, fp16)."
     asked = {}
     for kind in ("fp16", "bf16"):
         enabled = settings.get(kind, {}).get("enabled", "auto" if kind not in settings else False)
         asked[kind] = launched == kind if enabled == "auto" else enabled
         if not isinstance(asked[kind], bool):
-            raise AFLoRAError(f'{where}: {kind}.enabled must be true, false or "auto", not {json.dumps(enabled)}.')
+            yield f'{kind}.enabled must be true, false or "auto", not {json.dumps(enabled)}.'
+            return
         if asked[kind] is False and launched == kind:
-            raise AFLoRAError(f'{where} switches {kind} off, but --mixed_precision {kind} asks for it: write "auto".')
+            yield f'it switches {kind} off, but --mixed_precision {kind} asks for it: write "auto".'
     if asked["fp16"] and asked["bf16"]:
         said = f" (--mixed_precision {launched})" if launched in asked else ""
-        raise AFLoRAError(f"{where}: fp16 and bf16 are both asked for{said}: choose one.")
+        yield f"fp16 and bf16 are both asked for{said}: choose one."
+        return
     supported = {"fp16": "is_fp16_supported", "bf16": "is_bf16_supported"}
     for kind, enabled in asked.items():
         if enabled and not getattr(get_accelerator(), supported[kind])():
-            raise AFLoRAError(
-                f"{where}, or --mixed_precision, asks for {kind}, which DeepSpeed does not do on this device "
+            yield (
+                f"it, or --mixed_precision, asks for {kind}, which DeepSpeed does not do on this device "
                 f"({get_accelerator().device_name()}). Use --mixed_precision {'bf16' if kind == 'fp16' else 'no'}."
             )
 
 
-def _check_with_deepspeed(where: str, settings: Mapping[str, Any]) -> None:
-    """Have DeepSpeed itself read the settings, and refuse the features that the engines refuse."""
+def _taken_by_deepspeed(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed itself has against them, or else the engines: features that they refuse."""
     from deepspeed import DeepSpeedConfig
 
     from ..engines.deepspeed.zero import check_settings
@@ -290,24 +318,22 @@ def _check_with_deepspeed(where: str, settings: Mapping[str, Any]) -> None:
     if stage == "auto":
         stage = _number("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if isinstance(stage, bool) or stage not in (1, 2, 3):
-        raise AFLoRAError(
-            f"{where}: zero_optimization.stage is {json.dumps(stage)}; it must be 1, 2 or 3. Without DeepSpeed: "
-            f"launch/ddp.yaml."
+        yield (
+            f"zero_optimization.stage is {json.dumps(stage)}; it must be 1, 2 or 3. Without DeepSpeed: launch/ddp.yaml."
         )
-    filled = _without_autos(settings)
+        return
+    filled = _without_autos({key: value for key, value in settings.items() if key in _KNOWN - _OURS.keys()})
     filled["zero_optimization"]["stage"] = stage
     # Without train_batch_size: it would have to be that of all ranks, once DeepSpeed knows of them.
     filled |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     filled.pop("train_batch_size", None)
     filled |= {kind: {**settings.get(kind, {}), "enabled": False} for kind in ("fp16", "bf16")}  # looked at before
     try:
-        parsed = DeepSpeedConfig(filled)
-    except Exception as error:  # pydantic's, DeepSpeed's own, AssertionError, TypeError, ...
-        raise AFLoRAError(f"{where}: {_complaint(error)}") from None
-    try:
-        check_settings(parsed)
+        check_settings(DeepSpeedConfig(filled))
     except AFLoRAError as error:
-        raise AFLoRAError(f"{where}: {error}") from None
+        yield str(error)
+    except Exception as error:  # pydantic's, DeepSpeed's own, AssertionError, TypeError, ...
+        yield from _complaints(error)
 
 
 def _without_autos(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,19 +344,21 @@ def _without_autos(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _complaint(error: Exception) -> str:
-    """What DeepSpeed has against a configuration, in a line."""
+def _complaints(error: Exception) -> Iterator[str]:
+    """What DeepSpeed has against a configuration, each in a line."""
     sections = {
         "DeepSpeedZeroConfig": "zero_optimization",
         "DeepSpeedFP16Config": "fp16",
         "DeepSpeedBF16Config": "bf16",
     }
-    if hasattr(error, "errors") and hasattr(error, "title"):  # pydantic's ValidationError
-        first = error.errors()[0]
-        place = ".".join([sections.get(error.title, error.title), *map(str, first["loc"])])
-        if first["type"] == "extra_forbidden":
-            return f"DeepSpeed knows no key {place}. Remove it, or mend its spelling."
-        given = "" if isinstance(first["input"], dict) else f"={json.dumps(first['input'], default=str)[:40]}"
-        return f"{place}{given}: {first['msg'].rstrip('.')}."
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"DeepSpeed cannot take it: {lines[0].rstrip('.')}."
+    if not (hasattr(error, "errors") and hasattr(error, "title")):  # pydantic's ValidationError has both
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        yield f"DeepSpeed cannot take it: {lines[0].rstrip('.')}."
+        return
+    for found in error.errors():
+        place = ".".join([sections.get(error.title, error.title), *map(str, found["loc"])])
+        if found["type"] == "extra_forbidden":
+            yield f"DeepSpeed knows no key {place}. Remove it, or mend its spelling."
+        else:
+            given = "" if isinstance(found["input"], dict) else f"={json.dumps(found['input'], default=str)[:40]}"
+            yield f"{place}{given}: {found['msg'].rstrip('.')}."

@@ -40,8 +40,10 @@ Call = Callable[[Any], Any]
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise for a tracker that there is not, or whose package is not installed."""
+    """Raise for a tracker that there is not, that is named twice, or whose package is not installed."""
     for name in names:
+        if names.count(name) > 1:
+            raise AFLoRAError(f"run.trackers names {name} twice: name it once.")
         if name not in PACKAGES:
             raise AFLoRAError(f"run.trackers names {name!r}. Trackers: {', '.join(PACKAGES)}.")
         found = importlib.util.find_spec(name)

@@ -65,6 +65,9 @@ FILES: dict[str, tuple[Any, str]] = {
     "list": ("[]", r"must hold an object, .*not \[\]"),
     "number": ("3", "must hold an object"),
     "twice": ('{"gradient_clipping": 1, "gradient_clipping": 0.1}', 'gives "gradient_clipping" twice'),
+    "deep": ("[" * 100_000, "cannot be taken as JSON: maximum recursion depth"),
+    "long number": ('{"steps_per_print": ' + "9" * 5000 + "}", "cannot be taken as JSON: .*digits"),
+    "number as text": ({**good(), "train_batch_size": "64"}, 'says train_batch_size="64", but .* comes to 64'),
     "latin": (b'{"\xe4": 1}', "is not text in UTF-8"),
     "no zero": (without("zero_optimization"), "zero_optimization.stage is null; it must be 1, 2 or 3"),
     "stage 0": (zero(stage=0), "zero_optimization.stage is 0; it must be 1, 2 or 3"),
@@ -114,6 +117,9 @@ FILES: dict[str, tuple[Any, str]] = {
     ),
     "autocast": ({**good(), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast"),
     "tensor parallel": ({**good(), "tensor_parallel": {"autotp_size": 2}}, "tensor parallelism"),
+    "old offload": (zero(cpu_offload=True), 'cpu_offload=true cannot be honoured: .*"offload_optimizer"'),
+    "sequence parallel": ({**good(), "sequence_parallel_size": 2}, "sequence_parallel_size=2 cannot be honoured"),
+    "stages": ({**good(), "pipeline": {"stages": 2}}, "pipeline.stages=2 cannot be honoured"),
     "data": ({**good(), "data_efficiency": {"enabled": True}}, '"data_efficiency" cannot be honoured'),
 }
 
@@ -121,10 +127,10 @@ FILES: dict[str, tuple[Any, str]] = {
 def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
     """What the main job says; it reads no data and looks for no model before."""
     assert main([*NOTHING_IS_READ, *more]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aflora: error:")]
-    assert len(said) == 1
-    assert len(said[0]) < 600
-    return said[0]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("aflora: error:", "  - "))]
+    assert [line for line in said if "error:" in line] == said[:1]
+    assert max(map(len, said)) < 600
+    return "\n".join(said)
 
 
 @pytest.mark.usefixtures("under_deepspeed")
@@ -199,7 +205,73 @@ def test_mixed_precision_in_the_launcher_s_configuration_beside_a_file_is_refuse
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(ROOT / "ds_configs" / "zero2.json"))
     monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file,zero3_init_flag,mixed_precision")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert "Give it on the command line (--mixed_precision bf16)" in refused(capsys)
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file,zero_stage,gradient_clipping")
+    assert "gives gradient_clipping, zero_stage, too: remove that there" in refused(capsys)
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file,zero3_init_flag,mixed_precision")
+    assert "mixed_precision can be given as --mixed_precision bf16" in refused(capsys)
+
+
+AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+TEMPLATE = {  # as transformers' documentation has it, and most people's files
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": AUTO},
+    "scheduler": {"type": "WarmupLR", "params": AUTO_SCHEDULE},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True},
+        "offload_param": {"device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True},
+        "overlap_comm": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "allgather_bucket_size": "auto",
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 1.0,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "steps_per_print": 2000,
+    "wall_clock_breakdown": False,
+}
+
+
+@pytest.mark.usefixtures("under_deepspeed")
+def test_all_that_has_to_change_in_a_file_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    (tmp_path / "ds.json").write_text(json.dumps({**TEMPLATE, "_comment": "mine"}))
+    said = refused(capsys).splitlines()
+    assert said[0] == f"aflora: error: DeepSpeed's file {tmp_path}/ds.json:"
+    expected = [
+        'section "scheduler": remove it',
+        'section "optimizer": remove it',
+        'does not know "_comment", and may ignore it: remove it',
+        "nothing can be filled in for zero_optimization.allgather_bucket_size",
+        "says gradient_clipping=1.0, but train.max_grad_norm comes to 0.1",
+        "optimizer offload to NVMe.*parameter offload to NVMe",
+    ]
+    assert len(said) == 1 + len(expected), said
+    for line, pattern in zip(said[1:], expected, strict=True):
+        assert re.search(pattern, line), line
+
+
+@pytest.mark.usefixtures("under_deepspeed")
+def test_what_transformers_template_says_of_zero_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with "device": none or null, as half of them have it."""
+    config, _ = parse([])
+    kept: dict[str, Any] = {key: value for key, value in TEMPLATE.items() if key not in ("optimizer", "scheduler")}
+    kept["gradient_clipping"] = "auto"
+    del kept["zero_optimization"]["allgather_bucket_size"]
+    for offload in ({"device": "none", "pin_memory": True}, None):
+        kept["zero_optimization"] |= {"offload_optimizer": offload, "offload_param": offload}
+        (tmp_path / "ds.json").write_text(json.dumps(kept))
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+        deepspeed_file.check(config, 2)
+        assert deepspeed_file.compiled_ops() == ["deepspeed_shm_comm"]
 
 
 @pytest.mark.usefixtures("under_deepspeed")

@@ -176,7 +176,7 @@ def test_a_deepspeed_file_that_cannot_be_honoured_is_refused_once(arguments: lis
     done = launch("zero2", 2, *MAIN_JOB, *arguments, launcher=[*launcher, "--num_machines", "1"])
     assert done.returncode == 2
     assert done.stderr.count("aflora: error:") == 1
-    assert f'DeepSpeed\'s file {tmp_path}/ds.json has a section "scheduler": remove it' in done.stderr
+    assert f'DeepSpeed\'s file {tmp_path}/ds.json: it has a section "scheduler": remove it' in done.stderr
     assert "Traceback" not in done.stderr
 
 

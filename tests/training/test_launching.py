@@ -52,6 +52,16 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
     "port": (but(MASTER_PORT="123456"), "MASTER_PORT=123456 is not a port"),
     "mpirun": ({"OMPI_COMM_WORLD_SIZE": "4"}, "MPI has started 4 processes .*each of which would train alone"),
     "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 needs a GPU: on a CPU use --mixed_precision bf16"),
+    "local rank alone": ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0, but RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not"),
+    "more here than in all": (but(LOCAL_WORLD_SIZE="4"), "LOCAL_WORLD_SIZE=4 is more than WORLD_SIZE=2"),
+    "address that is none": (but(MASTER_ADDR="a..b"), "MASTER_ADDR=a..b, .* is not a known host"),
+    "fp8": (
+        {"ACCELERATE_MIXED_PRECISION": "fp8"},
+        "mixed precision 'fp8' is not supported: use --mixed_precision bf16",
+    ),
+    "precision": ({"ACCELERATE_MIXED_PRECISION": "bfloat16"}, "mixed precision 'bfloat16' is not supported"),
+    "megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "accelerate cannot do .*Megatron.*ACCELERATE_USE_MEGATRON_LM"),
+    "truth": ({"ACCELERATE_USE_CPU": "maybe"}, "accelerate cannot do .*maybe.* ACCELERATE_USE_CPU"),
     "deepspeed alone": (
         {"ACCELERATE_USE_DEEPSPEED": "true"},
         "DeepSpeed is asked for, but RANK, LOCAL_RANK, WORLD",

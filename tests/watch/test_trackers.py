@@ -30,8 +30,6 @@ Series = dict[str, dict[int, float]]
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run with all trackers that stopped after 12 of 24 updates, as a kill would have it, and was resumed."""
-    for name in REAL:
-        pytest.importorskip(name, reason=f"{name} comes with the extra `trackers`")
     folder = tmp_path_factory.mktemp("tracked") / "run"
     chosen = options(folder, tiny_model, reviews, **{"run.save_every": 6})
     at = chosen.index("--run.tensorboard")
@@ -46,6 +44,8 @@ def run(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactor
             patch.setenv(name, value)
         for name in ("MLFLOW_TRACKING_URI", "WANDB_DIR", "WANDB_PROJECT"):
             patch.delenv(name, raising=False)
+        for name in REAL:  # trackio looks for its folder when it is imported
+            pytest.importorskip(name, reason=f"{name} comes with the extra `trackers`")
         assert main(chosen) == 0
         assert main([*chosen, "--resume", str(folder / "checkpoints" / "step_00000012")]) == 0
         yield folder

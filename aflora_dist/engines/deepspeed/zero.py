@@ -397,7 +397,6 @@ def check_supported(ds: Any) -> None:
 
 
 def _refuse(problems: Mapping[str, tuple[bool, str]]) -> None:
-    """Raise for the first feature that is there, with its remedy."""
-    for feature, (present, remedy) in problems.items():
-        if present:
-            raise UnsupportedEngineError(f"Freezing does not support DeepSpeed's {feature}: {remedy}.")
+    """Raise for the features that are there, each with its remedy."""
+    if found := [f"{feature}: {remedy}" for feature, (present, remedy) in problems.items() if present]:
+        raise UnsupportedEngineError(f"Freezing does not support DeepSpeed's {'; nor '.join(found)}.")

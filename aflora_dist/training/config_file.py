@@ -1,0 +1,89 @@
+"""A YAML file of the main job's options: looked through in one place, and refused with its line.
+
+What is in it is left to jsonargparse, which takes the last of a key that stands twice, passes over a key without a
+value, and tells of neither; nor in which file and line a mistake is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+
+from ..errors import AFLoRAError
+
+Places = dict[str, str]
+
+
+def look_through(path: str, groups: Container[str], options: dict[str, bool], free: Container[str]) -> Places:
+    """Where each option of a file stands, for messages, as in {"train.epochs": "mine.yaml, line 3"}.
+
+    Args:
+        groups: Names under which options stand.
+        options: Whether each may be null.
+        free: Those that hold whatever they like.
+
+    Raises:
+        AFLoRAError: It cannot be read, is no YAML, or holds a key that there is not, or one twice, or nothing.
+    """
+    document = _document(path)
+    if document is None:
+        raise AFLoRAError(f"{path} sets no option: it is empty, or all in it is commented out.")
+    if not isinstance(document, yaml.MappingNode):
+        raise AFLoRAError(f"{path} must hold options by group, as in `train:` and below it `  epochs: 3`.")
+    places: Places = {}
+    for name, value in _leaves(document, path, places, groups, free):
+        if name not in options:
+            close = get_close_matches(name, [*options], n=1, cutoff=0.75)
+            hint = f" Did you mean {close[0]}?" if close else " `aflora train --help` lists all."
+            raise AFLoRAError(f"{places[name]}: there is no option {name}.{hint}")
+        if value.tag == _NULL and not options[name]:
+            raise AFLoRAError(f"{places[name]}: {name} has no value. Give one, or remove the line.")
+        if value.tag == _INT and (":" in value.value or re.match(r"[+-]?0.", value.value)):
+            raise AFLoRAError(f"{places[name]}: {name}: to YAML, {value.value} is no decimal number.")
+    return places
+
+
+_NULL, _INT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:int"
+
+
+def _document(path: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise AFLoRAError(f"There is no file {path}, which is to hold the options. Options begin with `--`.") from None
+    except UnicodeDecodeError as error:
+        raise AFLoRAError(f"{path} is not text in UTF-8 (byte {error.start}).") from None
+    except OSError as error:
+        raise AFLoRAError(f"{path}, which is to hold the options, could not be read: {error.strerror}.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise AFLoRAError(f"{path}{where} is not YAML: {problem}.") from None
+    except (yaml.YAMLError, RecursionError) as error:  # characters that cannot be; nested without an end
+        raise AFLoRAError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}.") from None
+
+
+def _leaves(
+    node: yaml.MappingNode, path: str, places: Places, groups: Container[str], free: Container[str], prefix: str = ""
+) -> Iterator[tuple[str, yaml.Node]]:
+    """Options with their values; notes the place of each."""
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        place = f"{path}, line {key.start_mark.line + 1}"
+        if name in places:
+            raise AFLoRAError(f"{place}: {name} stands there already ({places[name].rsplit(', ')[-1]}): keep one.")
+        places[name] = place
+        if name in groups:
+            if not isinstance(value, yaml.MappingNode):
+                raise AFLoRAError(f"{place}: {name} must hold options, indented in the lines below it; or remove it.")
+            yield from _leaves(value, path, places, groups, free, f"{name}.")
+        else:
+            yield name, value
+            if name in free and isinstance(value, yaml.MappingNode):
+                for _ in _leaves(value, path, places, (), free, f"{name}."):
+                    pass

@@ -1,0 +1,121 @@
+"""What is wrong in a YAML file or on the command line is said in a line, with its place, and never passed over."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from aflora_dist import AFLoRAError
+from aflora_dist.training.config import parse
+
+FILES: dict[str, tuple[str | bytes, str]] = {
+    "key twice": ("train:\n  epochs: 3\n  epochs: 5\n", r"line 3: train.epochs stands there already \(line 2\)"),
+    "group twice": ("train:\n  epochs: 3\ntrain:\n  seed: 5\n", r"line 3: train stands there already \(line 1\)"),
+    "twice, once dotted": ("train.seed: 3\ntrain:\n  seed: 5\n", "line 3: train.seed stands there already"),
+    "twice below": ("method:\n  options:\n    r: 8\n    r: 4\n", "line 4: method.options.r stands there already"),
+    "unknown": ("train:\n  epoch: 3\n", "line 2: there is no option train.epoch. Did you mean train.epochs?"),
+    "unknown group": ("defaults:\n  - base\n", "line 1: there is no option defaults. `aflora train --help`"),
+    "other file": ("config: more.yaml\n", "line 1: there is no option config"),
+    "tab": ("train:\n\tepochs: 3\n", r"line 2, column 1 is not YAML: .*'\\t'"),
+    "indentation": ("train:\n  epochs: 3\n seed: 4\n", "line 3, column 2 is not YAML"),
+    "documents": ("train:\n  epochs: 3\n---\n", "line 3, column 1 is not YAML: expected a single document"),
+    "empty": ("", "sets no option: it is empty"),
+    "comments": ("# train:\n", "sets no option"),
+    "list": ("- train\n", "must hold options by group"),
+    "null": ("train:\n  epochs:\n", "line 2: train.epochs has no value. Give one"),
+    "null list": ("run:\n  trackers:\n", "line 2: run.trackers has no value"),
+    "tilde": ("run:\n  dir: ~\n", "line 2: run.dir has no value"),
+    "null group": ("train:\n#  epochs: 3\n", "line 1: train must hold options, indented in the lines below it"),
+    "no colon": ("train:\n  epochs 3\n", "line 1: train must hold options"),
+    "octal": ("train:\n  seed: 010\n", "line 2: train.seed: to YAML, 010 is no decimal number"),
+    "sixties": ("train:\n  batch_size: 1:30\n", "1:30 is no decimal number"),
+    "fraction": ("train:\n  epochs: 2.5\n", "line 2: train.epochs must be a whole number, not 2.5"),
+    "truth": ("data:\n  label_column: no\n", "line 2: data.label_column must be text .*quotes.*, not False"),
+    "text for a list": ("run:\n  trackers: wandb\n", r"line 2: run.trackers must be a list .*\[a, b\], not wandb"),
+    "choice": ("model:\n  dtype: bf16\n", "must be one of float32, bfloat16, float16, or null, not bf16"),
+    "infinite": ("train:\n  learning_rate: .inf\n", "train.learning_rate must be a finite number, not inf"),
+    "utf-16": ("train:\n  epochs: 3\n".encode("utf-16"), "is not text in UTF-8 .byte 0"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_says_something_wrong_is_refused_with_its_line(case: str, tmp_path: Path) -> None:
+    content, expected = FILES[case]
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(AFLoRAError) as caught:
+        parse([str(path)])
+    said = str(caught.value)
+    assert re.search(expected, said), said
+    assert str(path) in said or case == "infinite"
+    assert "\n" not in said
+
+
+def test_a_file_is_named_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    for name, expected in {
+        "nowhere.yaml": "There is no file",
+        ".": "Is a directory",
+        "loop.yaml": "could not be read: Too many levels",
+    }.items():
+        for option in ([str(tmp_path / name)], ["--config", str(tmp_path / name)], [f"--config={tmp_path / name}"]):
+            with pytest.raises(AFLoRAError, match=expected):
+                parse(option)
+
+
+def test_files_as_people_write_them_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xef\xbb\xbftrain:\r\n  learning_rate: 1e-3\r\n  epochs: 30\r\nmethod: {name: aflora}\r\n")
+    assert parse([str(path)])[0].train.learning_rate == 1e-3
+    path.write_text('{"train": {"epochs": 7}, "run": {"resume": null}}')
+    assert parse([str(path)])[0].train.epochs == 7
+    _, resolved = parse(["--preset", "glue/rte", "--train.seed", "3"])
+    path.write_text(resolved)  # an old run's config.yaml
+    assert yaml.safe_load(parse([str(path)])[1]) == yaml.safe_load(resolved)
+
+
+OPTIONS: dict[str, tuple[list[str], str]] = {
+    "unknown": (["--train.lr", "1"], r"no option --train.lr. Did you mean --train.learning_rate\?"),
+    "without group": (["--batch_size", "8"], r"Did you mean --train.batch_size\?"),
+    "dash": (["--train.batch-size=8"], r"Did you mean --train.batch_size\?"),
+    "launcher's": (["--num_processes", "2"], "the launcher's, and stands before the module: `accelerate launch"),
+    "deepspeed's": (["--local_rank=0"], "the launcher's"),
+    "spaced list": (["--data.text_columns", "a", "b"], "lists are written"),
+    "no folder": (["--run.dir", ""], "run.dir is empty"),
+    "home": (["--run.dir=~/runs/x"], "run.dir=~/runs/x would be a folder of just that name"),
+    "variable": (["--run.dir", "$HOME/x"], "would be a folder of just that name"),
+    "address": (["--run.dir", "s3://bucket/x"], "would be a folder of just that name"),
+    "long": (["--run.dir", "x" * 300], "cannot be a run's folder: File name too long"),
+    "seed": (["--train.seed", str(2**32)], "train.seed must be less than 2^32"),
+    "tracker twice": (["--run.trackers", "tensorboard,tensorboard"], "names tensorboard twice"),
+    "kind": (["--model.dtype", "fp16"], "model.dtype must be one of float32, bfloat16, float16, or null, not fp16"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_wrong_option_is_told_with_what_may_have_been_meant(case: str) -> None:
+    arguments, expected = OPTIONS[case]
+    with pytest.raises(AFLoRAError, match=expected.replace("^", r"\^")):
+        parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        (["--dry_run"], True),
+        (["--dry-run"], True),
+        (["--dry_run", "true"], True),
+        (["--dry_run=false"], False),
+        (["--dry_run", "--train.seed", "1"], True),
+    ],
+)
+def test_a_switch_may_have_a_value(said: list[str], meant: bool) -> None:
+    assert parse(said)[0].run.dry_run is meant
+
+
+def test_resume_may_have_a_value_either_way() -> None:
+    for said in (["--resume"], ["--resume=last"], ["--resume", "last"], ["--resume", "--train.seed", "1"]):
+        assert parse(said)[0].run.resume == "last"
