@@ -1,6 +1,6 @@
 """A language model on word problems: before, with AFLoRA and with LoRA r=8, each at its best of several rates.
 
-    python -m profiling.word_problems OUT --data FOLDER [--config_file launch/zero2.yaml] [--mixed_precision bf16]
+    python -m profiling.word_problems OUT --data FOLDER --launch '--config_file launch/zero2.yaml'
 
 FOLDER holds train.jsonl (prompt, completion) and test.jsonl (prompt, answer). The last 128 training problems are held
 out: rates are compared by their loss, after few problems, and the perplexity is theirs; answers are those of the test
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -108,12 +109,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=8, help="asked of the exported adapter")
     parser.add_argument("--rates", type=json.loads, default=RATES, help='as in {"aflora": [0.01], "lora": [0.001]}')
     parser.add_argument("--seed", type=int, default=0)
-    args, launcher = parser.parse_known_args(argv)
+    parser.add_argument("--launch", type=shlex.split, default=[], help="options of accelerate launch")
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     split(args.data, args.out, args.test)
     setting = Setting(
-        args.out, args.model, tuple(launcher), args.batch, args.max_length, args.max_new_tokens, args.seed
+        args.out, args.model, tuple(args.launch), args.batch, args.max_length, args.max_new_tokens, args.seed
     )
     # LoRA's B is 0 and stays so at a rate of 0: the base model, seen by the same evaluation.
     results = {"before": setting.run("before", "lora", 0.0, args.batch)}
