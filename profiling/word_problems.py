@@ -183,7 +183,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 if sys.argv[1] == "aflora":
     import aflora_dist
-    from aflora_dist.training.config import ModelConfig
 base, file, adapter, length, asked = json.loads(sys.argv[2])
 gguf = {"gguf_file": file} if file else {}
 tokenizer = AutoTokenizer.from_pretrained(base, **gguf)
@@ -197,9 +196,11 @@ else:
 model.eval()
 answers = []
 for prompt in asked:
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    said = [{"role": "user", "content": prompt}]
+    if tokenizer.chat_template:
+        chat = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        chat = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
         tokens = model.generate(**chat, do_sample=False, max_new_tokens=length, pad_token_id=tokenizer.eos_token_id)
     answers.append(tokens[0, chat["input_ids"].shape[1]:].tolist())
