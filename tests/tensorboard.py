@@ -27,7 +27,8 @@ class TensorBoard:
         )
         assert self._process.stderr is not None
         self.url = next(m[1] for line in self._process.stderr if (m := re.search(r"(http://127\.0\.0\.1:\d+/)", line)))
-        threading.Thread(target=self._process.stderr.read, daemon=True).start()  # a full pipe would stop the server
+        self._reader = threading.Thread(target=self._process.stderr.read, daemon=True)  # a full pipe stops the server
+        self._reader.start()
 
     def get(self, path: str, body: Any = None, **query: str) -> Any:
         """The JSON behind /data/PATH; posts if there is a body."""
@@ -58,3 +59,6 @@ class TensorBoard:
     def __exit__(self, *error: object) -> None:
         self._process.terminate()
         self._process.wait(20)
+        self._reader.join(20)
+        assert self._process.stderr is not None
+        self._process.stderr.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -44,8 +45,11 @@ def run(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactor
             patch.setenv(name, value)
         for name in ("MLFLOW_TRACKING_URI", "WANDB_DIR", "WANDB_PROJECT"):
             patch.delenv(name, raising=False)
-        for name in REAL:  # trackio looks for its folder when it is imported
+        for name in REAL:
             pytest.importorskip(name, reason=f"{name} comes with the extra `trackers`")
+        for name, module in list(sys.modules.items()):  # trackio has looked for its folder when it was imported
+            if name.startswith("trackio") and hasattr(module, "TRACKIO_DIR"):
+                patch.setattr(module, "TRACKIO_DIR", folder.parent / "trackio")
         assert main(chosen) == 0
         assert main([*chosen, "--resume", str(folder / "checkpoints" / "step_00000012")]) == 0
         yield folder
@@ -107,7 +111,8 @@ def from_mlflow(run: Path) -> Series:
 def from_trackio(run: Path) -> Series:
     from trackio.sqlite_storage import SQLiteStorage
 
-    (name,) = SQLiteStorage.get_runs("aflora")
+    name = json.loads((run / "trackers" / "ids.json").read_text())["trackio"]
+    assert name in SQLiteStorage.get_runs("aflora")
     found: Series = defaultdict(dict)
     for log in SQLiteStorage.get_logs("aflora", name):
         for key, value in log.items():
