@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import get_linear_schedule_with_warmup
 
+from ..adapter.precision import check_precision
 from ..engines import create_engine, engine_kind
 from ..errors import AFLoRAError, writing
 from ..freezing import CubicSchedule
@@ -67,6 +68,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     model = method.adapt(base, head)
+    check_precision(model, accelerator)
     held = hold(model, head, config.model.train_new, method)
     sampler, batches = task.batches(accelerator)
     check_metric(config.run.keep_best, task.metrics())
