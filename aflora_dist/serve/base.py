@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..errors import AFLoRAError
+from ..hub import refusal
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -74,9 +75,10 @@ def find_base(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *_BESIDE]))
     except (OSError, ValueError) as error:
+        reason = refusal(error, name) or " ".join(str(error).split())[:300]
         raise AFLoRAError(
-            f"The base model {name!r} is no folder, and could not be fetched from the hub: "
-            f"{' '.join(str(error).split())[:300]} Name its folder with --base."
+            f"The base model {name!r} is no folder, and could not be fetched from the hub: {reason} Name its folder "
+            f"with --base."
         ) from None
 
 

@@ -24,7 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..adapter.private import is_sharded
 from ..errors import AFLoRAError
+from ..extras import installed
+from ..hub import refusal
 from ..training.config import ModelConfig
+
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
 def resolve_name(name: str, language_model: bool = False) -> str:
@@ -166,11 +170,23 @@ def _readable(config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        reason = refusal(error, config.name) or _unread_tokenizer(error)
+        reason = reason or " ".join((str(error).strip() or type(error).__name__).split())[:300]
         raise AFLoRAError(
-            f"The model {config.name!r} could not be loaded: {reason[:300]} (model.name is a folder, a hub id, a "
+            f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
             f'.gguf file, or "demo".)'
         ) from error
+
+
+def _unread_tokenizer(error: BaseException) -> str | None:
+    """What is missing where transformers, which cannot read a SentencePiece model, takes it for one of tiktoken."""
+    missing = [package for package, module in _SENTENCEPIECE.items() if not installed(module)]
+    if not missing or "tiktoken" not in str(error):
+        return None
+    return (
+        f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the packages "
+        f"{' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
+    )
 
 
 def _padding(tokenizer: Any) -> Any:

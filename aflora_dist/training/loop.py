@@ -213,8 +213,15 @@ def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> 
     plugin.deepspeed_config.pop("train_batch_size", None)
 
 
-def check_length(config: Config, model: Any) -> None:
+def check_length(config: Config, model: nn.Module) -> None:
+    """Raise if texts may be longer than the model has positions.
+
+    RoBERTa and its kin count positions from behind the padding's: of 514, 512 are for tokens.
+    """
     longest = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest = module.num_embeddings - module.padding_idx - 1
     if longest is not None and config.data.max_length > longest:
         raise AFLoRAError(
             f"data.max_length={config.data.max_length} is more than the {longest} positions of {config.model.name!r}."
