@@ -118,7 +118,10 @@ def deberta_v3(folder: Path) -> Path:
     for head in ("lm_predictions.lm_head", "mask_predictions"):
         tensors |= {f"{head}.dense.weight": torch.randn(32, 32), f"{head}.dense.bias": torch.zeros(32)}
         tensors |= {f"{head}.LayerNorm.weight": torch.ones(32), f"{head}.LayerNorm.bias": torch.zeros(32)}
-    tensors |= {"lm_predictions.lm_head.bias": torch.zeros(160), "mask_predictions.classifier.weight": torch.ones(1, 32)}
+    tensors |= {
+        "lm_predictions.lm_head.bias": torch.zeros(160),
+        "mask_predictions.classifier.weight": torch.ones(1, 32),
+    }
     _pickle(_half(tensors), folder / "pytorch_model.bin")
     said = {k: v for k, v in _config(config, pos_att_type="p2c|c2p").items() if k != "architectures"}
     _write(folder, {"config.json": said, "tokenizer_config.json": {"do_lower_case": False, "vocab_type": "spm"}})
@@ -144,7 +147,9 @@ def llama_7b(folder: Path) -> Path:
     _write(
         folder,
         {
-            "config.json": _config(config, torch_dtype="float16", architectures=["LlamaForCausalLM"], pad_token_id=None),
+            "config.json": _config(
+                config, torch_dtype="float16", architectures=["LlamaForCausalLM"], pad_token_id=None
+            ),
             "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "_from_model_config": True},
             "pytorch_model.bin.index.json": {
                 "metadata": {"total_size": sum(2 * t.numel() for t in tensors.values())},

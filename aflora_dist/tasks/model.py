@@ -184,8 +184,8 @@ def _unread_tokenizer(error: BaseException) -> str | None:
     if not missing or "tiktoken" not in str(error):
         return None
     return (
-        f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the packages "
-        f"{' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
+        f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the "
+        f"packages {' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
     )
 
 
@@ -290,8 +290,8 @@ def check_weights(config: ModelConfig, accelerator: Accelerator) -> None:
     if config.dtype in ("bfloat16", "float16") and _all_in_float32(accelerator):
         precision = {"bfloat16": "bf16", "float16": "fp16"}[config.dtype]
         raise AFLoRAError(
-            f"model.dtype={config.dtype} does not work with DeepSpeed and --mixed_precision no: it holds all weights in "
-            f"what it computes in, float32. Use --mixed_precision {precision}, or --model.dtype float32."
+            f"model.dtype={config.dtype} does not work with DeepSpeed and --mixed_precision no: it holds all weights "
+            f"in what it computes in, float32. Use --mixed_precision {precision}, or --model.dtype float32."
         )
     if config.quantize == "int8" and (sharded := _sharded(accelerator)):
         raise AFLoRAError(

@@ -94,7 +94,9 @@ def test_an_own_loop_over_half_precision_trains_as_over_float32(
 
 def test_what_trains_in_float16_is_refused(lying: Callable[[str], Path]) -> None:
     model = adapted(lying("opt"), AutoModelForSequenceClassification, bias="all")
-    with pytest.raises(UnsupportedEngineError, match=r"bias would train in float16.*dtype=torch.float32.*modules_to_save"):
+    with pytest.raises(
+        UnsupportedEngineError, match=r"bias would train in float16.*dtype=torch.float32.*modules_to_save"
+    ):
         trained(model)
     model = adapted(lying("opt"), AutoModelForCausalLM)
     model.get_base_model().model.decoder.embed_tokens.requires_grad_(True)

@@ -197,5 +197,7 @@ def test_what_the_hub_refuses_says_what_to_do(
 
 
 def test_a_folder_that_is_not_there_is_named() -> None:
-    with pytest.raises(AFLoRAError, match=r"'models/of/mine' could not be loaded: .*\(model.name is a folder, a hub id"):
+    with pytest.raises(
+        AFLoRAError, match=r"'models/of/mine' could not be loaded: .*\(model.name is a folder, a hub id"
+    ):
         load_base(ModelConfig(name="models/of/mine"), ["no", "yes"])
