@@ -105,3 +105,13 @@ def check_precision(model: nn.Module, accelerator: Accelerator) -> None:
                     f"{name}.{trained[0]} trains in float32 beside a weight in {str(still[0])[6:]}: one layer cannot "
                     f"compute with both. Use --mixed_precision bf16, or load the model with dtype=torch.float32 {how}."
                 )
+
+
+def beyond_float16(model: nn.Module) -> str:
+    """What else than a learning rate makes a loss infinite; empty for a model that has no float16."""
+    if all(parameter.dtype != torch.float16 for parameter in model.parameters()):
+        return ""
+    return (
+        "The model is held in float16, in which numbers above 65,504 are infinite: load it with dtype=torch.bfloat16 "
+        "or torch.float32 (model.dtype). If that is not it: "
+    )

@@ -12,9 +12,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig, UnsupportedEngineError
+from aflora_dist import (
+    AdaptiveFreezing,
+    AFLoRAConfig,
+    DivergedError,
+    FreezingCallback,
+    FreezingConfig,
+    UnsupportedEngineError,
+)
 from aflora_dist.adapter.precision import check_precision
 from aflora_dist.methods.choose import create_method
 from aflora_dist.tasks.model import load_base
@@ -190,3 +197,36 @@ def test_a_trained_bias_beside_a_weight_in_half_precision_is_refused(lying: Call
         check_precision(nn.Sequential(layer), Accelerator(cpu=True))
     AcceleratorState._reset_state(True)
     check_precision(nn.Sequential(layer), Accelerator(cpu=True, mixed_precision="bf16"))
+
+
+def test_float16_is_named_where_a_number_is_not_finite(lying: Callable[[str], Path]) -> None:
+    model = adapted(lying("llama_7b"), AutoModelForCausalLM)
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight.fill_(6e4)
+    with pytest.raises(DivergedError, match=r"held in float16.*load it with dtype=torch.bfloat16 or torch.float32"):
+        trained(model)
+
+
+@pytest.mark.parametrize("name", ["deberta_v3", "qwen2_5"])
+def test_trainer_over_half_precision_trains_as_over_float32(
+    name: str, lying: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [{"input_ids": list(range(i, i + 8)), "labels": i % 2} for i in range(5, 37)]
+    losses = []
+    for dtype in (torch.float32, None):
+        model = adapted(lying(name), AutoModelForSequenceClassification, dtype)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8,
+            num_train_epochs=1,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+        )
+        freezing = FreezingCallback(initial_epochs=0.25, final_epochs=0.25)
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[freezing])
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
