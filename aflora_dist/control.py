@@ -22,6 +22,7 @@ from .accelerate_state import AccelerateState
 from .adapter import Adapted
 from .adapter.folding import Folding
 from .adapter.layer import AFLoRAPath
+from .adapter.precision import beyond_float16, check_precision
 from .engines import Engine, create_engine, place
 from .engines.rehearsal import rehearse
 from .engines.transfer import Piece
@@ -72,6 +73,7 @@ class AdaptiveFreezing:
         progress: Progress | None = None,
     ) -> None:
         refuse_lonely_processes()
+        check_precision(model, accelerator)
         self.config = config
         self.on_freeze = on_freeze
         self.engine: Engine = progress.engine if progress else create_engine(accelerator, model, optimizer)
@@ -166,7 +168,8 @@ class AdaptiveFreezing:
         if broken:
             raise DivergedError(
                 f"The freezing score of {broken[0]} is not finite after step {self.step}: a gradient was NaN or "
-                f"infinite. Lower the learning rate, or look for the step at which the loss broke."
+                f"infinite. {beyond_float16(self.engine.model)}Lower the learning rate, or look for the step at which "
+                f"the loss broke."
             )
         return scores
 

@@ -35,11 +35,15 @@ def require(extra: str, user: str, *modules: str) -> None:
     Raises:
         AFLoRAError: Names all that is missing, and how to install it.
     """
-    missing = [module for module in modules or EXTRAS[extra] if not _installed(module)]
+    missing = [module for module in modules or EXTRAS[extra] if not installed(module)]
     if missing:
         raise AFLoRAError(f"{user} needs {', '.join(missing)}, not installed here: pip install 'aflora-dist[{extra}]'")
 
 
-def _installed(module: str) -> bool:
-    found = find_spec(module)
+def installed(module: str) -> bool:
+    """Whether there is such a module, or one in a package. Imports no more than the package."""
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:  # the package around it
+        return False
     return found is not None and found.origin is not None  # a folder of that name, such as datasets/, is no package

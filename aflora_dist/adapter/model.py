@@ -29,6 +29,7 @@ from .config import AFLoRAConfig, AFLoRAPeftType
 from .folding import Folding
 from .guard import FreezingGuard
 from .layer import AFLoRALayer, AFLoRALinear
+from .precision import widen
 
 _SHORTHANDS = ("ffn", "attention", "all", "none")
 _HEADS = {"lm_head", *SEQ_CLS_HEAD_NAMES}
@@ -178,7 +179,8 @@ class AFLoRAModel(BaseTuner):
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As PEFT has it; but where `from_pretrained` sharded the model for ZeRO-3, the adapter takes its dtype.
+        """As PEFT has it, and modules that train whole are cast, too; but where `from_pretrained` sharded the model
+        for ZeRO-3, the adapter takes its dtype.
 
         DeepSpeed casts a model to half precision whole, unless it is sharded: then it takes all of it to be cast
         already. What trains must have one dtype; master weights are float32 in either case.
@@ -187,6 +189,10 @@ class AFLoRAModel(BaseTuner):
         self._guard_compiled()  # it may have made new parameters
         sharded = next((p for p in self.model.parameters() if private.is_sharded(p)), None)
         if sharded is None:
+            if autocast_adapter_dtype:
+                whole = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+                copies = [m.modules_to_save[adapter_name] for m in whole if adapter_name in m.modules_to_save]
+                widen(self.model, [p for module in copies for p in module.parameters()])
             return
         for layer in self.model.modules():
             if isinstance(layer, AFLoRALayer) and adapter_name in layer.aflora:

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..adapter.precision import widen
 from ..errors import AFLoRAError
 from ..progress import Progress
 from ..training.config import Config
@@ -26,11 +27,17 @@ class Full:
                 f"method.name=full trains the weights that model.quantize={config.model.quantize} holds in a few bits. "
                 f"Drop model.quantize, or name another method (method.name=lora)."
             )
+        if config.model.dtype in ("bfloat16", "float16"):
+            raise AFLoRAError(
+                f"model.dtype={config.model.dtype} is what frozen weights are held in, and method.name=full has none: "
+                f"what trains has float32 values. Leave it out, and compute in half precision by --mixed_precision."
+            )
         self._head: tuple[str, ...] = ()
 
     def adapt(self, model: Any, head: Sequence[str]) -> Any:
         self._head = tuple(f"{name}." for name in head)
-        return model.requires_grad_(True)
+        widen(model.requires_grad_(True), model.parameters())
+        return model
 
     def is_head(self, name: str) -> bool:
         return name.startswith(self._head)

@@ -14,6 +14,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from ..adapter.architectures import ARCHITECTURES, default_targets
+from ..adapter.precision import widen
 from ..adapter.private import is_sharded
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..names import is_head
@@ -102,6 +103,7 @@ class Peft:
             raise AFLoRAError(f"PEFT cannot put {self.name} into this model: {reason}") from error
         self._prefix = str(getattr(adapted.base_model, "prefix", "")) or f"{self.name}_"
         self._shared = _shared(adapted)
+        widen(adapted.get_base_model(), [p for p in adapted.parameters() if p.requires_grad])
         self.output_cast = match_autocast(adapted)
         return adapted
 

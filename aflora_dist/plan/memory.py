@@ -143,12 +143,13 @@ def estimate(
     zero, sharded = engine.startswith("zero"), engine in ("zero3", "fsdp2")
     half = launch.half
 
-    def size(itemsize: float) -> float:  # DeepSpeed casts the model whole, what is quantised apart
-        return 2.0 if zero and half and itemsize >= 2 else itemsize
+    def size(itemsize: float) -> float:  # DeepSpeed holds the model in one dtype, what is quantised apart
+        return (2.0 if half else 4.0) if zero and itemsize >= 2 else itemsize
 
     frozen = sum(w.numel * size(w.itemsize) for w in weights)
     trains, share = int((trained.numels * (2 if zero and half else trained.itemsizes)).sum()), 1 / ranks
-    compute = 2 if half or any(w.itemsize == 2 and w.linear is False and w.block for w in weights) else 4
+    held_half = not zero and any(w.itemsize == 2 and w.linear is False and w.block for w in weights)
+    compute = 2 if half or held_half else 4
     parts: dict[str, float | None] = {
         "weights": frozen * share if sharded else frozen,
         "trained": trains * share if sharded else trains,

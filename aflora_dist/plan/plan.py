@@ -14,7 +14,7 @@ from ..store.rundir import refuse_taken, written
 from ..tasks.batches import Place, create_sampler, enough
 from ..tasks.data import unknown_task
 from ..tasks.glue import TASKS
-from ..tasks.model import check_quantization, outline_base, outline_language_model
+from ..tasks.model import check_weights, outline_base, outline_language_model
 from ..training.config import Config
 from ..training.loop import check_batch, check_length, check_ranks, create_task, create_windows, hold, warm_up
 from .events import Elements, Freezes
@@ -38,7 +38,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     able = _Able(launches)
     able.check(lambda launch: check_batch(config, launch.num_processes))
     able.check(lambda launch: check_ranks(config, launch.num_processes))
-    able.check(lambda launch: check_quantization(config.model, launch))
+    able.check(lambda launch: check_weights(config.model, launch))
     task = create_task(config) if examples is None else None
     assumptions: list[str] = []
     if task is not None:

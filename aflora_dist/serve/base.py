@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..errors import AFLoRAError
+from ..hub import refusal
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -29,32 +30,34 @@ _NOT_BESIDE = ("config.json", "*.index.json", "adapter_config.json")
 
 
 class Shards(Mapping[str, Tensor]):
-    """All tensors of a folder of safetensors files; one is read when asked for, whatever all of them come to.
+    """All tensors of a folder of safetensors files, or of pickles; one is read when asked for, whatever they come to.
 
     Raises:
         AFLoRAError: There are none.
     """
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self._file = {key: folder / name for key, name in files.items()}
-        elif (single := folder / "model.safetensors").is_file():
-            with safe_open(str(single), framework="pt") as file:
-                self._file = dict.fromkeys(file.keys(), single)
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (index := folder / f"{name}.index.json").is_file():
+                files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                self._file = {key: folder / file for key, file in files.items()}
+                break
+            if (single := folder / name).is_file():
+                self._file = dict.fromkeys(_opened(single).keys(), single)
+                break
         else:
             raise AFLoRAError(
-                f"{folder} has no model.safetensors, which is what is merged into. Save the model in that format "
-                f"(model.save_pretrained), and name its folder with --base."
+                f"{folder} has no model.safetensors and no pytorch_model.bin, which is what is merged into. Save the "
+                f"model (model.save_pretrained), and name its folder with --base."
             )
         self._open: tuple[Path, Any] | None = None
 
     def __getitem__(self, key: str) -> Tensor:
         path = self._file[key]
         if self._open is None or self._open[0] != path:  # one at a time: what was read is not kept mapped
-            self._open = (path, safe_open(str(path), framework="pt"))
-        return self._open[1].get_tensor(key)
+            self._open = (path, _opened(path))
+        opened: Any = self._open[1]
+        return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._file, key=lambda key: (self._file[key].name, key)))
@@ -63,8 +66,18 @@ class Shards(Mapping[str, Tensor]):
         return len(self._file)
 
 
+def _opened(path: Path) -> Any:
+    """A file of tensors, mapped into memory: keys(), and each when it is asked for."""
+    if path.suffix == ".safetensors":
+        return safe_open(str(path), framework="pt")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # written before torch 1.6: no zip file to be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def find_base(name: str, revision: str | None) -> Path:
-    """The folder of a model: a folder, or what the hub has (its safetensors files are fetched).
+    """The folder of a model: a folder, or what the hub has (its safetensors files, or else its pickles, are fetched).
 
     Raises:
         AFLoRAError: It is not there.
@@ -72,11 +85,15 @@ def find_base(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *_BESIDE]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *_BESIDE]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except (OSError, ValueError) as error:
+        reason = refusal(error, name) or " ".join(str(error).split())[:300]
         raise AFLoRAError(
-            f"The base model {name!r} is no folder, and could not be fetched from the hub: "
-            f"{' '.join(str(error).split())[:300]} Name its folder with --base."
+            f"The base model {name!r} is no folder, and could not be fetched from the hub: {reason} Name its folder "
+            f"with --base."
         ) from None
 
 

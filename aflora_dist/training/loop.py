@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import get_linear_schedule_with_warmup
 
+from ..adapter.precision import check_precision
 from ..engines import create_engine, engine_kind
 from ..errors import AFLoRAError, writing
 from ..freezing import CubicSchedule
@@ -67,6 +68,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     model = method.adapt(base, head)
+    check_precision(model, accelerator)
     held = hold(model, head, config.model.train_new, method)
     sampler, batches = task.batches(accelerator)
     check_metric(config.run.keep_best, task.metrics())
@@ -211,8 +213,15 @@ def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> 
     plugin.deepspeed_config.pop("train_batch_size", None)
 
 
-def check_length(config: Config, model: Any) -> None:
+def check_length(config: Config, model: nn.Module) -> None:
+    """Raise if texts may be longer than the model has positions.
+
+    RoBERTa and its kin count positions from behind the padding's: of 514, 512 are for tokens.
+    """
     longest = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest = module.num_embeddings - module.padding_idx - 1
     if longest is not None and config.data.max_length > longest:
         raise AFLoRAError(
             f"data.max_length={config.data.max_length} is more than the {longest} positions of {config.model.name!r}."

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..adapter.precision import beyond_float16
 from ..errors import DivergedError
 from ..methods import Control
 from ..processes import on_main
@@ -173,8 +174,9 @@ class TrainingLog:
         self._losses = []
         for offset, loss in enumerate(losses):
             if not np.isfinite(loss):
+                why = beyond_float16(self.progress.engine.model)
                 raise DivergedError(
-                    f"The loss of step {first + offset} is {loss}. Lower train.learning_rate or "
+                    f"The loss of step {first + offset} is {loss}. {why}Lower train.learning_rate or "
                     f"train.head_learning_rate; what {self.run.path} holds up to there stays valid."
                 )
         return float(np.mean(losses))

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from aflora_dist import AFLoRAError
 from aflora_dist.tasks import model
-from aflora_dist.tasks.model import check_quantization, load_base, load_language_model, resolve_name, storage_dtype
+from aflora_dist.tasks.model import check_weights, load_base, load_language_model, resolve_name, storage_dtype
 from aflora_dist.training.config import ModelConfig
 from tests.small_lm import make_small_language_model
 
@@ -95,10 +95,10 @@ def test_engines_that_shard_take_4_bits_in_their_own_dtype_and_no_8(engine: str 
         accelerator.mixed_precision = precision
         for quantize in (None, "nf4"):
             config = ModelConfig(quantize=quantize)  # type: ignore[arg-type]
-            check_quantization(config, accelerator)
+            check_weights(config, accelerator)
             assert storage_dtype(config, accelerator) is (dtype if engine and quantize else None)
     if engine is None:
-        check_quantization(ModelConfig(quantize="int8"), accelerator)
+        check_weights(ModelConfig(quantize="int8"), accelerator)
     else:
         with pytest.raises(AFLoRAError, match=rf"quantize=int8 does not work with {engine}, .*quantize=nf4"):
-            check_quantization(ModelConfig(quantize="int8"), accelerator)
+            check_weights(ModelConfig(quantize="int8"), accelerator)

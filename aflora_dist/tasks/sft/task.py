@@ -17,7 +17,7 @@ from ...errors import AFLoRAError
 from ...training.config import Config
 from ..base import Evaluation
 from ..batches import Batch, Place, create_sampler, enough, lengths, loader, move
-from ..model import check_quantization, load_language_model, load_tokenizer, outline_language_model, storage_dtype
+from ..model import check_weights, load_language_model, load_tokenizer, outline_language_model
 from ..sampler import EvaluationSampler, GlobalBatchSampler
 from ..tokens import made_once
 from .answers import answer, last_number
@@ -37,7 +37,7 @@ class LanguageModelling:
         self.train_examples = 0
 
     def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:
-        check_quantization(self.config.model, accelerator)
+        check_weights(self.config.model, accelerator)
         self.train, self.held = load_examples(self.config.data, self.config.train.seed)
         self._check_answers()
         self.train_examples = len(self.train)
@@ -45,9 +45,7 @@ class LanguageModelling:
             model = outline_language_model(self.config.model)
             self.tokenizer = load_tokenizer(self.config.model, language_model=True)
             return model, []
-        model, self.tokenizer = load_language_model(
-            self.config.model, storage=storage_dtype(self.config.model, accelerator)
-        )
+        model, self.tokenizer = load_language_model(self.config.model, accelerator)
         return model, []
 
     def _check_answers(self) -> None:

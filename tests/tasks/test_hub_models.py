@@ -1,0 +1,203 @@
+"""Models as they lie on the hub are loaded whole, in the dtype that is said, or refused with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import sentencepiece
+import torch
+import transformers.utils.hub
+from accelerate.utils import DistributedType
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aflora_dist import AFLoRAError, extras
+from aflora_dist.serve.base import find_base
+from aflora_dist.tasks import model as models
+from aflora_dist.tasks.model import check_weights, load_base, load_language_model, outline_base
+from aflora_dist.training.config import ModelConfig, parse
+from aflora_dist.training.loop import check_length
+from tests.hub_layouts import LAYOUTS
+
+HALF = {"deberta_v3": torch.float32, "llama_7b": torch.float32, "opt": torch.float32, "qwen2_5": torch.bfloat16}
+HEADS = {"deberta_v3": ["pooler", "classifier"], "bert": ["classifier"], "roberta": ["classifier"]}
+DECODERS = ("llama_7b", "opt", "gpt2", "qwen2_5")
+TEXT = "good film the plot is very awful 23"
+
+
+@pytest.fixture(scope="module")
+def lying(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder laid out like that, made once."""
+    folder = tmp_path_factory.mktemp("hub")
+
+    def made(name: str) -> Path:
+        return folder / name if (folder / name).is_dir() else LAYOUTS[name](folder / name)
+
+    return made
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by its own keys."""
+    found: dict[str, Tensor] = {}
+    for file in folder.glob("*.bin"):
+        found |= torch.load(file, weights_only=True)
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_weight_is_the_one_that_is_stored(name: str, lying: Callable[[str], Path]) -> None:
+    folder = lying(name)
+    loaded, tokenizer, head = load_base(ModelConfig(name=str(folder)), ["no", "yes"])
+    assert head == HEADS.get(name, ["score"])
+    dtype = HALF.get(name, torch.float32)
+    assert {p.dtype for p in loaded.parameters()} == {dtype} == {loaded.config.dtype}
+    there = stored(folder)
+    prefix = f"{loaded.base_model_prefix}."
+    for key, parameter in loaded.named_parameters():
+        if not key.startswith(tuple(f"{module}." for module in head)):
+            old = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            kept = next(there[k] for k in (key, old, key.removeprefix(prefix)) if k in there)
+            assert torch.equal(parameter, kept.to(dtype)), key
+    assert tokenizer.pad_token_id is not None
+    assert loaded.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_language_model_lacks_nothing(name: str, lying: Callable[[str], Path]) -> None:
+    loaded, tokenizer = load_language_model(ModelConfig(name=str(lying(name))))
+    assert {p.dtype for p in loaded.parameters()} == {HALF.get(name, torch.float32)}
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tied == (name != "llama_7b")
+    assert bool(tokenizer.chat_template) == (name == "qwen2_5")
+
+
+@pytest.mark.parametrize(("name", "file"), [("deberta_v3", "spm.model"), ("llama_7b", "tokenizer.model")])
+def test_a_sentencepiece_model_is_read_as_sentencepiece_reads_it(
+    name: str, file: str, lying: Callable[[str], Path]
+) -> None:
+    folder = lying(name)
+    _, tokenizer, _ = load_base(ModelConfig(name=str(folder)), ["no", "yes"])
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / file)).encode(TEXT)
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == pieces
+    assert tokenizer.decode(pieces).strip() == TEXT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["deberta_v3", "qwen2_5", "gpt2"])
+def test_a_dtype_that_is_named_is_taken(name: str, dtype: Any, lying: Callable[[str], Path]) -> None:
+    loaded, _, _ = load_base(ModelConfig(name=str(lying(name)), dtype=dtype), ["no", "yes"])
+    assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen2_5", "llama_7b"])
+def test_a_plan_counts_on_the_dtype_that_the_run_will_have(name: str, lying: Callable[[str], Path]) -> None:
+    for dtype in (None, "float16"):
+        config = ModelConfig(name=str(lying(name)), dtype=dtype)  # type: ignore[arg-type]
+        outlined, _ = outline_base(config, ["no", "yes"])
+        loaded, _, _ = load_base(config, ["no", "yes"])
+        assert [p.dtype for p in outlined.parameters()] == [p.dtype for p in loaded.parameters()]
+
+
+def launched(engine: DistributedType, precision: str) -> Any:
+    plugin = SimpleNamespace(zero_stage=2) if engine == DistributedType.DEEPSPEED else None
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    return SimpleNamespace(state=state, distributed_type=engine, mixed_precision=precision)
+
+
+def test_deepspeed_without_mixed_precision_is_given_float32(lying: Callable[[str], Path]) -> None:
+    zero, plain = launched(DistributedType.DEEPSPEED, "no"), launched(DistributedType.NO, "no")
+    config = ModelConfig(name=str(lying("qwen2_5")))
+    for accelerator, dtype in ((zero, torch.float32), (plain, torch.bfloat16)):
+        loaded, _, _ = load_base(config, ["no", "yes"], accelerator)
+        assert {p.dtype for p in loaded.parameters()} == {dtype}
+    for dtype, precision in (("float16", "fp16"), ("bfloat16", "bf16")):
+        named = ModelConfig(dtype=dtype)  # type: ignore[arg-type]
+        with pytest.raises(AFLoRAError, match=f"dtype={dtype} does not work with DeepSpeed.*precision {precision}"):
+            check_weights(named, zero)
+        check_weights(named, launched(DistributedType.DEEPSPEED, precision))
+        check_weights(named, plain)
+
+
+def test_roberta_has_two_positions_less_than_it_says(lying: Callable[[str], Path]) -> None:
+    for name, positions in (("roberta", 512), ("bert", 512), ("deberta_v3", 512), ("opt", 512)):
+        loaded, _, _ = load_base(ModelConfig(name=str(lying(name))), ["no", "yes"])
+        config, _ = parse([f"--model.name={name}", f"--data.max_length={positions}"])
+        check_length(config, loaded)
+        if name != "deberta_v3":  # which counts differences
+            loaded(input_ids=torch.full((1, positions), 7))  # it has them
+        config, _ = parse([f"--model.name={name}", f"--data.max_length={positions + 1}"])
+        with pytest.raises(AFLoRAError, match=rf"max_length={positions + 1} is more than the {positions} positions"):
+            check_length(config, loaded)
+
+
+@pytest.mark.parametrize("gone", [["sentencepiece"], ["protobuf"], ["sentencepiece", "protobuf"]])
+@pytest.mark.parametrize("name", ["deberta_v3", "llama_7b"])
+def test_a_tokenizer_that_cannot_be_read_names_the_packages(
+    name: str, gone: list[str], lying: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*args: Any, **kwargs: Any) -> None:  # what transformers says without them
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.")
+
+    folder = str(lying(name))
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", nothing)
+    missing = {models._SENTENCEPIECE[package] for package in gone}
+    monkeypatch.setattr(models, "installed", lambda module: module not in missing)
+    with pytest.raises(AFLoRAError, match=rf"sentencepiece and protobuf.*: pip install {' '.join(gone)}\.") as raised:
+        load_base(ModelConfig(name=folder), ["no", "yes"])
+    assert "tiktoken" not in str(raised.value)
+
+
+def test_a_module_in_a_package_that_is_not_there_is_not_installed() -> None:
+    assert extras.installed("google.protobuf")
+    assert not extras.installed("no_such_package_here.at_all")
+
+
+def refuses(monkeypatch: pytest.MonkeyPatch, error: type[Exception], status: int) -> None:
+    """Have the hub answer so, whatever is asked of it."""
+    answer = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/some/model"))
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise error(f"{status} Client Error. (Request ID: Root=1-2)", response=answer)  # type: ignore[call-arg]
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", refused)
+    monkeypatch.setattr("aflora_dist.serve.base.snapshot_download", refused)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (GatedRepoError, 401, r"is gated. Accept its licence at https://huggingface.co/some/model.*`hf auth login`"),
+        (GatedRepoError, 403, r"is gated. Accept its licence at https://huggingface.co/some/model.*HF_TOKEN"),
+        (RepositoryNotFoundError, 401, r"neither a folder nor a repository .* private, .*`hf auth login`.*HF_TOKEN"),
+        (RevisionNotFoundError, 404, r"no such revision. https://huggingface.co/some/model shows"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(
+    error: type[Exception], status: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses(monkeypatch, error, status)
+    asked = [
+        lambda: load_base(ModelConfig(name="some/model"), ["no", "yes"]),
+        lambda: outline_base(ModelConfig(name="some/model"), ["no", "yes"]),
+        lambda: models.load_tokenizer(ModelConfig(name="some/model")),
+        lambda: find_base("some/model", None),
+    ]
+    for ask in asked:
+        with pytest.raises(AFLoRAError, match=said) as raised:
+            ask()
+        assert "Request ID" not in str(raised.value)
+
+
+def test_a_folder_that_is_not_there_is_named() -> None:
+    with pytest.raises(
+        AFLoRAError, match=r"'models/of/mine' could not be loaded: .*\(model.name is a folder, a hub id"
+    ):
+        load_base(ModelConfig(name="models/of/mine"), ["no", "yes"])
