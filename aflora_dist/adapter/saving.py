@@ -76,7 +76,8 @@ def save_peft(model: Any, folder: Path, values: Mapping[str, Tensor], **options:
 def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tensor]) -> None:
     """Raise if an adapter would be written without all of it. Frozen A and B are learned, and random if left out.
 
-    A rank above 0 that only asks is let through: accelerate's whole state dicts are there on the main process only.
+    Who only asks is let through where a part is right: above rank 0, for whole state dicts are on the main process
+    alone, and for tensors that know that they are shards, which torch's distributed checkpoints take.
 
     Raises:
         AFLoRAError: A tensor is missing, or is a shard.
@@ -87,8 +88,9 @@ def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tens
         r, sizes = layer.r[adapter_name], (layer.in_features, layer.out_features)
         for tensor, numel in (("A", r * sizes[0]), ("B", r * sizes[1]), ("s_d", r), ("s_b", sizes[1])):
             key = f"{name}.aflora.{adapter_name}.{tensor}"
-            there = _held(found[key]) if key in found else None
-            if there == numel or (dist.is_initialized() and dist.get_rank() > 0 and not _is_writing()):
+            value = found.get(key)
+            there = None if value is None else _held(value)
+            if there == numel or (_may_hold_a_part(value) and not _is_writing()):
                 continue
             raise AFLoRAError(
                 f"The adapter would be saved without all of {key} "
@@ -96,6 +98,10 @@ def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tens
                 f"learned, too. Call freezing.save_pretrained(folder) on every rank, of the AdaptiveFreezing; with "
                 f"Trainer add aflora_dist.FreezingCallback, and call trainer.save_model."
             )
+
+
+def _may_hold_a_part(value: Tensor | None) -> bool:
+    return isinstance(value, DTensor) or (dist.is_initialized() and dist.get_rank() > 0)
 
 
 def _held(value: Tensor) -> int:
