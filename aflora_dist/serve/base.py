@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from .. import nested
 from ..errors import AFLoRAError
 
 _CLASSES = {
@@ -38,7 +38,7 @@ class Shards(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files: dict[str, str] = nested.loads(index.read_text(encoding="utf-8"))["weight_map"]
             self._file = {key: folder / name for key, name in files.items()}
         elif (single := folder / "model.safetensors").is_file():
             with safe_open(str(single), framework="pt") as file:
