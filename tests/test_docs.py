@@ -35,6 +35,7 @@ from aflora_dist.training.config import Config, parse
 from aflora_dist.training.run import main as train
 from tests.pages import PAGES, ROOT, Block, blocks, classifier, snippets, with_trl
 from tests.runs import command_line
+from tests.slurm import submit
 from tests.small_lm import make_small_language_model, write_problems
 from tests.test_export import adapter_for
 
@@ -321,6 +322,14 @@ def run_main_job(arguments: list[str], place: Place) -> None:
         with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()):
             parse(arguments)
         return
+    chosen = [i for i, word in enumerate(arguments) if word.startswith("runs/") and arguments[i - 1] == "--resume"]
+    if chosen:  # an earlier checkpoint of that very training, whose last is another
+        (at,) = chosen
+        RUN_ALREADY.clear()
+        run_main_job([*arguments[: at - 1], *arguments[at + 1 :]], place)
+        first, *_ = sorted((place.folder / "trained" / "checkpoints").glob("step_*"))
+        assert train([*shrunk(arguments[: at - 1], place, place.folder / "trained"), "--resume", str(first)]) == 0
+        return
     small = shrunk(arguments, place, place.folder / "trained")
     _, resolved = parsed(*small)
     if (what := re.sub(r"^preset:.*\n", "", resolved, flags=re.MULTILINE)) in RUN_ALREADY:
@@ -432,12 +441,14 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
 
 
 def run_sbatch(words: list[str], place: Place) -> None:
-    """tests/training/test_slurm.py submits these scripts to a real Slurm."""
+    """With stand-ins for Slurm's commands; tests/training/test_slurm.py submits these scripts to a real Slurm."""
     options = [word for word in words if word.endswith(".sbatch")]
     assert len(options) == 1
     (script,) = options
-    subprocess.run(["bash", "-n", place.folder / script], check=True)
-    run_main_job(words[words.index(script) + 1 :], place)
+    arguments = words[words.index(script) + 1 :]
+    started = submit(place.folder / script, arguments, place.folder, place.folder / "slurm")
+    assert started.returncode == 0, started.stderr
+    run_main_job(arguments, place)
 
 
 def read_by_pip(words: list[str], place: Place) -> None:

@@ -26,6 +26,7 @@ from aflora_dist.training import compile_lock
 from aflora_dist.training.run import main
 from tests.launch import MAIN_JOB, environment_for, free_port, launch
 from tests.ranks import ROOT
+from tests.slurm import submit
 
 RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -299,16 +300,10 @@ def test_job_scripts_share_the_node_s_threads_and_hide_gpus_from_cpu_jobs(
     script: str, given: dict[str, str], expected: str, tmp_path: Path
 ) -> None:
     """With stand-ins for Slurm's commands; tests/training/test_slurm.py submits them to a real one."""
-    for name, does in (
-        ("scontrol", "echo here"),
-        ("srun", 'echo "$OMP_NUM_THREADS ${DS_ACCELERATOR-unset} ${CUDA_VISIBLE_DEVICES-unset}"'),
-    ):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here", "SLURM_SUBMIT_DIR": str(ROOT)}
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **job, **given}
-    command = ["bash", str(ROOT / "launch" / "slurm" / f"{script}.sbatch"), "--run.dir", str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    shown = "$OMP_NUM_THREADS ${DS_ACCELERATOR-unset} ${CUDA_VISIBLE_DEVICES-unset}"
+    path, arguments = ROOT / "launch" / "slurm" / f"{script}.sbatch", ["--run.dir", str(tmp_path / "run")]
+    done = submit(path, arguments, ROOT, tmp_path, shown, **given)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].strip() == expected
 
 
