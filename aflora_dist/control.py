@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from .adapter import Adapted
 from .adapter.folding import Folding
 from .adapter.layer import AFLoRAPath
 from .adapter.precision import beyond_float16, check_precision
+from .adapter.saving import names_to_save, save_peft
 from .engines import Engine, create_engine, place
 from .engines.rehearsal import rehearse
 from .engines.transfer import Piece
-from .errors import AFLoRAError, DivergedError
+from .errors import AFLoRAError, DivergedError, writing
 from .freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore, QuantilePolicy
 from .freezing.quantile import quantile
-from .processes import refuse_lonely_processes
+from .processes import on_main, refuse_lonely_processes
 from .progress import Progress
 
 
@@ -202,6 +204,31 @@ class AdaptiveFreezing:
     def interrupted(self) -> None:
         """The training ends here on purpose, and will go on from a checkpoint: nothing is missing."""
         self._exit.detach()
+
+    # -- what is saved -----------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model's adapters, whole, as PEFT's `save_pretrained` does on one process. A collective.
+
+        The same call on every engine, on every rank: what PEFT saves (frozen matrices, `modules_to_save`) is gathered
+        by name, one parameter after the other, and never the base model; the main process writes. The folder is for
+        `PeftModel.from_pretrained`.
+
+        Raises:
+            AFLoRAError: On every rank: it cannot be written, or the model holds the adapter but does not save adapters.
+        """
+        values, path = self.adapter_values(), Path(folder)
+
+        def write() -> None:
+            with writing("The adapter", path):
+                save_peft(self.engine.model, path, values)
+
+        on_main(self.engine.accelerator, write)
+
+    def adapter_values(self) -> dict[str, Tensor]:
+        """What PEFT saves of the model, by name, whole, in CPU memory of the main process. A collective."""
+        model, accelerator = self.engine.model, self.engine.accelerator
+        return self.engine.gather(on_main(accelerator, lambda: names_to_save(model)))
 
     # -- checkpoints -------------------------------------------------------------------------
 

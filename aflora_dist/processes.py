@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -110,11 +112,14 @@ def launched_accelerator(**options: Any) -> Accelerator:
         AFLoRAError: The processes cannot find each other, do not know of each other, or lack devices.
     """
     several = launched_processes() > 1
-    on_cpu = not torch.cuda.is_available() or _asked("CPU")
+    on_cpu = not torch.cuda.is_available() or _means_cpu()
     _check_devices(on_cpu, options.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    if on_cpu and _asked("DEEPSPEED"):
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # it would put batches on a GPU whatever DS_ACCELERATOR says
     try:
         accelerator = Accelerator(
-            cpu=several and on_cpu and not _asked("DEEPSPEED"),  # DDP wraps nothing on a CPU unless told
+            # DDP wraps nothing on a CPU unless told; and a GPU that there is would be taken.
+            cpu=(several or _means_cpu()) and on_cpu and not _asked("DEEPSPEED"),
             # Without it DeepSpeed's processes on a CPU would not know of each other.
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several and on_cpu else [],
             **options,
@@ -130,6 +135,11 @@ def launched_accelerator(**options: Any) -> Accelerator:
         raise AFLoRAError(
             "FSDP was asked for, but accelerate leaves it out on CPUs: every process would hold the whole model. Use "
             "launch/ddp.yaml or launch/zero3.yaml there."
+        )
+    if _asked("DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise AFLoRAError(
+            "DeepSpeed was asked for, but with ACCELERATE_USE_CPU accelerate leaves it out. Unset that; with "
+            "DS_ACCELERATOR=cpu DeepSpeed trains on CPUs."
         )
     return accelerator
 
@@ -148,11 +158,8 @@ def _check_devices(on_cpu: bool, precision: str) -> None:
     if on_cpu:
         if precision == "fp16" and not _asked("DEEPSPEED"):
             raise AFLoRAError("fp16 needs a GPU: on a CPU use --mixed_precision bf16, or no.")
-        wanted = torch.version.cuda is not None and not _asked("CPU") and os.environ.get("DS_ACCELERATOR") != "cpu"
-        if wanted and _variable("RANK", 0) == 0:
-            seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-            why = "torch finds none" if seen is None else f"CUDA_VISIBLE_DEVICES={seen!r}"
-            print(f"aflora: warning: no GPU is seen here ({why}); training goes on on the CPU.", file=sys.stderr)
+        if not _means_cpu() and _variable("RANK", 0) == 0 and (reason := _why_no_gpu()):
+            print(f"aflora: warning: training goes on on the CPU: {reason}", file=sys.stderr)
         return
     ranks = _variable("LOCAL_WORLD_SIZE", _variable("LOCAL_RANK", 0) + 1)
     if ranks > torch.cuda.device_count():
@@ -162,6 +169,37 @@ def _check_devices(on_cpu: bool, precision: str) -> None:
             f"{ranks} ranks were started on this node, which has {torch.cuda.device_count()} GPUs{said}: lower "
             f"--num_processes, or show them more."
         )
+
+
+def _means_cpu() -> bool:
+    """Whether whoever launched this wants the CPU, GPUs or not."""
+    return _asked("CPU") or os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
+def _why_no_gpu() -> str | None:
+    """Why torch uses no GPU, and what to do; None where nothing says that there could be one."""
+    meant = "Where the CPU is meant, set DS_ACCELERATOR=cpu."
+    driver = nvidia_driver()
+    if torch.version.cuda is None:
+        if driver is None or torch.version.hip is not None:
+            return None
+        return (
+            f"this node has an NVIDIA GPU ({driver}), but torch {torch.__version__} was built without CUDA. Install a "
+            f"build with CUDA, as https://pytorch.org/get-started/locally says. {meant}"
+        )
+    if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return f"no GPU is seen here (CUDA_VISIBLE_DEVICES={seen!r}). {meant}"
+    if driver is None:
+        return f"no GPU is seen here. {meant}"
+    return (
+        f"this node has an NVIDIA GPU ({driver}), but torch finds none: see what nvidia-smi says; the driver may be "
+        f"too old for CUDA {torch.version.cuda}. {meant}"
+    )
+
+
+def nvidia_driver() -> str | None:
+    """What NVIDIA's driver has put on this node for a GPU; None where there is none."""
+    return next((str(path) for path in sorted(Path("/dev").glob("nvidia[0-9]*"))), None) or shutil.which("nvidia-smi")
 
 
 def _not_connected(reason: str) -> str:

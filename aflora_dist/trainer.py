@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from .adapter.saving import state_dict_of
 from .contract import Private, require
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, thaw
 from .errors import AFLoRAError, DamagedError, writing
@@ -30,6 +31,7 @@ TRAINER = [
         ("_load_from_checkpoint", "resume after a freeze, and on another engine"),
         ("_prepare_for_training", "resume after a freeze, and on another engine"),
         ("_load_best_model", "go back to a model of before a freeze"),
+        ("_save", "save the adapter alone where ranks hold shards"),
     )
 ]
 PRIVATE = {"transformers": TRAINER}
@@ -39,7 +41,7 @@ class FreezingCallback(TrainerCallback):
     """Attaches `AdaptiveFreezing` when training begins, and keeps its state in Trainer's checkpoints.
 
     `Trainer(..., callbacks=[FreezingCallback()])`, or `trainer.add_callback(FreezingCallback())` before training.
-    From then on save_model and every checkpoint hold the whole adapter, under ZeRO-3 as well; resume_from_checkpoint
+    From then on save_model and every checkpoint hold the whole adapter, on every engine; resume_from_checkpoint
     goes on from a checkpoint on any engine and number of ranks, and load_best_model_at_end goes back to a model of
     before a freeze. A further `train()` freezes what is left.
 
@@ -194,6 +196,22 @@ class FreezingCallback(TrainerCallback):
         else:
             self.freezing.load_values(best.tensors)
 
+    def _save_model(
+        self,
+        trainer: Trainer,
+        original: Callable[..., Any],
+        output_dir: str | None = None,
+        _internal_call: bool = False,
+    ) -> None:
+        """As Trainer; but where ranks hold shards it would gather the base model, too, or refuse, or write nothing."""
+        if self.freezing is None or not self.freezing.engine.sharded:
+            original(output_dir, _internal_call)
+            return
+        engine = self.freezing.engine
+        trainer._save(output_dir, state_dict=state_dict_of(engine.model, self.freezing.adapter_values()))
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
 
 def _find(trainer: Trainer, folder: Path) -> Checkpoint | None:
     """The state in one of Trainer's checkpoints, if there is one; tensors are there on the main process. A collective.
@@ -276,8 +294,8 @@ def _introduce() -> None:
         UnsupportedEngineError: This release of transformers has no such places.
     """
     require("transformers", Trainer, TRAINER)
-    for entry in TRAINER:
-        setattr(Trainer, entry.name, _leading(getattr(Trainer, entry.name), getattr(FreezingCallback, entry.name)))
+    for name in ("_load_from_checkpoint", "_prepare_for_training", "_load_best_model", "save_model"):
+        setattr(Trainer, name, _leading(getattr(Trainer, name), getattr(FreezingCallback, f"_{name.lstrip('_')}")))
 
 
 def _leading(original: Callable[..., Any], extended: Callable[..., Any]) -> Callable[..., Any]:

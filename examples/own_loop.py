@@ -33,7 +33,6 @@ def main() -> None:
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several else [])
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch
-        plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     set_seed(0)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -80,10 +79,8 @@ def main() -> None:
         right.append(accelerator.gather_for_metrics(said == batch["labels"]))
     accelerator.print(f"accuracy {torch.cat(right).float().mean():.3f}, {len(freezing.events)} freezes")
 
-    weights = accelerator.get_state_dict(model)  # on every rank: ZeRO-3 and FSDP2 gather them
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(args.out, state_dict=weights)
-        print(f"wrote {args.out}/")
+    freezing.save_pretrained(args.out)  # on every rank
+    accelerator.print(f"wrote {args.out}/")
     accelerator.end_training()
 
 

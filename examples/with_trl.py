@@ -1,4 +1,4 @@
-"""TRL's supervised fine-tuning: the same callback. Needs pip install 'aflora-dist[llm]'.
+"""TRL's supervised fine-tuning: the same callback. Needs pip install trl.
 
 python examples/with_trl.py
 """

@@ -38,6 +38,8 @@ def pretend_gpus(**environment: str) -> None:
 
 
 def main(arguments: list[str]) -> Any:
+    if arguments[0] == "aflora_dist.training.run":
+        ENVIRONMENT.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", None)  # it knows its model's blocks
     pretend_gpus()
     return importlib.import_module(arguments[0]).main(arguments[1:])
 

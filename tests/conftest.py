@@ -18,6 +18,12 @@ torch.set_num_threads(1)  # small models; two threads would wait for each other 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What is tested here runs on CPUs, whatever the machine has; only `pytest -m gpu` sees its GPUs."""
+    if config.option.markexpr != "gpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def own_settings_of_accelerate() -> Iterator[None]:
     """What a module's tests have set in accelerate's singletons (compiling, Trainer's accumulation) ends with it."""

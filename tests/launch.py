@@ -34,7 +34,7 @@ def launch_arguments(engine: str, processes: int, mixed_precision: str = "no") -
 
 
 def environment_for(engine: str) -> dict[str, str]:
-    """The variables that a launcher is started with on a machine without GPUs."""
+    """The variables that a launcher is started with, to train on CPUs whatever the machine has."""
     device = {} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
     return {**os.environ, **ENVIRONMENT, **device}
 

@@ -30,6 +30,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL for what is left when a rank has failed
 ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -39,7 +41,7 @@ ENVIRONMENT = {
 
 
 # pyarrow's allocator would start a thread on import.
-WARM_ENVIRONMENT = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+WARM_ENVIRONMENT = {**ENVIRONMENT, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
 @cache

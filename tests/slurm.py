@@ -165,3 +165,17 @@ def _free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def submit(
+    script: Path, arguments: list[str], folder: Path, tools: Path, shown: str = "$*", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a job script as Slurm would in `folder`, with stand-ins in `tools` for its commands; srun prints `shown`."""
+    tools.mkdir(exist_ok=True)
+    for name, does in (("scontrol", "echo here"), ("srun", f'echo "{shown}"')):
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here"}
+    job |= {"SLURM_CPUS_PER_TASK": "2", "SLURM_SUBMIT_DIR": str(folder), "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = ["bash", str(script), *arguments]
+    return subprocess.run(command, env=job | variables, cwd=folder, capture_output=True, text=True, check=False)

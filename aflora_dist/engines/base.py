@@ -51,6 +51,7 @@ class Engine(ABC):
 
     Attributes:
         kind: "single", "ddp", "zero1", "zero2", "zero3" or "fsdp2".
+        sharded: Whether a rank holds a part only of each parameter.
         parameters: Every parameter of the model, by name.
         traits: How the optimizer keeps its state.
 
@@ -59,6 +60,7 @@ class Engine(ABC):
     """
 
     kind: str
+    sharded = False
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
         self.accelerator = accelerator

@@ -310,6 +310,7 @@ class Fsdp2Engine(NativeEngine):
     """accelerate's FSDP with `fsdp_version: 2`, CPU offload and HSDP included."""
 
     kind = "fsdp2"
+    sharded = True
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
         super().__init__(accelerator, model, optimizer)

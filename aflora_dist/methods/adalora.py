@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..adapter.saving import save_peft
 from ..engines.transfer import Piece
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..names import of_base
 from ..progress import Progress
 from ..training.config import Config
-from .base import Control, NoControl, save_peft
+from .base import Control, NoControl
 from .peft import Peft
 
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # of RankAllocator; `ipt` is made anew by each update
@@ -88,7 +89,7 @@ class AdaLora(Peft):
         model.peft_config["default"].rank_pattern = {
             of_base(name): (value.flatten() != 0).tolist() for name, value in values.items() if ".lora_E." in name
         }
-        save_peft(model, folder, values)
+        save_peft(model, folder, values, save_embedding_layers=False)
 
 
 class RankAllocation(NoControl):

@@ -12,12 +12,12 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from ..adapter import AFLoRAConfig
+from ..adapter.saving import save_peft
 from ..control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from ..errors import AFLoRAError
 from ..names import is_adapter, is_head
 from ..progress import Progress
 from ..training.config import Config
-from .base import save_peft
 
 
 class AFLoRA:
@@ -77,7 +77,7 @@ class AFLoRA:
         return is_adapter(name) or is_head(name) or trains  # a frozen A or B was learned like the rest
 
     def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
-        save_peft(model, folder, values)
+        save_peft(model, folder, values, save_embedding_layers=False)
 
     def _schedule(self, updates_per_epoch: int) -> FreezingConfig:
         epochs, freezing = self.config.train.epochs, self.config.freezing

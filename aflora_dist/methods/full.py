@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..adapter.precision import widen
+from ..adapter.saving import state_dict_of
 from ..errors import AFLoRAError
 from ..progress import Progress
 from ..training.config import Config
-from .base import Control, NoControl, buffers
+from .base import Control, NoControl
 
 
 class Full:
@@ -57,5 +58,4 @@ class Full:
         return True
 
     def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
-        whole = {name: value.contiguous() for name, value in values.items()}
-        model.save_pretrained(str(folder), state_dict={**buffers(model), **whole})
+        model.save_pretrained(str(folder), state_dict=state_dict_of(model, values))

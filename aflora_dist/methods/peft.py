@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..adapter.architectures import ARCHITECTURES, default_targets
 from ..adapter.precision import widen
 from ..adapter.private import is_sharded
+from ..adapter.saving import save_peft
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..names import is_head
 from ..progress import Progress
 from ..training.config import Config
 from .autocast import OutputCast, match_autocast
-from .base import Control, NoControl, save_peft
+from .base import Control, NoControl
 
 # What the main job or PEFT itself sets, and no option.
 _OURS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -158,7 +159,7 @@ class Peft:
         return trains or is_head(name) or self._prefix in name  # PEFT leaves out what it does not need
 
     def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
-        save_peft(model, folder, values)
+        save_peft(model, folder, values, save_embedding_layers=False)
 
 
 def _shared(model: nn.Module) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from .. import nested
 from ..errors import AFLoRAError
 from ..hub import refusal
 
@@ -39,7 +39,7 @@ class Shards(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         for name in ("model.safetensors", "pytorch_model.bin"):
             if (index := folder / f"{name}.index.json").is_file():
-                files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files: dict[str, str] = nested.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 self._file = {key: folder / file for key, file in files.items()}
                 break
             if (single := folder / name).is_file():

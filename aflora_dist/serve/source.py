@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .. import nested
 from ..errors import AFLoRAError, writing
 from ..names import of_base
 from ..store.checkpoint import StoredTensors
@@ -61,7 +61,7 @@ def read(path: Path) -> Source:
     if not (folder / _CONFIG).is_file():
         unfinished = " The run has not ended: --resume ends it." if (path / "config.yaml").is_file() else ""
         raise AFLoRAError(f"{path} is neither a run's directory with adapter/ nor an adapter's folder.{unfinished}")
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    config = nested.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     if config.get("peft_type") != "AFLORA":
         raise AFLoRAError(
             f"{folder} holds an adapter of the method {config.get('peft_type')}, not of AFLoRA: PEFT itself loads it, "

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import nested
 from ..errors import AFLoRAError, DamagedError
 
 FORMAT = 2
@@ -112,7 +113,7 @@ def load(path: Path) -> Checkpoint:
     complaint = _damage(path)
     if complaint is not None:
         raise DamagedError(f"The checkpoint {path} is damaged: {complaint}.")
-    training = json.loads((path / _TRAINING).read_text(encoding="utf-8"))
+    training = nested.loads((path / _TRAINING).read_text(encoding="utf-8"))
     if training.get("format") != FORMAT:
         old = " Format 1 counted skipped updates twice: finish that run with aflora_dist 0.1, or begin anew."
         raise AFLoRAError(
@@ -139,7 +140,7 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _damage(path: Path) -> str | None:
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = nested.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         for name in (_STATE, _TRAINING):
             expected = manifest[name]
             size = (path / name).stat().st_size

@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
+from .. import nested
 from ..errors import AFLoRAError
 
 CONFIG, METRICS, FREEZE_LOG, RESULT = "config.yaml", "metrics.jsonl", "freeze_log.jsonl", "result.json"
 _NOT_SETTING = ("run", "profile")  # sections of config.yaml that say nothing about the training
 _LONGEST_CONFIG = 200_000  # bytes; of a run it has a few thousand
-_MOST_NODES, _DEEPEST = 10_000, 50
+_MOST_NODES = 10_000
 _LARGEST = 1e150  # its square is a number, too
 
 
@@ -36,10 +37,7 @@ def loads(text: str | bytes) -> Any:
     Raises:
         ValueError: It is not JSON, or not UTF-8.
     """
-    try:
-        return json.loads(text, parse_constant=lambda _: None, parse_float=lambda digits: _number(float(digits)))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    return nested.loads(text, parse_constant=lambda _: None, parse_float=lambda digits: _number(float(digits)))
 
 
 @dataclass(frozen=True)
@@ -287,7 +285,9 @@ def read_config(path: Path) -> Any:
     try:
         if not file.is_file() and _exists(file):
             raise AFLoRAError(f"{file} is not a file.")
-        return yaml.load(file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content, loader = file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        nested.refuse_deep_yaml(content, loader)
+        return yaml.load(content, loader)
     except AFLoRAError:
         raise
     except OSError as error:
@@ -378,7 +378,7 @@ def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
         ValueError: It holds more, or is nested too deeply.
     """
     left[0] -= 1
-    if left[0] < 0 or depth > _DEEPEST:
+    if left[0] < 0 or depth > nested.DEEPEST:
         raise ValueError
     if isinstance(value, dict):
         return {str(key): _plain(item, left, depth + 1) for key, item in value.items()}

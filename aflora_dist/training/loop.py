@@ -81,6 +81,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     lora_r8 = lora_parameters(model)
     flops = flops_per_token(model, method.is_head)
     accumulate(config, accelerator, sampler.micro_batches)
+    shard_by_block(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress(create_engine(accelerator, model, optimizer))
     control = method.attach(
@@ -211,6 +212,20 @@ def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> 
     deepspeed_file.contradicted(config, accelerator.num_processes, micro_batches)
     plugin.deepspeed_config.update(deepspeed_file.values(config, accelerator.num_processes, micro_batches))
     plugin.deepspeed_config.pop("train_batch_size", None)
+
+
+def shard_by_block(accelerator: Accelerator, model: Any) -> None:
+    """Have FSDP2 shard by transformer blocks alone, unless the launcher names classes.
+
+    transformers lists BERT's embeddings among them, whose matrix accelerate then shards a second time, and fails.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
+        return
+    embedding = model.get_input_embeddings()
+    holding = {type(m).__name__ for m in model.modules() if any(inner is embedding for inner in m.modules())}
+    there = {type(m).__name__ for m in model.modules()} - holding
+    plugin.transformer_cls_names_to_wrap = [n for n in getattr(model, "_no_split_modules", None) or () if n in there]
 
 
 def check_length(config: Config, model: nn.Module) -> None:

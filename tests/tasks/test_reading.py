@@ -202,7 +202,13 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
         r"line 2, column 'text': a number of mo",
     ),
     "too deep": ("jsonl", '{"text": ' + "[" * 100_000, r"line 1: no JSON: nested too deeply"),
-    "deep within": ("jsonl", '{"text": ' + "[" * 980 + "]" * 980 + "}", r"line 1.* nested too deeply"),
+    "deep within": (
+        "jsonl",
+        '{"text": "a"}\n{"text": ' + "[" * 50 + "]" * 50 + "}",
+        r"line 2: no JSON: nested too deeply",
+    ),
+    "too deep in a list": ("json", '[{"text": "a"},\n{"text": ' + "[" * 100_000, r"line 2: no JSON: nested too deeply"),
+    "deep within a list": ("json", '[{"text": ' + "[" * 50 + "]" * 50 + "}]", r"line 1: no JSON: nested too deeply"),
     "an unclosed list": (
         "json",
         '[{"text": "a"},\n{"text": "b"}\n',

@@ -143,3 +143,15 @@ def test_language_models_have_no_new_modules_to_choose() -> None:
 def test_lists_need_no_brackets(said: list[str]) -> None:
     assert parse(said)[0].data.text_columns == ["a", "b"]
     assert parse([*said, "--profile.starts", "3"])[0].profile.starts == [3]
+
+
+@pytest.mark.parametrize("task", ["files", "rte", "sft"])
+def test_own_data_need_a_model_s_name(task: str) -> None:
+    with pytest.raises(AFLoRAError, match=rf"data.task={task} needs a model: .* --model.name demo\."):
+        parse(["--data.task", task, "--train.epochs", "1"])
+    assert parse(["--data.task", task, "--model.name", "demo"])[0].model.name == "demo"
+
+
+def test_the_demo_s_data_come_with_its_model() -> None:
+    assert "\n  name: demo\n" in parse([])[1]
+    assert parse(["--data.task", "sft", "--data.name", "demo"])[0].model.name == "demo"

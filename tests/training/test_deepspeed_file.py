@@ -65,7 +65,7 @@ FILES: dict[str, tuple[Any, str]] = {
     "list": ("[]", r"must hold an object, .*not \[\]"),
     "number": ("3", "must hold an object"),
     "twice": ('{"gradient_clipping": 1, "gradient_clipping": 0.1}', 'gives "gradient_clipping" twice'),
-    "deep": ("[" * 100_000, "cannot be taken as JSON: maximum recursion depth"),
+    "deep": ("[" * 100_000, "is not JSON: nested too deeply"),
     "long number": ('{"steps_per_print": ' + "9" * 5000 + "}", "cannot be taken as JSON: .*digits"),
     "number as text": ({**good(), "train_batch_size": "64"}, 'says train_batch_size="64", but .* comes to 64'),
     "latin": (b'{"\xe4": 1}', "is not text in UTF-8"),

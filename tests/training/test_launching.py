@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from aflora_dist import AFLoRAError
 from aflora_dist.processes import launched_accelerator
 from aflora_dist.training import compile_lock
 from aflora_dist.training.run import main
-from tests.launch import environment_for, free_port
+from tests.launch import MAIN_JOB, environment_for, free_port, launch
 from tests.ranks import ROOT
+from tests.slurm import submit
 
 RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -139,45 +141,170 @@ def test_a_port_that_another_program_uses_is_named(
         assert f"127.0.0.1, port {port}, but another program uses that port" in said_by_main(capsys)
 
 
-@pytest.mark.usefixtures("fresh_state")
-@pytest.mark.parametrize(
-    ("ranks", "gpus", "refused"), [("2", 1, True), ("3", 2, True), ("2", 2, False), ("1", 1, False)]
-)
-def test_more_ranks_than_gpus_are_refused(
-    ranks: str, gpus: int, refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """accelerate would give two ranks the same GPU, and NCCL fail, or wait."""
-    for name, value in but("ACCELERATE_USE_CPU", LOCAL_WORLD_SIZE=ranks, WORLD_SIZE=ranks).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr("aflora_dist.processes.Accelerator", ReachedError.raised)
-    with pytest.raises(
-        AFLoRAError if refused else ReachedError, match=f"{ranks} ranks .* {gpus} GPUs" if refused else None
-    ):
-        launched_accelerator()
-
-
 class ReachedError(Exception):
-    """The accelerator would have been created."""
+    """The accelerator would have been created, with these arguments."""
 
     @classmethod
-    def raised(cls, **_: object) -> None:
-        raise cls
+    def raised(cls, **arguments: object) -> None:
+        raise cls(arguments)
 
 
-@pytest.mark.parametrize(("asked", "warned"), [({}, True), ({"DS_ACCELERATOR": "cpu"}, False)])
-def test_a_gpu_that_is_not_seen_is_told_of(
-    asked: dict[str, str], warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in {"CUDA_VISIBLE_DEVICES": "", **asked}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has torch.cuda pretend to see so many, where nothing says that CPUs are meant."""
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("aflora_dist.processes.Accelerator", ReachedError.raised)
-    with pytest.raises(ReachedError):
+
+    def see(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return see
+
+
+def launched_with(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments that the accelerator would have been created with."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ReachedError) as reached:
         launched_accelerator()
-    assert ("no GPU is seen here (CUDA_VISIBLE_DEVICES='')" in capsys.readouterr().err) is warned
+    return reached.value.args[0]
+
+
+ON_GPUS = but("ACCELERATE_USE_CPU")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seen", "refused"), [("2", 1, True), ("3", 2, True), ("2", 2, False), ("1", 1, False)]
+)
+def test_more_ranks_than_gpus_are_refused(
+    ranks: str, seen: int, refused: bool, gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate would give two ranks the same GPU, and NCCL fail, or wait."""
+    gpus(seen)
+    variables = ON_GPUS | {"LOCAL_WORLD_SIZE": ranks, "WORLD_SIZE": ranks}
+    if not refused:
+        assert not launched_with(variables, monkeypatch)["cpu"]
+        return
+    with pytest.raises(AFLoRAError, match=f"{ranks} ranks .* {seen} GPUs"):
+        launched_with(variables, monkeypatch)
+
+
+@pytest.mark.parametrize("meant", [{"DS_ACCELERATOR": "cpu"}, {"ACCELERATE_USE_CPU": "true"}], ids=str)
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_gpus_that_are_not_meant_are_not_used(
+    ranks: str,
+    meant: dict[str, str],
+    gpus: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gpus(1)
+    arguments = launched_with({**ON_GPUS, **meant, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}, monkeypatch)
+    assert arguments["cpu"]
+    assert [handler.backend for handler in arguments["kwargs_handlers"]] == ["gloo"] * (ranks == "2")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_deepspeed_on_cpus_keeps_its_batches_there(
+    gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "")  # what is set below ends with the test
+    arguments = launched_with({**ON_GPUS, "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}, monkeypatch)
+    assert (arguments["cpu"], os.environ["ACCELERATE_TORCH_DEVICE"]) == (False, "cpu")  # with cpu=True it would be DDP
+    assert [handler.backend for handler in arguments["kwargs_handlers"]] == ["gloo"]
+
+
+# By (CUDA of the build, the driver's device): what is said of training on the CPU.
+NOT_SEEN = {
+    "no build": (
+        None,
+        "/dev/nvidia0",
+        "/dev/nvidia0.*, but torch .* was built without CUDA. Install a build with CUDA",
+    ),
+    "no driver": ("13.0", None, "no GPU is seen here. "),
+    "old driver": ("13.0", "/dev/nvidia0", "but torch finds none: see what nvidia-smi says; .* too old for CUDA 13.0"),
+    "neither": (None, None, None),
+}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("case", NOT_SEEN)
+def test_a_gpu_that_is_not_used_is_told_of_once(
+    case: str,
+    rank: str,
+    gpus: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cuda, driver, expected = NOT_SEEN[case]
+    gpus(0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr("aflora_dist.processes.nvidia_driver", lambda: driver)
+    launched_with({**ON_GPUS, "RANK": rank, "LOCAL_RANK": rank}, monkeypatch)
+    said = capsys.readouterr().err
+    if expected is None or rank == "1":
+        assert said == ""
+    else:
+        assert re.search(f"^aflora: warning: training goes on on the CPU: .*{expected}", said)
+        assert "Where the CPU is meant, set DS_ACCELERATOR=cpu." in said
+
+
+def test_gpus_that_are_hidden_are_told_of(
+    gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus(0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    launched_with({"CUDA_VISIBLE_DEVICES": ""}, monkeypatch)
+    assert "no GPU is seen here (CUDA_VISIBLE_DEVICES='')" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_deepspeed_that_accelerate_leaves_out_is_not_taken_for_ddp(arguments: list[str]) -> None:
+    launcher = ["--config_file", str(ROOT / "launch" / "zero2.yaml")]
+    done = launch("ddp", 2, *MAIN_JOB, *arguments, launcher=launcher)  # with ACCELERATE_USE_CPU
+    assert done.returncode == 2
+    assert "DeepSpeed was asked for, but with ACCELERATE_USE_CPU accelerate leaves it out" in done.stderr
+
+
+# By target of the Makefile: whether its commands see GPUs.
+TARGETS = {"demo": False, "test": False, "test-fast": False, "test-latest": False, "demo GPUS=2": True, "gpu": True}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_runs_on_cpus_sees_no_gpu(target: str) -> None:
+    made = subprocess.run(["make", "-n", *target.split()], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    run = [line for line in made.replace("\\\n", " ").splitlines() if re.search(r"-m (pytest|profiling|aflora)", line)]
+    assert len(run) == 1
+    assert ("CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu " not in run[0]) is TARGETS[target]
+    assert ("--num_processes 2" in run[0]) is ("GPUS=2" in target)
+
+
+def test_these_tests_see_no_gpu() -> None:
+    for environment in (os.environ, environment_for("ddp"), environment_for("zero2")):
+        assert (environment["CUDA_VISIBLE_DEVICES"], environment["DS_ACCELERATOR"]) == ("", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "expected"),
+    [
+        ("gpu", {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}, "4 unset unset"),
+        ("gpu", {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "2"}, "1 unset unset"),
+        ("cpu", {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "3"}, "3 cpu"),
+        ("cpu", {"SLURM_CPUS_PER_TASK": "3", "OMP_NUM_THREADS": "2"}, "2 cpu"),
+    ],
+)
+def test_job_scripts_share_the_node_s_threads_and_hide_gpus_from_cpu_jobs(
+    script: str, given: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    """With stand-ins for Slurm's commands; tests/training/test_slurm.py submits them to a real one."""
+    shown = "$OMP_NUM_THREADS ${DS_ACCELERATOR-unset} ${CUDA_VISIBLE_DEVICES-unset}"
+    path, arguments = ROOT / "launch" / "slurm" / f"{script}.sbatch", ["--run.dir", str(tmp_path / "run")]
+    done = submit(path, arguments, ROOT, tmp_path, shown, **given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == expected
 
 
 class Lock:

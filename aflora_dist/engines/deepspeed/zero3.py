@@ -25,6 +25,7 @@ class Zero3Engine(ZeroEngine):
     """DeepSpeedZeroOptimizer_Stage3, with optimizer and parameter offload to CPU."""
 
     interfaces = private.ZERO3
+    sharded = True
 
     def _group_parameters(self) -> list[tuple[int, list[nn.Parameter]]]:
         positions = self._positions()

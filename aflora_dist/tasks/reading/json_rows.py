@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from ... import nested
 from ...errors import AFLoRAError
 from .found import Found
 from .lines import shown, text_lines
@@ -68,9 +69,10 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             return
         begun = True
         try:
+            nested.refuse_deep_json(text)
             value = decoder.decode(text)
-        except (ValueError, RecursionError) as error:
-            whole = not isinstance(error, RecursionError) and _is_one_object(path)
+        except ValueError as error:
+            whole = _is_one_object(path)
             reason = f"one object over several lines. {_WANTED}" if whole else f"no JSON: {_reason(error)} {_WANTED}"
             raise AFLoRAError(f"{path}, line {line}: {reason}") from None
         yield line, value
@@ -94,12 +96,12 @@ def _elements(path: Path, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]
     else:
         while True:
             try:
-                value, place = decoder.raw_decode(text, place)
-            except (ValueError, RecursionError) as error:
+                value, end = _decoded(decoder, text, place)
+            except ValueError as error:
                 at = error.lineno if isinstance(error, json.JSONDecodeError) else line
                 raise AFLoRAError(f"{path}, line {at}: no JSON: {_reason(error)}") from None
             yield line, value
-            place = skip_blanks(place)
+            place = skip_blanks(end)
             end = place + 1
             if text[place:end] == "]":
                 break
@@ -112,17 +114,28 @@ def _elements(path: Path, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]
         raise AFLoRAError(f"{path}, line {line}: {shown(text[end : end + 20])} after the end of its list.")
 
 
+def _decoded(decoder: json.JSONDecoder, text: str, place: int) -> tuple[Any, int]:
+    """The value that begins there, and where it ends."""
+    try:
+        value, end = decoder.raw_decode(text, place)
+    except RecursionError:  # too deep for Python's stack, too
+        nested.refuse_deep_json(text, place)
+        raise
+    nested.refuse_deep_json(text, place, end)
+    return value, end
+
+
 def _text(value: Any, where: str) -> _Nested:
     try:
         return _Nested(json.dumps(value, ensure_ascii=False, allow_nan=False))
-    except (ValueError, RecursionError):
-        raise AFLoRAError(f"{where}: a number in it is not finite, or it is nested too deeply.") from None
+    except ValueError:
+        raise AFLoRAError(f"{where}: a number in it is not finite.") from None
 
 
 def _is_one_object(path: Path) -> bool:
     try:
-        return isinstance(json.loads("".join(text_lines(path))), dict)
-    except (ValueError, RecursionError):
+        return isinstance(nested.loads("".join(text_lines(path))), dict)
+    except ValueError:
         return False
 
 
@@ -137,7 +150,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} (character {error.colno})."
-    return "nested too deeply." if isinstance(error, RecursionError) else f"{str(error).split(';')[0]}."
+    return f"{str(error).split(';')[0]}."
 
 
 def _array(path: Path, name: str, lines: list[int], values: list[Any]) -> pa.Array | pa.ChunkedArray:
@@ -173,9 +186,7 @@ def _nested(path: Path, name: str, lines: list[int], texts: list[str | None]) ->
         try:
             datasets.Json().decode_example(text)
         except ValueError:
-            raise AFLoRAError(
-                f"{path}, line {line}, column {name!r}: a number of more than 64 bits, or something nested too deeply."
-            ) from None
+            raise AFLoRAError(f"{path}, line {line}, column {name!r}: a number of more than 64 bits.") from None
     chunks = stored.chunks if isinstance(stored, pa.ChunkedArray) else [stored]
     return pa.chunked_array([pa.ExtensionArray.from_storage(_ANY, chunk) for chunk in chunks], _ANY)
 

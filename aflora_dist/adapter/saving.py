@@ -1,0 +1,122 @@
+"""Saving an adapter that is spread over ranks: what belongs to it, asked of PEFT; and PEFT's own folder, written.
+
+Gathers nothing: values come whole, by name, from whoever knows where they lie.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import AFLoRAError
+from . import private
+from .layer import AFLoRALayer
+
+
+def names_to_save(model: Any) -> list[str]:
+    """The parameters that PEFT writes for a model's adapters, as `named_parameters()` calls them.
+
+    PEFT chooses: what is frozen, `modules_to_save`, and embeddings that were resized belong to it.
+
+    Raises:
+        AFLoRAError: The adapter is in a model that does not save adapters.
+    """
+    if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
+        raise AFLoRAError(
+            f"{type(model).__name__} holds an AFLoRA adapter, but does not save adapters. Put it in with "
+            f"peft.get_peft_model(model, AFLoRAConfig(...)), or with the model's own add_adapter()."
+        )
+    blank = {p: torch.empty(private.whole_shape(p), device="meta") for p in model.parameters()}
+    state = buffers(model) | {name: blank[p] for name, p in model.named_parameters(remove_duplicate=False)}
+    chosen: set[int] = set()
+    for adapter in model.peft_config:
+        chosen |= {id(value) for value in get_peft_model_state_dict(model, state, adapter).values()}
+    return [name for name, p in model.named_parameters() if id(blank[p]) in chosen]
+
+
+def state_dict_of(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT takes for a state dict: these values under every name that they have in the model, and its buffers."""
+    whole = {name: value.contiguous() for name, value in values.items()}
+    first: dict[int, str] = {}  # parameters that several layers share are asked for under each of their names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (known := first.setdefault(id(parameter), name)) in whole:
+            whole[name] = whole[known]
+    return buffers(model) | whole
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a state dict has besides parameters: no engine shards it."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def save_peft(model: Any, folder: Path, values: Mapping[str, Tensor], **options: Any) -> None:
+    """Write PEFT's folder of an adapter; on the main process only.
+
+    Args:
+        model: Of PEFT; its own values may be elsewhere.
+        values: Of all that is saved, whole, by name.
+        options: Of `PeftModel.save_pretrained`.
+    """
+    model.save_pretrained(str(folder), state_dict=state_dict_of(model, values), **options)
+
+
+def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tensor]) -> None:
+    """Raise if an adapter would be written without all of it. Frozen A and B are learned, and random if left out.
+
+    Who only asks is let through where a part is right: above rank 0, for whole state dicts are on the main process
+    alone, and for tensors that know that they are shards, which torch's distributed checkpoints take.
+
+    Raises:
+        AFLoRAError: A tensor is missing, or is a shard.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AFLoRALayer) or adapter_name not in layer.aflora:
+            continue
+        r, sizes = layer.r[adapter_name], (layer.in_features, layer.out_features)
+        for tensor, numel in (("A", r * sizes[0]), ("B", r * sizes[1]), ("s_d", r), ("s_b", sizes[1])):
+            key = f"{name}.aflora.{adapter_name}.{tensor}"
+            value = found.get(key)
+            there = None if value is None else _held(value)
+            if there == numel or (_may_hold_a_part(value) and not _is_writing()):
+                continue
+            raise AFLoRAError(
+                f"The adapter would be saved without all of {key} "
+                f"({'it is left out' if there is None else f'{there} of its {numel} elements'}): what is frozen is "
+                f"learned, too. Call freezing.save_pretrained(folder) on every rank, of the AdaptiveFreezing; with "
+                f"Trainer add aflora_dist.FreezingCallback, and call trainer.save_model."
+            )
+
+
+def _may_hold_a_part(value: Tensor | None) -> bool:
+    return isinstance(value, DTensor) or (dist.is_initialized() and dist.get_rank() > 0)
+
+
+def _held(value: Tensor) -> int:
+    """How many elements of a tensor are on this rank."""
+    return (value.to_local() if isinstance(value, DTensor) else value).numel()
+
+
+def _is_writing() -> bool:
+    """Whether PEFT's or transformers' save_pretrained is at work, to write: told is_main_process=False it only asks.
+
+    Neither tells a tuner so. Looked for only where an incomplete adapter has been found.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "save_pretrained" and "is_main_process" in frame.f_locals:
+            return bool(frame.f_locals["is_main_process"])
+    return False
