@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -85,14 +85,20 @@ class AFLoRAModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """What is saved of an adapter: all of it. Frozen A and B are learned, and random again if left out.
+        """What is saved of an adapter: all of it. Frozen A and B are learned, and random again if left out."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        cls.check_whole(model, adapter_name, found)
+        return found
+
+    @classmethod
+    def check_whole(cls, model: nn.Module, adapter_name: str, found: Mapping[str, torch.Tensor]) -> None:
+        """Refuse to save what lacks a tensor of the adapter, or has a shard of it: on the main process, which saves.
 
         Raises:
-            AFLoRAError: On the main process, which saves: `state_dict` lacks a tensor, or holds a shard of it.
+            AFLoRAError: Names the tensor, and how to have it whole.
         """
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         if dist.is_initialized() and dist.get_rank() > 0:
-            return found  # saves nothing: accelerate's whole state dicts are there on the main process only
+            return  # saves nothing: accelerate's whole state dicts are there on the main process only
         for name, layer in model.named_modules():
             if not isinstance(layer, AFLoRALayer) or adapter_name not in layer.aflora:
                 continue
@@ -106,7 +112,6 @@ class AFLoRAModel(BaseTuner):
                         f"Save it with state_dict=accelerator.get_state_dict(model), called on every rank; with "
                         f"Trainer add aflora_dist.FreezingCallback."
                     )
-        return found
 
     def _prepare_adapter_config(self, peft_config: AFLoRAConfig, model_config: dict[str, Any]) -> AFLoRAConfig:
         if peft_config.target_modules is not None:
@@ -294,7 +299,7 @@ def register() -> None:
     """
     for owner, entries in (
         (mapping, private.MAPPINGS),
-        (BaseTuner, private.TUNER),
+        (BaseTuner, private.TUNER + private.SAVING),
         (BaseTunerLayer, private.LAYER),
         (PeftModel, private.MODEL),
         (tuners_utils, private.FUNCTIONS),
@@ -311,3 +316,5 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = AFLoRAConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = AFLoRAModel
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = AFLoRAModel.prefix
+    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+        private.teach_saving(kind.value, AFLoRAModel.check_whole)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import get_linear_schedule_with_warmup
 
+from ..compat.transformers import checkpoint_activations
 from ..engines import create_engine, engine_kind
 from ..errors import AFLoRAError, writing
 from ..freezing import CubicSchedule
@@ -65,7 +66,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     base, head = task.load(accelerator)
     check_length(config, base)
     if config.train.gradient_checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(base)
     model = method.adapt(base, head)
     held = hold(model, head, config.model.train_new, method)
     sampler, batches = task.batches(accelerator)

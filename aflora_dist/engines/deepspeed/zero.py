@@ -350,8 +350,8 @@ def check_settings(settings: Any) -> None:
             ),
             "16-bit master weights or optimizer states": (
                 bool(fp16.fp16_master_weights_and_grads)
-                or bool(bf16.bf16_master_weights_and_grads)
-                or bool(bf16.bf16_optimizer_states),
+                or bool(getattr(bf16, "bf16_master_weights_and_grads", False))
+                or bool(getattr(bf16, "bf16_optimizer_states", False)),
                 "remove these keys",
             ),
             "torch_autocast": (bool(settings.torch_autocast_enabled), 'use "bf16": {"enabled": true}'),
@@ -360,7 +360,7 @@ def check_settings(settings: Any) -> None:
                 "gradients are means over the ranks: remove it",
             ),
             "managed_gradient_accumulation: false": (
-                not settings.managed_gradient_accumulation,
+                not getattr(settings, "managed_gradient_accumulation", True),
                 "let accelerate manage the accumulation",
             ),
         }

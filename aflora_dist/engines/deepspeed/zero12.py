@@ -29,9 +29,7 @@ class Zero12Engine(ZeroEngine):
 
     def _layouts(self) -> dict[int, list[list[Span]]]:
         zero = self.zero
-        groups = list(
-            zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, zero.partition_size, strict=True)
-        )
+        groups = list(zip(zero.round_robin_bit16_groups, private.offsets(zero), zero.partition_size, strict=True))
         return {rank: [self._cut(*group, rank) for group in groups] for rank in range(self.world_size)}
 
     def _cut(self, parameters: Sequence[nn.Parameter], offsets: Sequence[int], size: int, rank: int) -> list[Span]:
