@@ -16,6 +16,7 @@ from aflora_dist import AFLoRAConfig
 from aflora_dist.adapter.private import teach_saving
 from aflora_dist.compat.transformers import checkpoint_activations
 from aflora_dist.engines.deepspeed.private import offsets, unpin
+from tests.versions import LIBRARIES, compare
 from tests.workers.tiny import build_model
 
 
@@ -65,3 +66,22 @@ def test_a_peft_that_asks_no_tuner_saves_what_was_checked(forgetful_peft: None) 
     lora = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
     assert len(peft.get_peft_model_state_dict(lora)) == 2
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, "| the same | 0.0e+00 | 0.0e+00 |"),
+        ({"losses": [1.0, 0.4]}, "| the same | 2.0e-01 | 0.0e+00 |"),
+        ({"events": [[3, ["A"], {"A": 1.0, "B": 4.0}]]}, "| the same | 0.0e+00 | 5.0e-01 |"),
+        ({"events": [[3, ["B"], {"A": 1.0, "B": 2.0}]]}, "| A at 3 but B at 3 | 0.0e+00 | 0.0e+00 |"),
+        ({"events": []}, "| A at 3 but nothing at None | 0.0e+00 | 1.0e+00 |"),
+    ],
+)
+def test_what_a_release_changes_in_silence_shows(
+    changed: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = {"losses": [1.0, 0.5], "events": [[3, ["A"], {"A": 1.0, "B": 2.0}]]}
+    found = [{"versions": dict.fromkeys(LIBRARIES, "1"), "trainings": {"t": t}} for t in (first, first | changed)]
+    assert compare(found) is (not changed)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(told)

@@ -12,7 +12,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,28 +57,22 @@ TRAININGS = {"own loop, classifier": own_loop, "Trainer, language model": traine
 
 
 def run_all() -> dict[str, Any]:
-    """Each training in a process of its own would start torch twice; they share no state but accelerate's."""
+    """Every training, and the versions that it ran with: what one environment's process prints."""
     versions = {name: version(name) for name in LIBRARIES}
     return {"versions": versions, "trainings": {name: train() for name, train in TRAININGS.items()}}
 
 
 def differences(first: Training, other: Training) -> tuple[str, float, float]:
     """(what froze differently, or "", largest relative difference of a loss, and of a score)"""
-    froze = ""
-    for mine, theirs in zip(first["events"], other["events"], strict=False):
-        if mine[:2] != theirs[:2]:
-            froze = f"{', '.join(mine[1])} at update {mine[0]}, but {', '.join(theirs[1])} at {theirs[0]}"
-            break
-    else:
-        if len(first["events"]) != len(other["events"]):
-            froze = f"{len(first['events'])} freezes, but {len(other['events'])}"
+    events = list(zip_longest(first["events"], other["events"], fillvalue=[None, [], {}]))
+    apart = next((pair for pair in events if pair[0][:2] != pair[1][:2]), None)
+    froze = " but ".join(f"{', '.join(names) or 'nothing'} at {step}" for step, names, _ in apart) if apart else ""
     losses = largest(zip(first["losses"], other["losses"], strict=True))
-    pairs = zip(first["events"], other["events"], strict=False)
-    scores = largest((mine[2][n], theirs[2].get(n, 0.0)) for mine, theirs in pairs for n in mine[2])
+    scores = largest((mine[2][n], theirs[2].get(n, 0.0)) for mine, theirs in events for n in mine[2])
     return froze, losses, scores
 
 
-def largest(pairs: Any) -> float:
+def largest(pairs: Iterable[tuple[float, float]]) -> float:
     return max((abs(a - b) / max(abs(a), abs(b), 1e-30) for a, b in pairs), default=0.0)
 
 

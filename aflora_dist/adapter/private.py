@@ -98,8 +98,7 @@ def teach_saving(kind: str, check: Callable[[nn.Module, str, Mapping[str, Tensor
     @functools.wraps(original)
     def checked(model: Any, state_dict: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
         if model.peft_config[adapter_name].peft_type == kind:
-            state_dict = model.state_dict() if state_dict is None else state_dict
-            check(model, adapter_name, state_dict)
+            check(model, adapter_name, model.state_dict() if state_dict is None else state_dict)
         return original(model, state_dict, adapter_name, **kwargs)
 
     for name, module in list(sys.modules.items()):  # all that have imported it by name
