@@ -350,8 +350,8 @@ def check_settings(settings: Any) -> None:
             ),
             "16-bit master weights or optimizer states": (
                 bool(fp16.fp16_master_weights_and_grads)
-                or bool(getattr(bf16, "bf16_master_weights_and_grads", False))
-                or bool(getattr(bf16, "bf16_optimizer_states", False)),
+                or bool(bf16.bf16_master_weights_and_grads)
+                or bool(bf16.bf16_optimizer_states),
                 "remove these keys",
             ),
             "torch_autocast": (bool(settings.torch_autocast_enabled), 'use "bf16": {"enabled": true}'),
