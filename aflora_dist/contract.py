@@ -15,6 +15,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
+
 from .errors import UnsupportedEngineError
 
 # The releases that everything was tried with.
@@ -37,22 +39,29 @@ class Private:
         name: The attribute.
         why: What it is needed for.
         instead: The public way that would replace it.
+        since: The first release that has it, where an older one that is supported does without.
     """
 
     owner: str
     name: str
     why: str
     instead: str
+    since: str = ""
+
+
+def is_older(library: str, release: str) -> bool:
+    """Whether what is installed of the library came before this release."""
+    return Version(version(library)) < Version(release)
 
 
 def require(library: str, owner: Any, entries: Iterable[Private]) -> None:
-    """Raise unless `owner` has all of these attributes.
+    """Raise unless `owner` has all of these attributes that this release of the library is to have.
 
     Raises:
         UnsupportedEngineError: Names the first one that is missing, and the release that has it.
     """
     for entry in entries:
-        if not hasattr(owner, entry.name):
+        if not hasattr(owner, entry.name) and not (entry.since and is_older(library, entry.since)):
             raise UnsupportedEngineError(
                 f"{library} {version(library)} has no {entry.owner}.{entry.name}, which is needed to {entry.why}. "
                 f"aflora_dist was tried with {library} {SEEN[library]}: install that release."
@@ -73,7 +82,8 @@ def main() -> None:
     for module in LISTS:
         for library, entries in import_module(module).PRIVATE.items():
             for e in entries:
-                print(f"| {library} | {SEEN[library]} | `{e.owner}.{e.name}` | {e.why} | {e.instead} |")
+                seen = f"{e.since} to {SEEN[library]}" if e.since else SEEN[library]
+                print(f"| {library} | {seen} | `{e.owner}.{e.name}` | {e.why} | {e.instead} |")
 
 
 if __name__ == "__main__":

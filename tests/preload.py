@@ -5,6 +5,7 @@ Importing starts no thread and computes nothing, for neither survives a fork.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -16,7 +17,6 @@ MODULES = (
     "accelerate.commands.launch",
     "datasets",
     "deepspeed.comm.torch",
-    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.adam",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -39,8 +39,12 @@ MODULES = (
     "transformers.models.bert.tokenization_bert",
     *(module.name for module in pkgutil.walk_packages(aflora_dist.__path__, "aflora_dist.")),
 )
+LATER = ("deepspeed.module_inject.auto_ep_layer",)  # not in the oldest releases that are supported
 for name in MODULES:
     importlib.import_module(name)
+for name in LATER:
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module(name)
 
 THREADS = len(os.listdir("/proc/self/task"))
 gc.collect()

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
+from importlib.metadata import distributions
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from packaging.version import Version
 
 from aflora_dist import AFLoRAError, contract
 from aflora_dist.adapter import private as peft_private
 from aflora_dist.adapter.model import register
-from aflora_dist.contract import LISTS, SEEN, Private
+from aflora_dist.contract import LISTS, SEEN, Private, require
 from aflora_dist.engines import private
 from aflora_dist.engines.deepspeed import private as deepspeed_private
 from aflora_dist.engines.native import ReplicatedEngine
@@ -90,16 +95,37 @@ def test_the_page_lists_what_the_code_lists() -> None:
             assert all(entry.why and entry.instead for entry in entries)
 
 
-def test_the_versions_that_the_contract_names_are_those_that_are_pinned() -> None:
-    pinned = dict(
-        line.split("==")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line and line[0] != "#"
-    )
-    assert {name: pinned[name] for name in SEEN} == SEEN
-    assert torch.__version__.startswith(SEEN["torch"])
+def pinned() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and line[0] != "#")
+
+
+def bounds() -> dict[str, str]:
+    """The lower bounds of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["deepspeed"]]
-    bounds = dict(found.groups() for d in declared if (found := re.match(r"([\w-]+)>=([\d.]+)", d)))
-    for name, version in SEEN.items():  # no bound promises a release that was not tried
-        assert f"{bounds[name]}.0.0".split(".")[:2] == version.split(".")[:2]
+    declared = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    found = (re.match(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", entry) for entry in declared)
+    return dict(each.groups() for each in found if each)
+
+
+def test_the_versions_that_the_contract_names_are_those_that_are_pinned() -> None:
+    assert {name: pinned()[name] for name in SEEN} == SEEN
+
+
+def test_the_environments_that_make_makes_have_the_versions_that_they_are_for() -> None:
+    """No pin and no bound names a release that was not tried."""
+    meant = {".venv": pinned, ".venv-oldest": bounds}.get(Path(sys.prefix).name, dict)()
+    installed = {d.name.lower().replace("_", "-"): Version(d.version).public for d in distributions()}
+    other = {
+        name: (wanted, here)
+        for name, wanted in meant.items()
+        if (here := installed.get(name.lower().replace("_", "-"))) and Version(here) != Version(wanted)
+    }
+    assert not other, f"name: (meant, installed); after a change of versions make the environment anew: {other}"
+
+
+def test_an_interface_that_came_later_is_asked_only_of_releases_since() -> None:
+    newest = Private("Somebody", "_came_later", "do something", "nothing yet", since="9999.0")
+    require("torch", object(), [newest])
+    with pytest.raises(AFLoRAError, match=r"has no Somebody\._came_later"):
+        require("torch", object(), [replace(newest, since="2.0")])

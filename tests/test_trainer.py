@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, FreezingConfig
+from aflora_dist.contract import is_older
 from aflora_dist.trainer import TRAINER, _introduce
 from tests.launch import launch_series
 from tests.test_contract import GONE
@@ -60,9 +61,18 @@ def trained(engine: str) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any
     return folder, *run(engine, *runs)
 
 
+def trainers_scale(labels: torch.Tensor) -> float:
+    """What Trainer's loss of a causal language model is of the mean over the tokens that are predicted.
+
+    Before transformers 5.10 it divides by all labels, each sequence's first among them, which nothing predicts.
+    """
+    counted = labels if is_older("transformers", "5.10") else labels[:, 1:]
+    return float((labels[:, 1:] != -100).sum() / (counted != -100).sum())
+
+
 @cache
 def loop() -> list[dict[str, Any]]:
-    """The freeze log of an own loop in one process, as accelerate's documentation writes it."""
+    """The freeze log of an own loop in one process, as accelerate's documentation writes it, with Trainer's loss."""
     accelerator = Accelerator(cpu=True)
     model = build_llama()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=worker.RATE, weight_decay=0.0)
@@ -71,7 +81,7 @@ def loop() -> list[dict[str, Any]]:
     config = FreezingConfig(total_steps=STEPS, initial_steps=round(0.1 * STEPS), final_steps=round(0.7 * STEPS))
     freezing = AdaptiveFreezing(accelerator, model, optimizer, config)
     for step in range(STEPS):
-        accelerator.backward(model(**batch(step)).loss)
+        accelerator.backward(model(**batch(step)).loss * trainers_scale(batch(step)["labels"]))
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

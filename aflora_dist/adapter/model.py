@@ -282,7 +282,7 @@ def register() -> None:
     """
     for owner, entries in (
         (mapping, private.MAPPINGS),
-        (BaseTuner, private.TUNER),
+        (BaseTuner, private.TUNER + private.SAVING),
         (BaseTunerLayer, private.LAYER),
         (PeftModel, private.MODEL),
         (tuners_utils, private.FUNCTIONS),
@@ -299,3 +299,5 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = AFLoRAConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = AFLoRAModel
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = AFLoRAModel.prefix
+    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+        private.teach_saving(kind.value, check_complete)

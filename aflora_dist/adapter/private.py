@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import peft
 import torch
+from peft.utils import PeftType
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -23,9 +30,17 @@ TUNER = [
         ("_prepare_model", "refuse an adapter before anything of the model changes"),
         ("_check_target_module_exists", "refuse an adapter before anything of the model changes"),
         ("_check_target_module_compatiblity", "refuse an adapter before anything of the model changes"),
-        ("_get_adapter_state_dict", "refuse to save an adapter without what is frozen"),
         ("_cast_adapter_dtype", "give the adapter of a sharded model its dtype"),
         ("get_model_config", "know the architecture"),
+    )
+]
+SAVING = [
+    Private(
+        "BaseTuner",
+        "_get_adapter_state_dict",
+        "refuse to save an adapter without what is frozen",
+        _TUNER,
+        since="0.21",
     )
 ]
 LAYER = [
@@ -56,7 +71,39 @@ HOOKS = [
     Private("torch.nn.Module", name, "call a hooked layer as it is", "a public query")
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ]
-PRIVATE = {"peft": MAPPINGS + TUNER + LAYER + MODEL + FUNCTIONS, "torch": BACKWARD + SAVED + GLOBAL_HOOKS + HOOKS}
+PRIVATE = {
+    "peft": MAPPINGS + TUNER + SAVING + LAYER + MODEL + FUNCTIONS,
+    "torch": BACKWARD + SAVED + GLOBAL_HOOKS + HOOKS,
+}
+
+
+def teach_saving(kind: str, check: Callable[[nn.Module, str, Mapping[str, Tensor]], None]) -> None:
+    """Have PEFT before 0.21 save adapters of a method that is not in its enum, and have them checked first.
+
+    There a tuner is not asked what to save of it: one function goes through PEFT's own methods, by name.
+
+    Args:
+        kind: The method's name.
+        check: Called with the model, the adapter's name and the state dict that it is saved from.
+    """
+    if kind not in PeftType.__members__:
+        member = str.__new__(PeftType, kind)
+        member._name_ = member._value_ = kind
+        PeftType._member_map_[kind] = PeftType._value2member_map_[kind] = member
+        PeftType._member_names_.append(kind)
+    original = peft.get_peft_model_state_dict
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def checked(model: Any, state_dict: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
+        if model.peft_config[adapter_name].peft_type == kind:
+            check(model, adapter_name, model.state_dict() if state_dict is None else state_dict)
+        return original(model, state_dict, adapter_name, **kwargs)
+
+    for name, module in list(sys.modules.items()):  # all that have imported it by name
+        if name.partition(".")[0] == "peft" and vars(module).get("get_peft_model_state_dict") is original:
+            module.get_peft_model_state_dict = checked  # type: ignore[attr-defined]
 
 
 def is_sharded(parameter: Tensor) -> bool:

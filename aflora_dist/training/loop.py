@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from transformers import get_linear_schedule_with_warmup
 
 from ..adapter.precision import check_precision
+from ..compat.transformers import checkpoint_activations
 from ..engines import create_engine, engine_kind
 from ..errors import AFLoRAError, writing
 from ..freezing import CubicSchedule
@@ -66,7 +67,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     base, head = task.load(accelerator)
     check_length(config, base)
     if config.train.gradient_checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(base)
     model = method.adapt(base, head)
     check_precision(model, accelerator)
     held = hold(model, head, config.model.train_new, method)

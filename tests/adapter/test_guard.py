@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
 from aflora_dist.adapter import Adapted, AFLoRALayer
+from aflora_dist.compat.transformers import checkpoint_activations
 
 TOKENS, LABELS = torch.arange(1, 13).view(2, 6), torch.tensor([0, 1])
 
@@ -94,7 +95,7 @@ def test_a_step_may_run_forward_as_often_as_it_likes(way: str) -> None:
 def test_recomputations_are_no_steps(way: str, reentrant: bool) -> None:
     model: Any = WAYS[way](AFLoRAConfig(r=2))
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(base, use_reentrant=reentrant)
     base.enable_input_require_grads()
     step(model, forwards=2)
     with pytest.raises(RuntimeError, match="nothing freezes it"):

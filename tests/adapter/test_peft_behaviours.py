@@ -41,6 +41,7 @@ from transformers import (
 from aflora_dist import AFLoRAConfig
 from aflora_dist.adapter import AFLoRALayer
 from aflora_dist.adapter.layer import AFLoRALinear
+from aflora_dist.compat.transformers import checkpoint_activations
 
 TOKENS = torch.arange(3, 15).view(2, 6)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 40}
@@ -423,7 +424,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str, reentrant: b
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
             model.enable_input_require_grads()
         torch.manual_seed(4)
         model(**inputs(kind)).logits.square().mean().backward()

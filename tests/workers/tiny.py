@@ -20,6 +20,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
+from aflora_dist.compat.transformers import checkpoint_activations
 
 GLOBAL_BATCH, LENGTH, VOCABULARY = 12, 6, 64
 
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = build_model(**args.adapter)
     if args.checkpointing:
         model.enable_input_require_grads()
-        model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model.base_model.model)
     optimizer = build_optimizer(model, args.groups)
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / (2 * args.steps))

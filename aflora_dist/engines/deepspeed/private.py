@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from typing import Any
+
 from ...contract import Private
 
 _REBUILD = "a public way to take parameters out of a ZeRO optimizer"
 _LAYOUT = "a public map from parameters to flat partitions"
 
 
-def _of(owner: str, why: str, instead: str, *names: str) -> list[Private]:
-    return [Private(owner, name, why, instead) for name in names]
+def _of(owner: str, why: str, instead: str, *names: str, since: str = "") -> list[Private]:
+    return [Private(owner, name, why, instead, since) for name in names]
 
 
 ENGINE = (
@@ -47,35 +50,69 @@ BOTH = _of(
     "clip_grad",
     "_global_grad_norm",
 ) + _of("DeepSpeedZeroOptimizer", "let go of an old ZeRO optimizer", _REBUILD, "_grad_acc_hooks")
-ZERO12 = _of(
-    "DeepSpeedZeroOptimizer",
-    "know where each parameter lies in the flat partitions",
-    _LAYOUT,
-    "bit16_groups",
-    "round_robin_bit16_groups",
-    "round_robin_bit16_offsets",
-    "single_partition_of_fp32_groups",
-    "partition_size",
-) + _of("DeepSpeedZeroOptimizer", "bring restored master weights into the model", _REBUILD, "update_lp_params")
-ZERO3 = _of(
-    "DeepSpeedZeroOptimizer_Stage3",
-    "know where each parameter lies in the flat partitions",
-    _LAYOUT,
-    "fp16_groups",
-    "fp32_partitioned_groups_flat",
-    "sub_group_to_group_id",
-    "grad_position",
-    "get_param_id",
-) + _of(
-    "DeepSpeedZeroOptimizer_Stage3",
-    "make a ZeRO-3 optimizer that keeps the module hooks",
-    _REBUILD,
-    "parameter_offload",
-    "persistent_parameters",
-    "initialize_ds_offload",
-    "_leaf_module_hooks",
-    "ipg_buckets",
-    "_unpin_offload_buffers",
-    "_reassign_or_swap_out_partitioned_parameters",
+ZERO12 = (
+    _of(
+        "DeepSpeedZeroOptimizer",
+        "know where each parameter lies in the flat partitions",
+        _LAYOUT,
+        "bit16_groups",
+        "round_robin_bit16_groups",
+        "single_partition_of_fp32_groups",
+        "partition_size",
+    )
+    + _of(
+        "DeepSpeedZeroOptimizer",
+        "know where each parameter lies in the flat partitions",
+        _LAYOUT,
+        "round_robin_bit16_offsets",
+        since="0.19.7",
+    )
+    + _of("DeepSpeedZeroOptimizer", "bring restored master weights into the model", _REBUILD, "update_lp_params")
+)
+ZERO3 = (
+    _of(
+        "DeepSpeedZeroOptimizer_Stage3",
+        "know where each parameter lies in the flat partitions",
+        _LAYOUT,
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "sub_group_to_group_id",
+        "grad_position",
+        "get_param_id",
+    )
+    + _of(
+        "DeepSpeedZeroOptimizer_Stage3",
+        "make a ZeRO-3 optimizer that keeps the module hooks",
+        _REBUILD,
+        "parameter_offload",
+        "persistent_parameters",
+        "initialize_ds_offload",
+        "_leaf_module_hooks",
+        "ipg_buckets",
+        "_reassign_or_swap_out_partitioned_parameters",
+    )
+    + _of(
+        "DeepSpeedZeroOptimizer_Stage3",
+        "make a ZeRO-3 optimizer that keeps the module hooks",
+        _REBUILD,
+        "_unpin_offload_buffers",
+        since="0.19.6",
+    )
 )
 PRIVATE = {"deepspeed": ENGINE + BOTH + ZERO12 + ZERO3}
+
+
+def offsets(zero: Any) -> list[list[int]]:
+    """Where each parameter of `round_robin_bit16_groups` begins in its group's flat buffer, in elements.
+
+    Before DeepSpeed 0.19.7 nothing lies between them; since then there can be padding.
+    """
+    if hasattr(zero, "round_robin_bit16_offsets"):
+        return zero.round_robin_bit16_offsets
+    return [[*accumulate((p.numel() for p in group), initial=0)][:-1] for group in zero.round_robin_bit16_groups]
+
+
+def unpin(zero: Any) -> None:
+    """Let go of ZeRO-3's page-locked buffers; before DeepSpeed 0.19.6 torch alone pins, and frees with the tensor."""
+    if hasattr(zero, "_unpin_offload_buffers"):
+        zero._unpin_offload_buffers()

@@ -360,7 +360,7 @@ def check_settings(settings: Any) -> None:
                 "gradients are means over the ranks: remove it",
             ),
             "managed_gradient_accumulation: false": (
-                not settings.managed_gradient_accumulation,
+                not getattr(settings, "managed_gradient_accumulation", True),
                 "let accelerate manage the accumulation",
             ),
         }

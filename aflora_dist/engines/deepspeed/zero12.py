@@ -29,9 +29,8 @@ class Zero12Engine(ZeroEngine):
 
     def _layouts(self) -> dict[int, list[list[Span]]]:
         zero = self.zero
-        groups = list(
-            zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, zero.partition_size, strict=True)
-        )
+        sizes = map(int, zero.partition_size)  # floats in DeepSpeed 0.18
+        groups = list(zip(zero.round_robin_bit16_groups, private.offsets(zero), sizes, strict=True))
         return {rank: [self._cut(*group, rank) for group in groups] for rank in range(self.world_size)}
 
     def _cut(self, parameters: Sequence[nn.Parameter], offsets: Sequence[int], size: int, rank: int) -> list[Span]:

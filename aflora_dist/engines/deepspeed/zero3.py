@@ -66,7 +66,7 @@ class Zero3Engine(ZeroEngine):
         for hook in old._grad_acc_hooks + old._leaf_module_hooks:
             hook.remove()
         old.ipg_buckets.clear()
-        old._unpin_offload_buffers()
+        private.unpin(old)
         for parameter in dropped:
             # Its piece is a view of the old group's flat buffer, which would stay alive through it.
             parameter.ds_tensor.data = parameter.ds_tensor.data.clone()

@@ -1,0 +1,87 @@
+"""What differs between the releases of other libraries: each way tried, whichever release is installed."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.utils import PeftType
+from torch import nn
+
+from aflora_dist import AFLoRAConfig
+from aflora_dist.adapter.private import teach_saving
+from aflora_dist.compat.transformers import checkpoint_activations
+from aflora_dist.engines.deepspeed.private import offsets, unpin
+from tests.versions import LIBRARIES, compare
+from tests.workers.tiny import build_model
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
+def test_activations_are_checkpointed_under_the_name_that_there_is(name: str) -> None:
+    told: list[Any] = []
+    checkpoint_activations(SimpleNamespace(**{name: told.append}), use_reentrant=True)
+    assert told == [{"use_reentrant": True}]
+
+
+def test_parameters_lie_one_after_the_other_where_deepspeed_says_nothing() -> None:
+    groups = [[torch.empty(2, 3), torch.empty(4), torch.empty(1)], [torch.empty(5)]]
+    silent = SimpleNamespace(round_robin_bit16_groups=groups)
+    assert offsets(silent) == [[0, 6, 10], [0]]
+    padded = SimpleNamespace(round_robin_bit16_groups=groups, round_robin_bit16_offsets=[[0, 8, 12], [0]])
+    assert offsets(padded) == [[0, 8, 12], [0]]
+
+
+def test_deepspeed_s_own_pinned_buffers_are_let_go_of_where_it_has_some() -> None:
+    let_go: list[bool] = []
+    unpin(SimpleNamespace(_unpin_offload_buffers=lambda: let_go.append(True)))
+    unpin(SimpleNamespace())
+    assert let_go == [True]
+
+
+@pytest.fixture
+def forgetful_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `teach_saving` changes in PEFT is as before after the test."""
+    for module in [m for name, m in sys.modules.items() if name.partition(".")[0] == "peft"]:
+        if "get_peft_model_state_dict" in vars(module):
+            found: Any = module.get_peft_model_state_dict
+            monkeypatch.setattr(module, "get_peft_model_state_dict", getattr(found, "__wrapped__", found))
+    for attribute in ("_member_map_", "_value2member_map_", "_member_names_"):
+        monkeypatch.setattr(PeftType, attribute, getattr(PeftType, attribute).copy())
+
+
+def test_a_peft_that_asks_no_tuner_saves_what_was_checked(forgetful_peft: None) -> None:
+    """AFLoRA itself is saved so before PEFT 0.21: tests/adapter looks at what is refused."""
+    seen: list[tuple[nn.Module, str, set[str]]] = []
+    teach_saving("AFLORA", lambda model, name, state: seen.append((model, name, {*state})))
+    assert "AFLORA" in list(PeftType)
+    model = build_model()
+    model.add_adapter("other", AFLoRAConfig(r=2, task_type="SEQ_CLS"))
+    found = peft.get_peft_model_state_dict(model, adapter_name="other")
+    assert seen == [(model, "other", {*model.state_dict()})]
+    assert found["base_model.model.bert.encoder.layer.0.output.dense.aflora.A"].shape == (2, 48)
+    lora = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
+    assert len(peft.get_peft_model_state_dict(lora)) == 2
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, "| the same | 0.0e+00 | 0.0e+00 |"),
+        ({"losses": [1.0, 0.4]}, "| the same | 2.0e-01 | 0.0e+00 |"),
+        ({"events": [[3, ["A"], {"A": 1.0, "B": 4.0}]]}, "| the same | 0.0e+00 | 5.0e-01 |"),
+        ({"events": [[3, ["B"], {"A": 1.0, "B": 2.0}]]}, "| A at 3 but B at 3 | 0.0e+00 | 0.0e+00 |"),
+        ({"events": []}, "| A at 3 but nothing at None | 0.0e+00 | 1.0e+00 |"),
+    ],
+)
+def test_what_a_release_changes_in_silence_shows(
+    changed: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = {"losses": [1.0, 0.5], "events": [[3, ["A"], {"A": 1.0, "B": 2.0}]]}
+    found = [{"versions": dict.fromkeys(LIBRARIES, "1"), "trainings": {"t": t}} for t in (first, first | changed)]
+    assert compare(found) is (not changed)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(told)
