@@ -25,9 +25,17 @@ AUTOGRAD = [
         "a public hook at the end of a backward pass",
     )
 ]
+SCALING = [
+    Private(
+        "torch.optim.AdamW",
+        "_step_supports_amp_scaling",
+        "have GradScaler unscale a fused optimizer's gradients where they are seen",
+        "an option of GradScaler",
+    )
+]
 ACCELERATOR = [
     Private("Accelerator", "_optimizers", "find the wrapper that knows of skipped updates", "a public list of them"),
     Private("Accelerator", "_models", "number the state of several models as accelerate does", "a public list of them"),
     Private("Accelerator", "_schedulers", "know whether DeepSpeed's schedule was asked for", "a public list of them"),
 ]
-PRIVATE = {"torch": REDUCER + AUTOGRAD, "accelerate": ACCELERATOR}
+PRIVATE = {"torch": REDUCER + AUTOGRAD + SCALING, "accelerate": ACCELERATOR}
