@@ -19,7 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from aflora_dist import AFLoRAError
+from aflora_dist import AFLoRAError, meeting
 from aflora_dist.processes import launched_accelerator
 from aflora_dist.training import compile_lock
 from aflora_dist.training.run import main
@@ -151,6 +151,7 @@ def test_more_ranks_than_gpus_are_refused(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(meeting, "meet", lambda: None)  # the others are pretended
     monkeypatch.setattr("aflora_dist.processes.Accelerator", ReachedError.raised)
     with pytest.raises(
         AFLoRAError if refused else ReachedError, match=f"{ranks} ranks .* {gpus} GPUs" if refused else None
