@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -56,3 +57,22 @@ def test_a_rank_that_fails_before_the_first_collective_leaves_nobody_waiting(arg
 
 def model_of(arguments: list[str]) -> str:
     return arguments[arguments.index("--model.name") + 1]
+
+
+def test_snapshots_and_stop_requests_go_over_gloo_beside_nccl_and_over_nccl_where_gloo_cannot_be_had() -> None:
+    done = launch("ddp", 2, str(WORKERS / "beside_nccl.py"), timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
+    assert len(seen) == 6
+    for found in seen:
+        assert found["beside"] is (found["case"] == "gloo")
+        assert found["made"] == (found["case"] != "host names")  # it would try for half an hour
+        assert found["through it"]  # all of them are batched
+        assert all(found["through it"]) is found["beside"]
+        assert found["same"]
+        assert found["stops"]
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("aflora: warning: the ranks cannot talk")]
+    assert len(warnings) == 2
+    assert all("GLOO_SOCKET_IFNAME" in warning for warning in warnings)
+    assert "Gloo connectFullMesh failed with 127.0.1.1)" in warnings[0]
+    assert "the host name node0 resolves to 127.0.1.1" in warnings[1]

@@ -33,9 +33,17 @@ SCALING = [
         "an option of GradScaler",
     )
 ]
+STORE = [
+    Private(
+        "torch.distributed.distributed_c10d",
+        "_get_default_store",
+        "have ranks wait for each other where nothing times out",
+        "a public way to a process group's store",
+    )
+]
 ACCELERATOR = [
     Private("Accelerator", "_optimizers", "find the wrapper that knows of skipped updates", "a public list of them"),
     Private("Accelerator", "_models", "number the state of several models as accelerate does", "a public list of them"),
     Private("Accelerator", "_schedulers", "know whether DeepSpeed's schedule was asked for", "a public list of them"),
 ]
-PRIVATE = {"torch": REDUCER + AUTOGRAD + SCALING, "accelerate": ACCELERATOR}
+PRIVATE = {"torch": REDUCER + AUTOGRAD + SCALING + STORE, "accelerate": ACCELERATOR}
