@@ -1,7 +1,7 @@
 # make demo   fine-tune the embedded model on the embedded reviews: two processes, ZeRO-2, a few minutes on a CPU
 # make test   all tests;  make test-fast  those that start no processes;  make lint  ruff and mypy
 # make docs   the documentation as a site in build/site, without a warning
-# make gpu    all that only a GPU can show, at most 25 minutes, a table at the end (docs/gpu.md); installs nothing
+# make gpu    all that only a GPU can show, at most 30 minutes, a table at the end (docs/gpu.md); installs nothing
 # make test-latest  all tests with the newest releases of all but torch; with TORCH=torch (or torch==VERSION) of torch too
 PYTHON ?= python3
 VENV ?= .venv
