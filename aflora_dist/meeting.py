@@ -5,10 +5,13 @@ A collective would be ended there: by NCCL after ten minutes, by gloo after half
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import os
 import pickle
 import socket
 import sys
+import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -20,12 +23,15 @@ from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: i
 from .errors import AFLoRAError
 
 PATIENCE = 30.0  # seconds of waiting before a line says for whom; then every ten minutes
+PULSE = 30.0  # seconds after which each process says again that it lives
+SILENCE = 600.0  # seconds without that after which it is taken for dead
 LINGER = 5.0  # seconds that a rank that ends stays at most, so that the others learn why
 _LENGTH = 10_000  # of what a rank can say: the store takes no large values
 
 _own: tuple[tuple[str, ...], Any] | None = None  # a connection made before there was a process group, and its place
 _meetings = 0  # as many on every rank
 _hosts: dict[int, str] = {}
+_pulse: tuple[Any, threading.Event] | None = None  # which store is told that this process lives, and until when
 
 
 def connect(**options: Any) -> None:
@@ -59,6 +65,7 @@ def meet(said: str | None = None) -> list[str | None]:
         return [said]
     connect()
     store = _store()
+    _live(store)
     try:
         store.set(f"{number}/{me}", pickle.dumps((socket.gethostname(), said and said[:_LENGTH])))
         if me == 0:
@@ -68,6 +75,7 @@ def meet(said: str | None = None) -> list[str | None]:
                 host, heard = pickle.loads(store.get(f"{number}/{other}"))
                 _hosts[other] = host
                 found.append(heard)
+            for other in range(world()):
                 store.delete_key(f"{number}/{other}")
             store.delete_key(f"{number - 1}/all")  # everybody has read it, or would not be here
             store.set(f"{number}/all", pickle.dumps(found))
@@ -97,24 +105,62 @@ def part(reason: str) -> None:
 
 def _wait(store: Any, number: int, key: str, whom: int) -> None:
     """Until somebody has set a key of this meeting."""
-    began, pause = time.monotonic(), 0.001
-    line = began + PATIENCE
+    began = heard = now = time.monotonic()
+    line, look, pause, beat = began + PATIENCE, began + PULSE, 0.001, b""
+    where = f" on {_hosts[whom]}" if whom in _hosts else ""
     while not store.check([f"{number}/{key}"]):
         if store.check([f"{number}/parted"]):
             raise AFLoRAError(store.get(f"{number}/parted").decode())
-        if time.monotonic() > line:
-            line = time.monotonic() + 600.0
-            # Rank 0 sees who is missing; where it is itself the one, another rank says so.
-            if rank() == 0 or (rank() == 1 and not store.check([f"{number}/0"])):
-                where = f" on {_hosts[whom]}" if whom in _hosts else ""
-                print(
-                    f"aflora: rank {rank()} has waited {time.monotonic() - began:.0f} s for rank {whom}{where}, "
-                    f"which reads, downloads, tokenises or writes; it goes on as soon as that is done.",
-                    file=sys.stderr,
-                    flush=True,
+        now = time.monotonic()
+        if now > look:
+            look = now + PULSE
+            if not store.check([f"pulse/{whom}"]):
+                heard = now  # it has not been here yet, and has none
+            elif (latest := store.get(f"pulse/{whom}")) != beat:
+                heard, beat = now, latest
+            if now - heard > SILENCE:
+                raise AFLoRAError(
+                    f"Rank {whom}{where} has not been heard of for {SILENCE / 60:.0f} minutes: its process or its node "
+                    f"is gone. Start again with --resume."
                 )
+        # Rank 0 sees who is missing; where it is itself the one, another rank says so.
+        if now > line and (rank() == 0 or (rank() == 1 and not store.check([f"{number}/0"]))):
+            line = now + 600.0
+            print(
+                f"aflora: rank {rank()} has waited {now - began:.0f} s for rank {whom}{where}, which reads, downloads, "
+                f"tokenises or writes; it goes on as soon as that is done.",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(pause)
         pause = min(1.5 * pause, 0.25)
+
+
+def _live(store: Any) -> None:
+    """Have a thread say that this process lives, whatever it works at: who waits without a limit can tell."""
+    global _pulse
+    if _pulse is not None and _pulse[0] is store:
+        return
+    if _pulse is not None:
+        _pulse[1].set()
+    ended, me = threading.Event(), rank()
+
+    def beat() -> None:
+        for number in itertools.count():
+            with suppress(RuntimeError):  # the store is gone, which the next meeting will find
+                store.set(f"pulse/{me}", str(number))
+            if ended.wait(PULSE):
+                return
+
+    thread = threading.Thread(target=beat, name="aflora-pulse", daemon=True)
+
+    def end() -> None:
+        ended.set()
+        thread.join(timeout=1.0)
+
+    _pulse = store, ended
+    thread.start()
+    atexit.register(end)  # a thread inside the store's code would abort the process as Python takes itself down
 
 
 def _linger(store: Any, key: str) -> None:
