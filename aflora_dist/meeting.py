@@ -185,6 +185,7 @@ def _place() -> tuple[str, ...]:
 
 
 def rank() -> int:
+    """This process's, by the process group or, before there is one, by the launcher."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 

@@ -35,7 +35,9 @@ def allocator_left_alone() -> Iterator[None]:
 
     def with_cache(*args: Any) -> int:
         """What the driver has left (NVML), and what the allocator keeps for the next who asks."""
-        return free(*args) + accelerator.memory_reserved(*args) - accelerator.memory_allocated(*args)
+        allocated = accelerator.memory_allocated(*args)
+        available = free(*args) + accelerator.memory_reserved(*args) - allocated
+        return min(available, accelerator.total_memory(*args) - allocated)
 
     with ExitStack() as stack:
         for name in ("empty_cache", "reset_peak_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached"):
