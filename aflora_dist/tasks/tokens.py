@@ -73,7 +73,6 @@ def made_once(
     Raises:
         AFLoRAError: On every rank, where it failed on one.
     """
-
     watched = PartialState().is_main_process and sys.stderr.isatty()
     bar = tqdm(total=len(dataset), desc=f"tokenizing {name}", unit=" examples", delay=_PATIENCE, disable=not watched)
 
