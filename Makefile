@@ -2,7 +2,7 @@
 #             make demo GPUS=1  on that many GPUs
 # make test   all tests, on CPUs;  make test-fast  those that start no processes;  make lint  ruff and mypy
 # make docs   the documentation as a site in build/site, without a warning
-# make gpu    all that only a GPU can show, at most 25 minutes, a table at the end (docs/gpu.md); installs nothing
+# make gpu    all that only a GPU can show, at most 30 minutes, a table at the end (docs/gpu.md); installs nothing
 # make test-latest  all tests with the newest releases of all but torch; with TORCH=torch (or torch==VERSION) of torch too
 # make test-oldest  all tests with the oldest releases that pyproject.toml allows; its torch comes with CUDA, 7 GB
 # make compare-versions  the same short trainings in those of the three environments that are there

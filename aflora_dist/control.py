@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -33,6 +32,7 @@ from .freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore
 from .freezing.quantile import quantile
 from .processes import on_main, refuse_lonely_processes
 from .progress import Progress
+from .stopwatch import Stopwatch
 
 
 class AdaptiveFreezing:
@@ -55,7 +55,7 @@ class AdaptiveFreezing:
         progress: The clock of this training where there is one already.
 
     Attributes:
-        seconds: Host time spent so far on observing, deciding and dropping.
+        seconds: Spent so far on observing, deciding and dropping: of the host, or of the GPU where that works longer.
         events: All freeze events so far.
 
     Raises:
@@ -89,7 +89,7 @@ class AdaptiveFreezing:
         self.numels = {name: self.engine.numel(name) for name in self.freezable}
         self.frozen: dict[str, int] = {}  # name -> step at which it froze
         self.events: list[FreezeEvent] = []
-        self.seconds = 0.0
+        self._stopwatch = Stopwatch()
         self._agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
         if self.freezable:
             rehearse(self.engine, min(self.freezable, key=self.numels.__getitem__))
@@ -137,6 +137,14 @@ class AdaptiveFreezing:
     def remaining(self) -> list[str]:
         """Freezable matrices that still train."""
         return [name for name in self.freezable if name not in self.frozen]
+
+    @property
+    def seconds(self) -> float:
+        return self._stopwatch.seconds
+
+    @seconds.setter
+    def seconds(self, total: float) -> None:
+        self._stopwatch.seconds = total
 
     @property
     def trainable_params(self) -> int:
@@ -374,11 +382,10 @@ class AdaptiveFreezing:
         weights: Callable[[], Sequence[Tensor]],
         scale: Tensor | float,
     ) -> None:
-        start = time.perf_counter()
-        with torch.profiler.record_function("aflora.observe"):
+        score = self._scores[bucket]
+        with self._stopwatch.queueing(score.smoothed.device), torch.profiler.record_function("aflora.observe"):
             values = None if self.config.score == "gradient" else weights()
-            self._scores[bucket].observe(gradients, values, scale, self.step)
-        self.seconds += time.perf_counter() - start
+            score.observe(gradients, values, scale, self.step)
 
     def _after_batch(self) -> None:
         if self.policy.due(self.schedule, self.step, self._remaining_units()):
@@ -389,13 +396,15 @@ class AdaptiveFreezing:
         return sum(names[0] not in self.frozen for names in self.policy.units.values())
 
     def _decide(self) -> None:
-        start = time.perf_counter()
+        start = self._stopwatch.start(self.engine.device)  # the backward pass and the update are not freezing's
         with torch.profiler.record_function("aflora.decide"):
             scores = self.scores()
             names = self.policy.choose(self.schedule, self.step, scores, self._quantile)
             self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
         if names:
             self._freeze(names, scores, start, self.step)
+        else:
+            self._stopwatch.stop(start, self.engine.device)
 
     def _quantile(self, fraction: float) -> float:
         """Of the elements' Ibar * Ubar, of all matrices that still train. A collective."""
@@ -415,12 +424,13 @@ class AdaptiveFreezing:
         chosen = set(names)
         whole = [name for unit in self.policy.units.values() if chosen & set(unit) for name in unit]
         self._agree(f"{self.step}{whole}", "were told to freeze different matrices")
-        self._freeze(whole, {}, time.perf_counter(), max(self.step - 1, 0))
+        self._freeze(whole, {}, self._stopwatch.start(self.engine.device), max(self.step - 1, 0))
 
     def _freeze(self, names: list[str], scores: dict[str, float], start: float, step: int) -> None:
         """Freeze after the global batch `step`."""
         with torch.profiler.record_function("aflora.rebuild"):
             self._drop(names, step)
+        state_bytes = self.optimizer_state_bytes()
         self.events.append(
             FreezeEvent(
                 step=step,
@@ -428,11 +438,10 @@ class AdaptiveFreezing:
                 scores=scores,
                 remaining=len(self.remaining),
                 trainable_params=self.trainable_params,
-                optimizer_state_bytes=self.optimizer_state_bytes(),
-                rebuild_seconds=time.perf_counter() - start,
+                optimizer_state_bytes=state_bytes,
+                rebuild_seconds=self._stopwatch.stop(start, self.engine.device),
             )
         )
-        self.seconds += time.perf_counter() - start
         self._report(self.events[-1])
 
     def _report(self, event: FreezeEvent) -> None:

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
+from . import meeting
+from .cpu_group import cpu_group
 from .errors import AFLoRAError, LaunchError
 
 T = TypeVar("T")
@@ -117,6 +119,10 @@ def launched_accelerator(**options: Any) -> Accelerator:
     if on_cpu and _asked("DEEPSPEED"):
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # it would put batches on a GPU whatever DS_ACCELERATOR says
     try:
+        meeting.meet()  # who has been refused by now says so there, and nobody waits in a collective for it
+    except torch.distributed.DistError as error:
+        raise AFLoRAError(_not_connected(str(error))) from None
+    try:
         accelerator = Accelerator(
             # DDP wraps nothing on a CPU unless told; and a GPU that there is would be taken.
             cpu=(several or _means_cpu()) and on_cpu and not _asked("DEEPSPEED"),
@@ -141,6 +147,7 @@ def launched_accelerator(**options: Any) -> Accelerator:
             "DeepSpeed was asked for, but with ACCELERATE_USE_CPU accelerate leaves it out. Unset that; with "
             "DS_ACCELERATOR=cpu DeepSpeed trains on CPUs."
         )
+    cpu_group()  # before time is spent
     return accelerator
 
 
@@ -218,38 +225,35 @@ def _not_connected(reason: str) -> str:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """What `action` returns on the main process, on every rank. A collective.
+    """What `action` returns on the main process, on every rank. A collective; the others wait as long as it takes.
 
     Raises:
         AFLoRAError: On every rank, where `action` raised one on the main process. Any other exception is raised
             there as it is, and on the other ranks, which would else wait for a process that is gone, as an AFLoRAError.
     """
-    outcome: list[Any] = [None, None]  # result, complaint
-    failure: Exception | None = None
-    if accelerator.is_main_process:
-        outcome[0], failure = _tried(action)
-        outcome[1] = _complaint(failure, "The main process")
-    result, complaint = broadcast_object_list(outcome)
-    _raise(failure, [complaint])
+    result, failure = _tried(action) if accelerator.is_main_process else (None, None)
+    _settle(failure, "The main process")
+    (result,) = broadcast_object_list([result])
     return result
 
 
 def first_on_node(action: Callable[[], T]) -> T:
     """What `action` returns, run by each node's first process before the others, which find what it has cached.
 
-    A collective. Nobody goes on, and nobody is left waiting, when it fails on any rank.
+    A collective; the others wait as long as it takes. Nobody goes on, and nobody is left waiting, when it fails on any
+    rank.
 
     Raises:
         AFLoRAError: On every rank, where `action` raised one on any. Any other exception is raised there as it is, and
             on the other ranks as an AFLoRAError.
     """
-    state = PartialState()
+    goes_first = PartialState().is_local_main_process
     result: Any = None
     for first in (True, False):
         failure: Exception | None = None
-        if state.is_local_main_process is first:
+        if goes_first is first:
             result, failure = _tried(action)
-        _raise(failure, gather_object([_complaint(failure, f"Rank {state.process_index}")]))
+        _settle(failure)
     return result
 
 
@@ -260,17 +264,16 @@ def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _complaint(failure: Exception | None, who: str) -> str | None:
-    """What the other ranks are told."""
-    if failure is None or isinstance(failure, AFLoRAError):
-        return None if failure is None else str(failure)
-    return f"{who} failed: {type(failure).__name__}: {failure}"
-
-
-def _raise(failure: Exception | None, complaints: list[str | None]) -> None:
-    """Raise this rank's own failure as it is, or what the first other one complains of."""
+def _settle(failure: Exception | None, who: str | None = None) -> None:
+    """Wait for all ranks; raise this rank's own failure as it is, or what the first other one complains of."""
+    heard = meeting.meet(complaint(failure, who or f"Rank {meeting.rank()}") if failure is not None else None)
     if failure is not None:
         raise failure
-    for complaint in complaints:
-        if complaint is not None:
-            raise AFLoRAError(complaint)
+    for said in heard:
+        if said is not None:
+            raise AFLoRAError(said)
+
+
+def complaint(failure: BaseException, who: str) -> str:
+    """What the other ranks are told."""
+    return str(failure) if isinstance(failure, AFLoRAError) else f"{who} failed: {type(failure).__name__}: {failure}"

@@ -84,9 +84,10 @@ def test_after_detaching_the_rest_trains_to_the_end() -> None:
     assert all(torch.equal(after[name], before[name]) == (name in frozen) for name in (*remaining, *frozen))
 
 
-def test_a_skipped_update_moves_the_clock_and_nothing_else() -> None:
-    """fp16's loss scaling: the scaler skips an update whose gradients overflow."""
-    loop, plain = Loop(), Loop()
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_update_moves_the_clock_and_nothing_else(fused: bool) -> None:
+    """fp16's loss scaling: the scaler skips an update whose gradients overflow; a fused optimizer would by itself."""
+    loop, plain = (Loop(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, fused=fused)) for _ in range(2))
     loop.scale_losses()
     skipped = (1, 5)
     for number in range(12):

@@ -21,6 +21,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..cpu_group import cpu_group
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..freezing import Fragment
 from .optimizers import OptimizerTraits, examine, plain
@@ -222,7 +223,8 @@ class Engine(ABC):
 
     def collect(self, pieces: Sequence[Piece], numels: Mapping[str, int]) -> dict[str, Tensor]:
         """Whole tensors on the main process from every rank's pieces. A collective."""
-        return collect(pieces, numels, self.wire)
+        group = cpu_group()  # the tensors are to be in CPU memory; NCCL would take them through the GPU twice
+        return collect(pieces, numels, torch.device("cpu") if group is not None else self.wire, group)
 
     def check(self, record: Record) -> None:
         """Look whether `restore` can go on from this record; nothing changes.

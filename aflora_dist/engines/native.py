@@ -30,6 +30,7 @@ _LOCAL_SGD = (
     "The gradients of this update were not reduced over the ranks (model.no_sync(), as accelerate's LocalSGD does): "
     "each rank would score its own. Train without it; gradient accumulation goes through accelerator.accumulate(model)."
 )
+_FUSED_SCALING = private.SCALING[0].name  # by it GradScaler tells who unscales by itself
 
 
 class NativeEngine(Engine):
@@ -55,11 +56,6 @@ class NativeEngine(Engine):
             raise UnsupportedEngineError(
                 "Under fp16 updates can be skipped, which only the optimizer that accelerator.prepare() returned knows "
                 "of: pass the optimizer to prepare(), and step it."
-            )
-        if accelerator.scaler is not None and getattr(inner, "_step_supports_amp_scaling", False):
-            raise UnsupportedEngineError(
-                f"A fused {type(inner).__name__} skips overflowed fp16 updates inside, where freezing cannot see it. "
-                f'Create it with fused=False (Trainer: optim="adamw_torch"), or train in bf16.'
             )
         devices = sorted({str(p.device) for group in inner.param_groups for p in group["params"]})
         if len(devices) > 1:
@@ -126,6 +122,11 @@ class NativeEngine(Engine):
         self._handles.append(self.optimizer.register_step_post_hook(after).remove)
         if self._wrapper is not None:  # it knows of updates that are skipped
             self._hang(self._wrapper, "step", self._step)
+        if self.accelerator.scaler is not None and getattr(self.optimizer, _FUSED_SCALING, False):
+            # A fused optimizer would unscale gradients and skip an update inside its kernel, unseen: the scaler is to
+            # do both, as for all others. Where gradients are clipped it unscales them in any case.
+            setattr(self.optimizer, _FUSED_SCALING, False)
+            self._handles.append(lambda: setattr(self.optimizer, _FUSED_SCALING, True))
         self._hang(self._wrapper or self.optimizer, "zero_grad", self._zero_grad)
         self.clipping.watch()
         self._handles.append(self.clipping.unwatch)

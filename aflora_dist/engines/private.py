@@ -25,9 +25,25 @@ AUTOGRAD = [
         "a public hook at the end of a backward pass",
     )
 ]
+SCALING = [
+    Private(
+        "torch.optim.AdamW",
+        "_step_supports_amp_scaling",
+        "have GradScaler unscale a fused optimizer's gradients where they are seen",
+        "an option of GradScaler",
+    )
+]
+STORE = [
+    Private(
+        "torch.distributed.distributed_c10d",
+        "_get_default_store",
+        "have ranks wait for each other where nothing times out",
+        "a public way to a process group's store",
+    )
+]
 ACCELERATOR = [
     Private("Accelerator", "_optimizers", "find the wrapper that knows of skipped updates", "a public list of them"),
     Private("Accelerator", "_models", "number the state of several models as accelerate does", "a public list of them"),
     Private("Accelerator", "_schedulers", "know whether DeepSpeed's schedule was asked for", "a public list of them"),
 ]
-PRIVATE = {"torch": REDUCER + AUTOGRAD, "accelerate": ACCELERATOR}
+PRIVATE = {"torch": REDUCER + AUTOGRAD + SCALING + STORE, "accelerate": ACCELERATOR}

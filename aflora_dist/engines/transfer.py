@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..freezing import Fragment
+from ..meeting import meet
 
 CHUNK_BYTES = 64 * 2**20  # the most that one message carries
 
@@ -117,23 +118,29 @@ def carry(moves: Sequence[Move], source: Placed, target: Placed, rank: int, devi
 
 
 @torch.no_grad()
-def collect(pieces: Sequence[Piece], numels: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
+def collect(
+    pieces: Sequence[Piece],
+    numels: Mapping[str, int],
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Tensor]:
     """Whole flat tensors by key on the main process, as copies in its CPU memory; nothing elsewhere. A collective.
 
     Args:
         pieces: This rank's; over all ranks every element is in exactly one.
         numels: Elements, whole, of each key that any rank may hold.
         device: Where the process group takes its tensors from.
+        group: All ranks; the default group if not given.
     """
     rank, world_size = _rank(), _world_size()
     mine = [(piece.key, piece.start, piece.data.numel(), piece.data.dtype) for piece in pieces]
     lists: list[Any] = [mine]
     if world_size > 1:
         lists = [None] * world_size
-        dist.gather_object(mine, lists if rank == 0 else None)
+        dist.gather_object(mine, lists if rank == 0 else None, group=group)
     if rank != 0:
         for part in _packed([piece.data for piece in pieces]):
-            dist.send(part.to(device), 0)
+            _pass(dist.isend, part.to(device), 0, group)
         return {}
     dtypes = {key: dtype for spans in lists for key, _, _, dtype in spans}
     whole = {key: torch.empty(numel, dtype=dtypes[key]) for key, numel in numels.items() if key in dtypes}
@@ -141,7 +148,7 @@ def collect(pieces: Sequence[Piece], numels: Mapping[str, int], device: torch.de
         whole[piece.key][piece.start :][: piece.data.numel()] = piece.data
     for peer, spans in enumerate(lists[1:], 1):
         targets = [whole[key][start : start + numel] for key, start, numel, _ in spans]
-        _received(targets, lambda buffer, peer=peer: dist.recv(buffer, peer), device)
+        _received(targets, lambda buffer, peer=peer: _pass(dist.irecv, buffer, peer, group), device)
     return whole
 
 
@@ -161,6 +168,7 @@ def distribute(whole: Mapping[str, Tensor], keys: Sequence[str], pieces: Sequenc
     index: list[Any] = [None]
     if _rank() == 0:
         index = [[(key, whole[key].numel(), whole[key].dtype) for key in keys if key in whole]]
+    meet()  # `whole` may have read a large file to know that
     (known,) = broadcast_object_list(index)
     for key, numel, dtype in known:
         source = whole[key].reshape(-1) if _rank() == 0 else None
@@ -177,6 +185,12 @@ def distribute(whole: Mapping[str, Tensor], keys: Sequence[str], pieces: Sequenc
                 first, last = max(low, piece.start), min(high, piece.start + piece.data.numel())
                 if first < last:
                     piece.data[first - piece.start : last - piece.start].copy_(part[first - low : last - low])
+
+
+def _pass(direction: Any, buffer: Tensor, peer: int, group: dist.ProcessGroup | None) -> None:
+    """Send or receive. Batched: by itself a message has NCCL make a communicator for this pair of ranks."""
+    for request in dist.batch_isend_irecv([dist.P2POp(direction, buffer, peer, group)]):
+        request.wait()
 
 
 def _packed(views: Sequence[Tensor]) -> Iterator[Tensor]:

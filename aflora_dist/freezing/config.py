@@ -80,7 +80,7 @@ class FreezeEvent:
         remaining: Freezable matrices that still train.
         trainable_params: Elements that the optimizer still updates.
         optimizer_state_bytes: Bytes of the optimizer's moments, over all ranks.
-        rebuild_seconds: Time for the decision and the drop.
+        rebuild_seconds: Time for the decision and the drop; on a GPU from the end of the update to that of the drop.
     """
 
     step: int

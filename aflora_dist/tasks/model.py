@@ -20,12 +20,15 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..adapter.private import is_sharded
 from ..errors import AFLoRAError
 from ..extras import installed, require
 from ..hub import refusal
+from ..processes import first_on_node
 from ..training.config import ModelConfig
 
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
@@ -122,6 +125,42 @@ def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
     name, hub, _ = _source(resolve_name(config.name, language_model), config)
     with _readable(config):
         return _padding(AutoTokenizer.from_pretrained(name, **hub))
+
+
+def fetch(config: ModelConfig, *, language_model: bool) -> None:
+    """Have the model's files on every node before any rank loads them together with others. A collective.
+
+    Each node's first process downloads them; the other ranks wait.
+
+    Raises:
+        AFLoRAError: On every rank, if they cannot be had on one node.
+    """
+    name, hub, _ = _source(resolve_name(config.name, language_model), config)
+
+    def download() -> None:
+        with _readable(config):
+            AutoConfig.from_pretrained(name, **hub)
+            if not Path(name).is_dir():
+                _download_weights(name, config.revision, hub.get("gguf_file"))
+
+    first_on_node(download)
+
+
+def _download_weights(name: str, revision: str | None, gguf_file: str | None) -> None:
+    """The files that from_pretrained takes, of those that a repository of the hub may have."""
+    stored = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    missing: OSError | None = None
+    for file in stored if gguf_file is None else (gguf_file,):
+        try:
+            found = cached_file(name, file, revision=revision)
+        except OSError as error:
+            missing = missing or error
+            continue
+        if file.endswith(".index.json"):
+            get_checkpoint_shard_files(name, found, revision=revision)
+        return
+    assert missing is not None
+    raise missing
 
 
 def _labels(labels: list[str] | None) -> dict[str, Any]:

@@ -1,17 +1,21 @@
-"""Texts become tokens once on each node, in a file that all its ranks read; later runs find it there.
+"""Texts become tokens once on each node, in files that all its ranks read; later runs find them there.
 
-The file's name is made of what it depends on: the data, the tokenizer's own files, what it makes of the first texts,
-and where texts are cut. So nothing is ever overwritten, and the folder can be emptied at any time.
+A file's name is made of what it depends on: the data, the tokenizer's own files, what it makes of the first texts,
+and where texts are cut. So nothing is ever overwritten, and the folder can be emptied at any time. Large data are cut
+into parts, made by several processes at a time: what is done when a run is ended is not done again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from ..errors import AFLoRAError
 from ..processes import first_on_node
 
 _PROBED = 64  # texts by whose tokens a tokenizer is known that changes without its files: its code, its library
+_PART = 10_000  # examples in a file
 _PATIENCE = 3.0  # seconds before a progress bar is shown
 
 
@@ -68,53 +73,66 @@ def made_once(
     Raises:
         AFLoRAError: On every rank, where it failed on one.
     """
+    watched = PartialState().is_main_process and sys.stderr.isatty()
+    bar = tqdm(total=len(dataset), desc=f"tokenizing {name}", unit=" examples", delay=_PATIENCE, disable=not watched)
 
-    def make(key: str, **options: Any) -> datasets.Dataset:
-        watched = PartialState().is_main_process and sys.stderr.isatty()
-        with tqdm(
-            total=len(dataset), desc=f"tokenizing {name}", unit=" examples", delay=_PATIENCE, disable=not watched
-        ) as bar:
+    def make(part: datasets.Dataset, key: str, told: Callable[[int], Any], **options: Any) -> datasets.Dataset:
+        def tokenize_and_tell(examples: Columns) -> Columns:
+            tokens = tokenize(examples)
+            told(len(tokens["labels"]))
+            return tokens
 
-            def tokenize_and_tell(examples: Columns) -> Columns:
-                tokens = tokenize(examples)
-                bar.update(len(tokens["labels"]))
-                return tokens
-
-            return dataset.map(
-                tokenize_and_tell,
-                batched=True,
-                remove_columns=dataset.column_names,
-                new_fingerprint=key,
-                load_from_cache_file=False,
-                **options,
-            )
+        return part.map(
+            tokenize_and_tell,
+            batched=True,
+            remove_columns=dataset.column_names,
+            new_fingerprint=key,
+            load_from_cache_file=False,
+            **options,
+        )
 
     def found_or_made() -> datasets.Dataset:
         key = _key(dataset, tokenizer, tokenize(dataset[:_PROBED]), settings)
-        kept = cache_folder() / f"{key}.arrow"
+        starts = range(0, max(len(dataset), 1), _PART)
+        parts = {_file(key, i, len(starts)): range(at, min(at + _PART, len(dataset))) for i, at in enumerate(starts)}
+
+        def make_part(kept: Path, folder: str, told: Callable[[int], Any]) -> None:
+            made = Path(folder) / kept.name
+            part = dataset if len(parts) == 1 else dataset.select(parts[kept])
+            make(part, kept.stem, told, cache_file_name=str(made))
+            _publish(made, kept)
+
+        def make_parts(missing: list[Path], folder: str) -> None:
+            if min(len(missing), _cores()) == 1:
+                for kept in missing:
+                    make_part(kept, folder, bar.update)
+                return
+            for kept in _made_beside(missing, lambda kept: make_part(kept, folder, lambda rows: None)):
+                bar.update(len(parts[kept]))
+
         try:
-            if not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(prefix="making-", dir=kept.parent) as folder:
-                    made = Path(folder) / kept.name
-                    make(key, cache_file_name=str(made))
-                    _publish(made, kept)
-            return _read(kept, len(dataset))
+            missing = [kept for kept in parts if not kept.exists()]
+            bar.update(sum(len(rows) for kept, rows in parts.items() if kept not in missing))
+            if missing:
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix="making-", dir=cache_folder()) as folder:
+                    make_parts(missing, folder)
+            return _read(parts)
         except AFLoRAError:
             raise  # an example that cannot be tokenised
         except (OSError, ValueError) as error:  # read-only, full, or damaged: Arrow's errors are of both kinds
             if PartialState().is_local_main_process:
                 reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 print(
-                    f"The tokens of {name} are not kept: {kept} cannot be used ({reason}). Every process makes them "
-                    f"for itself; HF_DATASETS_CACHE names another folder.",
+                    f"The tokens of {name} are not kept: {cache_folder()}/{key} cannot be used ({reason}). Every "
+                    f"process makes them for itself; HF_DATASETS_CACHE names another folder.",
                     file=sys.stderr,
                     flush=True,
                 )
-            return make(key, keep_in_memory=True)
+            return make(dataset, key, bar.update, keep_in_memory=True)
 
     datasets.disable_progress_bars()  # they come at once, in every process and in files
-    with _all_cores():
+    with bar, _all_cores():
         return first_on_node(found_or_made)
 
 
@@ -140,11 +158,57 @@ def _publish(made: Path, kept: Path) -> None:
         made.replace(kept)
 
 
-def _read(kept: Path, examples: int) -> datasets.Dataset:
-    found = datasets.Dataset.from_file(str(kept))
-    if len(found) != examples:
-        raise OSError(f"it holds {len(found)} examples instead of {examples}; remove it")
-    return found
+def _file(key: str, number: int, parts: int) -> Path:
+    return cache_folder() / (f"{key}.arrow" if parts == 1 else f"{key}-{number + 1}-of-{parts}.arrow")
+
+
+def _read(parts: Mapping[Path, range]) -> datasets.Dataset:
+    found = [datasets.Dataset.from_file(str(kept)) for kept in parts]
+    for part, (kept, rows) in zip(found, parts.items(), strict=True):
+        if len(part) != len(rows):
+            raise OSError(f"{kept.name} holds {len(part)} examples instead of {len(rows)}; remove it")
+    return datasets.concatenate_datasets(found)
+
+
+_make: Callable[[Path], None]  # in a forked process
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _made_beside(files: Sequence[Path], make: Callable[[Path], None]) -> Iterator[Path]:
+    """Have files made by as many forked processes as there are cores, and give each that is done.
+
+    Raises:
+        AFLoRAError: A process was ended from outside.
+    """
+    forked = multiprocessing.get_context("fork")  # tokenizer and data need not be pickled
+    with ProcessPoolExecutor(min(len(files), _cores()), forked, initializer=_begin, initargs=(make,)) as pool:
+        begun = {pool.submit(_make_here, file): file for file in files}
+        try:
+            for made in as_completed(begun):
+                made.result()
+                yield begun[made]
+        except BrokenProcessPool:
+            raise AFLoRAError(
+                "A process that tokenised was ended from outside, by lack of memory, perhaps. What is done is kept: "
+                "the same command goes on from there."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin(make: Callable[[Path], None]) -> None:
+    """In a forked process: the tokenizer has none of the threads that it had, and every core has a process."""
+    global _make
+    _make = make
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _make_here(file: Path) -> None:
+    _make(file)
 
 
 @contextmanager

@@ -9,26 +9,28 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
+import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from ..errors import AFLoRAError
 
 PATIENCE = 600.0  # seconds in which a compilation on another, busy node has to write a file
+_OF_ONE_NODE = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "ramfs", "rootfs", "overlay", "apfs"}
 
 
 def check(ops: Sequence[str]) -> None:
     """Raise if one of DeepSpeed's compiled ops waits behind a lock that nobody holds.
 
-    A process that compiles keeps the lock's file open, so on this node a look is enough. Where the job has other
-    nodes, one of them may compile in a shared folder: then it is waited for, as long as something is written there.
+    A process that compiles keeps the lock's file open, so on this node a look is enough. In a folder that other nodes
+    see, too, such as a shared home, one of them may compile, for this job or another: then it is waited for, as long as
+    something is written there.
 
     Raises:
         AFLoRAError: Names what to remove.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    several_nodes = int(world) > int(os.environ.get("LOCAL_WORLD_SIZE", world))
     for lock in _locks(ops):
-        if several_nodes:
+        if _shared(lock.parent):
             _wait(lock)
         if _abandoned(lock):
             time.sleep(1.0)  # it may just be removed
@@ -41,15 +43,27 @@ def check(ops: Sequence[str]) -> None:
 
 
 def _locks(ops: Sequence[str]) -> Iterator[Path]:
+    for op in ops:
+        if (lock := _folder() / op / "lock").exists():
+            yield lock
+
+
+def _folder() -> Path:
+    """Where this build of torch keeps what it has compiled, by its device, such as py311_cpu or py311_cu130."""
     if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        folders = [Path(root)]
-    else:  # such as py311_cpu
-        python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_"
-        folders = list(Path(get_default_build_root()).glob(f"{python}*"))
-    for folder in folders:
-        for op in ops:
-            if (lock := folder / op / "lock").exists():
-                yield lock
+        return Path(root)
+    device = "cpu"
+    if version := torch.version.hip or torch.version.cuda:
+        device = f"{'rocm' if torch.version.hip else 'cu'}{version.replace('.', '')}"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    return Path(get_default_build_root()) / f"{python}_{device}"
+
+
+def _shared(folder: Path) -> bool:
+    """Whether other nodes may see a folder: it is on none of the file systems that only this one sees."""
+    found = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    folder = folder.resolve()
+    return next((found[str(at)] for at in (folder, *folder.parents) if str(at) in found), "") not in _OF_ONE_NODE
 
 
 def _wait(lock: Path) -> None:

@@ -20,6 +20,7 @@ from ..compat.transformers import checkpoint_activations
 from ..engines import create_engine, engine_kind
 from ..errors import AFLoRAError, writing
 from ..freezing import CubicSchedule
+from ..meeting import meet
 from ..methods import Control, Method
 from ..methods.choose import create_method, lora_parameters
 from ..processes import launched_accelerator, launched_processes, on_main
@@ -31,6 +32,7 @@ from ..store.rundir import RunDirectory
 from ..tasks.base import Task
 from ..tasks.batches import Batch, move
 from ..tasks.classification import Classification
+from ..tasks.model import fetch
 from ..tasks.sft import LanguageModelling
 from ..watch.log import TrainingLog
 from ..watch.memory import MemoryHistory
@@ -64,7 +66,9 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     resumed = find(run, resolved, accelerator)
     set_seed(config.train.seed)
     task = create_task(config)
+    fetch(config.model, language_model=config.data.task == "sft")
     base, head = task.load(accelerator)
+    meet()  # who could not load it has said so
     check_length(config, base)
     if config.train.gradient_checkpointing:
         checkpoint_activations(base)

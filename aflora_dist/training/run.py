@@ -8,6 +8,8 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from ..errors import AFLoRAError, LaunchError
@@ -30,26 +32,44 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@contextmanager
+def telling_the_others() -> Iterator[None]:
+    """What ends this rank before the others is told to them: they would wait for it."""
+    try:
+        yield
+    except BaseException as error:
+        over = isinstance(error, SystemExit) and not error.code
+        if os.environ.get("WORLD_SIZE", "1") != "1" and not over:
+            with suppress(AFLoRAError, ImportError):
+                from .. import meeting
+                from ..processes import complaint, launched_processes
+
+                launched_processes()  # who cannot be found cannot be told
+                meeting.part(complaint(error, f"Rank {meeting.rank()}"))
+        raise
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the main job; returns the exit status. What a user did wrong is said in a line or two."""
     quiet_libraries()
     is_first = os.environ.get("RANK", "0") == "0"
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # once per node: its files may differ
     try:
-        require("train", "The main job")
-        from .config import parse
+        with telling_the_others():
+            require("train", "The main job")
+            from .config import parse
 
-        config, resolved = parse(sys.argv[1:] if arguments is None else arguments)
-        if config.run.dry_run:
-            from ..plan.command import dry_run
+            config, resolved = parse(sys.argv[1:] if arguments is None else arguments)
+            if config.run.dry_run:
+                from ..plan.command import dry_run
 
-            quiet_libraries()
-            dry_run(config, resolved)
-            return 0
-        from .loop import train  # after parsing: a wrong option should not take seconds to find
+                quiet_libraries()
+                dry_run(config, resolved)
+                return 0
+            from .loop import train  # after parsing: a wrong option should not take seconds to find
 
-        quiet_libraries()  # DeepSpeed sets its own level on import
-        result = train(config, resolved)
+            quiet_libraries()  # DeepSpeed sets its own level on import
+            result = train(config, resolved)
     except AFLoRAError as error:
         if speaks or isinstance(error, LaunchError):
             print(f"aflora: error: {error}", file=sys.stderr, flush=True)

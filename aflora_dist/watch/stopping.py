@@ -10,9 +10,11 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
+from accelerate.state import PartialState
 
+from ..cpu_group import cpu_group
 from ..errors import AFLoRAError
+from ..meeting import meet
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _SECONDS = 1.0  # between two exchanges, about
@@ -22,9 +24,10 @@ class StopWish:
     """Whether all ranks should save and leave after this update.
 
     The wish comes as SIGUSR1 or SIGTERM to any rank, or as a file, for launchers do not pass signals on. About
-    once a second the ranks exchange three numbers over gloo, which leaves a GPU's queue alone: whether one of them
-    has been asked, whether one has failed, and after how many updates they exchange again. A rank that is gone cannot
-    take part, so that the SIGTERM that a launcher sends to those it left behind saves nothing and ends them.
+    once a second the ranks exchange three numbers (over gloo if they can, which leaves a GPU's queue alone): whether
+    one of them has been asked, whether one has failed, and after how many updates they exchange again. A rank that is
+    gone cannot take part, so that the SIGTERM that a launcher sends to those it left behind saves nothing and ends
+    them.
 
     Args:
         file: Its existence is the wish; the main process looks for it.
@@ -33,7 +36,8 @@ class StopWish:
     def __init__(self, file: Path, is_main: bool) -> None:
         self.file = file if is_main else None
         self._wished = False
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._group = cpu_group()
+        self._device = torch.device("cpu") if self._group is not None else PartialState().device
         self._updates = self._every = 1
         self._began = time.monotonic()
         self._previous = {}
@@ -77,15 +81,15 @@ class StopWish:
         self._raise(failure, any_failure)
 
     def _maximum(self, *numbers: float) -> list[float]:
-        vector = torch.tensor(numbers)
-        if self._group is not None:
+        vector = torch.tensor(numbers, device=self._device)
+        if dist.is_initialized():
             dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._group)
         return vector.tolist()
 
     @staticmethod
     def _raise(failure: str | None, anywhere: float) -> None:
         if anywhere:
-            raise AFLoRAError(next(reason for reason in gather_object([failure]) if reason is not None))
+            raise AFLoRAError(next(reason for reason in meet(failure) if reason is not None))
 
     def close(self) -> None:
         """Give the signals back."""

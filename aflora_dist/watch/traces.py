@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 from torch.profiler import record_function
 
 from ..errors import AFLoRAError
 from ..freezing import CubicSchedule
+from ..meeting import meet
 from ..processes import on_main
 from .memory import MemoryHistory
 
@@ -237,7 +237,7 @@ class TraceRecorder:
             self._failure = error.strerror or str(error)
 
     def _publish(self, window: Window) -> None:
-        failures = [failure for failure in gather_object([self._failure]) if failure is not None]
+        failures = [failure for failure in meet(self._failure) if failure is not None]
         target = self.folder / "profile" / window.name
 
         def publish() -> str | None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
-from aflora_dist import AdaptiveFreezing, AFLoRAError
-from tests.loop import CONFIG, Loop, assert_same
-from tests.workers.tiny import build_model, global_batch
+from aflora_dist import AFLoRAError
+from tests.loop import Loop, assert_same
+from tests.workers.tiny import global_batch
 
 
 @pytest.mark.parametrize("backward", ["accelerator", "plain"])
@@ -64,14 +63,23 @@ def test_clipping_a_part_of_an_accumulated_gradient_is_refused() -> None:
     loop.accelerator.gradient_state._set_sync_gradients(True)  # shared by all accelerators of a process
 
 
-def test_a_fused_optimizer_under_fp16_is_refused() -> None:
-    accelerator = Accelerator(cpu=True)
-    model = build_model()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(AFLoRAError, match="fused=False"):
-        AdaptiveFreezing(accelerator, model, optimizer, CONFIG)
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_fused_optimizer_under_fp16_freezes_and_learns_what_it_does_without_scaling(clip: float | None) -> None:
+    """Scaled by a power of two, and not clipped, even to the bit; Trainer's own optimizer on a GPU is such a one."""
+    scaled, plain = (Loop(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True)) for _ in range(2))
+    scaled.scale_losses()
+    for loop in (scaled, plain):
+        for number in range(12):
+            loop.step(number, clip)
+    assert scaled.freezing.events
+    assert [event.frozen for event in scaled.freezing.events] == [event.frozen for event in plain.freezing.events]
+    for mine, theirs in zip(scaled.freezing.events, plain.freezing.events, strict=True):
+        assert mine.scores == pytest.approx(theirs.scores, rel=1e-6 if clip is None else 1e-3, abs=0)
+    assert_same(scaled.weights(), plain.weights())
+    inner = scaled.optimizer.optimizer
+    assert not inner._step_supports_amp_scaling
+    scaled.freezing.detach()
+    assert inner._step_supports_amp_scaling  # as it was
 
 
 def test_clipping_twice_is_undone_twice() -> None:

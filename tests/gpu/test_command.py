@@ -107,7 +107,7 @@ def test_without_a_gpu_it_says_so_in_a_sentence_and_starts_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_plan_fits_into_25_minutes_and_names_what_is_missing(
+def test_the_plan_fits_into_30_minutes_and_names_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "deepspeed" else True)

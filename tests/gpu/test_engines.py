@@ -79,6 +79,15 @@ def test_an_engine_freezes_and_learns_what_one_process_on_a_cpu_does(
     for (_, _, ours), (_, _, theirs) in zip(seen["events"], one_process["events"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=0)  # they are as small as 1e-15
     assert seen["losses"] == pytest.approx(one_process["losses"], abs=1e-4)
+    # A freeze starts no peak anew and hands no cached memory back; gloo stands beside NCCL where there are ranks;
+    # what was loaded is there when it is next used, on whatever stream.
+    assert seen["peaks"] == sorted(seen["peaks"])
+    assert seen["reserved"] == sorted(seen["reserved"])
+    assert len(seen["peaks"]) == (STEPS if device == "cuda" else 0)
+    assert seen["cpu_group"] == (None if seen["ranks"] == 1 else "gloo")
+    before, noise, after = seen["restored"]
+    assert after == before
+    assert noise != before
 
 
 @pytest.mark.parametrize("engine", ["single", "ddp", "zero2", "zero3"])

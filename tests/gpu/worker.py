@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from aflora_dist import AdaptiveFreezing, FreezingConfig
+from aflora_dist.cpu_group import cpu_group
 from aflora_dist.processes import launched_accelerator
 from tests.workers.tiny import GLOBAL_BATCH, build_model, build_optimizer, global_batch
 
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(model, "head"))
     config = FreezingConfig(total_steps=STEPS, initial_steps=2, final_steps=3)
     freezing = AdaptiveFreezing(accelerator, model, optimizer, config)
-    steps, losses, scores = [], [], []
+    steps, losses, scores, peaks, reserved = [], [], [], [], []
     model.train()
     for number in range(STEPS):
         mine = {k: v[accelerator.process_index * share :][:share] for k, v in global_batch(number).items()}
@@ -57,6 +58,23 @@ def main(arguments: list[str] | None = None) -> None:
         steps.append(freezing.step)
         losses.append(accelerator.reduce(loss.detach().float(), "mean").item())
         scores.append(freezing.scores())
+        if accelerator.device.type == "cuda":
+            peaks.append(torch.cuda.max_memory_allocated())
+            reserved.append(torch.cuda.memory_reserved())
+    model.eval()
+    batch = {k: v.to(accelerator.device) for k, v in global_batch(0).items()}
+
+    def loss_now() -> float:
+        with torch.no_grad():
+            return model(**batch).loss.float().item()
+
+    restored = [loss_now()]
+    tensors, record = freezing.progress.snapshot()
+    noise = {key: torch.rand_like(t) if key.startswith("value/") else t for key, t in tensors.items()}
+    for whole in (noise, tensors):
+        freezing.progress.restore(whole, record)
+        restored.append(loss_now())
+    beside = cpu_group()
     if accelerator.is_main_process:
         found: dict[str, Any] = {
             "kind": freezing.engine.kind,
@@ -66,6 +84,11 @@ def main(arguments: list[str] | None = None) -> None:
             "losses": losses,
             "scores": scores,
             "skipped": freezing.progress.skipped,
+            "ranks": accelerator.num_processes,
+            "peaks": peaks,
+            "reserved": reserved,
+            "restored": restored,
+            "cpu_group": None if beside is None else dist.get_backend(beside),
             "events": [[e.step, e.frozen, e.scores] for e in freezing.events],
         }
         args.out.write_text(json.dumps(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from accelerate import Accelerator
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
+from aflora_dist import AFLoRAError
 from aflora_dist.tasks import tokens
 from aflora_dist.tasks.batches import create_loaders, lengths, loader
 from aflora_dist.tasks.data import Data
@@ -80,6 +82,57 @@ def test_tokens_are_made_once_and_then_read_from_the_file(tiny_model: Path, cach
         assert [Path(file["filename"]).parent for file in found.cache_files] == [cache]  # memory-mapped
     assert first.texts - second.texts == ROWS
     assert len(list(cache.iterdir())) == 1  # nothing is left from making it
+
+
+class Logging(Counting):
+    """Writes down which process made how many tokens' rows, and gives up at a text, or its process does."""
+
+    def __init__(self, path: Path, log: Path, stop: str = "", how: str = "raise") -> None:
+        super().__init__(path)
+        self.log, self.stop, self.how = log, stop, how
+
+    def __call__(self, *texts: list[str], **options: Any) -> dict[str, Any]:
+        if len(texts[0]) != tokens._PROBED:
+            with self.log.open("a") as file:
+                file.write(f"{os.getpid()} {len(texts[0])}\n")
+            if self.stop in texts[0]:
+                if self.how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise AFLoRAError("a text that cannot be tokenised")
+        return super().__call__(*texts, **options)
+
+    def made(self) -> tuple[int, int]:
+        """How many processes made how many rows, since the last call."""
+        rows = [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return len({process for process, _ in rows}), sum(int(number) for _, number in rows)
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_large_data_are_tokenised_by_several_processes_and_what_is_done_is_kept(
+    how: str, tiny_model: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_PART", 20)
+    monkeypatch.setattr(tokens, "_cores", lambda: 2)
+    columns = data().shuffle(seed=1).to_dict()
+    columns["text"][-1] = "the last of all"
+    dataset = datasets.Dataset.from_dict(columns)
+    log = tmp_path / "log"
+    interrupted = Logging(tiny_model, log, "the last of all", how)
+    with pytest.raises(AFLoRAError, match="a text that cannot" if how == "raise" else "ended from outside.*is kept"):
+        tokenized(dataset, interrupted, 64, "texts")
+    processes, rows = interrupted.made()
+    assert processes == 2
+    done = len(list(cache.glob("*.arrow")))
+    assert 1 < done < 8
+    assert len(list(cache.iterdir())) == done  # no half file
+    assert rows >= 20 * done
+    again = Logging(tiny_model, log)
+    check(tokenized(dataset, again, 64, "texts"), tiny_model, dataset)
+    assert again.made()[1] == ROWS - 20 * done
+    check(tokenized(dataset, again, 64, "texts"), tiny_model, dataset)
+    assert again.made() == (0, 0)
+    assert len(list(cache.glob("*.arrow"))) == 8
 
 
 def test_what_tokens_depend_on_is_told_apart(tiny_model: Path, tmp_path: Path, cache: Path) -> None:

@@ -13,14 +13,17 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import torch.utils.cpp_extension
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from aflora_dist import AFLoRAError
+from aflora_dist import AFLoRAError, meeting
 from aflora_dist.processes import launched_accelerator
 from aflora_dist.training import compile_lock
 from aflora_dist.training.run import main
@@ -155,6 +158,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("aflora_dist.processes.Accelerator", ReachedError.raised)
+    monkeypatch.setattr(meeting, "meet", lambda: None)  # other ranks are pretended
 
     def see(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -332,6 +336,7 @@ def test_a_lock_of_an_interrupted_compilation_is_named(
     lock.forget()
     for name, value in {**but("ACCELERATE_USE_CPU"), "ACCELERATE_USE_DEEPSPEED": "true"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(meeting, "part", lambda reason: None)  # the other rank is pretended
     said = said_by_main(capsys)
     assert f"{lock.path} is left of a compilation" in said
     assert f"rm -r {lock.path.parent}" in said
@@ -345,41 +350,62 @@ def test_a_lock_that_is_held_or_of_an_op_that_is_not_needed_is_left_alone(lock: 
         compile_lock.check(["deepspeed_shm_comm"])
 
 
-def test_a_lock_in_the_usual_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cuda", "own"), [(None, "cpu"), ("13.0", "cu130")])
+def test_only_the_folder_that_this_torch_uses_counts(
+    cuda: str | None, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    monkeypatch.setattr(compile_lock, "get_default_build_root", lambda: str(tmp_path))
+    for module in (compile_lock, torch.utils.cpp_extension):
+        monkeypatch.setattr(module, "get_default_build_root", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    Lock(tmp_path / "py27_cpu", "cpu_adam").forget()
+    for other in ("py27_cpu", *(f"{python}_{device}" for device in ("cpu", "cu130", "cu128") if device != own)):
+        Lock(tmp_path / other, "cpu_adam").forget()
     compile_lock.check(["cpu_adam"])
-    Lock(tmp_path / f"{python}_cpu", "cpu_adam").forget()
-    with pytest.raises(AFLoRAError, match=f"{python}_cpu/cpu_adam/lock is left"):
+    folder = torch.utils.cpp_extension._get_build_directory("another", False)  # type: ignore[attr-defined]
+    Lock(Path(folder).parent, "cpu_adam").forget()
+    with pytest.raises(AFLoRAError, match=f"{python}_{own}/cpu_adam/lock is left"):
         compile_lock.check(["cpu_adam"])
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on a file system that other nodes see, too."""
+    mounts = [("/", "overlay"), (str(tmp_path), "nfs4"), (f"{tmp_path}/local", "ext4")]
+    found = [SimpleNamespace(mountpoint=at, fstype=kind) for at, kind in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
+    return tmp_path
+
+
 def test_another_node_s_compilation_is_waited_for_while_it_writes(
-    lock: Lock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: Path, lock: Lock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a folder that the nodes share, its process is not seen here."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    """In a folder that nodes share its process is not seen here, whether it is of this job or of another."""
     lock.forget()
-    done = threading.Timer(1.0, lock.path.unlink)
+    done = threading.Timer(2.5, lock.path.unlink)
     done.start()
     compile_lock.check(["deepspeed_shm_comm"])
     assert not lock.path.exists()
     assert "waiting for another node" in capsys.readouterr().out
 
 
-def test_another_node_s_compilation_that_writes_nothing_any_more_is_not(
-    lock: Lock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+def test_another_node_s_compilation_that_writes_nothing_any_more_is_not(home: Path, lock: Lock) -> None:
     lock.forget()
     long_ago = time.time() - 2 * compile_lock.PATIENCE
-    os.utime(lock.path, (long_ago, long_ago))
+    for path in (lock.path, lock.path.parent):
+        os.utime(path, (long_ago, long_ago))
     with pytest.raises(AFLoRAError, match="DeepSpeed would wait for ever"):
         compile_lock.check(["deepspeed_shm_comm"])
+
+
+def test_in_a_folder_of_this_node_alone_nobody_is_waited_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(home / "local"))
+    Lock(home / "local").forget()
+    with pytest.raises(AFLoRAError, match="DeepSpeed would wait for ever"):
+        compile_lock.check(["deepspeed_shm_comm"])
+    assert "waiting" not in capsys.readouterr().out
 
 
 # What Python does last of all, long after exit handlers: here it aborts, as gloo's threads sometimes make it do.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
@@ -82,6 +83,26 @@ class Traffic:
         return call
 
 
+def device_calls() -> Counter[str]:
+    """Counts from now on what is asked of DeepSpeed's accelerator: a CPU has no cache, no peak and no streams."""
+    from deepspeed.accelerator import get_accelerator
+
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> None:
+        original = getattr(get_accelerator(), name)
+
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return original(*args)
+
+        setattr(get_accelerator(), name, call)
+
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        counted(name)
+    return calls
+
+
 def tensor_bytes() -> int:
     gc.collect()
     storages = {}
@@ -100,7 +121,12 @@ def main(arguments: list[str] | None = None) -> None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = GLOBAL_BATCH // accelerator.num_processes
         plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = 10_000
     model = build_model()
+    calls = device_calls() if plugin is not None else Counter()
     model, optimizer = accelerator.prepare(model, build_optimizer(model, "head"))
+    if plugin is not None and plugin.zero_stage < 3:
+        assert calls["empty_cache"], "DeepSpeed flushes the allocator's cache when it makes an optimizer"
+        assert calls["reset_peak_memory_stats"], "and starts the peak anew"
+    flushed = calls["empty_cache"], calls["reset_peak_memory_stats"]
     freezing = AdaptiveFreezing(
         accelerator, model, optimizer, FreezingConfig(total_steps=1000, initial_steps=900, final_steps=10)
     )
@@ -161,6 +187,15 @@ def main(arguments: list[str] | None = None) -> None:
     again = moments_by_other_means(engine)
     step(5)
     assert again.keys() == after.keys()
+
+    # but for DeepSpeed's own first time, the allocator's cache and its peak were left alone by all of them
+    assert (calls["empty_cache"], calls["reset_peak_memory_stats"]) == flushed
+
+    # what was loaded is there before DeepSpeed gathers it on a stream of its own
+    waited = calls["synchronize"]
+    if engine.kind == "zero3":
+        engine.publish(engine.trainable)
+        assert calls["synchronize"] == waited + 1
 
     # the state that is held is that of the vectors, the head and the remaining matrices
     moments = [s[key] for s in engine.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]

@@ -20,7 +20,7 @@ from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
 from ..base import Engine, Observer, Record, release
 from ..transfer import Move, Piece, place, plan
-from . import private
+from . import device, private
 from .saving import KeptWhole
 
 Span = tuple[Fragment, int]  # a fragment, and where in its partition it begins
@@ -164,13 +164,16 @@ class ZeroEngine(Engine):
         for group, members in zip(self.optimizer.param_groups, self._groups, strict=True):
             group["params"] = [self.parameters[name].requires_grad_(True) for name in members]
         with _no_garbage_collection():
-            self._replace(dropped)
+            device.synchronize()  # nothing is gathered any more out of buffers that are about to go
+            with device.allocator_left_alone():
+                self._replace(dropped)
             self._keep_positions()
             for wrapped in self.accelerator._optimizers:
                 if isinstance(wrapped, AcceleratedOptimizer):
                     wrapped.optimizer = self.zero
             moves = plan(before, self._fragments())
             self._take_over(old, moves)
+            device.synchronize()  # DeepSpeed's own streams do not wait for what was copied on this one
         return moves
 
     def _fragments(self) -> dict[int, list[Fragment]]:

@@ -6,8 +6,8 @@ A drop re-forms the partitions and moves nothing between ranks.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import deepspeed
@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from ...freezing import Fragment
-from . import private
+from . import device, private
 from .zero import Span, ZeroEngine
 
 
@@ -75,7 +75,7 @@ class Zero3Engine(ZeroEngine):
         with ExitStack() as stack:
 
             def instead(owner: Any, name: str, value: Any) -> None:
-                stack.enter_context(_replaced(owner, name, value))
+                stack.enter_context(device.replaced(owner, name, value))
 
             instead(DeepSpeedZeroOptimizer_Stage3, "initialize_ds_offload", lambda self, **kwargs: offload)
             # DeepSpeed would also collect garbage per flat buffer (0.3 s each; there is none, see above),
@@ -100,6 +100,7 @@ class Zero3Engine(ZeroEngine):
         if whole:
             whole[0].partition(whole)
             whole[0].all_gather(whole)
+        device.synchronize()  # the next forward gathers on DeepSpeed's own stream, which does not wait for this one
 
     @torch.no_grad()
     def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
@@ -108,18 +109,9 @@ class Zero3Engine(ZeroEngine):
                 if self.rank == 0:
                     parameter = self.parameters[name]
                     parameter.copy_(tensors[name].view(parameter.shape))
+        device.synchronize()
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)
         with deepspeed.zero.GatheredParameters([self.parameters[name] for name in names]):
             return {name: self.parameters[name].detach().clone() for name in names}
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
