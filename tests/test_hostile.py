@@ -342,7 +342,6 @@ def run(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     change_yaml(folder / "config.yaml", lambda c: c["model"].update(name=str(folder / "base")))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
 
     def hung(*_: Any) -> None:
@@ -401,3 +400,12 @@ def test_no_command_is_tricked(trick: Trick, run: Path, tmp_path: Path, capsys: 
     shutil.rmtree(out)
     assert {entry for entry in everything(tmp_path) if not entry[0].startswith(str(out))} == before
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_code_runs_where_the_command_line_says_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test before would prove nothing."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code_beside_the_model(run)
+    sys.argv = ["aflora", "merge", str(run), str(tmp_path / "merged"), "--trust_remote_code"]
+    aflora_dist.cli.main()
+    assert (tmp_path / "RAN").exists()

@@ -70,7 +70,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             value = decoder.decode(text)
         except (ValueError, RecursionError) as error:
-            whole = not isinstance(error, RecursionError) and _is_one_object(path)
+            whole = isinstance(error, json.JSONDecodeError) and _is_one_object(path)
             reason = f"one object over several lines. {_WANTED}" if whole else f"no JSON: {_reason(error)} {_WANTED}"
             raise AFLoRAError(f"{path}, line {line}: {reason}") from None
         yield line, value
