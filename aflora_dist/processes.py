@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from .errors import AFLoRAError, LaunchError
+from .notices import logger
 
 T = TypeVar("T")
 
@@ -149,10 +149,10 @@ def _check_devices(on_cpu: bool, precision: str) -> None:
         if precision == "fp16" and not _asked("DEEPSPEED"):
             raise AFLoRAError("fp16 needs a GPU: on a CPU use --mixed_precision bf16, or no.")
         wanted = torch.version.cuda is not None and not _asked("CPU") and os.environ.get("DS_ACCELERATOR") != "cpu"
-        if wanted and _variable("RANK", 0) == 0:
+        if wanted:
             seen = os.environ.get("CUDA_VISIBLE_DEVICES")
             why = "torch finds none" if seen is None else f"CUDA_VISIBLE_DEVICES={seen!r}"
-            print(f"aflora: warning: no GPU is seen here ({why}); training goes on on the CPU.", file=sys.stderr)
+            logger.warning(f"no GPU is seen here ({why}); training goes on on the CPU.")
         return
     ranks = _variable("LOCAL_WORLD_SIZE", _variable("LOCAL_RANK", 0) + 1)
     if ranks > torch.cuda.device_count():

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .. import __version__
 from ..errors import AFLoRAError, writing
+from ..notices import logger
 from ..processes import on_main
 from ..progress import Progress
 from ..training.config import Config
@@ -126,7 +127,7 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
     newest, complaints = checkpoint.newest_good(run.checkpoints)
     for complaint in complaints:
         instead = f"Going on from {newest.path.name}" if newest else "There is no other: starting from the beginning"
-        print(f"aflora: warning: {complaint} {instead}.", flush=True)
+        logger.warning(f"{complaint} {instead}.")
     return newest
 
 

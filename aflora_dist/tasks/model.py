@@ -21,7 +21,6 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedConfig,
 )
-from transformers.utils import logging as transformers_logging
 
 from ..errors import AFLoRAError
 from ..foreign import read_object, refuse_endless
@@ -164,8 +163,6 @@ def _source(name: str, config: ModelConfig) -> tuple[str, dict[str, Any], dict[s
     """Where a model is, how it is fetched from there, and how it is made of what is found."""
     hub: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options: dict[str, Any] = {}
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     if name.endswith(".gguf"):  # FOLDER/FILE.gguf, or OWNER/NAME/FILE.gguf of the hub
         name, _, hub["gguf_file"] = name.rpartition("/")
         _check_gguf(config)

@@ -40,6 +40,9 @@ class RunConfig:
         keep_best: A metric, as result.json names it: adapter/ is that of the epoch with the best value of it (lowest
             loss or perplexity, else highest), instead of the last.
         patience: With keep_best: stop after so many evaluations without improvement.
+        verbose: Leave the warnings and reports of libraries (transformers, accelerate, DeepSpeed, ...) as they are;
+            else only their errors are shown, and none of their progress bars. What this package itself has to say goes
+            to the logger "aflora_dist".
         dry_run: Print what the run would do, train nothing and write nothing (`--dry_run` alone says so).
     """
 
@@ -53,6 +56,7 @@ class RunConfig:
     tensorboard: bool | None = None
     keep_best: str | None = None
     patience: int | None = None
+    verbose: bool = False
     dry_run: bool = False
 
 
