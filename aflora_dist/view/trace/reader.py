@@ -115,7 +115,7 @@ def read_trace(path: Path) -> RankTrace:
                 events.add(value)
             elif key == "distributedInfo":
                 rank, world_size = int(value["rank"]), int(value["world_size"])
-                if not 0 <= rank < world_size < 2**31:
+                if not 0 <= rank < world_size < 2**63:
                     raise ValueError(rank)
         except _STRANGE:
             raise TraceError(f"{path} is no trace of PyTorch's: {_said(key, value)} is not as it writes it.") from None
