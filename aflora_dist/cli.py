@@ -15,7 +15,7 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
        aflora trace RUN [--ranks N ...] [--html FILE] [--json FILE]
        aflora collect FOLDER [--json FILE]
        aflora to-lora RUN OUT
-       aflora merge RUN OUT [--base MODEL] [--max-shard-size SIZE]
+       aflora merge RUN OUT [--base MODEL] [--max-shard-size SIZE] [--trust_remote_code]
        aflora --version
 
   train   fine-tune with AFLoRA; `aflora train --help` lists all options

@@ -30,6 +30,7 @@ from .engines.transfer import Piece
 from .errors import AFLoRAError, DivergedError, writing
 from .freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore, QuantilePolicy
 from .freezing.quantile import quantile
+from .notices import logger
 from .processes import on_main, refuse_lonely_processes
 from .progress import Progress
 from .stopwatch import Stopwatch
@@ -519,12 +520,10 @@ class _Ending:
         failed = getattr(sys, "last_type", None) is not None or sys.exc_info()[0] is not None
         if not self.remaining or self.step >= self.total or failed or not self.speaks:
             return
-        print(
-            f"aflora: warning: training ended after {self.step} of the {self.total} global batches that "
+        logger.warning(
+            f"training ended after {self.step} of the {self.total} global batches that "
             f"FreezingConfig(total_steps={self.total}) was told, with {self.remaining} projection matrices unfrozen. "
-            f"total_steps counts updates: epochs x examples / (ranks x batch size x accumulation).",
-            file=sys.stderr,
-            flush=True,
+            f"total_steps counts updates: epochs x examples / (ranks x batch size x accumulation)."
         )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 
 import torch.distributed as dist
 
 from .meeting import meet
+from .notices import logger
 
 _made: tuple[object, dist.ProcessGroup | None] | None = None  # beside which group, and what came of it
 
@@ -41,15 +41,11 @@ def _make() -> dist.ProcessGroup | None:
         reason = next((said for said in meet(failure) if said), None)
     if reason is None:
         return group
-    if dist.get_rank() == 0:
-        print(
-            f"aflora: warning: the ranks cannot talk over gloo ({reason}). What would go over it, stop requests and "
-            f"checkpoints, goes over {dist.get_backend()} instead. To change that, set GLOO_SOCKET_IFNAME to the "
-            f"network interface between the nodes (`ip -brief address` lists them), or have each node's host name "
-            f"resolve to its address there.",
-            file=sys.stderr,
-            flush=True,
-        )
+    logger.warning(
+        f"the ranks cannot talk over gloo ({reason}). What would go over it, stop requests and checkpoints, goes over "
+        f"{dist.get_backend()} instead. To change that, set GLOO_SOCKET_IFNAME to the network interface between the "
+        f"nodes (`ip -brief address` lists them), or have each node's host name resolve to its address there."
+    )
     return None
 
 

@@ -11,6 +11,10 @@ from pathlib import Path
 class AFLoRAError(ValueError):
     """Something the user asked for cannot be done as asked."""
 
+    def __str__(self) -> str:
+        """In letters that only show: what is quoted in it may be of a file that was made to command a terminal."""
+        return "".join(c if c.isprintable() or c == "\n" else "?" for c in super().__str__())
+
 
 class UnsupportedEngineError(AFLoRAError):
     """The way training was set up cannot be frozen exactly; the message says what to use instead."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from . import meeting
 from .cpu_group import cpu_group
 from .errors import AFLoRAError, LaunchError
+from .notices import logger
 
 T = TypeVar("T")
 
@@ -165,8 +165,8 @@ def _check_devices(on_cpu: bool, precision: str) -> None:
     if on_cpu:
         if precision == "fp16" and not _asked("DEEPSPEED"):
             raise AFLoRAError("fp16 needs a GPU: on a CPU use --mixed_precision bf16, or no.")
-        if not _means_cpu() and _variable("RANK", 0) == 0 and (reason := _why_no_gpu()):
-            print(f"aflora: warning: training goes on on the CPU: {reason}", file=sys.stderr)
+        if not _means_cpu() and (reason := _why_no_gpu()):
+            logger.warning(f"training goes on on the CPU: {reason}")
         return
     ranks = _variable("LOCAL_WORLD_SIZE", _variable("LOCAL_RANK", 0) + 1)
     if ranks > torch.cuda.device_count():

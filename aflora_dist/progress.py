@@ -96,18 +96,26 @@ class Progress:
         Raises:
             AFLoRAError: It is of another model, optimizer, method or schedule; the message shows the first difference.
         """
-        theirs = record["engine"]["numels"]
+        numels = record["engine"]["numels"]
         for name in record["engine"]["names"]:
-            mine = self.engine.numel(name) if name in self.engine.parameters else "no"
-            if mine != theirs[name]:
+            here = self.engine.numel(name) if name in self.engine.parameters else "no"
+            if here != numels[name]:
                 raise AFLoRAError(
-                    f"The checkpoint is of another model: {name} has {theirs[name]} elements there and {mine} here."
+                    f"The checkpoint is of another model: {name} has {numels[name]} elements there and {here} here."
                 )
         unknown = sorted(set(record["engine"]["names"]) - {n for group in self.engine.members for n in group})
         if unknown:
             raise AFLoRAError(f"The checkpoint is of another model: {unknown[0]} trains there and not here.")
         self.engine.check(record["engine"])
-        if record["parts"].keys() != self.parts.keys():
+        theirs, mine = record["parts"].keys(), self.parts.keys()
+        for option in sorted(theirs ^ mine):
+            if "." in option:  # a part that an option asks for has its name
+                how = "with" if option in theirs else "without"
+                raise AFLoRAError(
+                    f"The checkpoint is of a run {how} {option}, which follows a training from beginning to end. "
+                    f"Resume {how} it, or begin anew."
+                )
+        if theirs != mine:
             raise AFLoRAError(
                 f"The checkpoint is of another method: it has {', '.join(record['parts']) or 'nothing'} besides the "
                 f"optimizer's state, here there is {', '.join(self.parts) or 'nothing'}."

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from peft.config import PeftConfig
 
 from ..errors import AFLoRAError
+
+T = TypeVar("T")
 
 
 class AFLoRAPeftType(str, Enum):  # noqa: UP042  # PEFT prints a type and cuts at the dot, which a StrEnum lacks
@@ -44,6 +47,21 @@ import aflora_dist  # before the adapter is loaded; without it PEFT says KeyErro
 """
 
 
+def _explaining(cls: type[T]) -> type[T]:
+    """Say of what other methods have why this one has not, where a dataclass would only say "unexpected"."""
+    init: Any = cls.__init__
+
+    @wraps(init)  # and so with its signature
+    def explain(self: T, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() & _UNSUPPORTED.keys():
+            raise AFLoRAError(f"AFLoRAConfig has no {name}: {_UNSUPPORTED[name]}.")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = explain  # type: ignore[assignment]
+    return cls
+
+
+@_explaining
 @dataclass
 class AFLoRAConfig(PeftConfig):
     """Configuration of an AFLoRA adapter (Eq. 1 of the paper).
@@ -89,11 +107,6 @@ class AFLoRAConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     init_weights: bool = field(default=True)
     import_first: str = "aflora_dist"
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> AFLoRAConfig:
-        for name in kwargs.keys() & _UNSUPPORTED.keys():  # a dataclass would only say "unexpected keyword argument"
-            raise AFLoRAError(f"AFLoRAConfig has no {name}: {_UNSUPPORTED[name]}.")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -153,6 +153,8 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("aflora",)
     other_param_names = ("r",)
+    # PEFT's switch for layers that cast their input to their weights' dtype. A path computes in the wider of both.
+    cast_input_dtype_enabled = True
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, guard: FreezingGuard | None = None, **kwargs: Any

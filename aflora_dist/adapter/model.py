@@ -240,11 +240,19 @@ class AFLoRAModel(BaseTuner):
         # The beams of an encoder-decoder model part after its encoder.
         encoder = self.model.get_encoder() if config.get("is_encoder_decoder") else nn.Module()
         in_encoder = set(encoder.modules())
-        handles = [
+        shapes: list[torch.Size] = []  # (examples, positions) of what the model was given last
+        handles = [self.model.register_forward_pre_hook(partial(_note_shapes, shapes), with_kwargs=True)]
+        handles += [
             module.register_forward_pre_hook(
-                partial(_name_adapters, names if module in in_encoder else repeated), with_kwargs=True
+                # Experts are given tokens in an order of their own.
+                partial(
+                    _name_adapters,
+                    names if module in in_encoder else repeated,
+                    [] if ".experts." in name else shapes,
+                ),
+                with_kwargs=True,
             )
-            for module in self.modules()
+            for name, module in self.named_modules()
             if isinstance(module, (AFLoRALayer, ModulesToSaveWrapper))
         ]
         try:
@@ -254,7 +262,23 @@ class AFLoRAModel(BaseTuner):
                 handle.remove()
 
 
-def _name_adapters(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def _note_shapes(shapes: list[torch.Size], module: nn.Module, args: Any, kwargs: Any) -> None:
+    found = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
+    shapes[:] = [tensor.shape[:2] for tensor in found if isinstance(tensor, torch.Tensor) and tensor.dim() > 1]
+
+
+def _name_adapters(
+    names: list[str], shapes: list[torch.Size], module: nn.Module, args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """Hand the names on, where examples and positions are one dimension a name for each row of it."""
+    rows = args[0].shape[:-1] if args and isinstance(args[0], torch.Tensor) else ()
+    for examples, positions in shapes:
+        if examples == len(names) and rows == (examples * positions,):
+            names = [name for name in names for _ in range(positions)]
+            break
     return args, {**kwargs, "adapter_names": names}
 
 

@@ -16,40 +16,31 @@ from transformers.pytorch_utils import Conv1D
 
 
 class OutputCast:
-    """Forward hook: gives an output the dtype that autocast computes in.
+    """Forward hook of one layer: gives its output the dtype that autocast computes in.
 
-    Attributes:
-        used: An output had to be cast.
+    A layer whose output has it already in training loses the hook: nobody shall be slowed down by what others need.
     """
 
-    def __init__(self) -> None:
-        self.used = False
-        self.handles: list[RemovableHandle] = []
-
-    def remove_if_unused(self) -> None:
-        """After a step: nobody shall be slowed down by what only others need."""
-        if not self.used:
-            for handle in self.handles:
-                handle.remove()
+    handle: RemovableHandle
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         device = output.device.type
-        if not torch.is_autocast_enabled(device) or output.dtype == torch.get_autocast_dtype(device):
-            return None
-        self.used = True
-        return output.to(torch.get_autocast_dtype(device))
+        if torch.is_autocast_enabled(device) and output.dtype != torch.get_autocast_dtype(device):
+            return output.to(torch.get_autocast_dtype(device))
+        if module.training and not torch.compiler.is_compiling():
+            self.handle.remove()
+        return None
 
 
-def match_autocast(model: nn.Module) -> OutputCast:
-    """Have the adapted linear layers of a PEFT model return what autocast would; the hook says if that was needed.
+def match_autocast(model: nn.Module) -> None:
+    """Have the adapted linear layers of a PEFT model return what autocast would.
 
     Norms and embeddings stay float32 under autocast, adapted or not, and quantised layers keep their input's dtype.
     """
-    hook = OutputCast()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and _is_cast(module.get_base_layer()):
-            hook.handles.append(module.register_forward_hook(hook))
-    return hook
+            hook = OutputCast()
+            hook.handle = module.register_forward_hook(hook)
 
 
 def _is_cast(base: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from ..errors import AFLoRAError, UnsupportedEngineError
 from ..names import is_head
 from ..progress import Progress
 from ..training.config import Config
-from .autocast import OutputCast, match_autocast
+from .autocast import match_autocast
 from .base import Control, NoControl
 
 # What the main job or PEFT itself sets, and no option.
@@ -45,9 +45,6 @@ def known_methods() -> dict[str, Any]:
 
 class Peft:
     """A method of PEFT on the layers that AFLoRA adapts: nothing happens to it while it trains.
-
-    Attributes:
-        output_cast: See `match_autocast`.
 
     Raises:
         AFLoRAError: PEFT has no such method, it has no such option, or the main job cannot train it.
@@ -76,7 +73,6 @@ class Peft:
             )
         self._prefix = ""
         self._shared: list[str] = []
-        self.output_cast = OutputCast()
 
     def _check_option(self, option: str) -> None:
         known = sorted(f.name for f in dataclasses.fields(self.kind) if f.init and f.name not in self._set_here())
@@ -105,7 +101,7 @@ class Peft:
         self._prefix = str(getattr(adapted.base_model, "prefix", "")) or f"{self.name}_"
         self._shared = _shared(adapted)
         widen(adapted.get_base_model(), [p for p in adapted.parameters() if p.requires_grad])
-        self.output_cast = match_autocast(adapted)
+        match_autocast(adapted)
         return adapted
 
     def _arguments(self, model: Any, head: Sequence[str]) -> dict[str, Any]:

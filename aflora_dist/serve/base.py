@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from .. import nested
 from ..errors import AFLoRAError
+from ..foreign import check_copied, read_object, reading, refuse_endless
 from ..hub import refusal
 
 _CLASSES = {
@@ -33,17 +34,17 @@ class Shards(Mapping[str, Tensor]):
     """All tensors of a folder of safetensors files, or of pickles; one is read when asked for, whatever they come to.
 
     Raises:
-        AFLoRAError: There are none.
+        AFLoRAError: There are none, or one is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         for name in ("model.safetensors", "pytorch_model.bin"):
             if (index := folder / f"{name}.index.json").is_file():
-                files: dict[str, str] = nested.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                self._file = {key: folder / file for key, file in files.items()}
+                self._file = {key: _shard(folder, file) for key, file in _weight_map(index).items()}
                 break
             if (single := folder / name).is_file():
-                self._file = dict.fromkeys(_opened(single).keys(), single)
+                with reading(single, _DAMAGED):
+                    self._file = dict.fromkeys(_opened(single).keys(), single)
                 break
         else:
             raise AFLoRAError(
@@ -54,10 +55,11 @@ class Shards(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         path = self._file[key]
-        if self._open is None or self._open[0] != path:  # one at a time: what was read is not kept mapped
-            self._open = (path, _opened(path))
-        opened: Any = self._open[1]
-        return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
+        with reading(path, _DAMAGED):
+            if self._open is None or self._open[0] != path:  # one at a time: what was read is not kept mapped
+                self._open = (path, _opened(path))
+            opened: Any = self._open[1]
+            return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._file, key=lambda key: (self._file[key].name, key)))
@@ -66,14 +68,36 @@ class Shards(Mapping[str, Tensor]):
         return len(self._file)
 
 
+_DAMAGED = "The base model's file is damaged: fetch or save it again."
+
+
 def _opened(path: Path) -> Any:
-    """A file of tensors, mapped into memory: keys(), and each when it is asked for."""
+    """A file of tensors, mapped into memory: keys(), and each when it is asked for. A pickle has no code run."""
     if path.suffix == ".safetensors":
         return safe_open(str(path), framework="pt")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # written before torch 1.6: no zip file to be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise AFLoRAError(f"{path} holds something else than tensors by name.")
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    files = read_object(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise AFLoRAError(f"{index} has no weight_map.")
+    return files
+
+
+def _shard(folder: Path, name: Any) -> Path:
+    """A file that the index names: one beside it."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise AFLoRAError(f"The index of {folder} names {name!r}, which is no file in that folder.")
+    if not (folder / name).is_file():  # a pipe would be waited for
+        raise AFLoRAError(f"{folder / name} is missing, which the model's index names: fetch or save the model again.")
+    return folder / name
 
 
 def find_base(name: str, revision: str | None) -> Path:
@@ -89,7 +113,7 @@ def find_base(name: str, revision: str | None) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
         return folder
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the network, too
         reason = refusal(error, name) or " ".join(str(error).split())[:300]
         raise AFLoRAError(
             f"The base model {name!r} is no folder, and could not be fetched from the hub: {reason} Name its folder "
@@ -98,20 +122,36 @@ def find_base(name: str, revision: str | None) -> Path:
 
 
 def beside_weights(folder: Path) -> list[Path]:
-    """Tokenizer, generation configuration, templates, code and licence: all that is copied as it is."""
+    """Tokenizer, generation configuration, templates, code and licence: all that is copied as it is.
+
+    Raises:
+        AFLoRAError: One is a link to a file elsewhere.
+    """
     left_out = {path for pattern in _NOT_BESIDE for path in folder.glob(pattern)}
-    return sorted({path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()} - left_out)
+    found = {path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()} - left_out
+    return [check_copied(path, folder) for path in sorted(found)]
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
-    """config.json.
+    """config.json, with the plainest attention: that of a hub's kernel would be fetched and run.
 
     Raises:
-        AFLoRAError: There is none, or the model is quantised.
+        AFLoRAError: There is none, it is no model's, or the model is quantised, or has code of its own.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise AFLoRAError(f"{folder} has no config.json: it is no folder of a model of transformers.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    content = read_object(path)
+    refuse_endless(content, path)
+    if isinstance(content.get("auto_map"), dict) and not trust_remote_code and not _is_known(content):
+        raise AFLoRAError(
+            f"{folder} holds a model with code of its own ({', '.join(map(str, content['auto_map'].values()))[:100]}), "
+            f"and only this command line can have it run, whatever the adapter and its run say: read the code, then "
+            f"add --trust_remote_code."
+        )
+    with reading(path):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config._attn_implementation = config._experts_implementation = "eager"
     if (how := getattr(config, "quantization_config", None)) is not None:
         method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
         raise AFLoRAError(
@@ -119,6 +159,11 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
             f"would be lost in rounding. Merge into the model that was quantised: name its folder with --base."
         )
     return config
+
+
+def _is_known(content: Mapping[str, Any]) -> bool:
+    """Whether transformers itself has this architecture."""
+    return content.get("model_type") in transformers.CONFIG_MAPPING
 
 
 class Skeleton:
@@ -131,22 +176,33 @@ class Skeleton:
         model: On the meta device.
         tied: Groups of names of the same parameter.
         shapes: Of the parameters, by name.
+
+    Raises:
+        AFLoRAError: No model can be made of the configuration.
     """
 
     def __init__(self, config: Any, task_type: str | None, trust_remote_code: bool) -> None:
-        named = _CLASSES.get(task_type or "", (config.architectures or ["AutoModel"])[0])
-        kind: Any = getattr(transformers, named, transformers.AutoModel)
-        with torch.device("meta"):
-            if named.startswith("Auto") or not hasattr(transformers, named):
-                self.model: nn.Module = kind.from_config(config, trust_remote_code=trust_remote_code)
+        named = _CLASSES.get(task_type or "", "") or next(iter(config.architectures or []), "")
+        kind: Any = getattr(transformers, str(named), None)
+        with reading(Path(str(config._name_or_path)), "Is it the base model?"), torch.device("meta"):
+            if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+                self.model: nn.Module = kind(config)
             else:
-                self.model = kind(config)
+                auto = kind if named in _CLASSES.values() else transformers.AutoModel
+                self.model = auto.from_config(config, trust_remote_code=trust_remote_code)
         groups: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
         self.tied = [names for names in groups.values() if len(names) > 1]
         self.shapes = {n: p.shape for n, p in self.model.named_parameters(remove_duplicate=False)}
         self.names = {*self.shapes, *dict(self.model.named_buffers())}
+
+    @classmethod
+    def labelled(cls, config: Any, labels: int, task_type: str | None, trust_remote_code: bool) -> Skeleton:
+        """That of the same model with so many labels."""
+        config = copy.deepcopy(config)
+        config.num_labels = labels
+        return cls(config, task_type, trust_remote_code)
 
     @property
     def prefix(self) -> str:

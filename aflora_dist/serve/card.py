@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from .. import __version__
+from ..store.records import Result, Settings
 from .source import Source
 
 _LOADING = {
@@ -34,13 +36,12 @@ def write_card(folder: Path, source: Source, command: str, run: Path, out: Path,
         command: to-lora or merge.
         notes: Sentences about what to mind.
     """
-    base = str(source.config.get("base_model_name_or_path"))
+    base = _name(str(source.config["base_model_name_or_path"]))
     header = {
+        "base_model": base,
         "library_name": "peft" if command == "to-lora" else "transformers",
         "tags": ["aflora", "lora"] if command == "to-lora" else ["aflora"],
     }
-    if not Path(base).exists():  # a folder of this machine says nothing elsewhere
-        header["base_model"] = base
     parts = [
         f"---\n{yaml.safe_dump(header)}---",
         f"# {Path(base).name}, fine-tuned with AFLoRA",
@@ -57,35 +58,47 @@ def write_card(folder: Path, source: Source, command: str, run: Path, out: Path,
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
+def _name(base: str) -> str:
+    """The base model as PEFT's own cards name it, as the adapter does; the id of one that lies in the hub's cache."""
+    found = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", base)
+    return f"{found[1]}/{found[2]}" if found else base
+
+
 def _training(source: Source) -> list[str]:
     parts = []
     if (result := source.result) is not None:
-        parts += [
-            "## Figures",
-            f"Task: {result['task']}, {result['train_examples']:,} training examples.",
-            _figures(result),
-        ]
+        parts += ["## Figures", f"Task: {result.task}{_examples(result)}.", _figures(result)]
     if source.run is not None:
         parts += [
             "## Training",
             "`aflora train config.yaml`, or `accelerate launch -m aflora_dist.training.run config.yaml`, with this "
             "config.yaml:",
-            f"```yaml\n{yaml.safe_dump(source.run, sort_keys=False).strip()}\n```",
+            f"```yaml\n{yaml.safe_dump(_settings(source.run), sort_keys=False).strip()}\n```",
         ]
     return parts
 
 
-def _figures(result: dict[str, Any]) -> str:
-    kept = result.get("best")
-    epoch = kept["epoch"] if kept else len(result["evaluations"])
+def _settings(run: Settings) -> dict[str, Any]:
+    """What was trained: neither where it went nor how it was watched."""
+    return run.values if run.seed is None else {**run.values, "train": {**run.values["train"], "seed": run.seed}}
+
+
+def _examples(result: Result) -> str:
+    return "" if result.train_examples is None else f", {result.train_examples:,} training examples"
+
+
+def _figures(result: Result) -> str:
+    """What is known: a run of an earlier release has less."""
+    epoch = result.best_epoch or len(result.evaluations)
+    best = f"{epoch}, the best by {result.best_metric or 'its metric'}" if result.best_epoch else str(epoch)
     rows = [
         (f"{name.replace('_', ' ')} (evaluation data)", "not a number" if value is None else f"{value:.4f}")
-        for name, value in result["metrics"].items()
+        for name, value in result.metrics.items()
     ]
-    rows += [
-        ("epoch", f"{epoch}, the best by {kept['metric']}" if kept else str(epoch)),
-        ("updates", f"{result['steps']:,}"),
-        ("trainable parameters of the adapter, average", f"{result['avg_trainable_params']:,.0f}"),
-        ("trained on", f"{result['world_size']} x {result['engine']}"),
-    ]
+    rows += [("epoch", best)] if epoch else []
+    rows += [("updates", f"{result.steps:,}")] if result.steps is not None else []
+    if result.avg_trainable_params is not None:
+        rows.append(("trainable parameters of the adapter, average", f"{result.avg_trainable_params:,.0f}"))
+    if result.world_size is not None and result.engine is not None:
+        rows.append(("trained on", f"{result.world_size} x {result.engine}"))
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -33,12 +34,14 @@ def to_lora(run: Path, out: Path) -> list[str]:
             A, B, s_d, s_b = source.path(layer)
             tensors[f"{layer}.lora_A.weight"] = A
             tensors[f"{layer}.lora_B.weight"] = lora_up(B, s_d, s_b)
-        tensors |= {key: source.tensors[key] for key in source.whole.values()}
+        tensors |= {key: source.tensor(key) for key in source.whole.values()}
         lora_config(source.config, [of_base(layer) for layer in source.layers]).save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        for path in source.tokenizer:
+            shutil.copyfile(path, folder / path.name)
         said = _refused_by_servers(sorted(source.whole), source.config["r"])
         write_card(folder, source, "to-lora", run, out, said)
-    return said
+    return source.problems + said
 
 
 def _refused_by_servers(whole: list[str], r: int) -> list[str]:

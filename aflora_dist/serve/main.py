@@ -32,12 +32,18 @@ def main(command: str, arguments: list[str]) -> int:
             metavar="SIZE",
             help="of a file of weights, and so of what memory holds of the model: 500MB, 2GB (default)",
         )
+        parser.add_argument(
+            "--trust_remote_code",
+            "--trust-remote-code",
+            action="store_true",
+            help="run modelling code that lies in the base model's folder; nothing that is read can ask for it",
+        )
     args = parser.parse_args(arguments)
     try:
         if command == "merge":
             from .merge import merge
 
-            said = merge(args.run, args.out, args.base, args.max_shard_size)
+            said = merge(args.run, args.out, args.base, args.max_shard_size, args.trust_remote_code)
         else:
             from .lora import to_lora
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,14 +15,21 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter.lora import lora_up
 from ..errors import AFLoRAError
+from ..foreign import read_object, reading
 from ..names import of_base
 from ..tasks.glue import TASKS
 from .base import Shards, Skeleton, beside_weights, find_base, load_config
 from .card import write_card
-from .source import Source, new_folder, read
+from .source import TOKENIZER, Source, new_folder, read
 
 
-def merge(run: Path, out: Path, base: str | None = None, shard_bytes: int = 2 * 10**9) -> list[str]:
+def merge(
+    run: Path,
+    out: Path,
+    base: str | None = None,
+    shard_bytes: int = 2 * 10**9,
+    trust_remote_code: bool = False,
+) -> list[str]:
     """Write the model with the adapter in its weights. Holds `shard_bytes` of it at a time, or one tensor.
 
     The sum is taken in float32 and stored in the weight's own dtype.
@@ -33,6 +39,7 @@ def merge(run: Path, out: Path, base: str | None = None, shard_bytes: int = 2 * 
         out: Does not exist yet, or is empty.
         base: Another folder or hub id of the model than the adapter's configuration names.
         shard_bytes: Largest size of a file of weights, unless one tensor is larger.
+        trust_remote_code: Run modelling code that lies in the base model's folder. Nothing that is read switches it on.
 
     Returns:
         What to mind, a sentence each.
@@ -41,64 +48,109 @@ def merge(run: Path, out: Path, base: str | None = None, shard_bytes: int = 2 * 
         AFLoRAError: It cannot be merged exactly; the message says why.
     """
     source = read(run)
-    name = base or source.config.get("base_model_name_or_path")
+    name = base or source.config["base_model_name_or_path"]
     if not name:
         raise AFLoRAError(f"{source.folder} does not name its base model: name it with --base.")
     with new_folder(out, "The merged model") as folder:  # looks at `out` before anything is fetched
-        base_folder = find_base(name, None if base else source.config.get("revision"))
-        merged = Merged(source, base_folder)
+        base_folder = find_base(name, None if base else source.config["revision"])
+        merged = Merged(source, base_folder, trust_remote_code)
         write_shards(merged.tensors(), folder, shard_bytes)
         merged.config.save_pretrained(folder)
-        for path in beside_weights(base_folder):
+        for path in merged.beside():
             shutil.copyfile(path, folder / path.name)
+        if merged.padding is not None and (generation := folder / "generation_config.json").exists():
+            settings = {**read_object(generation), "pad_token_id": merged.padding}
+            generation.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         said = merged.notes()
+        if base is None:
+            said += unsure_of_base(source, base_folder)
         write_card(folder, source, "merge", run, out, said)
-    return said
+    return source.problems + said
+
+
+def unsure_of_base(source: Source, folder: Path) -> list[str]:
+    """A path that is another one in another working directory."""
+    name = source.config["base_model_name_or_path"]
+    if Path(name).is_absolute() or not Path(name).is_dir():
+        return []
+    return [
+        f"The adapter names its base model by a relative path, {name}, and {folder.resolve()} was taken: if it was "
+        f"trained on another model, name that one with --base."
+    ]
 
 
 class Merged:
     """The merged model's tensors and configuration.
 
     Attributes:
-        config: The model's own, with the class, labels and untying that the merged weights need.
+        config: The model's own, with the class, labels, padding and untying that the merged weights need.
+        padding: The pad token of the tokenizer that lies beside the adapter; None: there is none, or it has none.
 
     Raises:
         AFLoRAError: A tensor of the adapter has no place in the checkpoint, or the base is quantised.
     """
 
-    def __init__(self, source: Source, base: Path) -> None:
-        self.source, self.shards = source, Shards(base)
-        trust = bool(source.run and source.run["model"].get("trust_remote_code"))
+    def __init__(self, source: Source, base: Path, trust: bool) -> None:
+        self.source, self.base, self.shards = source, base, Shards(base)
+        self.trust, self.task_type = trust, source.config["task_type"]
         self.config = load_config(base, trust)
-        self._set_labels(base, trust)
-        skeleton = Skeleton(self.config, source.config.get("task_type"), trust)
+        self.outside = 0  # tokens that the tokenizer has and the embedding has not
+        self.padding = self._set_padding()
+        self._set_labels()
+        skeleton = Skeleton(self.config, self.task_type, trust)
         self.modules = dict(skeleton.model.named_modules())
         self.stored = skeleton.stored(self.shards)
         self.layers = {f"{of_base(layer)}.weight": layer for layer in source.layers}
         # Where a tied weight is stored under another of its names, it is read there.
         self.aliases = {name: group for group in skeleton.tied for name in group}
         self._check_places(skeleton)
-        self.untied = self._untie(skeleton, trust)
+        self.untied = self._untie(skeleton)
         self.config.architectures = [type(skeleton.model).__name__]
 
-    def _set_labels(self, base: Path, trust: bool) -> None:
+    def beside(self) -> list[Path]:
+        """What is copied as it is: the tokenizer beside the adapter goes before the base model's."""
+        taken = {path.name: path for path in beside_weights(self.base)}
+        if self.source.has_tokenizer:
+            replaced = {path.name for pattern in TOKENIZER for path in self.base.glob(pattern)}
+            taken = {name: path for name, path in taken.items() if name not in replaced}
+        return [*(taken | {path.name: path for path in self.source.tokenizer}).values()]
+
+    def _set_padding(self) -> int | None:
+        """The pad token that the model was trained with; GPT-like classifiers look for the last token before it."""
+        text = self.config.get_text_config()
+        beside = self.source.has_tokenizer
+        if not beside and (self.task_type != "SEQ_CLS" or getattr(text, "pad_token_id", None) is not None):
+            return None
+        folder = self.source.folder if beside else self.base
+        with reading(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust)
+            padding = tokenizer.pad_token_id
+            if padding is None and self.task_type == "SEQ_CLS":
+                padding = tokenizer.eos_token_id
+            self.outside = max(0, len(tokenizer) - (getattr(text, "vocab_size", None) or len(tokenizer)))
+        if padding is None or padding >= getattr(text, "vocab_size", padding + 1):
+            return None
+        self.config.pad_token_id = text.pad_token_id = padding
+        return padding if beside else None
+
+    def _set_labels(self) -> None:
         """What a classifier's configuration has, as the training had it."""
-        if (kind := self.source.config.get("task_type")) not in ("SEQ_CLS", "TOKEN_CLS"):
+        if self.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
             return
-        sizes = [tensor.shape for key in self.source.whole.values() if (tensor := self.source.tensors[key]).dim() == 2]
-        if sizes:
-            self.config.num_labels = min(size[0] for size in sizes)  # the head's last layer, as no other does, narrows
-        if kind != "SEQ_CLS":
+        # The head is what changes with the number of labels.
+        few, more = (Skeleton.labelled(self.config, n, self.task_type, self.trust).shapes for n in (2, 3))
+        for name, key in self.source.whole.items():
+            sizes = zip(few.get(name, ()), more.get(name, ()), self.source.tensors[key].shape, strict=False)
+            if heads := [here for one, other, here in sizes if one != other]:
+                self.config.num_labels = heads[0]
+                break
+        if self.task_type != "SEQ_CLS":
             return
-        task = TASKS.get(self.source.run["data"]["task"]) if self.source.run else None
-        if task is not None and task.labels is not None:
+        task = TASKS.get(self.source.run.task) if self.source.run else None
+        if task is not None and task.labels is not None and len(task.labels) == self.config.num_labels:
             self.config.id2label = dict(enumerate(task.labels))
             self.config.label2id = {label: i for i, label in enumerate(task.labels)}
         self.config.problem_type = "regression" if self.config.num_labels == 1 else "single_label_classification"
-        if getattr(self.config, "pad_token_id", None) is None:  # GPT-like classifiers look for the last token
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust)
-            padding = tokenizer.pad_token_id
-            self.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
 
     def _check_places(self, skeleton: Skeleton) -> None:
         for weight in self.layers:
@@ -116,7 +168,7 @@ class Merged:
                     f"The adapter holds the {kind} {key}, which has no place in {type(skeleton.model).__name__}. Is "
                     f"this the base model that it was trained on? Load both with PEFT and call merge_and_unload."
                 )
-            there, here = skeleton.shapes.get(name), self.source.tensors[key].shape
+            there, here = skeleton.shapes.get(name), self.source.tensor(key).shape
             if there is not None and there != here:
                 raise AFLoRAError(
                     f"{name} is {tuple(there)} in {type(skeleton.model).__name__} and {tuple(here)} in the adapter, "
@@ -128,14 +180,14 @@ class Merged:
         """Where the checkpoint stores this parameter."""
         return next((self.stored[n] for n in [name, *self.aliases.get(name, [])] if n in self.stored), None)
 
-    def _untie(self, skeleton: Skeleton, trust: bool) -> set[str]:
+    def _untie(self, skeleton: Skeleton) -> set[str]:
         """Parameters to be stored under each of their names, for they are no longer one and the same."""
         changed = {*self.layers, *self.source.whole}
         if not any(changed & set(group) for group in skeleton.tied):
             return set()
         for config in (self.config, self.config.get_text_config()):
             config.tie_word_embeddings = False
-        still = Skeleton(self.config, self.source.config.get("task_type"), trust).tied
+        still = Skeleton(self.config, self.task_type, self.trust).tied
         for group in still:
             if changed & set(group):
                 raise AFLoRAError(
@@ -156,10 +208,11 @@ class Merged:
     @torch.no_grad()
     def _tensor(self, name: str, key: str | None) -> Tensor:
         if name in self.source.whole:
-            new = self.source.tensors[self.source.whole[name]]
-            return new if key is None else new.to(self.shards[key].dtype)
-        assert key is not None, "only what trains whole is new"
-        weight = self.shards[key]
+            weight = self.source.tensor(self.source.whole[name])
+            weight = weight if key is None else weight.to(self.shards[key].dtype)
+        else:
+            assert key is not None, "only what trains whole is new"
+            weight = self.shards[key]
         if name not in self.layers:
             return weight
         if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -167,7 +220,7 @@ class Merged:
         A, B, s_d, s_b = self.source.path(self.layers[name])
         exact = torch.promote_types(weight.dtype, torch.float32)
         delta = lora_up(B, s_d, s_b).to(exact) @ A.to(exact)
-        if isinstance(self.modules[name.removesuffix(".weight")], Conv1D):  # (in, out)
+        if isinstance(self.modules.get(name.removesuffix(".weight")), Conv1D):  # (in, out)
             delta = delta.T
         if delta.shape != weight.shape:
             raise AFLoRAError(
@@ -177,15 +230,19 @@ class Merged:
         return (weight.to(exact) + delta).to(weight.dtype)
 
     def notes(self) -> list[str]:
-        run: Any = self.source.run
         said = []
-        if run and (how := run["model"].get("quantize")):
+        if self.source.run is not None and (how := self.source.run.values["model"].get("quantize")):
             said.append(
                 f"The adapter was trained on weights held in {how} and is merged into those before quantisation: the "
                 f"merged model computes something slightly else. Measure it before it is used."
             )
         if self.untied:
             said.append(f"Weights that were one are stored apart now: {', '.join(sorted(self.untied))}.")
+        if self.outside:
+            said.append(
+                f"The tokenizer beside the adapter has {self.outside} tokens more than the model's embedding, which "
+                f"cannot read texts with them."
+            )
         return said
 
 

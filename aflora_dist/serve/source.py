@@ -1,4 +1,7 @@
-"""What is exported: an adapter's folder, read tensor by tensor, and the run that it is of. Loads no model."""
+"""What is exported: an adapter's folder, read tensor by tensor, and the run that it is of. Loads no model.
+
+Who made the folder is not known: what is read of it is checked here, and of its run only what is typed is kept.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from torch import Tensor
 
-from .. import nested
 from ..errors import AFLoRAError, writing
+from ..foreign import check_copied, read_object, reading
 from ..names import of_base
 from ..store.checkpoint import StoredTensors
-from ..store.records import CONFIG, RESULT, loads, read_config
+from ..store.records import CONFIG, Result, Settings, read_result, read_settings
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TENSORS = ("A", "B", "s_d", "s_b")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+# Of these there is one set: a tokenizer beside the adapter replaces the base model's whole.
+TOKENIZER = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    *_TEMPLATES,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class Source:
         whole: Of modules that train whole and of trained biases: key in the file, by the model's own name.
         run: config.yaml of the run, where the adapter lies in one.
         result: result.json of the run, likewise.
+        problems: What of the run could not be read.
     """
 
     folder: Path
@@ -42,13 +58,52 @@ class Source:
     tensors: StoredTensors
     layers: list[str]
     whole: dict[str, str]
-    run: dict[str, Any] | None
-    result: dict[str, Any] | None
+    run: Settings | None
+    result: Result | None
+    problems: list[str]
 
     def path(self, layer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, B, s_d and s_b of an adapted layer."""
-        A, B, s_d, s_b = (self.tensors[f"{layer}.aflora.{name}"] for name in _TENSORS)
+        """A, B, s_d and s_b of an adapted layer.
+
+        Raises:
+            AFLoRAError: They are not of one rank, or hold what is no number.
+        """
+        A, B, s_d, s_b = found = tuple(self.tensor(f"{layer}.aflora.{name}") for name in _TENSORS)
+        r = self.config["r"]
+        if (
+            A.dim() != 2
+            or B.dim() != 2
+            or (A.shape[0], B.shape[1], *s_d.shape) != (r, r, r)
+            or s_b.shape != B.shape[:1]
+        ):
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(_TENSORS, found, strict=True))
+            raise AFLoRAError(f"{self.folder / _WEIGHTS}: {layer} has {shapes}, which is no path of rank r={r}.")
         return A, B, s_d, s_b
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor of the adapter's file.
+
+        Raises:
+            AFLoRAError: It cannot be read, or holds what is no number.
+        """
+        with reading(self.folder / _WEIGHTS):
+            tensor = self.tensors[key]
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise AFLoRAError(
+                f"{self.folder / _WEIGHTS}: {key} holds values that are not finite numbers: the training diverged, or "
+                f"the file is damaged."
+            )
+        return tensor
+
+    @property
+    def tokenizer(self) -> list[Path]:
+        """The files of a tokenizer that lies beside the adapter, or of a chat template alone."""
+        found = sorted({path for pattern in TOKENIZER for path in self.folder.glob(pattern) if path.is_file()})
+        return [check_copied(path, self.folder) for path in found]
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any(path.name not in _TEMPLATES for path in self.tokenizer)
 
 
 def read(path: Path) -> Source:
@@ -61,18 +116,17 @@ def read(path: Path) -> Source:
     if not (folder / _CONFIG).is_file():
         unfinished = " The run has not ended: --resume ends it." if (path / "config.yaml").is_file() else ""
         raise AFLoRAError(f"{path} is neither a run's directory with adapter/ nor an adapter's folder.{unfinished}")
-    config = nested.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    config = read_object(folder / _CONFIG)
     if config.get("peft_type") != "AFLORA":
         raise AFLoRAError(
             f"{folder} holds an adapter of the method {config.get('peft_type')}, not of AFLoRA: PEFT itself loads it, "
             f"and its merge_and_unload merges it."
         )
+    _check(config, folder / _CONFIG)
     if not (folder / _WEIGHTS).is_file():
         raise AFLoRAError(f"{folder} has no {_WEIGHTS}: save the adapter in that format (PEFT's default).")
-    try:
+    with reading(folder / _WEIGHTS, "It is damaged."):
         tensors = StoredTensors(folder / _WEIGHTS)
-    except SafetensorError as error:
-        raise AFLoRAError(f"{folder / _WEIGHTS} is damaged: {error}.") from None
     layers = [key.removesuffix(".aflora.s_b") for key in tensors if key.endswith(".aflora.s_b")]
     for layer in layers:
         for name in _TENSORS:
@@ -84,17 +138,27 @@ def read(path: Path) -> Source:
     return Source(folder, config, tensors, layers, whole, *_run(folder.parent))
 
 
-def _run(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    if not (directory / CONFIG).is_file():
-        return None, None
-    config = read_config(directory)
-    if not isinstance(config, dict) or not {"model", "data", "train"} <= config.keys():
-        return None, None  # the adapter lies beside other people's files
-    result = directory / RESULT
-    try:
-        return config, loads(result.read_bytes()) if result.is_file() else None
-    except ValueError as error:
-        raise AFLoRAError(f"{result} is cut or damaged ({error}). Mend it, or put it aside.") from None
+def _check(config: dict[str, Any], path: Path) -> None:
+    """Raise unless what is used of adapter_config.json is of the type that PEFT writes."""
+    config.setdefault("bias", "none")
+    for key in ("task_type", "base_model_name_or_path", "revision"):
+        if not isinstance(config.setdefault(key, None), str | None):
+            raise AFLoRAError(f"{path}: {key} is no text.")
+    if isinstance(config.get("r"), bool) or not isinstance(config.get("r"), int) or config["r"] < 1:
+        raise AFLoRAError(f"{path}: the rank r is no positive whole number.")
+    if config["bias"] not in ("none", "all", "aflora_only"):
+        raise AFLoRAError(f"{path}: bias is none of none, all, aflora_only.")
+    modules = config.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise AFLoRAError(f"{path}: modules_to_save is no list of names.")
+
+
+def _run(directory: Path) -> tuple[Settings | None, Result | None, list[str]]:
+    problems: list[str] = []
+    if not (directory / CONFIG).exists():
+        return None, None, problems
+    settings = read_settings(directory)  # None: the adapter lies beside other people's files
+    return settings, None if settings is None else read_result(directory, problems), problems
 
 
 @contextmanager

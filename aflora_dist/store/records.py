@@ -23,6 +23,7 @@ CONFIG, METRICS, FREEZE_LOG, RESULT = "config.yaml", "metrics.jsonl", "freeze_lo
 _NOT_SETTING = ("run", "profile")  # sections of config.yaml that say nothing about the training
 _LONGEST_CONFIG = 200_000  # bytes; of a run it has a few thousand
 _MOST_NODES = 10_000
+_LONGEST_RECORD = 2**30  # bytes of a log
 _LARGEST = 1e150  # its square is a number, too
 
 
@@ -73,16 +74,20 @@ class Result:
         metrics: Of what adapter/ holds; None: not a number.
         evaluations: After each epoch.
         best_epoch: Which epoch's adapter was kept, from 1; None: the last one's.
+        best_metric: By what it was chosen.
         traces: Relative to the run's directory.
     """
 
     task: str
+    method: str | None
     metrics: dict[str, float | None]
     evaluations: list[dict[str, float | None]]
     best_epoch: int | None
+    best_metric: str | None
     engine: str | None
     world_size: int | None
     steps: int | None
+    train_examples: int | None
     train_seconds: float | None
     samples_per_second: float | None
     tokens_per_second: float | None
@@ -123,12 +128,15 @@ def as_result(record: Any) -> Result:
     counts = {key: _integer(value) for key, value in record.items()}
     return Result(
         task=_text(record.get("task")) or "?",
+        method=_text(record.get("method")),
         metrics=_numbers(record["metrics"]),
         evaluations=[_numbers(one) for one in _list(record.get("evaluations")) if isinstance(one, dict)],
         best_epoch=_integer(best.get("epoch")) if isinstance(best, dict) else None,
+        best_metric=_text(best.get("metric")) if isinstance(best, dict) else None,
         engine=_text(record.get("engine")),
         world_size=counts.get("world_size"),
         steps=counts.get("steps"),
+        train_examples=counts.get("train_examples"),
         train_seconds=numbers.get("train_seconds"),
         samples_per_second=numbers.get("samples_per_second"),
         tokens_per_second=numbers.get("tokens_per_second"),
@@ -329,10 +337,13 @@ def read_result(path: Path, problems: list[str]) -> Result | None:
     file = path / RESULT
     if not _exists(file):
         return None
+    found: list[str] = []
+    content = _bytes(file, found)
+    problems += [f"{problem} The run counts as unfinished." for problem in found]
+    if found:
+        return None
     try:
-        return as_result(loads(file.read_bytes()))
-    except OSError as error:
-        problems.append(f"{file} could not be read: {error.strerror or error}. The run counts as unfinished.")
+        return as_result(loads(content))
     except ValueError as error:
         problems.append(f"{file} is cut or damaged ({error}). The run counts as unfinished.")
     return None
@@ -352,6 +363,8 @@ def _bytes(path: Path, problems: list[str], most: int = -1) -> bytes:
             return b""
         if not path.is_file():
             raise OSError("it is not a file")
+        if most < 0 and path.stat().st_size > _LONGEST_RECORD:
+            raise OSError(f"it has more than {_LONGEST_RECORD >> 20} MiB")
         with path.open("rb") as file:
             return file.read(most)
     except OSError as error:

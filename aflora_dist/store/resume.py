@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .. import __version__
 from ..errors import AFLoRAError, writing
+from ..notices import logger
 from ..processes import on_main
 from ..progress import Progress
 from ..training.config import Config
@@ -70,6 +71,8 @@ def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoi
 def finished(run: RunDirectory, resolved: str) -> dict[str, Any] | None:
     """The result of the run, if it has ended already and its last checkpoint is to be resumed. A collective.
 
+    One that ended for want of patience has not, where there is more of it now: it goes on from its last checkpoint.
+
     Raises:
         AFLoRAError: It ended with another configuration.
     """
@@ -89,9 +92,29 @@ def finished(run: RunDirectory, resolved: str) -> dict[str, Any] | None:
             raise AFLoRAError(
                 f"{file} is cut or damaged ({error}). Delete it, and the same command goes on from the last checkpoint."
             ) from None
-        return result
+        return None if _goes_on(run, config, result) else result
 
     return on_main(run.accelerator, look)
+
+
+def _goes_on(run: RunDirectory, theirs: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether a run that ended early waits longer now; says what will be."""
+    before, now = _flatten(theirs).get("run.patience"), run.config.patience
+    done, epochs = len(result.get("evaluations", ())), _flatten(theirs).get("train.epochs", 0)
+    if before == now:
+        return False
+    ended = f"The run in {run.path} ended after epoch {done} of {epochs} with run.patience={before}"
+    if before is None or done >= epochs:
+        print(f"The run in {run.path} has ended: run.patience={now} changes nothing of it.", flush=True)
+        return False
+    if now is None or now < before:
+        print(f"{ended}. It goes on with a higher one.", flush=True)
+        return False
+    if checkpoint.newest_good(run.checkpoints)[0] is None:
+        print(f"{ended}, and left no checkpoint to go on from with run.patience={now}.", flush=True)
+        return False
+    print(f"{ended} and goes on with run.patience={now}.", flush=True)
+    return True
 
 
 def _choose(run: RunDirectory) -> Checkpoint | None:
@@ -104,7 +127,7 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
     newest, complaints = checkpoint.newest_good(run.checkpoints)
     for complaint in complaints:
         instead = f"Going on from {newest.path.name}" if newest else "There is no other: starting from the beginning"
-        print(f"aflora: warning: {complaint} {instead}.", flush=True)
+        logger.warning(f"{complaint} {instead}.")
     return newest
 
 

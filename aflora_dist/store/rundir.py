@@ -20,6 +20,7 @@ from typing import IO, Any
 from accelerate import Accelerator
 
 from ..errors import AFLoRAError, writing
+from ..notices import logger
 from ..processes import on_main
 from ..training.config import RunConfig
 from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
@@ -144,7 +145,7 @@ class RunDirectory:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            print(f"aflora: warning: no locks on this file system ({error.strerror}): see that one job only runs here.")
+            logger.warning(f"no locks on this file system ({error.strerror}): see that one job only runs here.")
         return True
 
     def _prepare(self, resolved: str, going_on: GoingOn | None) -> None:

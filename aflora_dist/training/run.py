@@ -8,9 +8,9 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import AFLoRAError, LaunchError
 from ..extras import require
@@ -24,12 +24,35 @@ _LOST_RANK = (
 )
 
 
-def quiet_libraries() -> None:
-    """Leave warnings and errors; drop the libraries' progress reports, and what will change for others than us."""
+_LIBRARIES = ("DeepSpeed", "deepspeed", "accelerate", "transformers", "datasets", "torch.distributed")
+
+
+def quiet_libraries() -> Callable[[], None]:
+    """Leave warnings and errors; drop the libraries' progress reports, and what will change for others than us.
+
+    Returns:
+        What takes that back (run.verbose).
+    """
+    filters: Any = warnings.filters
+    ours = []
+    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(?!aflora_dist\b)")
-    for name in ("DeepSpeed", "deepspeed", "accelerate", "transformers", "datasets", "torch.distributed"):
+        ours.append(filters[0])
+    for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
+    bars = sys.modules.get("transformers.utils.logging")  # if unimported, it shows none
+    if bars is not None:
+        bars.disable_progress_bar()
+
+    def undo() -> None:
+        filters[:] = [one for one in filters if one not in ours]
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars is not None:
+            bars.enable_progress_bar()
+
+    return undo
 
 
 @contextmanager
@@ -51,7 +74,7 @@ def telling_the_others() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the main job; returns the exit status. What a user did wrong is said in a line or two."""
-    quiet_libraries()
+    undo = quiet_libraries()
     is_first = os.environ.get("RANK", "0") == "0"
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # once per node: its files may differ
     try:
@@ -60,15 +83,16 @@ def main(arguments: list[str] | None = None) -> int:
             from .config import parse
 
             config, resolved = parse(sys.argv[1:] if arguments is None else arguments)
+            quiet = undo if config.run.verbose else quiet_libraries
             if config.run.dry_run:
                 from ..plan.command import dry_run
 
-                quiet_libraries()
+                quiet()
                 dry_run(config, resolved)
                 return 0
             from .loop import train  # after parsing: a wrong option should not take seconds to find
 
-            quiet_libraries()  # DeepSpeed sets its own level on import
+            quiet()  # DeepSpeed sets its own level on import
             result = train(config, resolved)
     except AFLoRAError as error:
         if speaks or isinstance(error, LaunchError):

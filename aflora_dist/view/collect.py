@@ -97,7 +97,8 @@ def _oddities(run: Outcome, entry: Setting) -> Iterator[str]:
 
 
 def walk(folder: Path, problems: list[str]) -> Iterator[Path]:
-    """Folders with a config.yaml, depth first by name. Links are followed, and no folder is seen twice."""
+    """Folders with a config.yaml, depth first by name. Links are followed, but not up; no folder is seen twice."""
+    above = {(about.st_dev, about.st_ino) for up in folder.resolve().parents if (about := up.stat())}
     seen: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
@@ -105,6 +106,9 @@ def walk(folder: Path, problems: list[str]) -> Iterator[Path]:
         try:
             about = path.stat()
             if (about.st_dev, about.st_ino) in seen:
+                continue
+            if (about.st_dev, about.st_ino) in above:
+                problems.append(f"{path} leads out of {folder} and back up, and is not looked through.")
                 continue
             seen.add((about.st_dev, about.st_ino))
             with os.scandir(path) as entries:

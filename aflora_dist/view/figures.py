@@ -100,11 +100,12 @@ def score_curves(events: Sequence[Event], total_steps: int) -> Figure:
     axis = figure.add_subplot()
     names = sorted({name for event in events for name in event.scores})
     columns, _ = grid(names)
+    position = {column: i for i, column in enumerate(columns)}
     scale: Any = ScalarMappable(Normalize(0, max(len(columns) - 1, 1)), _MAP)
     for name in names:
         points = [(event.step, event.scores[name]) for event in events if name in event.scores]
         where = place(name)
-        colour = scale.to_rgba(columns.index((where.stack, where.layer)))
+        colour = scale.to_rgba(position[where.stack, where.layer])
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.8)
         axis.plot(*points[-1], color=colour, marker="o", markersize=3)
     axis.set(yscale="log", xlim=(0, total_steps), xlabel="step (optimizer update)")

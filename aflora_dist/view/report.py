@@ -11,7 +11,7 @@ from ..store.records import Result
 
 def print_summary(result: Result, directory: str, console: Console | None = None) -> None:
     """The result as a table, on this process's standard output unless a console is given."""
-    table = Table(title=f"AFLoRA on {result.task}", show_header=False, title_justify="left")
+    table = Table(title=f"{_method(result)} on {result.task}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in result.metrics.items():
@@ -20,10 +20,10 @@ def print_summary(result: Result, directory: str, console: Console | None = None
     if average is not None:
         than = f"; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many" if lora is not None else ""
         table.add_row("trainable parameters", f"{average:,.0f} on average{than}")
-    if result.freezable_matrices is not None and result.freeze_events is not None:
+    if result.freezable_matrices and result.freeze_events is not None:
         froze = f"{result.freezable_matrices} projection matrices in {result.freeze_events} events"
         table.add_row("froze", froze)
-    if result.freeze_seconds_total is not None:
+    if result.freezable_matrices and result.freeze_seconds_total is not None:
         share = (
             f", {result.freeze_seconds_total / result.train_seconds:.2%} of training" if result.train_seconds else ""
         )
@@ -35,6 +35,11 @@ def print_summary(result: Result, directory: str, console: Console | None = None
     table.add_row("look", f"aflora show {directory}, or tensorboard --logdir {directory}/tensorboard")
     table.add_row("files", f"{directory}/ (adapter/, freeze_log.jsonl, metrics.jsonl, result.json, tensorboard/)")
     (console or Console()).print(table)
+
+
+def _method(result: Result) -> str:
+    """As people write it; an earlier release trained with AFLoRA alone."""
+    return {None: "AFLoRA", "aflora": "AFLoRA", "full": "Full fine-tuning"}.get(result.method, result.method or "")
 
 
 def _beside(result: Result, name: str) -> str:

@@ -28,6 +28,7 @@ _CURVES = (
     ("tokens/s", "tokens_per_second", "{:,.0f}"),
     ("share of peak", "mfu", "{:.1%}"),
 )
+_LARGEST_MAP = 50_000  # cells; models have a hundred columns and thirty rows
 # Dark to light, as viridis; a step's cell takes the colour of its share of the training.
 _COLOURS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
 
@@ -67,6 +68,9 @@ def print_run(run: Run, console: Console) -> None:
 def print_freeze_map(run: Run, console: Console) -> None:
     """Fig. 5: rows are kinds of matrices, columns layers, a cell the step after which the matrix froze."""
     columns, rows = grid(run.names)
+    if len(columns) * len(rows) > _LARGEST_MAP:
+        console.print(f"{len(run.frozen)} of {len(run.names)} matrices frozen, in too many places for a map.")
+        return
     at = {(where.kind, (where.stack, where.layer)): name for name in run.names if (where := place(name))}
     width = len(str(run.total_steps))
     # As many layers side by side as fit.
@@ -108,9 +112,11 @@ def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
     drawn = {}
     if run.metrics:
         drawn["curves"] = curves(run.metrics, lora)
-    if run.events:
+    columns, rows = grid(run.names)
+    events = run.events if len(columns) * len(rows) <= _LARGEST_MAP else []
+    if events:
         drawn["freeze_map"] = freeze_map(run.names, run.frozen, run.total_steps)
-    if any(event.scores for event in run.events):
+    if any(event.scores for event in events):
         drawn["scores"] = score_curves(run.events, run.total_steps)
     paths = []
     with writing("The figures", folder):

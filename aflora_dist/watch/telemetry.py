@@ -66,8 +66,8 @@ class Telemetry:
 
     def result(self, config: Config, result: Mapping[str, Any], step: int) -> None:
         """What the run came to, and its row in TensorBoard's HPARAMS tab."""
-        metric = next(iter(result["metrics"].values()))
-        values = {f"result/{name}": metric if name == "metric" else result[name] for name in _RESULTS}
+        known = {**result, "metric": next(iter(result["metrics"].values()), None)}  # without data to evaluate on
+        values = {f"result/{name}": known[name] for name in _RESULTS if known[name] is not None}
         self.scalars(values, step)
         if self.board is None:
             return

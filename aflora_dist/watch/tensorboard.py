@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from ..notices import logger
 
 
 class TensorBoard:
@@ -59,11 +60,9 @@ class TensorBoard:
             call()
         except OSError as error:  # of this call or of an earlier one: events are written by a thread
             self._writer = None
-            print(
-                f"aflora: warning: TensorBoard's events could not be written to {self.folder} "
-                f"({error.strerror or error}); training goes on without them.",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                f"TensorBoard's events could not be written to {self.folder} ({error.strerror or error}); training "
+                f"goes on without them."
             )
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from torch.profiler import record_function
 from ..errors import AFLoRAError
 from ..freezing import CubicSchedule
 from ..meeting import meet
+from ..notices import logger
 from ..processes import on_main
 from .memory import MemoryHistory
 
@@ -257,11 +257,9 @@ class TraceRecorder:
         self.windows.clear()
         if self.accelerator.is_main_process:
             shutil.rmtree(self._staged(window), ignore_errors=True)
-            print(
-                f"aflora: warning: the profiler's trace {window.name} could not be written to {self.folder} "
-                f"({failure}); training goes on, without traces.",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                f"the profiler's trace {window.name} could not be written to {self.folder} ({failure}); training goes "
+                f"on, without traces."
             )
 
 

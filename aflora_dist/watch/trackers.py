@@ -9,13 +9,13 @@ import importlib.util
 import os
 import queue
 import secrets
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import AFLoRAError, writing
+from ..notices import logger
 
 TENSORBOARD = "tensorboard"
 # Name -> what pip installs; the names, which are those of the modules, are accelerate's.
@@ -118,10 +118,8 @@ class Tracker:
             self._give_up("takes nothing in any more")
 
     def _give_up(self, why: str) -> None:
-        from tqdm.auto import tqdm  # the progress bar is there, too
-
         self._failed = True
-        tqdm.write(f"aflora: warning: the tracker {self.name} {why}; training goes on without it.", file=sys.stderr)
+        logger.warning(f"the tracker {self.name} {why}; training goes on without it.")
 
     def _work(self, run: Path, hyperparameters: Mapping[str, Any], started: queue.Queue[Exception | None]) -> None:
         """The thread: all calls of a tracker, for some keep what is going on by thread."""

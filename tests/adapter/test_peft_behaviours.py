@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import io
 import json
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -33,6 +36,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -42,6 +47,7 @@ from aflora_dist import AFLoRAConfig
 from aflora_dist.adapter import AFLoRALayer
 from aflora_dist.adapter.layer import AFLoRALinear
 from aflora_dist.compat.transformers import checkpoint_activations
+from aflora_dist.errors import AFLoRAError
 
 TOKENS = torch.arange(3, 15).view(2, 6)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 40}
@@ -303,6 +309,46 @@ def test_mixed_batches_generate(kind: str, beams: int) -> None:
         model.set_adapter(name)
         alone = model.generate(input_ids=TOKENS, attention_mask=mask, **options)
         assert both[i].tolist() == alone[i].tolist()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_batch_is_mixed_where_a_model_lays_examples_and_positions_end_to_end(beams: int) -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
+    base = OPTForCausalLM(OPTConfig(**size, word_embed_proj_dim=32, max_position_embeddings=32, dropout=0.0))
+    seen: list[int] = []
+    base.model.decoder.layers[0].fc1.register_forward_pre_hook(lambda module, args: seen.append(args[0].dim()))
+    model = get_peft_model(base, AFLoRAConfig(task_type="CAUSAL_LM", init_weights=False, target_modules=["fc1", "fc2"]))
+    model.add_adapter("second", AFLoRAConfig(init_weights=False, r=3, target_modules=["fc1", "q_proj"]))
+    model.eval()
+    names, options = ["second", "default"], {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    options |= {"attention_mask": torch.ones_like(TOKENS), "pad_token_id": 0, "eos_token_id": 39}
+    with torch.no_grad():
+        mixed = model(input_ids=TOKENS, adapter_names=names).logits
+        written = model.generate(input_ids=TOKENS, adapter_names=names, **options)
+        assert 2 in seen, "not a case: this model keeps examples apart"
+        for i, name in enumerate(names):
+            model.set_adapter(name)
+            close(mixed[i], model(input_ids=TOKENS).logits[i])
+            assert written[i].tolist() == model.generate(input_ids=TOKENS, **options)[i].tolist()
+
+
+def test_peft_s_switch_for_casting_inputs_changes_nothing() -> None:
+    model = adapted("bert")
+    expected = logits(model, "bert")
+    with disable_input_dtype_casting(model):
+        close(logits(model, "bert"), expected, 0)
+    assert all(layer.cast_input_dtype_enabled for layer in layers_of(model).values())
+
+
+def test_the_configuration_s_signature_names_its_fields() -> None:
+    class Wider(AFLoRAConfig):
+        pass
+
+    for kind in (AFLoRAConfig, Wider):
+        assert [*inspect.signature(kind).parameters] == [field.name for field in dataclasses.fields(kind) if field.init]
+        with pytest.raises(AFLoRAError, match="has no lora_alpha"):
+            kind(lora_alpha=8)
 
 
 def test_mixed_batches_that_cannot_be_are_refused() -> None:

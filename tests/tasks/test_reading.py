@@ -171,6 +171,11 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
         '{"text": "a"}\n{"text": "b", "text": "c"}\n',
         r"line 2: no JSON: the key 'text' is there tw",
     ),
+    "a key twice in the only line": (
+        "json",
+        '{"text": "a", "text": "b"}',
+        r"line 1: no JSON: the key 'text' is there tw",
+    ),
     "no object": ("jsonl", '{"text": "a"}\n["b"]\n', r"line 2: .*is not an object"),
     "null": ("jsonl", "null\n", r"line 1: 'null' is not an object"),
     "one object": (

@@ -86,7 +86,41 @@ def test_patience_ends_a_run_that_no_longer_improves(tiny_model: Path, reviews: 
     assert "projection matrices had not frozen yet" in said
     again = start("single", options(run, tiny_model, reviews, **{**KEPT, "train.epochs": 30, "run.resume": "last"}))
     assert again.returncode == 0
+    assert f"epoch {result['last']['epoch']} of 30 with run.patience=2. It goes on with a higher one" in again.stdout
     assert result_of(run) == result, "it has ended, and stays so"
+
+
+def test_a_run_that_ended_for_want_of_patience_goes_on_with_more(
+    tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    more = {**KEPT, "train.epochs": 12}
+    start_all("single", [options(longer, tiny_model, reviews, **more, **{"run.patience": 1})])
+    ended = result_of(longer)["last"]["epoch"]
+    start_all("single", [options(whole, tiny_model, reviews, **more, **{"run.patience": 4})])
+    assert ended < result_of(whole)["last"]["epoch"], "not a case"
+    (said,) = start_all(
+        "single", [options(longer, tiny_model, reviews, **more, **{"run.patience": 4, "run.resume": "last"})]
+    )
+    assert f"ended after epoch {ended} of 12 with run.patience=1 and goes on with run.patience=4" in said
+    assert result_of(longer)["best"] == result_of(whole)["best"]
+    assert result_of(longer)["evaluations"] == result_of(whole)["evaluations"]
+    assert_same_to_the_bit(longer, whole)
+
+
+def test_keeping_the_best_is_not_begun_in_the_middle(tiny_model: Path, reviews: Path, tmp_path: Path) -> None:
+    run, without = tmp_path / "run", {key: value for key, value in KEPT.items() if key != "run.keep_best"}
+    short = {"train.epochs": 2, "freezing.final_epochs": 1}
+    start_all("single", [options(run, tiny_model, reviews, **{**without, **short})])
+    (run / "result.json").unlink()
+    for first, then, how in ((without, KEPT, "without"), (KEPT, without, "with")):
+        if how == "with":
+            start_all("single", [options(run, tiny_model, reviews, **{**first, **short, "run.overwrite": True})])
+            (run / "result.json").unlink()
+        done = start("single", options(run, tiny_model, reviews, **{**then, **short, "run.resume": "last"}))
+        assert done.returncode == 2
+        assert f"of a run {how} run.keep_best" in done.stderr
+        assert "another method" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -119,3 +119,17 @@ def test_a_switch_may_have_a_value(said: list[str], meant: bool) -> None:
 def test_resume_may_have_a_value_either_way() -> None:
     for said in (["--resume"], ["--resume=last"], ["--resume", "last"], ["--resume", "--train.seed", "1"]):
         assert parse(said)[0].run.resume == "last"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("trust_remote_code", "true"), ("attn_implementation", "kernels-community/flash-attn")]
+)
+def test_only_the_command_line_has_code_of_others_run(option: str, value: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"train:\n  epochs: 3\nmodel:\n  {option}: {value}\n")
+    with pytest.raises(AFLoRAError, match=rf"config.yaml, line 4: only the command line .* --model.{option} {value}"):
+        parse([str(file)])
+    for said in ([f"--model.{option}", value], [f"--model.{option}={value}"]):
+        assert str(getattr(parse([str(file), *said])[0].model, option)).lower() == value
+    file.write_text(f"model:\n  {option}: {'false' if value == 'true' else 'sdpa'}\n")
+    parse([str(file)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,3 +117,20 @@ def test_names_are_taken_apart_into_layer_and_kind() -> None:
 def test_sparkline() -> None:
     assert sparkline([0.0, 1.0, None, 0.5]) == "▁█▅"
     assert len(sparkline(list(range(1000)))) <= 60
+
+
+@pytest.mark.parametrize(
+    ("method", "called"), [(None, "AFLoRA"), ("aflora", "AFLoRA"), ("full", "Full fine-tuning"), ("ia3", "ia3")]
+)
+def test_the_summary_names_the_method_that_trained(
+    method: str | None, called: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    if method is not None:
+        result |= {"method": method, "freezable_matrices": 8 if method == "aflora" else 0, "freeze_events": 0}
+    (run / "result.json").write_text(json.dumps(result))
+    assert show([str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"{called} on rte" in said
+    assert ("projection matrices in" in said) == (called == "AFLoRA")

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from aflora_dist.tasks.base import Evaluation
+from aflora_dist.tasks.sft import LanguageModelling
 from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
 from tests.launch import ROOT, launch
+from tests.runs import options, start
+from tests.small_lm import make_small_language_model, write_problems
 from tests.tensorboard import PROFILER, TensorBoard
 
 RANGES = ["forward", "backward", "optimizer"] + [f"aflora.{n}" for n in ("observe", "decide", "all_reduce", "rebuild")]
@@ -91,3 +95,16 @@ def test_a_full_disk_costs_telemetry_and_traces_but_not_the_training(arguments: 
     assert "the profiler's trace 1_before could not be written" in done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 12
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_whose_evaluation_measures_nothing_ends_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModelling, "evaluate", lambda *_: Evaluation({}, ""))
+    model = make_small_language_model(tmp_path / "model")
+    write_problems(tmp_path / "train.jsonl", 24, seed=0)
+    more = {"data.task": "sft", "data.train_file": tmp_path / "train.jsonl", "train.epochs": 2}
+    more |= {"data.validation_file": tmp_path / "train.jsonl", "run.tensorboard": True}
+    done = start("single", options(tmp_path / "run", model, tmp_path, **more))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == {}

@@ -71,8 +71,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             nested.refuse_deep_json(text)
             value = decoder.decode(text)
-        except ValueError as error:
-            whole = _is_one_object(path)
+        except (ValueError, RecursionError) as error:
+            whole = isinstance(error, json.JSONDecodeError) and _is_one_object(path)
             reason = f"one object over several lines. {_WANTED}" if whole else f"no JSON: {_reason(error)} {_WANTED}"
             raise AFLoRAError(f"{path}, line {line}: {reason}") from None
         yield line, value

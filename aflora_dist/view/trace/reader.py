@@ -18,6 +18,7 @@ from .intervals import Interval
 
 _CHUNK = 1 << 20
 _LONGEST = 1 << 26  # characters of one event; more, and the file is none of ours
+_MOST_PACKED = 200  # characters for a byte of the file; traces have ten to twenty
 _BLANK = re.compile(r"[ \t\r\n]*")
 _READING = (OSError, EOFError, zlib.error)
 _STRANGE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
@@ -114,6 +115,8 @@ def read_trace(path: Path) -> RankTrace:
                 events.add(value)
             elif key == "distributedInfo":
                 rank, world_size = int(value["rank"]), int(value["world_size"])
+                if not 0 <= rank < world_size < 2**63:
+                    raise ValueError(rank)
         except _STRANGE:
             raise TraceError(f"{path} is no trace of PyTorch's: {_said(key, value)} is not as it writes it.") from None
     if not events.steps:
@@ -210,6 +213,8 @@ def _elements(dims: Any) -> int:
         product = 1
         for size in dims:
             product *= size
+            if product >= 2**63:
+                raise ValueError(product)
         return product
     return sum(_elements(inner) for inner in dims)
 
@@ -234,6 +239,7 @@ class _Parser:
         self._path, self._file = path, file
         self._text, self._at, self._over = "", 0, False
         self._events = 0
+        self._left = _LONGEST + _MOST_PACKED * path.stat().st_size  # a small file can unpack to more than time there is
         self._decode = JSONDecoder().raw_decode
 
     def entries(self) -> Iterator[tuple[str, Any]]:
@@ -263,8 +269,8 @@ class _Parser:
                 if end < len(self._text) or self._over:  # a number at the end may go on
                     self._at = end
                     return value
-            except (JSONDecodeError, RecursionError) as error:
-                if isinstance(error, RecursionError) or len(self._text) - self._at > _LONGEST:
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits is the former
+                if not isinstance(error, JSONDecodeError) or len(self._text) - self._at > _LONGEST:
                     raise self._damaged() from None
                 if self._over:
                     raise self._cut() from None
@@ -292,7 +298,11 @@ class _Parser:
 
     def _more(self) -> None:
         chunk = self._file.read(max(_CHUNK, len(self._text) - self._at))  # as much again: a long value is scanned anew
-        self._over = not chunk
+        self._over, self._left = not chunk, self._left - len(chunk)
+        if self._left < 0:
+            raise TraceError(
+                f"{self._path} unpacks to {_MOST_PACKED} times its size and more: it is none of PyTorch's."
+            )
         self._text, self._at = self._text[self._at :] + chunk, 0
 
     def _cut(self) -> TraceError:
