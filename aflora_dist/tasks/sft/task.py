@@ -22,7 +22,7 @@ from ..sampler import EvaluationSampler, GlobalBatchSampler
 from ..tokens import made_once
 from .answers import answer, last_number
 from .batching import Collator, PromptCollator
-from .encode import Encoder
+from .encode import SAID, Encoder, Note
 from .examples import load_examples, question
 from .loss import ChunkedCrossEntropy
 
@@ -98,6 +98,12 @@ class LanguageModelling:
         if "prompt_ids" not in tokens.column_names and len(carrying) < len(tokens):
             said.append(f"{len(tokens) - len(carrying):,} left out: no token of theirs carries loss")
             tokens = tokens.select(carrying)
+        notes = tokens["notes"][:]
+        said += [f"{number:,} {what}" for note, what in SAID.items() if (number := sum(note in Note(n) for n in notes))]
+        self.end = encode.end_of_turn()
+        end = None if "text" in dataset.column_names or not carrying else self.end.token
+        if end is not None and not any(end in labels for labels in tokens["labels"]):
+            said.append(f"in none {self.tokenizer.convert_ids_to_tokens(end)!r}, the end of a turn, carries loss")
         if said and accelerator.is_main_process:
             print(f"Of {len(counts):,} examples of {name}: {'; '.join(said)}.", flush=True)
         if not carrying and "prompt_ids" not in tokens.column_names:
@@ -175,6 +181,7 @@ class LanguageModelling:
                 list(asked["answer"]),
                 self.tokenizer,
                 self.config.data.max_new_tokens,
+                self.end,
                 accelerator,
             )
         if self.loss_batches is not None:
