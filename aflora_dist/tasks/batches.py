@@ -75,6 +75,7 @@ def create_sampler(config: Config, lengths: Sequence[int], place: Place, **optio
         config.train.batch_size,
         micro_batches=config.train.accumulation,
         tokens=config.data.tokens_per_micro_batch or place.tokens,
+        epochs=config.train.epochs,
         seed=config.train.seed,
         rank=place.rank,
         world_size=place.world_size,

@@ -121,8 +121,9 @@ class DataConfig:
             false makes them classes.
         max_length: Tokens after which texts are cut.
         pad_to_max_length: Pad every text to max_length, as the authors' scripts do: slower, and the same numbers.
-        tokens_per_micro_batch: About how many tokens, padding included, go through the model at once on each
-            rank; an update's batch is sorted by length and cut to that. By default 256 on a CPU and 16,384 on a GPU.
+        tokens_per_micro_batch: How many tokens, padding included, go at most through the model at once on each rank
+            (or as many as the longest example has); an update's batch is sorted by length and cut to that. By default
+            256 on a CPU and 16,384 on a GPU.
         max_train_examples: Use only that many training examples (drawn with the seed).
         max_eval_examples: Use only that many of each evaluation split.
         loss_on: For "sft": the loss is that of completions (in chats of all the assistant's turns) or of all tokens.
