@@ -13,6 +13,7 @@ from .base import Evaluation
 from .batches import Batch, create_loaders
 from .data import digest, load_data
 from .evaluation import evaluate, measured
+from .limits import Limits
 from .model import check_quantization, load_base, load_tokenizer, outline_base, storage_dtype
 from .sampler import GlobalBatchSampler
 
@@ -29,13 +30,14 @@ class Classification:
         self.data = load_data(self.config.data, self.config.train.seed)
         self.train_examples = len(self.data.train)
         check_quantization(self.config.model, accelerator)
-        if not weights:
+        if weights:
+            model, self.tokenizer, head = load_base(
+                self.config.model, self.data.labels, storage=storage_dtype(self.config.model, accelerator)
+            )
+        else:
             model, head = outline_base(self.config.model, self.data.labels)
             self.tokenizer = load_tokenizer(self.config.model)
-            return model, head
-        model, self.tokenizer, head = load_base(
-            self.config.model, self.data.labels, storage=storage_dtype(self.config.model, accelerator)
-        )
+        self.limits = Limits.of(model, self.config.model.name)
         return model, head
 
     def metrics(self) -> list[str]:
@@ -45,7 +47,9 @@ class Classification:
         return digest(self.data)
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
-        sampler, batches, self.evaluation = create_loaders(self.config, self.data, self.tokenizer, accelerator)
+        sampler, batches, self.evaluation = create_loaders(
+            self.config, self.data, self.tokenizer, self.limits, accelerator
+        )
         return sampler, batches
 
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:

@@ -29,6 +29,7 @@ from ..store.rundir import RunDirectory
 from ..tasks.base import Task
 from ..tasks.batches import Batch, move
 from ..tasks.classification import Classification
+from ..tasks.limits import Limits
 from ..tasks.sft import LanguageModelling
 from ..watch.log import TrainingLog
 from ..watch.memory import MemoryHistory
@@ -179,6 +180,7 @@ def create_accelerator(config: Config) -> Accelerator:
     processes = launched_processes()
     check_batch(config, processes)
     check_ranks(config, processes)
+    check_seed(config, processes)
     deepspeed_file.check(config, processes)
     compile_lock.check(deepspeed_file.compiled_ops())
     accelerator = launched_accelerator(step_scheduler_with_optimizer=False)
@@ -212,10 +214,15 @@ def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> 
 
 
 def check_length(config: Config, model: Any) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and config.data.max_length > longest:
+    Limits.of(model, config.model.name).check_length("data.max_length", config.data.max_length)
+
+
+def check_seed(config: Config, processes: int) -> None:
+    """Raise if a rank's seed, which is train.seed and its number, is one that NumPy does not take."""
+    if config.train.seed + processes > 2**32:
         raise AFLoRAError(
-            f"data.max_length={config.data.max_length} is more than the {longest} positions of {config.model.name!r}."
+            f"train.seed={config.train.seed} is too large for {processes} processes, whose last one's would be "
+            f"{config.train.seed + processes - 1}: NumPy's are below 2^32."
         )
 
 

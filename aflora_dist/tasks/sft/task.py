@@ -17,6 +17,7 @@ from ...errors import AFLoRAError
 from ...training.config import Config
 from ..base import Evaluation
 from ..batches import Batch, Place, create_sampler, enough, lengths, loader, move
+from ..limits import Limits
 from ..model import check_quantization, load_language_model, load_tokenizer, outline_language_model, storage_dtype
 from ..sampler import EvaluationSampler, GlobalBatchSampler
 from ..tokens import made_once
@@ -41,13 +42,14 @@ class LanguageModelling:
         self.train, self.held = load_examples(self.config.data, self.config.train.seed)
         self._check_answers()
         self.train_examples = len(self.train)
-        if not weights:
+        if weights:
+            model, self.tokenizer = load_language_model(
+                self.config.model, storage=storage_dtype(self.config.model, accelerator)
+            )
+        else:
             model = outline_language_model(self.config.model)
             self.tokenizer = load_tokenizer(self.config.model, language_model=True)
-            return model, []
-        model, self.tokenizer = load_language_model(
-            self.config.model, storage=storage_dtype(self.config.model, accelerator)
-        )
+        self.limits = Limits.of(model, self.config.model.name)
         return model, []
 
     def _check_answers(self) -> None:
@@ -69,8 +71,10 @@ class LanguageModelling:
         return hashlib.sha256(json.dumps([len(self.train), some]).encode()).hexdigest()[:16]
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
-        place, data = Place(accelerator), self.config.data
+        data = self.config.data
+        place = Place(accelerator, self.limits.positions, data.max_length)
         enough(self.config, len(self.train))  # before time is spent
+        self.limits.check_padding(self.tokenizer)
         train = self._tokens(self.train, "the training split", accelerator)
         self.train_examples = len(train)
         enough(self.config, len(train))
@@ -92,6 +96,7 @@ class LanguageModelling:
         data = self.config.data
         encode = Encoder(self.tokenizer, data.max_length, data.loss_on, data.system, name)
         tokens = made_once(dataset, self.tokenizer, encode, encode.settings, name)
+        self.limits.check_tokens(self.tokenizer, tokens, name)
         counts, cut = tokens["count"][:], sum(tokens["cut"][:])
         carrying = [i for i, count in enumerate(counts) if count]
         said = [f"{cut:,} cut to data.max_length={data.max_length} tokens"] if cut else []
@@ -125,8 +130,20 @@ class LanguageModelling:
             self.loss_batches = loader(columns, order, Collator(pad, place.multiple), place.on_gpu)
         if self.asked:
             columns = tokens.select(self.asked).select_columns(["prompt_ids"])
-            order = EvaluationSampler([len(prompt) for prompt in columns["prompt_ids"]], size, **where)
+            asked = [len(prompt) for prompt in columns["prompt_ids"]]
+            self._check_room(asked)
+            order = EvaluationSampler(asked, size, **where)
             self.prompt_batches = loader(columns, order, PromptCollator(pad), place.on_gpu)
+
+    def _check_room(self, asked: list[int]) -> None:
+        """Raise if a prompt of so many tokens leaves the model no room for its answer."""
+        longest, answer, room = max(asked), self.config.data.max_new_tokens, self.limits.positions
+        if room is not None and longest + answer > room:
+            raise AFLoRAError(
+                f"Example {self.asked[asked.index(longest)] + 1} of the evaluation data asks with {longest} tokens: "
+                f"with an answer of data.max_new_tokens={answer} that is more than the {room} positions of "
+                f"{self.limits.name!r}. Leave it out, or lower data.max_new_tokens."
+            )
 
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
         inner: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
