@@ -20,12 +20,15 @@ class Limits:
         positions: Tokens at a time; None: any number.
         rows: Those of its embedding: token ids are below.
         kinds: Token type ids are below; None: it does not look at them.
+        end: The token at which an encoder with a decoder (T5, BART) tells what a text is: every text has to have it as
+            often. None for other models.
     """
 
     name: str
     positions: int | None
     rows: int
     kinds: int | None
+    end: int | None = None
 
     @classmethod
     def of(cls, model: Any, name: str) -> Limits:
@@ -45,6 +48,7 @@ class Limits:
             positions=positions,
             rows=int(getattr(embedding, "num_embeddings", 0) or config.vocab_size),
             kinds=getattr(config, "type_vocab_size", None) or None,
+            end=config.eos_token_id if getattr(config, "is_encoder_decoder", False) else None,
         )
 
     def check_length(self, option: str, length: int) -> None:
@@ -77,6 +81,16 @@ class Limits:
                 raise AFLoRAError(
                     f"Example {place + 1} of {name} has tokens of {largest + 1} types (a text and another), and "
                     f"{self.name!r} knows {self.kinds}: its tokenizer is another model's."
+                )
+
+        if self.end is not None:
+            ends = [ids.count(self.end) for ids in tokens["input_ids"]]
+            odd = next((place for place, number in enumerate(ends) if number != ends[0]), None)
+            if odd is not None:
+                raise AFLoRAError(
+                    f"Example {odd + 1} of {name} has the token {tokenizer.convert_ids_to_tokens(self.end)!r} "
+                    f"{ends[odd]} times, and example 1 {ends[0]} times: {self.name!r} tells at it what a text is. Take "
+                    f"it out of the texts."
                 )
 
     def _check_token(self, tokenizer: Any, token: int, where: str) -> None:

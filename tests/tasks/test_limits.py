@@ -183,6 +183,19 @@ def test_the_seed_of_the_last_rank_has_to_be_one(
     assert plan_main([*arguments, "--ranks", "1", "2"]) == 0  # where it is refused for one of them, it says so
 
 
+def test_texts_that_end_more_often_than_others_are_refused_where_the_end_is_looked_at() -> None:
+    config = AutoConfig.for_model(
+        "t5", d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2, vocab_size=40, eos_token_id=3, num_labels=2
+    )
+    config.decoder_start_token_id = 0
+    model = AutoModelForSequenceClassification.from_config(config)
+    limits, rows = Limits.of(model, "t5"), [[7, 8, 3], [7, 3, 3]]
+    with pytest.raises(ValueError, match="same number of <eos>"):  # transformers' own, in the middle of training
+        model(input_ids=torch.tensor(rows))
+    with pytest.raises(AFLoRAError, match="Example 2 of it has the token '</s>' 2 times, and example 1 1 times"):
+        limits.check_tokens(make_small_tokenizer(), datasets.Dataset.from_dict({"input_ids": rows}), "it")
+
+
 @pytest.mark.distributed
 def test_two_ranks_refuse_it_before_the_directory_is_claimed(tmp_path: Path, train: Path) -> None:
     model = make_small_language_model(tmp_path / "model")

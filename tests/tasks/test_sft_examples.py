@@ -291,6 +291,8 @@ def test_answers_are_compared_by_their_last_number() -> None:
 
 def test_what_is_shown_is_what_was_asked_last() -> None:
     assert question({"messages": CHAT}) == "and books ?"
+    parts = [{"type": "text", "text": "and "}, {"type": "image"}, {"type": "text", "text": "books ?"}]
+    assert question({"messages": [{"role": "user", "content": parts}]}) == "and books ?"
     assert question({"instruction": "how many", "input": "apples ?"}) == "how many\n\napples ?"
 
 

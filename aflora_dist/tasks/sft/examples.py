@@ -175,8 +175,9 @@ def turns(row: Mapping[str, Any], system: str | None) -> list[Turn]:
 
 def question(row: Mapping[str, Any]) -> str:
     """What somebody other than the assistant says last."""
-    said = [str(turn.get("content")) for turn in turns(row, None) if turn["role"] != "assistant"]
-    return said[-1] if said else ""
+    said = [turn.get("content") for turn in turns(row, None) if turn["role"] != "assistant"]
+    parts = said[-1] if said and isinstance(said[-1], list) else said[-1:]
+    return "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in parts)
 
 
 def _spoken(value: Any, role: str, column: str) -> list[Turn]:
