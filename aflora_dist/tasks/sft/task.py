@@ -23,7 +23,7 @@ from ..sampler import EvaluationSampler, GlobalBatchSampler
 from ..tokens import made_once
 from .answers import answer, last_number
 from .batching import Collator, PromptCollator
-from .encode import SAID, Encoder, Note
+from .encode import SAID, Encoder
 from .examples import load_examples, question
 from .loss import ChunkedCrossEntropy, unadapted
 from .rehearsal import beginnings, check_kind, check_no_future, check_own_loss
@@ -108,7 +108,7 @@ class LanguageModelling:
             said.append(f"{len(tokens) - len(carrying):,} left out: no token of theirs carries loss")
             tokens = tokens.select(carrying)
         notes = tokens["notes"][:]
-        said += [f"{number:,} {what}" for note, what in SAID.items() if (number := sum(note in Note(n) for n in notes))]
+        said += [f"{number:,} {what}" for note, what in SAID.items() if (number := sum(bool(n & note) for n in notes))]
         self.end = encode.end_of_turn()
         end = None if "text" in dataset.column_names or not carrying else self.end.token
         if end is not None and not any(end in labels for labels in tokens["labels"]):
