@@ -16,7 +16,16 @@ from ..tasks.data import unknown_task
 from ..tasks.glue import TASKS
 from ..tasks.model import check_weights, outline_base, outline_language_model
 from ..training.config import Config
-from ..training.loop import check_batch, check_length, check_ranks, create_task, create_windows, hold, warm_up
+from ..training.loop import (
+    check_batch,
+    check_length,
+    check_ranks,
+    check_seed,
+    create_task,
+    create_windows,
+    hold,
+    warm_up,
+)
 from .events import Elements, Freezes
 from .launches import Launch
 from .memory import micro_batch_tokens
@@ -38,6 +47,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     able = _Able(launches)
     able.check(lambda launch: check_batch(config, launch.num_processes))
     able.check(lambda launch: check_ranks(config, launch.num_processes))
+    able.check(lambda launch: check_seed(config, launch.num_processes))
     able.check(lambda launch: check_weights(config.model, launch))
     task = create_task(config) if examples is None else None
     assumptions: list[str] = []

@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding
 from ..errors import AFLoRAError
 from ..training.config import Config
 from .data import Data
+from .limits import Limits
 from .sampler import EvaluationSampler, GlobalBatchSampler, padded
 from .tokens import tokenized
 
@@ -24,23 +25,27 @@ _PAD_TO_MULTIPLE = {"cpu": 1, "gpu": 8}  # for tensor cores
 
 
 def create_loaders(
-    config: Config, data: Data, tokenizer: Any, accelerator: Accelerator
+    config: Config, data: Data, tokenizer: Any, limits: Limits, accelerator: Accelerator
 ) -> tuple[GlobalBatchSampler, DataLoader[Batch], dict[str, DataLoader[Batch]]]:
     """This rank's training batches (one micro-batch each), and its share of each evaluation split. A collective.
 
     Raises:
-        AFLoRAError: On every rank: there is less than one batch of training examples, or a rank failed.
+        AFLoRAError: On every rank: there is less than one batch of training examples, a token of which the model knows
+            nothing, or a rank failed.
     """
-    place = Place(accelerator)
+    place = Place(accelerator, limits.positions, config.data.max_length)
     if config.data.pad_to_max_length:
         place.multiple = config.data.max_length
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=place.multiple)
     enough(config, len(data.train))  # before time is spent
+    limits.check_padding(tokenizer)
     train_set = tokenized(data.train, tokenizer, config.data.max_length, "the training split")
+    limits.check_tokens(tokenizer, train_set, "the training split")
     sampler = create_sampler(config, lengths(train_set, place.multiple), place, sizes=lengths(train_set, 1))
     evaluation = {}
     for split, dataset in data.evaluation.items():
         tokens = tokenized(dataset, tokenizer, config.data.max_length, f"the {split} split")
+        limits.check_tokens(tokenizer, tokens, f"the {split} split")
         order = EvaluationSampler(
             lengths(tokens, place.multiple), config.train.eval_batch_size, rank=place.rank, world_size=place.world_size
         )
@@ -49,13 +54,20 @@ def create_loaders(
 
 
 class Place:
-    """Which rank this is, and what batches must look like there."""
+    """Which rank this is, and what batches must look like there.
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    Args:
+        positions: Tokens that the model takes at a time, if that is limited.
+        max_length: Tokens after which examples are cut.
+    """
+
+    def __init__(self, accelerator: Accelerator, positions: int | None = None, max_length: int = 0) -> None:
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.on_gpu = accelerator.device.type == "cuda"
         kind = "gpu" if self.on_gpu else "cpu"
         self.multiple = _PAD_TO_MULTIPLE[kind]
+        if positions is not None and padded(max_length, self.multiple) > positions:
+            self.multiple = 1
         self.tokens = _TOKENS_PER_MICRO_BATCH[kind]
 
 
@@ -75,6 +87,7 @@ def create_sampler(config: Config, lengths: Sequence[int], place: Place, **optio
         config.train.batch_size,
         micro_batches=config.train.accumulation,
         tokens=config.data.tokens_per_micro_batch or place.tokens,
+        epochs=config.train.epochs,
         seed=config.train.seed,
         rank=place.rank,
         world_size=place.world_size,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..errors import AFLoRAError
 from ..training.config import Config
 from .base import Evaluation
-from .batches import Batch, create_loaders
+from .batches import Batch, create_loaders, move
 from .data import digest, load_data
 from .evaluation import evaluate, measured
+from .limits import Limits
 from .model import check_weights, load_base, load_tokenizer, outline_base
 from .sampler import GlobalBatchSampler
 
@@ -29,11 +33,12 @@ class Classification:
         self.data = load_data(self.config.data, self.config.train.seed)
         self.train_examples = len(self.data.train)
         check_weights(self.config.model, accelerator)
-        if not weights:
+        if weights:
+            model, self.tokenizer, head = load_base(self.config.model, self.data.labels, accelerator)
+        else:
             model, head = outline_base(self.config.model, self.data.labels)
             self.tokenizer = load_tokenizer(self.config.model)
-            return model, head
-        model, self.tokenizer, head = load_base(self.config.model, self.data.labels, accelerator)
+        self.limits = Limits.of(model, self.config.model.name)
         return model, head
 
     def metrics(self) -> list[str]:
@@ -43,11 +48,30 @@ class Classification:
         return digest(self.data)
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
-        sampler, batches, self.evaluation = create_loaders(self.config, self.data, self.tokenizer, accelerator)
+        sampler, batches, self.evaluation = create_loaders(
+            self.config, self.data, self.tokenizer, self.limits, accelerator
+        )
+        collate: Any = batches.collate_fn
+        self.sample = collate([batches.dataset[i] for i in range(min(2, self.train_examples))])
         return sampler, batches
 
+    @torch.no_grad()
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
-        return
+        model.eval()
+        batch = move(self.sample, accelerator.device)
+        found = model(**batch)
+        logits, labels = found.logits.float(), batch["labels"]
+        ours = (
+            F.mse_loss(logits.squeeze(-1), labels.float())
+            if self.data.labels is None
+            else F.cross_entropy(logits, labels)
+        )
+        if not torch.allclose(found.loss.float(), ours, rtol=3e-2, atol=1e-3):
+            raise AFLoRAError(
+                f"{type(accelerator.unwrap_model(model)).__name__} computes a loss of {found.loss.item():.4f} for "
+                f"examples whose mean is {ours.item():.4f}: it adds a term, or weighs them otherwise, and would not be "
+                f"trained as it is meant to be. Switch that off in its config.json, or use another model."
+            )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         loss: Tensor = model(**batch).loss

@@ -7,6 +7,7 @@ and "label", checked.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import math
@@ -40,6 +41,7 @@ class Data:
         evaluation: Split name -> dataset, as `train`.
         labels: Class names by number; None for regression.
         metrics: Names of the metrics to report.
+        positive: Of two classes the one whose F1 is measured.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Data:
     evaluation: dict[str, datasets.Dataset]
     labels: list[str] | None
     metrics: tuple[str, ...]
+    positive: int = 1
 
 
 def digest(data: Data) -> str:
@@ -89,7 +92,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
         split: dataset.select(range(min(config.max_eval_examples or len(dataset), len(dataset))))
         for split, dataset in data.evaluation.items()
     }
-    return Data(data.name, train, evaluation, data.labels, data.metrics)
+    return dataclasses.replace(data, train=train, evaluation=evaluation)
 
 
 def unknown_task(name: str) -> AFLoRAError:
@@ -207,6 +210,7 @@ def _files(config: DataConfig) -> Data:
         tables[split] = read_table(name, wanted)
         _check_texts(tables[split], config)
     names, labels = encode_labels(tables, config.label_column, config.regression)
+    positive = _positive(config, names)
     if PartialState().is_main_process:
         print(*dict.fromkeys(_told(tables, config, names, labels["train"])), sep="\n", flush=True)
     splits = {}
@@ -214,7 +218,22 @@ def _files(config: DataConfig) -> Data:
         rows = table.rows.remove_columns(config.label_column).add_column(config.label_column, labels[split])
         splits[split] = _standard(rows, tuple(config.text_columns), config.label_column)
     metrics = ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
-    return Data("files", splits["train"], {"validation": splits["validation"]}, names, metrics)
+    return Data("files", splits["train"], {"validation": splits["validation"]}, names, metrics, positive)
+
+
+def _positive(config: DataConfig, names: list[str] | None) -> int:
+    """The class whose F1 is measured."""
+    if config.positive_label is None:
+        return 1
+    if names is None or len(names) != 2:
+        found = "numbers to regress to" if names is None else f"{len(names)} classes"
+        raise AFLoRAError(
+            f"data.positive_label={config.positive_label} chooses one of two classes, and column "
+            f"{config.label_column!r} holds {found}. Leave it out."
+        )
+    if config.positive_label not in names:
+        raise AFLoRAError(f"data.positive_label={config.positive_label} is none of the classes {listed(names)}.")
+    return names.index(config.positive_label)
 
 
 def _told(tables: dict[str, Table], config: DataConfig, names: list[str] | None, labels: list[Any]) -> Iterator[str]:
@@ -229,6 +248,8 @@ def _told(tables: dict[str, Table], config: DataConfig, names: list[str] | None,
         without = [name for number, name in enumerate(names) if number not in found]
         none_of = f"; it has no example of {listed(without)}" if without else ""
         yield f"{column} {len(names):,} classes for {len(labels):,} examples: {listed(names)}{none_of}."
+        if len(names) == 2:
+            yield f"F1 is that of the class {listed([names[_positive(config, names)]])} (data.positive_label)."
     for table in tables.values():
         for name in config.text_columns:
             empty = pc.equal(pc.utf8_trim_whitespace(table.rows.data.column(name)), "")

@@ -47,6 +47,6 @@ def evaluate(
     for split, batches in splits.items():
         labels = np.asarray(data.evaluation[split]["label"][:], dtype=np.float64)
         predictions = predict(model, batches, len(labels), data.labels is None, accelerator)
-        values = compute(data.metrics, labels, predictions.double().cpu().numpy())
+        values = compute(data.metrics, labels, predictions.double().cpu().numpy(), data.positive)
         metrics.update({f"{name}{split.removeprefix('validation')}": value for name, value in values.items()})
     return metrics

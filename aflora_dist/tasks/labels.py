@@ -126,8 +126,9 @@ def _column(table: Table, column: str) -> _Column:
     if pa.types.is_floating(kind):
         return _Column(table, column, "numbers", values)
     row = next((row for row, value in enumerate(values) if isinstance(value, list | dict)), 0)
+    said = "a list" if isinstance(values[row], list) else "an object" if isinstance(values[row], dict) else kind
     raise AFLoRAError(
-        f"{table.where(row)}, column {column!r}: {shown(str(values[row]))} ({kind}) is no label. Write labels as "
+        f"{table.where(row)}, column {column!r}: {shown(str(values[row]))} ({said}) is no label. Write labels as "
         f"text, or as whole numbers or floats."
     )
 

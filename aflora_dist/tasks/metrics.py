@@ -11,11 +11,13 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Array = NDArray[np.float64]
 
-METRICS: dict[str, Callable[[Array, Array], float]] = {
-    "accuracy": lambda labels, predictions: accuracy_score(labels, predictions),
-    "f1": lambda labels, predictions: f1_score(labels, predictions, zero_division=0.0),
-    "matthews_correlation": lambda labels, predictions: matthews_corrcoef(labels, predictions),
-    "pearson": lambda labels, predictions: _pearson(labels, predictions),
+METRICS: dict[str, Callable[[Array, Array, int], float]] = {
+    "accuracy": lambda labels, predictions, _: accuracy_score(labels, predictions),
+    "f1": lambda labels, predictions, positive: f1_score(
+        labels == positive, predictions == positive, zero_division=0.0
+    ),
+    "matthews_correlation": lambda labels, predictions, _: matthews_corrcoef(labels, predictions),
+    "pearson": lambda labels, predictions, _: _pearson(labels, predictions),
 }
 
 
@@ -26,6 +28,6 @@ def _pearson(labels: Array, predictions: Array) -> float:
     return pearsonr(labels, predictions).statistic
 
 
-def compute(names: Sequence[str], labels: Array, predictions: Array) -> dict[str, float]:
-    """The named metrics of predictions (class numbers or values), both (examples,)."""
-    return {name: float(METRICS[name](labels, predictions)) for name in names}
+def compute(names: Sequence[str], labels: Array, predictions: Array, positive: int = 1) -> dict[str, float]:
+    """The named metrics of predictions (class numbers or values), both (examples,); F1 is that of class `positive`."""
+    return {name: float(METRICS[name](labels, predictions, positive)) for name in names}

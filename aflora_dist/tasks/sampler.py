@@ -13,9 +13,10 @@ weights to the model's loss, of which a regression's knows none. So it is not us
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -58,7 +59,7 @@ def _starts(widths: Sequence[int], size: int) -> list[int]:
     starts, at = [], 0
     while at < len(widths):
         starts.append(at)
-        at += max(size // widths[at], 1)
+        at += max(size // max(widths[at], 1), 1)
     return starts
 
 
@@ -99,6 +100,50 @@ def _order(seed: int, epoch: int, examples: int) -> list[int]:
     return torch.randperm(examples, generator=generator).tolist()
 
 
+@functools.lru_cache(maxsize=16)  # of a plan's launches
+def _needed(lengths: bytes, batch_size: int, seed: int, epochs: int, tokens: int, ranks: int, packed: bool) -> int:
+    """Micro-batches of a rank that it takes for none to have more tokens than that, or than its update's longest.
+
+    Args:
+        lengths: int64, (examples,).
+    """
+    examples = np.frombuffer(lengths, dtype=np.int64)
+    whole = len(examples) // batch_size * batch_size
+    needed = 1
+    for epoch in range(epochs if whole else 0):
+        drawn = np.asarray(_order(seed, epoch, len(examples))[:whole]).reshape(-1, batch_size)
+        widths = -np.sort(-examples[drawn], axis=1)
+        if packed:
+            while needed * ranks < batch_size and np.any(_fullest(widths, needed * ranks) > _room(widths, tokens)):
+                needed += 1
+        else:
+            needed = max(needed, -(-_cuts(widths, tokens) // ranks))
+    return needed
+
+
+def _room(widths: Any, tokens: int) -> Any:
+    return np.maximum(widths[:, 0], tokens)
+
+
+def _cuts(widths: Any, tokens: int) -> int:
+    """The most pieces that `_starts` makes of an update, (updates, examples)."""
+    at, pieces = np.zeros(len(widths), dtype=np.int64), 0
+    while (at < widths.shape[1]).any():
+        next_width = np.take_along_axis(widths, np.minimum(at, widths.shape[1] - 1)[:, None], axis=1)[:, 0]
+        at += np.maximum(tokens // np.maximum(next_width, 1), 1)
+        pieces += 1
+    return pieces
+
+
+def _fullest(widths: Any, pieces: int) -> Any:
+    """Tokens of the largest piece that `spread` makes of each update, (updates,)."""
+    totals = np.zeros((len(widths), pieces), dtype=np.int64)
+    rows = np.arange(len(widths))
+    for width in widths.T:
+        totals[rows, totals.argmin(axis=1)] += width
+    return totals.max(axis=1)
+
+
 class GlobalBatchSampler(Sampler[list[int]]):
     """This rank's micro-batches, update after update. The last, incomplete batch of an epoch is left out.
 
@@ -106,8 +151,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
         lengths: Tokens of each example of the training split, rounded up as a batch is.
         batch_size: Examples per update, over all ranks and micro-batches.
         micro_batches: Per update, on each rank, at least.
-        tokens: About how many tokens a micro-batch may have, padding included: there are as many micro-batches as an
-            average update needs for that, the same number in every update, as ZeRO wants it.
+        tokens: How many tokens a micro-batch may have, padding included, or as many as the longest example of its
+            update has: there are as many micro-batches as the update needs that needs most, the same number in every
+            update, as ZeRO wants it.
+        epochs: How many there will be.
         counts: What each example's loss is a sum over: its loss-carrying tokens; 1 if not given.
         packed: See `deal`.
         sizes: Tokens of each example, without padding; `lengths` if not given.
@@ -123,6 +170,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         *,
         micro_batches: int = 1,
         tokens: int | None = None,
+        epochs: int = 1,
         counts: Sequence[int] | None = None,
         packed: bool = False,
         sizes: Sequence[int] | None = None,
@@ -139,8 +187,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.start = 0
         needed = 1
         if tokens is not None:
-            mean = sum(lengths) / max(len(lengths), 1)
-            needed = math.ceil(mean * batch_size / (tokens * world_size))
+            orders = np.asarray(lengths, dtype=np.int64).tobytes(), batch_size, seed, epochs
+            needed = _needed(*orders, tokens, world_size, packed)
         self.micro_batches = max(micro_batches, min(needed, batch_size // world_size))
 
     @property

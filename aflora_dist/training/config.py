@@ -126,10 +126,13 @@ class DataConfig:
         label_column: For "files": class names, class numbers, or a float to regress to.
         regression: For "files": whether labels are numbers to regress to. By default floats are, 1.0 as well as 0.5;
             false makes them classes.
+        positive_label: For "files" with two classes: the one whose F1 is measured; the second by number or alphabet if
+            not given.
         max_length: Tokens after which texts are cut.
         pad_to_max_length: Pad every text to max_length, as the authors' scripts do: slower, and the same numbers.
-        tokens_per_micro_batch: About how many tokens, padding included, go through the model at once on each
-            rank; an update's batch is sorted by length and cut to that. By default 256 on a CPU and 16,384 on a GPU.
+        tokens_per_micro_batch: How many tokens, padding included, go at most through the model at once on each rank
+            (or as many as the longest example has); an update's batch is sorted by length and cut to that. By default
+            256 on a CPU and 16,384 on a GPU.
         max_train_examples: Use only that many training examples (drawn with the seed).
         max_eval_examples: Use only that many of each evaluation split.
         loss_on: For "sft": the loss is that of completions (in chats of all the assistant's turns) or of all tokens.
@@ -148,6 +151,7 @@ class DataConfig:
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
     regression: bool | None = None
+    positive_label: str | None = None
     max_length: int = 256
     pad_to_max_length: bool = False
     tokens_per_micro_batch: int | None = None
@@ -550,6 +554,8 @@ def _check(config: Config) -> None:
         raise AFLoRAError(f"data.train_file and data.validation_file need data.task=files or sft, not {data.task}.")
     if data.regression is not None and data.task != "files":
         raise AFLoRAError(f"data.regression is for data.task=files: what {data.task} learns is known.")
+    if data.positive_label is not None and data.task != "files":
+        raise AFLoRAError(f"data.positive_label is for data.task=files: {data.task} has its own, or none.")
     if data.task == "sft":
         for group, option in (("model", "train_new"), ("data", "pad_to_max_length")):
             if getattr(getattr(config, group), option):

@@ -32,6 +32,7 @@ from ..store.rundir import RunDirectory
 from ..tasks.base import Task
 from ..tasks.batches import Batch, move
 from ..tasks.classification import Classification
+from ..tasks.limits import Limits
 from ..tasks.model import fetch
 from ..tasks.sft import LanguageModelling
 from ..watch.log import TrainingLog
@@ -187,6 +188,7 @@ def create_accelerator(config: Config) -> Accelerator:
     processes = launched_processes()
     check_batch(config, processes)
     check_ranks(config, processes)
+    check_seed(config, processes)
     deepspeed_file.check(config, processes)
     compile_lock.check(deepspeed_file.compiled_ops())
     accelerator = launched_accelerator(step_scheduler_with_optimizer=False)
@@ -233,18 +235,16 @@ def shard_by_block(accelerator: Accelerator, model: Any) -> None:
     plugin.transformer_cls_names_to_wrap = [n for n in getattr(model, "_no_split_modules", None) or () if n in there]
 
 
-def check_length(config: Config, model: nn.Module) -> None:
-    """Raise if texts may be longer than the model has positions.
+def check_length(config: Config, model: Any) -> None:
+    Limits.of(model, config.model.name).check_length("data.max_length", config.data.max_length)
 
-    RoBERTa and its kin count positions from behind the padding's: of 514, 512 are for tokens.
-    """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            longest = module.num_embeddings - module.padding_idx - 1
-    if longest is not None and config.data.max_length > longest:
+
+def check_seed(config: Config, processes: int) -> None:
+    """Raise if a rank's seed, which is train.seed and its number, is one that NumPy does not take."""
+    if config.train.seed + processes > 2**32:
         raise AFLoRAError(
-            f"data.max_length={config.data.max_length} is more than the {longest} positions of {config.model.name!r}."
+            f"train.seed={config.train.seed} is too large for {processes} processes, whose last one's would be "
+            f"{config.train.seed + processes - 1}: NumPy's are below 2^32."
         )
 
 

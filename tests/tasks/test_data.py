@@ -222,6 +222,9 @@ def test_metrics_against_closed_formulas() -> None:
     mcc = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
     values = compute(["accuracy", "f1", "matthews_correlation"], labels, predictions)
     assert values == pytest.approx({"accuracy": 4 / 6, "f1": 2 * tp / (2 * tp + fp + fn), "matthews_correlation": mcc})
+    tp, fp, fn = 1, 1, 1  # of the other class
+    assert compute(["f1"], labels, predictions, 0)["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert compute(["f1"], np.ones(3), np.ones(3), 0) == {"f1": 0.0}
     x, y = np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 3.0])
     assert compute(["pearson"], x, y)["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert compute(["pearson"], x, np.ones(3)) == {"pearson": 0.0}

@@ -102,13 +102,34 @@ def test_packed_examples_are_spread_evenly(pieces: int) -> None:
         assert max(sizes) - min(sizes) <= max(lengths)
 
 
-def test_the_micro_batches_keep_to_about_so_many_tokens() -> None:
-    (sampler,) = samplers(1, tokens=300)
-    sizes = [len(piece) * max(LENGTHS[i] for i in piece) for piece in sampler]
-    assert sum(sizes) / len(sizes) <= 300
-    assert max(sizes) < 1.5 * 300
-    (tiny,) = samplers(1, tokens=1)
-    assert tiny.micro_batches == 24  # an example each
+LONG_TAILED = [*random_lengths(5, 400), 4096, 1500, 900, *([700] * 9)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("lengths", "tokens"), [(LENGTHS, 300), (LENGTHS, 40), (LONG_TAILED, 1000)])
+def test_no_micro_batch_has_more_tokens_than_allowed_or_than_the_longest_example(
+    lengths: list[int], tokens: int, world_size: int, packed: bool
+) -> None:
+    for rank in range(world_size):
+        sampler = GlobalBatchSampler(
+            lengths, 24, rank=rank, world_size=world_size, seed=3, tokens=tokens, packed=packed, epochs=3
+        )
+        assert sampler.micro_batches < 24 // world_size or tokens < 120
+        for epoch in range(3):
+            sampler.epoch = epoch
+            for place, piece in enumerate(sampler):
+                held = [lengths[i] for i in piece]
+                size = sum(held) if packed else max(held) * len(held)
+                longest = max(lengths[i] for i in sampler._drawn(place // sampler.micro_batches))
+                assert size <= max(tokens, longest)
+
+
+def test_one_long_example_among_short_ones_is_a_micro_batch_of_its_own() -> None:
+    sampler = GlobalBatchSampler([4096, *[30] * 63], 64, rank=0, world_size=1, seed=0, tokens=16_384)
+    assert sorted(map(len, sampler)) == [1, 63]
+    even = GlobalBatchSampler([256] * 64, 64, rank=0, world_size=1, seed=0, tokens=16_384)
+    assert even.micro_batches == 1  # nothing is cut without need
 
 
 def waste(lengths: list[int], world_size: int) -> tuple[float, float]:

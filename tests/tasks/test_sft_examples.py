@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from aflora_dist import AFLoRAError
 from aflora_dist.tasks.sft.answers import Answer, last_number
 from aflora_dist.tasks.sft.batching import IGNORED
-from aflora_dist.tasks.sft.encode import PLAIN_TEMPLATE, Encoder
+from aflora_dist.tasks.sft.encode import Encoder
 from aflora_dist.tasks.sft.examples import load_examples, question, turns
 from aflora_dist.tasks.sft.problems import word_problems
 from aflora_dist.tasks.sft.task import LanguageModelling
+from aflora_dist.tasks.sft.template import PLAIN_TEMPLATE
 from aflora_dist.training.config import Config, DataConfig, ModelConfig, TrainConfig, parse
 from tests.small_lm import make_small_language_model, make_small_tokenizer
 
@@ -275,6 +276,31 @@ def test_what_is_cut_and_what_is_left_out_is_said(tmp_path: Path, capsys: pytest
     assert all((batch["targets"] >= 0).all() for batch in batches)
 
 
+def test_what_may_not_be_meant_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A template whose marks leave the end of the turn out, and a special token in what a user wrote."""
+    ends_outside = (
+        "{% for m in messages %}{{ '# ' + m.role + ' : ' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '</s>' }}{% endfor %}"
+    )
+    model = make_small_language_model(tmp_path / "model")
+    make_small_tokenizer(ends_outside).save_pretrained(model)
+    rows = [{"prompt": "how many ?", "completion": "Ada"}] * 3 + [{"prompt": "how </s> many ?", "completion": "Ada"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = str(tmp_path / "train.jsonl")
+    config = Config(
+        model=ModelConfig(name=str(model)),
+        data=DataConfig(task="sft", train_file=path, validation_file=path, max_length=64),
+        train=TrainConfig(batch_size=4),
+    )
+    task, accelerator = LanguageModelling(config), Accelerator(cpu=True)
+    task.load(accelerator)
+    task.batches(accelerator)
+    assert (
+        "Of 4 examples of the training split: 1 in whose messages special tokens are written, which are taken for "
+        "such; in none '</s>', the end of a turn, carries loss."
+    ) in capsys.readouterr().out
+
+
 def test_answers_are_compared_by_their_last_number() -> None:
     assert [last_number(text) for text in ("3 * 4 = 12.", "$1,012.50 in all.", "no", 7.0, "-3")] == [
         12,
@@ -290,6 +316,8 @@ def test_answers_are_compared_by_their_last_number() -> None:
 
 def test_what_is_shown_is_what_was_asked_last() -> None:
     assert question({"messages": CHAT}) == "and books ?"
+    parts = [{"type": "text", "text": "and "}, {"type": "image"}, {"type": "text", "text": "books ?"}]
+    assert question({"messages": [{"role": "user", "content": parts}]}) == "and books ?"
     assert question({"instruction": "how many", "input": "apples ?"}) == "how many\n\napples ?"
 
 

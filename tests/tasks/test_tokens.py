@@ -20,6 +20,7 @@ from aflora_dist import AFLoRAError
 from aflora_dist.tasks import tokens
 from aflora_dist.tasks.batches import create_loaders, lengths, loader
 from aflora_dist.tasks.data import Data
+from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.sampler import GlobalBatchSampler
 from aflora_dist.tasks.tokens import tokenized
 from aflora_dist.training.config import Config
@@ -280,9 +281,8 @@ def test_batches_prepared_beside_the_training_are_the_same(tiny_model: Path) -> 
 
 def test_a_cpu_prepares_its_batches_itself(tiny_model: Path) -> None:
     whole = Data("reviews", data(), {"validation": data(20)}, ["bad", "good"], ("accuracy",))
-    _, batches, evaluation = create_loaders(
-        Config(), whole, AutoTokenizer.from_pretrained(tiny_model), Accelerator(cpu=True)
-    )
+    tokenizer, limits = AutoTokenizer.from_pretrained(tiny_model), Limits("tiny", 512, 19, 2)
+    _, batches, evaluation = create_loaders(Config(), whole, tokenizer, limits, Accelerator(cpu=True))
     assert [(each.num_workers, each.pin_memory) for each in (batches, evaluation["validation"])] == [(0, False)] * 2
 
 

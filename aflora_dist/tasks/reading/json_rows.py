@@ -7,20 +7,18 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 
 from ... import nested
 from ...errors import AFLoRAError
 from .found import Found
+from .json_values import as_text
 from .lines import shown, text_lines
 
 _BLANK = " \t\r\n"
 _WANTED = "Wanted is an object in each line, or one list of objects (pandas: to_json(orient='records'))."
 _SCALARS = {str: "text", bool: "true or false", int: "a number", float: "a number"}
 _TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
-_PIECE = 10_000  # rows that are held as Python values at once
-_ANY = pa.json_(pa.string())
 
 
 class _Nested(str):
@@ -28,10 +26,9 @@ class _Nested(str):
 
 
 def read_json(path: Path, wanted: Collection[str]) -> Found:
-    """Columns of text, whole numbers, floats, booleans, lists and structs, or of any JSON values.
+    """Columns of text, whole numbers, floats, booleans, or of any JSON values, where lists or objects are among them.
 
-    The last is where the lists and objects of a column differ in type. What a row lacks is null; whole numbers among
-    floats are floats.
+    What a row lacks is null; whole numbers among floats are floats, but not within lists and objects.
 
     Raises:
         AFLoRAError: No JSON; a key that an object has twice; a value of another kind than those of other rows. With
@@ -160,7 +157,7 @@ def _array(path: Path, name: str, lines: list[int], values: list[Any]) -> pa.Arr
             kinds.setdefault(type(value), index)
     if _Nested in kinds:
         texts = [v if v is None or isinstance(v, _Nested) else json.dumps(v, ensure_ascii=False) for v in values]
-        return _nested(path, name, lines, texts)
+        return as_text(_converted(path, name, lines, texts, pa.string()))
     (first, *others) = sorted(kinds, key=kinds.__getitem__) or [str]
     for other in others:
         if _SCALARS[other] != _SCALARS[first]:
@@ -170,25 +167,6 @@ def _array(path: Path, name: str, lines: list[int], values: list[Any]) -> pa.Arr
                 f"column holds values of one kind."
             )
     return _converted(path, name, lines, values, _TYPES[float if float in kinds else first])
-
-
-def _nested(path: Path, name: str, lines: list[int], texts: list[str | None]) -> pa.ChunkedArray:
-    """Lists and structs, where rows agree in type; else JSON text, of which the library datasets makes the values."""
-    try:
-        pieces = [
-            pa.table({name: pa.array([None if text is None else json.loads(text) for text in texts[at : at + _PIECE]])})
-            for at in range(0, len(texts), _PIECE)
-        ]
-        return pa.concat_tables(pieces, promote_options="permissive").column(name)
-    except (ValueError, TypeError, OverflowError):
-        stored = _converted(path, name, lines, texts, pa.string())
-    for line, text in zip(lines, texts, strict=True):
-        try:
-            datasets.Json().decode_example(text)
-        except ValueError:
-            raise AFLoRAError(f"{path}, line {line}, column {name!r}: a number of more than 64 bits.") from None
-    chunks = stored.chunks if isinstance(stored, pa.ChunkedArray) else [stored]
-    return pa.chunked_array([pa.ExtensionArray.from_storage(_ANY, chunk) for chunk in chunks], _ANY)
 
 
 def _converted(path: Path, name: str, lines: list[int], values: list[Any], kind: pa.DataType) -> Any:

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 
 from ...errors import AFLoRAError
 from .found import Found
+from .json_values import is_nested, told_apart
 
 
 def read_parquet(path: Path, wanted: Collection[str]) -> Found:
-    """Columns of the file's types; categories are what they stand for.
+    """Columns of the file's types; categories are what they stand for, lists and structs any JSON values.
 
     Raises:
         AFLoRAError: It is no parquet file, or a broken one.
@@ -44,6 +45,8 @@ def _plain(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_string_view(kind):
         return column.cast(pa.string())
     try:
+        if is_nested(kind):
+            return told_apart(column)
         datasets.Dataset(datasets.table.InMemoryTable(pa.table({name: column.slice(0, 1)})))[:]
     except Exception as error:
         raise AFLoRAError(

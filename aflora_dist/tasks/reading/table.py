@@ -22,6 +22,7 @@ from ..tokens import cache_folder
 from .delimited import read_csv, read_tsv
 from .found import Found
 from .json_rows import read_json
+from .json_values import exact
 from .lines import listed
 from .parquet import read_parquet
 
@@ -32,7 +33,7 @@ _READERS: dict[str, Callable[[Path, Collection[str]], Found]] = {
     ".jsonl": read_json,
     ".parquet": read_parquet,
 }
-_VERSION = 2  # of what the readers make of a file: raise it when that changes
+_VERSION = 3  # of what the readers make of a file: raise it when that changes
 # What was downloaded in place of a file.
 _STANDS_FOR = {
     b"version https://git-lfs.github.com/": "only Git LFS's pointer to the file. Get the file: git lfs pull",
@@ -169,7 +170,7 @@ def _kept(path: Path, wanted: Collection[str]) -> Table:
     return Table(
         name=str(path),
         columns=json.loads(metadata[b"columns"]),
-        rows=rows.remove_columns(_LINE),
+        rows=exact(rows).remove_columns(_LINE),
         untyped=path.suffix.lower() in (".csv", ".tsv"),
         lines=rows.data.column(_LINE).to_numpy(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
 from ..batches import Batch, move
+from .encode import End
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _SHOWN = 3
@@ -53,9 +55,10 @@ def answer(
     answers: Sequence[Any],
     tokenizer: Any,
     max_new_tokens: int,
+    end: End,
     accelerator: Accelerator,
 ) -> tuple[float, str]:
-    """Have every prompt answered greedily. A collective.
+    """Have every prompt answered greedily, up to the end of the turn. A collective.
 
     Every rank has as many batches, and generates for as long as any other does, for sharded engines compute together.
 
@@ -72,6 +75,8 @@ def answer(
     if "generate" not in vars(generator):
         register_fsdp_forward_method(generator, "generate")  # a no-op on other engines
     order: Any = batches.batch_sampler
+    known = generator.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, end.token, *(known if isinstance(known, list) else [known])} - {None}
     given = []
     for mine, batch in zip(order.shares(), batches, strict=True):
         prompts = move(batch, accelerator.device)
@@ -84,10 +89,13 @@ def answer(
                 top_p=None,
                 top_k=None,
                 pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(stops) or None,
                 synced_gpus=accelerator.num_processes > 1,
             )
         for place, row in zip(mine, tokens[:, batch["input_ids"].shape[1] :], strict=False):  # mine may be none
-            said = tokenizer.decode(row, skip_special_tokens=True).strip()
+            ids = list(itertools.takewhile(lambda token: token not in stops, row.tolist()))
+            said = tokenizer.decode(ids, skip_special_tokens=True)
+            said = (said.partition(end.text)[0] if end.text else said).strip()
             given.append(Answer(place, said, answers[place]))
     right = torch.tensor(float(sum(one.correct for one in given)), device=accelerator.device)
     share = accelerator.reduce(right, "sum").item() / len(answers)

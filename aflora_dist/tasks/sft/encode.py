@@ -1,35 +1,51 @@
-"""Conversations become tokens, and which of them carry loss.
-
-A chat template is the tokenizer's own, or a plain one. Where the template marks what the assistant says, transformers
-tells; elsewhere what an assistant's turn adds to the rendered text is looked up, and must come where it is expected.
-"""
+"""Conversations become tokens, and which of them carry loss."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntFlag
 from typing import Any
-
-from jinja2.exceptions import TemplateError
 
 from ...errors import AFLoRAError
 from ..tokens import Columns
 from .batching import IGNORED
 from .examples import Turn, turns
+from .offsets import check, with_whole_offsets, within
+from .template import Template, excerpt
 
-# What instruction-tuned models without a template of their own are commonly trained on.
-PLAIN_TEMPLATE = (
-    "{% if bos_token %}{{ bos_token }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' }}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n\\n' }}"
-    "{% else %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
-_MARKED = re.compile(r"\{%-?\s*generation\b")
-Marked = tuple[list[int], list[bool]]  # tokens, and which of them carry loss
+_VERSION = 2  # of what is made of an example: raise it when that changes
+
+
+class Note(IntFlag):
+    """What is worth saying of an example."""
+
+    JOINED = 1
+    WRITTEN = 2
+    TWICE = 4
+
+
+@dataclass(frozen=True)
+class End:
+    """What ends the assistant's turn.
+
+    Attributes:
+        token: One that stands for that, or for what comes next.
+        text: Where there is none, what is written between its last word and the user's next one; may be empty.
+    """
+
+    token: int | None
+    text: str
+
+
+Marked = tuple[list[int], list[bool], Note]  # tokens, which of them carry loss, and what is worth saying
+SAID = {
+    Note.JOINED: "in which the assistant's first word is one token with what stands before it, and is not learned "
+    "(does the generation prompt end in a blank?)",
+    Note.WRITTEN: "in whose messages special tokens are written, which are taken for such",
+    Note.TWICE: "that begin or end with a special token twice: in the text, and as the tokenizer adds it",
+}
 
 
 class Encoder:
@@ -51,17 +67,19 @@ class Encoder:
             raise AFLoRAError(
                 "Language models are trained with a fast tokenizer (a tokenizer.json), which this model does not have."
             )
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length = with_whole_offsets(tokenizer), max_length
         self.loss_on, self.system, self.name = loss_on, system, name
-        self.template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+        self.template = Template(tokenizer, name)
+        special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(special) or r"(?!)")
 
     @property
     def settings(self) -> list[Any]:
         """What the tokens depend on besides the examples and the tokenizer."""
-        return [self.max_length, self.loss_on, self.system, self.template]
+        return [_VERSION, self.max_length, self.loss_on, self.system, self.template.source]
 
     def __call__(self, examples: Columns) -> Columns:
-        """Columns input_ids and labels; count, the tokens that carry loss; cut, whether something was left out.
+        """Columns input_ids and labels; count, the tokens that carry loss; cut, whether something was left out; notes.
 
         Where there are answers, prompt_ids too: what is asked, up to where the assistant is to speak.
         """
@@ -71,8 +89,8 @@ class Encoder:
         else:
             chats = [self._turns(row) for row in rows]
             marked = self._chats(chats)
-        columns: Columns = {name: [] for name in ("input_ids", "labels", "count", "cut")}
-        for ids, carries in marked:
+        columns: Columns = {name: [] for name in ("input_ids", "labels", "count", "cut", "notes")}
+        for ids, carries, note in marked:
             kept = ids[: self.max_length]
             labels = [token if loss else IGNORED for token, loss in zip(kept, carries, strict=False)]
             labels[:1] = [IGNORED] * len(labels[:1])  # nothing before it to say it
@@ -80,8 +98,10 @@ class Encoder:
             columns["labels"].append(labels)
             columns["count"].append(sum(label != IGNORED for label in labels))
             columns["cut"].append(len(kept) < len(ids))
+            columns["notes"].append(int(note))
         if "answer" in examples:
-            columns["prompt_ids"] = self._tokens([self._render(_asked(chat), True) for chat in chats])["input_ids"]
+            asked = [self.template.render(self._asked(chat), True) for chat in chats]
+            columns["prompt_ids"] = self._tokens(asked)["input_ids"]
         return columns
 
     def _text(self, row: Mapping[str, Any]) -> str:
@@ -91,73 +111,61 @@ class Encoder:
 
     def _texts(self, texts: list[str]) -> list[Marked]:
         """Plain text with its end: it has no completion, so all of it carries loss."""
-        end = self.tokenizer.eos_token_id
+        end, special = self.tokenizer.eos_token_id, {*self.tokenizer.all_special_ids}
         found = []
         for ids in self.tokenizer(texts)["input_ids"]:
             ended = ids if end is None or ids[-1:] == [end] else [*ids, end]
-            found.append((ended, [True] * len(ended)))
+            twice = any(len(two) == 2 and two[0] == two[1] in special for two in (ended[:2], ended[-2:]))
+            found.append((ended, [True] * len(ended), Note.TWICE if twice else Note(0)))
         return found
 
     def _turns(self, row: Mapping[str, Any]) -> list[Turn]:
         try:
-            return turns(row, self.system)
+            return [self.template.fitted(turn) for turn in turns(row, self.system)]
         except ValueError as error:
-            raise AFLoRAError(f"{self.name}: {error}: {_shown(row)}") from None
+            raise AFLoRAError(f"{self.name}: {error}: {excerpt(row)}") from None
 
     def _chats(self, chats: list[list[Turn]]) -> list[Marked]:
-        if self.loss_on == "completions" and _MARKED.search(self.template):
-            return [self._told(chat) for chat in chats]
-        texts = [self._render(chat) for chat in chats]
-        spans = [
-            [(0, len(text))] if self.loss_on == "all" else self._spoken(chat, text)
-            for chat, text in zip(chats, texts, strict=True)
-        ]
-        tokens = self._tokens(texts, return_offsets_mapping=True)
-        return [
-            (ids, [any(a <= first < b for a, b in said) for first, _ in places])
-            for ids, places, said in zip(tokens["input_ids"], tokens["offset_mapping"], spans, strict=True)
-        ]
+        if self.loss_on == "all":
+            texts = [self.template.render(chat) for chat in chats]
+            return [
+                (ids, [True] * len(ids), self._written(chat))
+                for ids, chat in zip(self._tokens(texts)["input_ids"], chats, strict=True)
+            ]
+        told = [self.template.spoken(chat) for chat in chats]
+        tokens = self._tokens([text for text, _ in told], return_offsets_mapping=True)
+        found = []
+        for chat, (text, spoken), ids, places in zip(
+            chats, told, tokens["input_ids"], tokens["offset_mapping"], strict=True
+        ):
+            carries, joined = within(text, places, spoken)
+            check(self.tokenizer, text, ids, places, carries)
+            found.append((ids, carries, self._written(chat) | (Note.JOINED if joined else Note(0))))
+        return found
 
     def _tokens(self, texts: list[str], **options: Any) -> Any:
         return self.tokenizer(texts, add_special_tokens=False, **options)  # the template has written them
 
-    def _render(self, chat: Sequence[Turn], ask: bool = False) -> str:
-        return self._apply(chat, tokenize=False, add_generation_prompt=ask)
+    def _written(self, chat: Sequence[Turn]) -> Note:
+        contents = [turn.get("content") for turn in chat]
+        parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        found = any(isinstance(text, str) and self._special.search(text) for text in texts)
+        return Note.WRITTEN if found else Note(0)
 
-    def _told(self, chat: Sequence[Turn]) -> Marked:
-        found = self._apply(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return found["input_ids"], [bool(spoken) for spoken in found["assistant_masks"]]
+    def _asked(self, chat: Sequence[Turn]) -> Sequence[Turn]:
+        """A conversation up to where the assistant is to say its last."""
+        asked = chat[:-1] if chat[-1]["role"] == "assistant" else chat
+        if not asked:
+            raise AFLoRAError(f"{self.name}: an example has an answer, and nothing that is asked: {excerpt(chat)}")
+        return asked
 
-    def _apply(self, chat: Sequence[Turn], **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(list(chat), chat_template=self.template, **options)
-        except (TemplateError, TypeError, KeyError) as error:
-            raise AFLoRAError(
-                f"{self.name}: the chat template refuses an example ({str(error).splitlines()[0]}): {_shown(chat)}"
-            ) from None
-
-    def _spoken(self, chat: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """Where in the rendered text the assistant speaks: what each of its turns adds to all before it."""
-        spans = []
-        for i, turn in enumerate(chat):
-            if turn["role"] != "assistant":
-                continue
-            before, through = self._render(chat[:i], True), self._render(chat[: i + 1])
-            if not (text.startswith(through) and through.startswith(before)):
-                raise AFLoRAError(
-                    f"{self.name}: the tokenizer's chat template writes earlier turns anew when another is added, so "
-                    f"it does not tell what the assistant says. Use a template with {{% generation %}} markers, or "
-                    f"data.loss_on=all. The example: {_shown(chat)}"
-                )
-            spans.append((len(before), len(through)))
-        return spans
-
-
-def _asked(chat: Sequence[Turn]) -> Sequence[Turn]:
-    """A conversation up to where the assistant is to say its last."""
-    return chat[:-1] if chat[-1]["role"] == "assistant" else chat
-
-
-def _shown(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else f"{text[:200]} ..."
+    def end_of_turn(self) -> End:
+        """What ends the assistant's turn."""
+        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        after = self.template.after_a_turn()
+        for text in after:
+            for token in self._tokens([text])["input_ids"][0] if text else ():
+                if token in added:
+                    return End(token, "")
+        return End(None, after[-1].strip() if after else "")

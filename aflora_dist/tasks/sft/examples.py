@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from ...errors import AFLoRAError
 from ...processes import first_on_node
 from ...training.config import DataConfig
-from ..reading import is_text, listed, read_table, shown
+from ..reading import exact, is_nested, is_text, listed, read_table, shown, told_apart
 from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
@@ -20,6 +21,7 @@ _FORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
     (("instruction", "output"), ("input",), ("instruction",)),
     (("text",), (), ()),
 )
+_COLUMNS = {"answer", *(column for needed, beside, _ in _FORMS for column in (*needed, *beside))}
 _ACCEPTED = (
     '"messages" (a chat: a list of {"role", "content"}); "prompt" and "completion" (texts or messages); "instruction", '
     '"input" (may be missing) and "output"; or "text"'
@@ -86,13 +88,27 @@ def _by_name(name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     loaded = first_on_node(load)
     if "train" not in loaded:
         raise AFLoRAError(f"The data set {name!r} has no split named train; it has: {', '.join(loaded)}.")
-    return loaded["train"], next((loaded[split] for split in ("validation", "test") if split in loaded), None)
+    held = next((loaded[split] for split in ("validation", "test") if split in loaded), None)
+    return _each_as_itself(loaded["train"]), None if held is None else _each_as_itself(held)
+
+
+def _each_as_itself(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The hub's rows, without the keys that others of the same Arrow table have."""
+    kinds = {field.name: field.type for field in dataset.data.schema if field.name in _COLUMNS}
+
+    def tell(table: pa.Table) -> pa.Table:
+        return pa.table({n: told_apart(table.column(n)) if is_nested(k) else table.column(n) for n, k in kinds.items()})
+
+    if any(map(is_nested, kinds.values())):
+        others = [name for name in dataset.column_names if name not in kinds]
+        dataset = dataset.with_format("arrow")
+        dataset = first_on_node(lambda: dataset.map(tell, batched=True, remove_columns=others)).with_format(None)
+    return exact(dataset)
 
 
 def _from_file(name: str, trained: bool) -> datasets.Dataset:
     """A file's examples, checked row by row."""
-    columns = {column for needed, beside, _ in _FORMS for column in (*needed, *beside)}
-    table = read_table(name, {*columns, "answer"})
+    table = read_table(name, _COLUMNS)
     chosen = [column for column in _choose(table.columns, table.name, trained) if column != "answer"]
     for column in chosen:
         missing, kind = table.first_null(column), table.type(column)
@@ -159,8 +175,9 @@ def turns(row: Mapping[str, Any], system: str | None) -> list[Turn]:
 
 def question(row: Mapping[str, Any]) -> str:
     """What somebody other than the assistant says last."""
-    said = [str(turn.get("content")) for turn in turns(row, None) if turn["role"] != "assistant"]
-    return said[-1] if said else ""
+    said = [turn.get("content") for turn in turns(row, None) if turn["role"] != "assistant"]
+    parts = said[-1] if said and isinstance(said[-1], list) else said[-1:]
+    return "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in parts)
 
 
 def _spoken(value: Any, role: str, column: str) -> list[Turn]:

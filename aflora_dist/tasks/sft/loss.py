@@ -131,8 +131,13 @@ class _SumOfChunks(torch.autograd.Function):
         return (None, scaled, None, None, None, *(grad.mul_(outer.to(grad.dtype)) for grad in grads))
 
 
+def unadapted(model: Any) -> Any:
+    """A model without the adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _head_of(model: Any) -> nn.Module:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unadapted(model)
     head = inner.get_output_embeddings()
     if head is None:
         raise AFLoRAError(f"{type(inner).__name__} has no language-model head.")

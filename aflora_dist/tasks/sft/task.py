@@ -17,14 +17,16 @@ from ...errors import AFLoRAError
 from ...training.config import Config
 from ..base import Evaluation
 from ..batches import Batch, Place, create_sampler, enough, lengths, loader, move
+from ..limits import Limits
 from ..model import check_weights, load_language_model, load_tokenizer, outline_language_model
 from ..sampler import EvaluationSampler, GlobalBatchSampler
 from ..tokens import made_once
 from .answers import answer, last_number
 from .batching import Collator, PromptCollator
-from .encode import Encoder
+from .encode import SAID, Encoder
 from .examples import load_examples, question
-from .loss import ChunkedCrossEntropy
+from .loss import ChunkedCrossEntropy, unadapted
+from .rehearsal import beginnings, check_kind, check_no_future, check_own_loss
 
 
 class LanguageModelling:
@@ -41,11 +43,13 @@ class LanguageModelling:
         self.train, self.held = load_examples(self.config.data, self.config.train.seed)
         self._check_answers()
         self.train_examples = len(self.train)
-        if not weights:
+        if weights:
+            model, self.tokenizer = load_language_model(self.config.model, accelerator)
+        else:
             model = outline_language_model(self.config.model)
             self.tokenizer = load_tokenizer(self.config.model, language_model=True)
-            return model, []
-        model, self.tokenizer = load_language_model(self.config.model, accelerator)
+        check_kind(model)
+        self.limits = Limits.of(model, self.config.model.name)
         return model, []
 
     def _check_answers(self) -> None:
@@ -67,8 +71,10 @@ class LanguageModelling:
         return hashlib.sha256(json.dumps([len(self.train), some]).encode()).hexdigest()[:16]
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
-        place, data = Place(accelerator), self.config.data
+        data = self.config.data
+        place = Place(accelerator, self.limits.positions, data.max_length)
         enough(self.config, len(self.train))  # before time is spent
+        self.limits.check_padding(self.tokenizer)
         train = self._tokens(self.train, "the training split", accelerator)
         self.train_examples = len(train)
         enough(self.config, len(train))
@@ -83,19 +89,28 @@ class LanguageModelling:
             sizes=lengths(train, 1),
         )
         collate = Collator(pad, place.multiple, data.max_length if data.packing else None)
-        return sampler, loader(train.select_columns(["input_ids", "labels"]), sampler, collate, place.on_gpu)
+        train = train.select_columns(["input_ids", "labels"])
+        self.sample = beginnings(train, Collator(pad, place.multiple))
+        return sampler, loader(train, sampler, collate, place.on_gpu)
 
     def _tokens(self, dataset: datasets.Dataset, name: str, accelerator: Accelerator) -> datasets.Dataset:
         """Tokens of the examples; those without loss are left out, unless they are asked for an answer."""
         data = self.config.data
         encode = Encoder(self.tokenizer, data.max_length, data.loss_on, data.system, name)
         tokens = made_once(dataset, self.tokenizer, encode, encode.settings, name)
+        self.limits.check_tokens(self.tokenizer, tokens, name)
         counts, cut = tokens["count"][:], sum(tokens["cut"][:])
         carrying = [i for i, count in enumerate(counts) if count]
         said = [f"{cut:,} cut to data.max_length={data.max_length} tokens"] if cut else []
         if "prompt_ids" not in tokens.column_names and len(carrying) < len(tokens):
             said.append(f"{len(tokens) - len(carrying):,} left out: no token of theirs carries loss")
             tokens = tokens.select(carrying)
+        notes = tokens["notes"][:]
+        said += [f"{number:,} {what}" for note, what in SAID.items() if (number := sum(bool(n & note) for n in notes))]
+        self.end = encode.end_of_turn()
+        end = None if "text" in dataset.column_names or not carrying else self.end.token
+        if end is not None and not any(end in labels for labels in tokens["labels"]):
+            said.append(f"in none {self.tokenizer.convert_ids_to_tokens(end)!r}, the end of a turn, carries loss")
         if said and accelerator.is_main_process:
             print(f"Of {len(counts):,} examples of {name}: {'; '.join(said)}.", flush=True)
         if not carrying and "prompt_ids" not in tokens.column_names:
@@ -117,22 +132,39 @@ class LanguageModelling:
             self.loss_batches = loader(columns, order, Collator(pad, place.multiple), place.on_gpu)
         if self.asked:
             columns = tokens.select(self.asked).select_columns(["prompt_ids"])
-            order = EvaluationSampler([len(prompt) for prompt in columns["prompt_ids"]], size, **where)
+            asked = [len(prompt) for prompt in columns["prompt_ids"]]
+            self._check_room(asked)
+            order = EvaluationSampler(asked, size, **where)
             self.prompt_batches = loader(columns, order, PromptCollator(pad), place.on_gpu)
+
+    def _check_room(self, asked: list[int]) -> None:
+        """Raise if a prompt of so many tokens leaves the model no room for its answer."""
+        longest, answer, room = max(asked), self.config.data.max_new_tokens, self.limits.positions
+        if room is not None and longest + answer > room:
+            raise AFLoRAError(
+                f"Example {self.asked[asked.index(longest)] + 1} of the evaluation data asks with {longest} tokens: "
+                f"with an answer of data.max_new_tokens={answer} that is more than the {room} positions of "
+                f"{self.limits.name!r}. Leave it out, or lower data.max_new_tokens."
+            )
 
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
         inner: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.cross_entropy = ChunkedCrossEntropy(inner)
         model.eval()
-        vocabulary = min(len(self.tokenizer), inner.config.vocab_size)
+        vocabulary = min(len(self.tokenizer), self.limits.rows)
         tokens = torch.arange(8, device=accelerator.device).unsqueeze(0) % vocabulary
         self.cross_entropy.rehearse(model, {"input_ids": tokens})
         if self.cross_entropy.whole and accelerator.is_main_process:
             print(
-                f"{type(inner.get_base_model()).__name__} does more with its logits than its head says: its loss holds "
+                f"{type(unadapted(inner)).__name__} does more with its logits than its head says: its loss holds "
                 f"all logits of a micro-batch at once.",
                 flush=True,
             )
+        # In half precision, and with quantised weights, the same sum comes out otherwise in another batch.
+        exact = str(accelerator.mixed_precision) == "no" and all(p.dtype == torch.float32 for p in inner.parameters())
+        check_no_future(model, unadapted(inner), tokens, 1e-5 if exact else 3e-2)
+        sample = move(self.sample, accelerator.device)
+        check_own_loss(model, unadapted(inner), sample, self.loss, 1e-3 if exact else 3e-2)
         if self.config.data.packing:
             self._rehearse_packing(model, inner, tokens)
 
@@ -153,7 +185,7 @@ class LanguageModelling:
         ]
         if not torch.allclose(one, another, atol=1e-3, rtol=1e-3):
             raise AFLoRAError(
-                f"data.packing does not work with {type(inner.get_base_model()).__name__} and its attention "
+                f"data.packing does not work with {type(unadapted(inner)).__name__} and its attention "
                 f"{attention}: examples attend to those before them in the same row. Leave packing out."
             )
 
@@ -173,6 +205,7 @@ class LanguageModelling:
                 list(asked["answer"]),
                 self.tokenizer,
                 self.config.data.max_new_tokens,
+                self.end,
                 accelerator,
             )
         if self.loss_batches is not None:

@@ -1,0 +1,88 @@
+"""What the loss takes for granted of a language model, tried on a few tokens before time is spent."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+
+from ...errors import AFLoRAError
+from ..batches import Batch
+from .batching import IGNORED, Collator
+
+_SAMPLED = 128  # tokens of an example: the model's own loss holds all logits
+
+
+def beginnings(examples: datasets.Dataset, collate: Collator) -> Batch:
+    """The beginnings of an example and of a shorter one, all of whose tokens carry loss; the same on every rank."""
+    few = [row[:_SAMPLED] for row in examples[:16]["input_ids"]]
+    return collate([{"input_ids": row, "labels": row} for row in (max(few, key=len), min(few, key=len))])
+
+
+def check_kind(model: Any) -> None:
+    """Refuse encoders, which no causal mask keeps from seeing what comes: known without weights.
+
+    Raises:
+        AFLoRAError: The model is one.
+    """
+    masks = {module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)}
+    if getattr(model.config, "is_decoder", None) is False and masks == {False}:
+        raise _sees_the_future(model)
+
+
+@torch.no_grad()
+def check_own_loss(
+    model: nn.Module, base: Any, batch: Batch, loss: Callable[[nn.Module, Batch], Tensor], tolerance: float
+) -> None:
+    """Hold the task's loss of a batch against the model's own. A collective on sharded engines.
+
+    Args:
+        model: As it was prepared.
+        base: The model in it, without adapter.
+
+    Raises:
+        AFLoRAError: The model's is another one, such as one with a term for its experts.
+    """
+    if "labels" not in inspect.signature(base.forward).parameters:
+        return
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    labels.view(-1)[batch["positions"] + 1] = batch["targets"]
+    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
+    own = model(**inputs, labels=labels, use_cache=False).loss
+    ours = loss(model, batch) / len(batch["targets"])
+    if own is not None and not torch.allclose(own.float(), ours.float(), rtol=tolerance, atol=tolerance):
+        raise AFLoRAError(
+            f"{type(base).__name__} computes a loss of {own.item():.4f} where the cross entropy of the tokens is "
+            f"{ours.item():.4f}: it adds a term, weighs tokens or shifts labels otherwise, and would not be trained as "
+            f"it is meant to be. Switch that off in its config.json (output_router_logits=false, say), or use another "
+            f"model."
+        )
+
+
+@torch.no_grad()
+def check_no_future(model: nn.Module, base: Any, tokens: Tensor, tolerance: float) -> None:
+    """See that what the model says depends on nothing that comes later. A collective on sharded engines.
+
+    Args:
+        tokens: (1, length).
+        tolerance: Relative to the largest logit. (An untrained encoder differs by little.)
+
+    Raises:
+        AFLoRAError: It does: it would see what it is to say.
+    """
+    half = tokens.shape[1] // 2
+    other = torch.cat([tokens[:, :half], tokens[:, half:].flip(1)], dim=1)
+    one, another = [model(input_ids=row, use_cache=False).logits[:, :half].float() for row in (tokens, other)]
+    if not torch.allclose(one, another, rtol=0, atol=tolerance * float(one.abs().max())):
+        raise _sees_the_future(base)
+
+
+def _sees_the_future(model: Any) -> AFLoRAError:
+    return AFLoRAError(
+        f"{type(model).__name__} sees the tokens that come after those that it is to continue, and would learn to copy "
+        f"them: it is no causal language model (BERT and its kind are one with is_decoder=true in their config.json)."
+    )

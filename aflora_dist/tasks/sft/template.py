@@ -1,0 +1,195 @@
+"""What a chat template makes of a conversation: its text, where in it the assistant speaks, and what ends a turn.
+
+Where the template has {% generation %} marks, they are rendered as characters that the text does not have. (What
+transformers tells of them is wrong in macros.) Elsewhere what an assistant's turn adds to the rendered text is looked
+up, and must come where it is expected.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import AFLoRAError
+from .examples import Turn
+
+# What instruction-tuned models without a template of their own are commonly trained on.
+PLAIN_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' }}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n\\n' }}"
+    "{% else %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+_MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_MACRO = "aflora_generation"
+_UNUSED = [chr(0xFDD0 + i) for i in range(32)]  # code points that Unicode keeps free of characters
+Span = tuple[int, int]  # in the rendered text: the first character, and the one after the last
+
+
+class Template:
+    """The tokenizer's own chat template, or a plain one.
+
+    Args:
+        name: What errors call the examples.
+
+    Attributes:
+        source: As Jinja reads it.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self.source: str = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+        self._marked = _MARK.search(_COMMENT.sub("", self.source)) is not None
+        self._forms: dict[str, tuple[bool, bool]] = {}
+
+    def render(self, chat: Sequence[Turn], ask: bool = False) -> str:
+        """The text of a conversation; `ask`: up to where the assistant is to speak.
+
+        Raises:
+            AFLoRAError: The template refuses it.
+        """
+        return self._apply(self.source, chat, ask)
+
+    def _apply(self, source: str, chat: Sequence[Turn], ask: bool = False) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(chat), chat_template=source, tokenize=False, add_generation_prompt=ask
+            )
+        except Exception as error:  # of the template's own code, which may do anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise AFLoRAError(
+                f"{self.name}: the chat template refuses an example ({reason}): {excerpt(chat)}"
+            ) from None
+        return text
+
+    def spoken(self, chat: Sequence[Turn]) -> tuple[str, list[Span]]:
+        """The text of a conversation, and where in it the assistant speaks, with the end of its turn.
+
+        Raises:
+            AFLoRAError: The template does not tell.
+        """
+        text = self.render(chat)
+        return text, self._between_marks(chat, text) if self._marked else self._added(chat, text)
+
+    def _between_marks(self, chat: Sequence[Turn], text: str) -> list[Span]:
+        start, end = [c for c in _UNUSED if c not in text and c not in self.source][:2]
+        spans: list[Span] = []
+        rest, open_at = "", []
+        for piece in re.split(f"([{start}{end}])", self._apply(_with_marks(self.source, start, end), chat)):
+            if piece == start:
+                open_at.append(len(rest))
+            elif piece == end and open_at:
+                begun = open_at.pop()
+                if not open_at and begun < len(rest):  # the outermost, of which none is empty
+                    spans.append((begun, len(rest)))
+            else:
+                rest += piece
+        if rest != text or open_at:
+            raise AFLoRAError(
+                f"{self.name}: the chat template changes what it has written between its {{% generation %}} marks, so "
+                f"they do not tell what the assistant says. Put them where the text is written, or use "
+                f"data.loss_on=all. The example: {excerpt(chat)}"
+            )
+        return spans
+
+    def _added(self, chat: Sequence[Turn], text: str) -> list[Span]:
+        spans = []
+        for i, turn in enumerate(chat):
+            if turn["role"] != "assistant":
+                continue
+            before = self.render(chat[:i], True) if i else self._header(turn)
+            through = self.render(chat[: i + 1])
+            if not (text.startswith(through) and through.startswith(before)):
+                raise AFLoRAError(
+                    f"{self.name}: the tokenizer's chat template writes earlier turns anew when another is added, or "
+                    f"begins a turn otherwise than it asks for it: it does not tell what the assistant says. Use a "
+                    f"template with {{% generation %}} markers, or data.loss_on=all. The example: {excerpt(chat)}"
+                )
+            spans.append((len(before), len(through)))
+        return spans
+
+    def _header(self, turn: Turn) -> str:
+        """What stands before the words of an assistant that begins, up to where the template would ask for them."""
+        one, other = [self.render([self.fitted({**turn, "content": words})]) for words in _UNUSED[:2]]
+        pairs = itertools.takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False))
+        header = "".join(character for character, _ in pairs)
+        asked = [self.fitted({"role": "user", "content": _UNUSED[0]})]
+        prompt = self.render(asked, True).removeprefix(self.render(asked))
+        return "".join(header.rpartition(prompt)[:2]) if prompt and prompt in header else header
+
+    def fitted(self, turn: Turn) -> Turn:
+        """The turn with its content in a form that the template writes: text, or parts.
+
+        Raises:
+            ValueError: A part is no text, and the template writes texts alone.
+        """
+        content = turn.get("content")
+        if not isinstance(content, str | list):
+            return turn
+        texts, parts = self._written(turn["role"])
+        if isinstance(content, str):
+            return turn if texts or not parts else {**turn, "content": [{"type": "text", "text": content}]}
+        if parts:
+            return turn
+        said = [part.get("text") if isinstance(part, dict) else part for part in content]
+        strange = next((part for part, text in zip(content, said, strict=True) if not isinstance(text, str)), None)
+        if strange is not None:
+            raise ValueError(f"the chat template writes texts alone, and a turn has the part {excerpt(strange)}")
+        return {**turn, "content": "".join(map(str, said))}
+
+    def _written(self, role: str) -> tuple[bool, bool]:
+        """Whether the template writes what this role says as text, and whether as a list of parts."""
+        if role not in self._forms:
+            words = _UNUSED[0]
+            found = []
+            for content in (words, [{"type": "text", "text": words}]):
+                turn = {"role": role, "content": content}
+                asked, told = {"role": "user", "content": content}, {"role": "assistant", "content": content}
+                chat = {"system": [turn, asked], "user": [turn], "assistant": [asked, turn]}
+                try:
+                    text = self.render(chat.get(role, [asked, told, turn]))
+                except AFLoRAError:
+                    text = ""
+                as_python = str(content) in text or '"type"' in text or "'type'" in text
+                found.append(words in text and not (isinstance(content, list) and as_python))
+            self._forms[role] = found[0], found[1]
+        return self._forms[role]
+
+    def after_a_turn(self) -> list[str]:
+        """What the template writes behind an assistant's last word: in the end, and before the user speaks again."""
+        asked, said, more = _UNUSED[:3]
+        turns = [
+            self.fitted({"role": role, "content": words})
+            for role, words in (("user", asked), ("assistant", said), ("user", more))
+        ]
+        found = []
+        for chat in (turns[:2], turns):
+            try:
+                found.append(self.render(chat).rpartition(said)[2].partition(more)[0])
+            except AFLoRAError:  # it wants other turns, as a tool's
+                continue
+        return found
+
+
+def _with_marks(source: str, start: str, end: str) -> str:
+    """A template that writes `start` and `end` where it has its marks, and else what it wrote."""
+
+    def call(mark: re.Match[str]) -> str:
+        return f"{{%{mark[1]} {'endcall' if mark[2] else f'call {_MACRO}()'} {mark[3]}%}}"
+
+    # The line's end belongs to the macro: templates are rendered with trim_blocks.
+    macro = f"{{% macro {_MACRO}() %}}{start}{{{{ caller() }}}}{end}{{% endmacro %}}\n"
+    return macro + _MARK.sub(call, source)
+
+
+def excerpt(value: Any) -> str:
+    """The beginning of a value, for an error of one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."
