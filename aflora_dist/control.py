@@ -28,6 +28,7 @@ from .engines.transfer import Piece
 from .errors import AFLoRAError, DivergedError
 from .freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore, QuantilePolicy
 from .freezing.quantile import quantile
+from .names import named_modules
 from .processes import refuse_lonely_processes
 from .progress import Progress
 
@@ -526,7 +527,7 @@ def thaw(model: nn.Module, names: Iterable[str]) -> None:
 def _paths(model: nn.Module) -> dict[str, tuple[AFLoRAPath, str]]:
     return {
         f"{name}.{matrix}": (module, matrix)
-        for name, module in model.named_modules()
+        for name, module in named_modules(model).items()
         if isinstance(module, AFLoRAPath)
         for matrix in ("A", "B")
     }

@@ -18,6 +18,7 @@ from .contract import Private, require
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, thaw
 from .errors import AFLoRAError, DamagedError, writing
 from .freezing import ScoreKind
+from .names import named_parameters
 from .processes import on_main
 from .store import checkpoint
 from .store.checkpoint import Checkpoint
@@ -175,7 +176,7 @@ class FreezingCallback(TrainerCallback):
     def _thaw(self, trainer: Trainer, names: Any) -> None:
         """Where this process has trained the model already: all that the checkpoint's training began with."""
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        frozen = [name for name, p in model.named_parameters() if name in names and not p.requires_grad]
+        frozen = [name for name, p in named_parameters(model).items() if name in names and not p.requires_grad]
         if not frozen:
             return
         if self._given_optimizer:

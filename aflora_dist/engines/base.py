@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..freezing import Fragment
+from ..names import named_parameters
 from .optimizers import OptimizerTraits, examine, plain
 from .transfer import Move, Piece, Placed, carry, collect, distribute
 
@@ -46,7 +47,7 @@ class Engine(ABC):
 
     Args:
         accelerator: Whose `prepare()` has set the engine up.
-        model: The unwrapped model; its `named_parameters()` give the names.
+        model: The unwrapped model; names are those of `named_parameters`, whatever wraps modules inside it.
         optimizer: The torch optimizer whose param groups the user and the scheduler see.
 
     Attributes:
@@ -64,8 +65,8 @@ class Engine(ABC):
         self.accelerator = accelerator
         self.model = model
         self.optimizer = optimizer
-        self.names: dict[nn.Parameter, str] = {p: n for n, p in model.named_parameters()}
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = named_parameters(model)
+        self.names: dict[nn.Parameter, str] = {p: n for n, p in self.parameters.items()}
         self._handles: list[Callable[[], None]] = []
         # Whose parameters each param group holds, by position: groups that run empty keep their position,
         # since schedulers address them by it. A matrix that a checkpoint brings back returns to its place.

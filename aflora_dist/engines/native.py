@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..contract import require
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
+from ..names import named_parameters
 from . import private
 from .base import Engine, Observer, Record, inner_optimizer, release
 from .clipping import Clipping
@@ -77,7 +78,7 @@ class NativeEngine(Engine):
         self._observed: list[nn.Parameter] = []
         self._applied = self._stepping = False
         self._originals = [(list(g["params"]), g.get("param_names")) for g in inner.param_groups]
-        self._order = {name: i for i, (name, _) in enumerate(unwrapped.named_parameters())}
+        self._order = {name: i for i, name in enumerate(named_parameters(unwrapped))}
         super().__init__(accelerator, unwrapped, inner)
         self.clipping = Clipping(accelerator, lambda: self._observed)
 

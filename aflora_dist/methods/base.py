@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..freezing import CubicSchedule
+from ..names import named_modules, named_parameters
 from ..progress import Progress
 
 
@@ -117,7 +118,7 @@ def save_peft(model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
     """`Method.save` for a model of PEFT."""
     whole = {name: value.contiguous() for name, value in values.items()}
     first: dict[int, str] = {}  # parameters that several layers share are asked for under each of their names
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model, remove_duplicate=False).items():
         if (known := first.setdefault(id(parameter), name)) in whole:
             whole[name] = whole[known]
     model.save_pretrained(str(folder), state_dict={**buffers(model), **whole}, save_embedding_layers=False)
@@ -127,7 +128,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     """What a state dict has besides parameters: no engine shards it."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
-        for prefix, module in model.named_modules(remove_duplicate=False)
+        for prefix, module in named_modules(model, remove_duplicate=False).items()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
