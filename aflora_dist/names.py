@@ -10,7 +10,8 @@ which PEFT leaves out of the files that it saves.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,19 @@ def named_parameters(model: Any, *, remove_duplicate: bool = True) -> dict[str, 
                 found[f"{name}.{own}" if name else own] = parameter
             known.add(id(parameter))
     return found
+
+
+@contextmanager
+def without_wrappers(model: Any) -> Iterator[None]:
+    """Let `model.named_modules()` give the names of `named_modules`: PEFT looks for its layers' tensors by them."""
+    modules, held = named_modules(model), vars(model).get("named_modules")
+    model.named_modules = lambda *args, **kwargs: iter(modules.items())
+    try:
+        yield
+    finally:
+        del model.named_modules
+        if held is not None:
+            model.named_modules = held
 
 
 def unwrapped(key: str) -> str:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from peft import get_peft_model_state_dict
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Trainer, TrainingArguments
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezeEvent, FreezingCallback, FreezingConfig
@@ -46,6 +48,23 @@ def test_events_reach_the_user_and_end_with_the_vectors_and_the_head() -> None:
     trained = {n for n, p in loop.model.named_parameters() if p.requires_grad}
     assert {n.rpartition(".")[2] for n in trained} == {"s_d", "s_b", "weight", "bias"}
     assert all("classifier" in n for n in trained if n.endswith(("weight", "bias")))
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile, nn.DataParallel])
+def test_a_module_that_wraps_layers_changes_no_name_in_logs_snapshots_and_saved_files(wrap: Any) -> None:
+    plain, loop = Loop(), Loop()
+    loop.freezing.release()
+    layers = loop.model.base_model.model.bert.encoder.layer
+    layers[0] = wrap(layers[0])
+    loop.freezing = AdaptiveFreezing(loop.accelerator, loop.model, loop.optimizer, CONFIG)
+    assert loop.freezing.freezable == plain.freezing.freezable
+    assert loop.freezing.progress.snapshot()[0].keys() == plain.freezing.progress.snapshot()[0].keys()
+    if wrap is checkpoint_wrapper:
+        loop.train(0, 4)
+        plain.train(0, 4)
+        assert loop.freezing.events[0].frozen == plain.freezing.events[0].frozen != []
+    if wrap is not nn.DataParallel:  # whose state dicts are for DataParallel models
+        assert_same(get_peft_model_state_dict(loop.model), get_peft_model_state_dict(plain.model))
 
 
 def test_freezing_by_hand_takes_whole_pairs_and_known_names() -> None:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..contract import require
 from ..errors import AFLoRAError
-from ..names import named_modules, unwrapped
+from ..names import named_modules, unwrapped, without_wrappers
 from ..processes import refuse_lonely_processes
 from . import private
 from .architectures import ARCHITECTURES, default_targets, kind_of
@@ -92,7 +92,8 @@ class AFLoRAModel(BaseTuner):
             AFLoRAError: On the main process, which saves: `state_dict` lacks a tensor, or holds a shard of it.
         """
         state_dict = {unwrapped(key): tensor for key, tensor in state_dict.items()}
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        with without_wrappers(model):
+            found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         if dist.is_initialized() and dist.get_rank() > 0:
             return found  # saves nothing: accelerate's whole state dicts are there on the main process only
         for name, layer in named_modules(model).items():

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..freezing import CubicSchedule
-from ..names import named_modules, named_parameters
+from ..names import named_modules, named_parameters, without_wrappers
 from ..progress import Progress
 
 
@@ -121,7 +121,9 @@ def save_peft(model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
     for name, parameter in named_parameters(model, remove_duplicate=False).items():
         if (known := first.setdefault(id(parameter), name)) in whole:
             whole[name] = whole[known]
-    model.save_pretrained(str(folder), state_dict={**buffers(model), **whole}, save_embedding_layers=False)
+    state = {**buffers(model), **whole}
+    with without_wrappers(model):
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
