@@ -25,7 +25,7 @@ class DivergedError(AFLoRAError):
 
 
 class DamagedError(AFLoRAError):
-    """A checkpoint is not what was written."""
+    """A checkpoint is not what was written, or no training can go on from it."""
 
 
 @contextmanager

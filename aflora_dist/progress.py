@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .engines import Engine
 from .engines.base import Observer, Record
-from .errors import AFLoRAError
+from .errors import AFLoRAError, DivergedError
 
 
 class Part(Protocol):
@@ -89,6 +89,18 @@ class Progress:
             more, record["parts"][name] = part.snapshot()
             tensors |= more
         return tensors, record
+
+    def check_finite(self) -> None:
+        """Look whether what trains is fit to be saved: asked before anything is. A collective.
+
+        Raises:
+            DivergedError: On every rank, naming the first parameter that is not finite.
+        """
+        if (broken := self.engine.broken()) is not None:
+            raise DivergedError(
+                f"The training has diverged: {broken} is not finite after step {self.step - 1}, so it is not saved. "
+                f"Lower the learning rate."
+            )
 
     def check(self, record: Record) -> None:
         """Look whether `restore` can go on from this record; nothing changes.

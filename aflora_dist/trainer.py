@@ -100,6 +100,17 @@ class FreezingCallback(TrainerCallback):
             self.freezing.progress.restore(resumed.tensors, resumed.training["progress"])
             _set_scheduler(trainer.lr_scheduler, resumed.training["scheduler"], self.freezing.engine.members)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Trainer saves when all callbacks have been told, and may delete older checkpoints then.
+
+        Raises:
+            DivergedError: On every rank: what would be saved is not finite.
+        """
+        if control.should_save and self.freezing is not None:
+            self.freezing.progress.check_finite()
+
+    on_epoch_end = on_step_end
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the state by name to the checkpoint that Trainer has written. A collective.
 

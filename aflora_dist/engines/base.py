@@ -236,6 +236,16 @@ class Engine(ABC):
                 f"{type(self.optimizer).__name__} keeps {', '.join(self.traits.moments) or 'nothing'}."
             )
 
+    @torch.no_grad()
+    def broken(self) -> str | None:
+        """The first trainable parameter that is not finite on some rank, or whose moments are not. A collective."""
+        names = self.trainable
+        bad = torch.zeros(len(names), dtype=torch.int64)
+        place = {key: i for i, name in enumerate(names) for key in self._keys(name)}
+        for piece in self.pieces(names, every_copy=True):
+            bad[place[piece.key]] |= int(not torch.isfinite(piece.data).all())
+        return next((name for name, found in zip(names, self.max_over_ranks(bad).tolist(), strict=True) if found), None)
+
     @abstractmethod
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole current values of parameters, trainable or not, as copies on every rank. A collective."""

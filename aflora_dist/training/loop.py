@@ -96,6 +96,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     set_seed(config.train.seed, device_specific=True)  # from here on every rank draws its own dropout
     profile = config.profile
     with (
+        checkpointer.guarding(control),
         closing(
             TrainingLog(
                 config, run, accelerator, progress, control, total_steps, head_params, lora_r8, first_step, flops
@@ -327,7 +328,12 @@ def update(
 
 
 def adapter_now(method: Method, progress: Progress) -> dict[str, Tensor]:
-    """What adapter/ would hold, chosen by name, on the main process. A collective."""
+    """What adapter/ would hold, chosen by name, on the main process. A collective.
+
+    Raises:
+        DivergedError: On every rank: it is not finite.
+    """
+    progress.check_finite()
     engine = progress.engine
     return engine.gather([n for n, p in engine.parameters.items() if method.saved(n, p.requires_grad)])
 
