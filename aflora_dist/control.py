@@ -472,13 +472,15 @@ class _Ending:
 
     def __init__(self, total: int, *, speaks: bool) -> None:
         self.total, self.speaks = total, speaks
-        self.step, self.remaining = 0, 0
+        self.note(0, 0)
 
     def note(self, step: int, remaining: int) -> None:
         self.step, self.remaining = step, remaining
+        self.errors = AFLoRAError.count
 
     def say(self) -> None:
         failed = getattr(sys, "last_type", None) is not None or sys.exc_info()[0] is not None
+        failed = failed or AFLoRAError.count > self.errors  # one of ours, be it caught, after the last batch
         if not self.remaining or self.step >= self.total or failed or not self.speaks:
             return
         print(

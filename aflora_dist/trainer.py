@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 from .contract import Private, require
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, thaw
 from .errors import AFLoRAError, DamagedError, writing
-from .freezing import ScoreKind
+from .freezing import ScoreKind, whole_steps
 from .names import named_parameters
 from .processes import on_main
 from .store import checkpoint
@@ -146,8 +146,7 @@ class FreezingCallback(TrainerCallback):
             per_epoch = len(loader) / args.gradient_accumulation_steps if has_length(loader) else total
         initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
         final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
-        steps = {"total_steps": total, "initial_steps": round(initial), "final_steps": round(final)}
-        return FreezingConfig(**steps, **self.options)
+        return FreezingConfig(total_steps=total, **whole_steps(initial, final, total), **self.options)
 
     # -- what Trainer does before it tells, or in another way than is right here -------------------
 

@@ -216,6 +216,14 @@ def test_a_stream_with_max_steps_freezes_like_a_dataset(tmp_path: Path) -> None:
     assert_same_log([vars(e) for e in callback.freezing.events], loop())
 
 
+def test_halves_of_an_odd_number_of_updates_make_a_whole(tmp_path: Path) -> None:
+    callback = FreezingCallback(initial_epochs=1.5, final_epochs=1.5)
+    make(tmp_path, callback, per_device_train_batch_size=10).train()  # 3 epochs of 5 updates
+    assert callback.freezing is not None
+    config = callback.freezing.config
+    assert (config.total_steps, config.initial_steps, config.final_steps) == (15, 8, 7)
+
+
 def test_training_again_goes_on_with_what_is_frozen(tmp_path: Path) -> None:
     callback = FreezingCallback()
     trainer = make(tmp_path, callback)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -57,7 +57,9 @@ class AFLoRAModel(BaseTuner):
     }
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        refuse_lonely_processes()  # here it can be said in time: prepare() would fail with less to go by
+        configs = peft_config.values() if isinstance(peft_config, Mapping) else [peft_config]
+        if not all(config.inference_mode for config in configs):  # who only infers may do so process by process
+            refuse_lonely_processes()  # here it can be said in time: prepare() would fail with less to go by
         known = set(getattr(model, "peft_config", None) or ())
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)

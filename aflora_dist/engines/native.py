@@ -104,8 +104,7 @@ class NativeEngine(Engine):
                     "The optimizer inside the one that accelerator.prepare() returned was stepped: step the latter, "
                     "which knows of accumulation and of updates that are skipped."
                 )
-            if self._unreduced():
-                raise UnsupportedEngineError(_LOCAL_SGD)
+            self._check_reduction()
             parameters = [self.parameters[f.name] for f in self._fragments]
             scale = self.clipping.factor(parameters)
             if not self._fragments:
@@ -151,9 +150,8 @@ class NativeEngine(Engine):
         self.clipping.updated()
         done(applied)
 
-    def _unreduced(self) -> bool:
-        """Whether the gradients of this update are this rank's own."""
-        return False
+    def _check_reduction(self) -> None:
+        """Raise UnsupportedEngineError unless the gradients of an update are the means over the ranks."""
 
     # -- gradients ---------------------------------------------------------------------------
 
@@ -283,10 +281,14 @@ class ReplicatedEngine(NativeEngine):
             )
         if self.ddp is not None:
             require("torch", self.ddp, private.REDUCER)
+            _check_hooks(self.ddp)
         super().__init__(accelerator, model, optimizer)
 
-    def _unreduced(self) -> bool:
-        return self.ddp is not None and not self.ddp.require_backward_grad_sync
+    def _check_reduction(self) -> None:
+        if self.ddp is not None:
+            if not self.ddp.require_backward_grad_sync:
+                raise UnsupportedEngineError(_LOCAL_SGD)
+            _check_hooks(self.ddp)  # one may have been registered since
 
     def _fragment(self, name: str) -> Fragment | None:
         # An equal share of every matrix, so that a drop leaves the rest where it is; the remainders go round.
@@ -357,6 +359,23 @@ def _place(name: str, parameter: nn.Parameter) -> tuple[int, bool]:
                 f"rows over one dimension of the mesh. Leave tensor, context and expert parallelism out."
             )
     return start, first
+
+
+def _check_hooks(ddp: DistributedDataParallel) -> None:
+    """Refuse communication hooks that no reducer made anew can take over, or that do not give the mean.
+
+    Raises:
+        UnsupportedEngineError: Names the hook.
+    """
+    for hook, state in ddp._comm_hooks:
+        name = getattr(hook, "__qualname__", type(hook).__name__)
+        if name == "noop_hook" or not (state is None or isinstance(state, dist.ProcessGroup)):
+            kept = "" if state is None else f", whose {type(state).__name__} is kept by the reducer's buckets"
+            raise UnsupportedEngineError(
+                f"Freezing does not support DDP's communication hook {name}{kept}: a freeze makes other buckets, and "
+                f"scores need the exact mean of the gradients. Leave it out, or use fp16_compress_hook or "
+                f"bf16_compress_hook."
+            )
 
 
 def rebuild_reducer(ddp: DistributedDataParallel) -> None:
