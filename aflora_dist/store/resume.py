@@ -213,11 +213,9 @@ class Checkpointer:
             if not isinstance(error, DivergedError):
                 raise
             saved = checkpoint.list_checkpoints(self.run.checkpoints)
-            how = (
-                f"What was saved before is whole: the same command with a lower rate and --resume goes on from {saved[0]}."
-                if saved
-                else "Nothing had been saved before: begin again with run.overwrite=true, and save more often."
-            )
+            how = "Nothing had been saved before: begin again with run.overwrite=true, and save more often."
+            if saved:
+                how = f"What was saved is of before: the same command with --resume goes on from {saved[0]}."
             raise DivergedError(f"{error} {how}") from None
 
     def claim(self, loaded: Checkpoint | None) -> int:
