@@ -146,7 +146,8 @@ class FreezingCallback(TrainerCallback):
             per_epoch = len(loader) / args.gradient_accumulation_steps if has_length(loader) else total
         initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
         final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
-        return FreezingConfig(total_steps=total, **whole_steps(initial, final, total), **self.options)
+        t_i, t_f = whole_steps(initial, final, total)
+        return FreezingConfig(total_steps=total, initial_steps=t_i, final_steps=t_f, **self.options)
 
     # -- what Trainer does before it tells, or in another way than is right here -------------------
 

@@ -9,15 +9,15 @@ from ..errors import AFLoRAError
 from .kinds import SCHEDULE_SHAPES, ScheduleShape
 
 
-def whole_steps(initial: float, final: float, total: int) -> dict[str, int]:
-    """t_i and t_f that come as fractions of updates, from epochs, as arguments of `CubicSchedule`.
+def whole_steps(initial: float, final: float, total: int) -> tuple[int, int]:
+    """t_i and t_f that come as fractions of updates, from epochs, as `CubicSchedule` takes them.
 
     Rounded, both up perhaps, they may be more than the training that they are not more than: then t_f is what is left.
     """
     t_i, t_f = round(initial), round(final)
     if initial + final <= total * (1 + 1e-9):
         t_f = min(t_f, total - t_i)
-    return {"initial_steps": t_i, "final_steps": t_f}
+    return t_i, t_f
 
 
 @dataclass(frozen=True, kw_only=True)

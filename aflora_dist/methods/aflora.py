@@ -85,9 +85,11 @@ class AFLoRA:
         adaptive = self.config.adapter.freezing == "adaptive"
         t_i, t_f = freezing.epochs(epochs) if adaptive else (0, 0)
         total = epochs * updates_per_epoch
+        initial, final = whole_steps(t_i * updates_per_epoch, t_f * updates_per_epoch, total)
         return FreezingConfig(
             total_steps=total,
-            **whole_steps(t_i * updates_per_epoch, t_f * updates_per_epoch, total),
+            initial_steps=initial,
+            final_steps=final,
             beta1=freezing.beta1,
             beta2=freezing.beta2,
             score=freezing.score,

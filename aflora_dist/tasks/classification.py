@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from ..training.config import Config
 from .base import Evaluation
 from .batches import Batch, create_loaders
-from .data import digest, load_data
+from .data import load_data
 from .evaluation import evaluate, measured
 from .model import check_quantization, load_base, load_tokenizer, outline_base, storage_dtype
 from .sampler import GlobalBatchSampler
@@ -41,11 +41,12 @@ class Classification:
     def metrics(self) -> list[str]:
         return measured(self.data)
 
-    def digest(self) -> str:
-        return digest(self.data)
+    def tokens(self) -> tuple[list[Any], list[Any]]:
+        return [self.train], [batches.dataset for batches in self.evaluation.values()]
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
         sampler, batches, self.evaluation = create_loaders(self.config, self.data, self.tokenizer, accelerator)
+        self.train = batches.dataset
         return sampler, batches
 
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:

@@ -30,12 +30,12 @@ def test_shares_of_a_training_that_fit_in_it_still_do_when_rounded(total: int, i
     for final in (0.0, 0.1, 0.5, 0.7, 1.0 - initial):
         if initial + final <= 1:
             found = whole_steps(total * initial, total * final, total)
-            CubicSchedule(total_steps=total, **found)
-            assert abs(found["initial_steps"] - total * initial) <= 0.5
-            assert abs(found["final_steps"] - total * final) <= 1
+            CubicSchedule(total_steps=total, initial_steps=found[0], final_steps=found[1])
+            assert abs(found[0] - total * initial) <= 0.5
+            assert abs(found[1] - total * final) <= 1
     too_long = whole_steps(total * initial, total * (1.0 - initial) + 1, total)
     with pytest.raises(AFLoRAError, match="does not fit"):
-        CubicSchedule(total_steps=total, **too_long)
+        CubicSchedule(total_steps=total, initial_steps=too_long[0], final_steps=too_long[1])
 
 
 def test_the_quadratic_shape_freezes_few_early_and_most_late() -> None:

@@ -198,7 +198,7 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
             [*ours, "--train.seed", "1", "--adapter.r", "8", "--resume", saved],
             "adapter.r is 4 there and 8 here; train.seed",
         ),
-        ([*options(tmp_path / "run", tiny_model, other), "--resume", saved], "on other training data"),
+        ([*options(tmp_path / "run", tiny_model, other), "--resume", saved], "is of a run on other training data"),
         ([*options(held, tiny_model, reviews), "--resume", saved], f"{held} already holds a run (config.yaml)"),
         ([*options(tmp_path / "run", tiny_model, vanished), "--resume", saved], "train.csv"),
         ([*ours, "--resume", str(wider)], f"of another model: {name} has"),
