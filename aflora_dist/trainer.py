@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from transformers.trainer_utils import has_length
 
 from .contract import Private, require
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, thaw
+from .engines import Engine
+from .engines.optimizers import plain
 from .errors import AFLoRAError, DamagedError, writing
 from .freezing import ScoreKind, whole_steps
 from .names import named_parameters
@@ -98,7 +100,7 @@ class FreezingCallback(TrainerCallback):
         if self._resumed is not None:
             resumed, self._resumed = self._resumed, None
             self.freezing.progress.restore(resumed.tensors, resumed.training["progress"])
-            _set_scheduler(trainer.lr_scheduler, resumed.training["scheduler"], self.freezing.engine.members)
+            _set_scheduler(trainer.lr_scheduler, resumed.training["scheduler"], self.freezing.engine)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Trainer saves when all callbacks have been told, and may delete older checkpoints then.
@@ -121,7 +123,7 @@ class FreezingCallback(TrainerCallback):
         if trainer is None or freezing is None or args.save_only_model or state.is_hyper_param_search:
             return
         tensors, record = freezing.progress.snapshot()
-        training = {"progress": record, "scheduler": _scheduler(trainer.lr_scheduler, freezing.engine.members)}
+        training = {"progress": record, "scheduler": _scheduler(trainer.lr_scheduler, freezing.engine)}
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
 
         def write() -> None:
@@ -232,38 +234,73 @@ def _find(trainer: Trainer, folder: Path) -> Checkpoint | None:
     return chosen if chosen is not None or found is None else Checkpoint(found[0], {}, found[1])
 
 
-def _scheduler(scheduler: Any, groups: list[list[str]]) -> dict[str, Any]:
-    """Which scheduler this is; its state where Trainer does not save it as scheduler.pt (DeepSpeed's own)."""
+def _scheduler(scheduler: Any, engine: Engine) -> dict[str, Any]:
+    """Which scheduler this is; its state where Trainer does not save it as scheduler.pt (DeepSpeed's own).
+
+    And the numbers among the param groups' options (rates, betas), which schedulers set: at the next update they count.
+    """
     owned = isinstance(scheduler, AcceleratedScheduler)
-    return {"name": _name(scheduler), "state": dict(scheduler.state_dict()) if owned else None, "groups": groups}
+    return {
+        "name": type(_inner(scheduler)).__name__,
+        "state": dict(scheduler.state_dict()) if owned else None,
+        "groups": engine.members,
+        "options": [_numbers(group) for group in engine.optimizer.param_groups],
+    }
 
 
-def _name(scheduler: Any) -> str:
-    return type(scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler).__name__
+def _inner(scheduler: Any) -> Any:
+    return scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
 
 
-def _set_scheduler(scheduler: Any, stored: dict[str, Any], groups: list[list[str]]) -> None:
+def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    found = {
+        key: plain(value) for key, value in group.items() if not isinstance(value, torch.Tensor) or value.dim() == 0
+    }
+    return {
+        key: value
+        for key, value in found.items()
+        if is_number(value) or (isinstance(value, tuple | list) and value and all(map(is_number, value)))
+    }
+
+
+def _set_scheduler(scheduler: Any, stored: dict[str, Any], engine: Engine) -> None:
     """Go on with the learning rates where they were.
-
-    Args:
-        groups: Names of the parameters in each param group, by position.
 
     Raises:
         AFLoRAError: It is another kind of scheduler.
     """
-    if stored["name"] != _name(scheduler) or stored["state"] is None:
+    inner, groups = _inner(scheduler), engine.optimizer.param_groups
+    name = type(inner).__name__
+    if stored["name"] != name or stored["state"] is None:
         there = stored["name"] if stored["state"] is not None else "no state of one (scheduler.pt is missing)"
         raise AFLoRAError(
-            f"The checkpoint is of another learning-rate scheduler: {there} there and {_name(scheduler)} here. "
+            f"The checkpoint is of another learning-rate scheduler: {there} there and {name} here. "
             f"Resume with the scheduler that the training began with."
         )
     state = stored["state"]
-    if stored["groups"] != groups:
-        state |= _regrouped(state, scheduler.state_dict(), stored["groups"], groups)
+    if stored["groups"] != engine.members:
+        state |= _regrouped(state, scheduler.state_dict(), stored["groups"], engine.members)
     scheduler.load_state_dict(state)
-    if isinstance(scheduler, LRScheduler):
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+    if "options" in stored:
+        place = {name: position for position, names in enumerate(stored["groups"]) for name in names}
+        for group, names in zip(groups, engine.members, strict=False):
+            at = next((place[name] for name in names if name in place), None)
+            for key, value in ({} if at is None else stored["options"][at]).items():
+                _set(group, key, value)
+    else:  # a checkpoint of an earlier release; DeepSpeed's schedulers compute their rate anew
+        rates = inner.get_last_lr() if isinstance(inner, LRScheduler) else inner.get_lr()
+        for group, rate in zip(groups, rates, strict=True):
+            _set(group, "lr", rate)
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    if isinstance(group.get(key), torch.Tensor):
+        group[key].fill_(value)
+    elif key in group:
+        group[key] = tuple(value) if isinstance(value, list) else value
 
 
 def _regrouped(
