@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, FreezingConfig
+from aflora_dist.errors import DivergedError
 from aflora_dist.trainer import TRAINER, _introduce
 from tests.launch import launch_series
 from tests.test_contract import GONE
@@ -159,6 +160,81 @@ def test_resuming_is_exact_before_between_and_after_the_freezes(engine: str, tmp
         assert_same_log(first["events"], whole["events"], rel=1e-12 if exact else 1e-5, since=at)
         assert_close(first["values"], whole["values"], 0.0 if exact else 1e-5)
         assert first["rates"] == pytest.approx(whole["rates"][-len(first["rates"]) :], rel=1e-12)
+
+
+ADAMW = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+WARMUP = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+SECTIONS: dict[str, dict[str, Any]] = {  # of a DeepSpeed file, as transformers' documentation shows them
+    "scheduler": {"scheduler": {"type": "WarmupLR", "params": WARMUP}},
+    "optimizer": {"optimizer": {"type": "AdamW", "params": ADAMW}},
+    "both": {
+        "optimizer": {"type": "AdamW", "params": ADAMW},
+        "scheduler": {"type": "WarmupDecayLR", "params": {**WARMUP, "total_num_steps": "auto"}},
+    },
+    "momentum, too": {  # it cycles Adam's betas against the rate
+        "optimizer": {"type": "AdamW", "params": ADAMW},
+        "scheduler": {
+            "type": "OneCycle",
+            "params": {"cycle_min_lr": 1e-3, "cycle_max_lr": 1e-2, "cycle_first_step_size": 5},
+        },
+    },
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("engine", "names"), [("zero1", ["scheduler"]), ("zero2", [*SECTIONS]), ("zero3", ["both", "momentum, too"])]
+)
+def test_resuming_with_deepspeed_s_own_optimizer_and_schedule_is_exact(
+    engine: str, names: list[str], tmp_path: Path
+) -> None:
+    runs = []
+    for name in names:
+        file = {
+            "zero_optimization": {"stage": int(engine[4])},
+            **{key: "auto" for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping")},
+            "gradient_accumulation_steps": "auto",
+            "zero_allow_untested_optimizer": True,
+            **SECTIONS[name],
+        }
+        whole = json.dumps({**FOURTHS, "warmup_steps": 6, "deepspeed": file})
+        saved = str(tmp_path / f"{name} whole" / "checkpoint-4")
+        runs.append([str(tmp_path / f"{name} whole"), "--options", whole])
+        runs.append([str(tmp_path / f"{name} resumed"), "--options", whole, "--resume", saved])
+    found = [ranks[0] for ranks in run(engine, *runs)]
+    for name, whole, resumed in zip(names, found[::2], found[1::2], strict=True):
+        assert len({*whole["rates"]}) > 4, name
+        assert (resumed["rates"], resumed["losses"]) == (whole["rates"], whole["losses"]), name
+        assert_close(resumed["values"], whole["values"], 0.0)
+
+
+def test_a_schedule_of_rates_and_betas_goes_on_to_the_bit(tmp_path: Path) -> None:
+    def train(out: Path, **more: Any) -> dict[str, torch.Tensor]:
+        model, callback = build_llama(), FreezingCallback()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=STEPS + 1)
+        arguments = TrainingArguments(**settings(out, **FOURTHS))
+        pair = (optimizer, scheduler)
+        trainer = Trainer(model, arguments, train_dataset=Examples(), callbacks=[callback], optimizers=pair)
+        trainer.train(**more)
+        return values(callback)
+
+    whole = train(tmp_path / "whole")
+    resumed = train(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_close(resumed, whole, 0.0)
+
+
+def test_no_checkpoint_of_what_is_not_finite_takes_the_place_of_a_good_one(tmp_path: Path) -> None:
+    class Breaking(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                next(p for p in kwargs["model"].parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    trainer = make(tmp_path, FreezingCallback(initial_epochs=2.5, final_epochs=0), **FOURTHS, save_total_limit=1)
+    trainer.add_callback(Breaking())
+    with pytest.raises(DivergedError, match="is not finite after step 7, so it is not saved"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 @pytest.mark.distributed
