@@ -191,8 +191,8 @@ def test_resuming_with_deepspeed_s_own_optimizer_and_schedule_is_exact(
     runs = []
     for name in names:
         file = {
-            "zero_optimization": {"stage": int(engine[4])},
-            **{key: "auto" for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping")},
+            "zero_optimization": {"stage": int(engine[4]), "stage3_gather_16bit_weights_on_model_save": True},
+            **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), "auto"),
             "gradient_accumulation_steps": "auto",
             "zero_allow_untested_optimizer": True,
             **SECTIONS[name],

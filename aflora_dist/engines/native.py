@@ -7,6 +7,7 @@ FSDP2 a rank holds its rows of every parameter, and observes them; of several re
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,15 @@ class NativeEngine(Engine):
             raise UnsupportedEngineError(
                 f"The trained parameter {scattered[0]} is not contiguous in memory, so it cannot be kept by element: "
                 f"replace it by nn.Parameter(parameter.contiguous()) before the optimizer is created."
+            )
+        half = [n for n, p in named_parameters(unwrapped).items() if p.requires_grad and p.dtype.itemsize < 4]
+        if half and accelerator.is_main_process:
+            print(
+                f"aflora: warning: {len(half)} trained parameters ({half[0]} is the first) are held in half precision: "
+                f"they and their moments are updated in it here, where ZeRO keeps float32 copies, so that engines "
+                f"differ. Hold what trains in float32; mixed_precision=bf16 computes in bfloat16 all the same.",
+                file=sys.stderr,
+                flush=True,
             )
         self._fragments: list[Fragment] = []
         self._observed: list[nn.Parameter] = []
