@@ -119,10 +119,12 @@ class Progress:
         if unknown:
             raise AFLoRAError(f"The checkpoint is of another model: {unknown[0]} trains there and not here.")
         self.engine.check(record["engine"])
-        if record["parts"].keys() != self.parts.keys():
+        if different := sorted(record["parts"].keys() ^ self.parts.keys()):
+            there = ("with", "without")[different[0] in self.parts]
+            here = ("with", "without")[there == "with"]
             raise AFLoRAError(
-                f"The checkpoint is of another method: it has {', '.join(record['parts']) or 'nothing'} besides the "
-                f"optimizer's state, here there is {', '.join(self.parts) or 'nothing'}."
+                f"The checkpoint was written {there} {different[0]}, and this training is set up {here} it. Set up the "
+                f"same."
             )
         for name, part in self.parts.items():
             part.check(record["parts"][name])
