@@ -47,9 +47,10 @@ class AccelerateState:
             self._handles.pop()()
 
     def _save_state(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        folder = original(*args, **kwargs)
         if (freezing := self._freezing()) is None:
-            return folder
+            return original(*args, **kwargs)
+        freezing.progress.check_finite()
+        folder = original(*args, **kwargs)
         state = freezing.state_dict()
 
         def write() -> None:

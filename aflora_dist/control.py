@@ -10,7 +10,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .engines.transfer import Piece
 from .errors import AFLoRAError, DivergedError, writing
 from .freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore, QuantilePolicy
 from .freezing.quantile import quantile
+from .names import named_modules
 from .notices import logger
 from .processes import on_main, refuse_lonely_processes
 from .progress import Progress
@@ -248,7 +249,8 @@ class AdaptiveFreezing:
         whole training by name, which any engine can go on from, see `progress.snapshot()`.
         """
         tensors = self._gather_scores()
-        return {"tensors": tensors, "record": self._record() | {"step": self.step, "skipped": self.progress.skipped}}
+        record = self._record() | {"events": [asdict(event) for event in self.events]}
+        return {"tensors": tensors, "record": record | {"step": self.step, "skipped": self.progress.skipped}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave; what was frozen then stops training. A collective.
@@ -273,7 +275,10 @@ class AdaptiveFreezing:
             self.engine.select(wanted)
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Scores ("smoothed/NAME", "uncertainty/NAME") and what of the adapter does not train ("fixed/NAME")."""
+        """Averages ("smoothed/NAME", "uncertainty/NAME") and what of the adapter does not train ("fixed/NAME").
+
+        Of the events what a restart needs: not their scores, which `on_freeze` was told.
+        """
         tensors = self._gather_scores()
         fixed = self._fixed(self.engine.trainable)
         tensors |= {f"fixed/{name}": value for name, value in self.engine.gather(fixed).items()}
@@ -325,7 +330,7 @@ class AdaptiveFreezing:
     def _record(self) -> dict[str, Any]:
         begun, observed = self._window()
         return {
-            "events": [asdict(event) for event in self.events],
+            "events": [asdict(replace(event, scores={})) for event in self.events],  # of N matrices N * N / 2 numbers
             "config": asdict(self.config),
             "numels": self.numels,
             "window": {"begun": begun, "observed": observed},
@@ -511,13 +516,15 @@ class _Ending:
 
     def __init__(self, total: int, *, speaks: bool) -> None:
         self.total, self.speaks = total, speaks
-        self.step, self.remaining = 0, 0
+        self.note(0, 0)
 
     def note(self, step: int, remaining: int) -> None:
         self.step, self.remaining = step, remaining
+        self.errors = AFLoRAError.count
 
     def say(self) -> None:
         failed = getattr(sys, "last_type", None) is not None or sys.exc_info()[0] is not None
+        failed = failed or AFLoRAError.count > self.errors  # one of ours, be it caught, after the last batch
         if not self.remaining or self.step >= self.total or failed or not self.speaks:
             return
         logger.warning(
@@ -564,7 +571,7 @@ def thaw(model: nn.Module, names: Iterable[str]) -> None:
 def _paths(model: nn.Module) -> dict[str, tuple[AFLoRAPath, str]]:
     return {
         f"{name}.{matrix}": (module, matrix)
-        for name, module in model.named_modules()
+        for name, module in named_modules(model).items()
         if isinstance(module, AFLoRAPath)
         for matrix in ("A", "B")
     }

@@ -6,10 +6,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 
 class AFLoRAError(ValueError):
-    """Something the user asked for cannot be done as asked."""
+    """Something the user asked for cannot be done as asked.
+
+    Attributes:
+        count: How many there have been in this process: who warns at its end is silent where one explains it.
+    """
+
+    count: ClassVar[int] = 0
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        AFLoRAError.count += 1
 
     def __str__(self) -> str:
         """In letters that only show: what is quoted in it may be of a file that was made to command a terminal."""
@@ -29,7 +40,7 @@ class DivergedError(AFLoRAError):
 
 
 class DamagedError(AFLoRAError):
-    """A checkpoint is not what was written."""
+    """A checkpoint is not what was written, or no training can go on from it."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The grammar of parameter names, and the only place that knows it. Text only: needs no torch and no model.
+"""The grammar of parameter names, and the only place that knows it. Needs no torch.
 
     base_model.model.bert.encoder.layer.3.output.dense.aflora.default.A             a tensor of an adapter
     base_model.model.classifier.modules_to_save.default.weight                      a head: it trains whole
@@ -10,8 +10,10 @@ which PEFT leaves out of the files that it saves.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?P<module>.+)\.aflora\.(?P<adapter>[^.]+)\.(?P<tensor>A|B|s_d|s_b)")
@@ -81,6 +83,75 @@ def of_base(name: str) -> str:
     ('bert.pooler', 'bert.pooler')
     """
     return name.removeprefix(_PREFIX)
+
+
+# What wraps a module in place, by its class or a base of it, and the attribute that holds the module.
+_WRAPPERS = {
+    "ActivationWrapper": "_checkpoint_wrapped_module",  # of torch's CheckpointWrapper and OffloadWrapper
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+}
+_ATTRIBUTES = {*_WRAPPERS.values()} - {"module"}  # what no module of a model is called
+
+
+def named_modules(model: Any, *, remove_duplicate: bool = True) -> dict[str, Any]:
+    """As torch's, by the names that modules have where nothing wraps any of them. A wrapper itself is left out.
+
+    Activation checkpointing, FSDP1, torch.compile and data parallelism put a module of their own around another one,
+    whose name then goes through an attribute of theirs.
+    """
+    inside = _unwrapped(model, remove_duplicate)
+    return {inside[name]: module for name, module in model.named_modules(remove_duplicate=remove_duplicate)}
+
+
+def named_parameters(model: Any, *, remove_duplicate: bool = True) -> dict[str, Any]:
+    """As torch's, by the names that parameters have where nothing wraps a module: see `named_modules`."""
+    known: set[int] = set()
+    found = {}
+    for name, module in named_modules(model, remove_duplicate=remove_duplicate).items():
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=remove_duplicate):
+            if id(parameter) not in known or not remove_duplicate:
+                found[f"{name}.{own}" if name else own] = parameter
+            known.add(id(parameter))
+    return found
+
+
+@contextmanager
+def without_wrappers(model: Any) -> Iterator[None]:
+    """Let `model.named_modules()` give the names of `named_modules`: PEFT looks for its layers' tensors by them."""
+    modules, held = named_modules(model), vars(model).get("named_modules")
+    model.named_modules = lambda *args, **kwargs: iter(modules.items())
+    try:
+        yield
+    finally:
+        del model.named_modules
+        if held is not None:
+            model.named_modules = held
+
+
+def unwrapped(key: str) -> str:
+    """A key of a state dict, which some wrappers rename and some do not, as the unwrapped model has it.
+
+    >>> unwrapped("_orig_mod.layers.0._checkpoint_wrapped_module.up_proj.weight")
+    'layers.0.up_proj.weight'
+    """
+    return ".".join(part for part in key.split(".") if part not in _ATTRIBUTES)
+
+
+def _unwrapped(model: Any, remove_duplicate: bool) -> dict[str, str]:
+    """The names that torch gives the modules -> those that they have where nothing wraps any of them."""
+    names: dict[str, str] = {}
+    holds: dict[str, str] = {}  # wrapper -> attribute
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):  # parents come first
+        parent, _, own = name.rpartition(".")
+        inside = names.get(parent, "")
+        names[name] = inside if name and holds.get(parent) == own else f"{inside}.{own}" if inside else own
+        classes = (kind.__name__ for kind in type(module).__mro__)
+        if held := next((_WRAPPERS[kind] for kind in classes if kind in _WRAPPERS), None):
+            holds[name] = held
+    return names
 
 
 @dataclass(frozen=True, order=True)

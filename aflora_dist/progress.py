@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .engines import Engine
 from .engines.base import Observer, Record
-from .errors import AFLoRAError
+from .errors import AFLoRAError, DivergedError
 
 
 class Part(Protocol):
@@ -90,6 +90,18 @@ class Progress:
             tensors |= more
         return tensors, record
 
+    def check_finite(self) -> None:
+        """Look whether what trains is fit to be saved: asked before anything is. A collective.
+
+        Raises:
+            DivergedError: On every rank, naming the first parameter that is not finite.
+        """
+        if (broken := self.engine.broken()) is not None:
+            raise DivergedError(
+                f"The training has diverged: {broken} is not finite after step {self.step - 1}, so it is not saved. "
+                f"Lower the learning rate."
+            )
+
     def check(self, record: Record) -> None:
         """Look whether `restore` can go on from this record; nothing changes.
 
@@ -107,18 +119,12 @@ class Progress:
         if unknown:
             raise AFLoRAError(f"The checkpoint is of another model: {unknown[0]} trains there and not here.")
         self.engine.check(record["engine"])
-        theirs, mine = record["parts"].keys(), self.parts.keys()
-        for option in sorted(theirs ^ mine):
-            if "." in option:  # a part that an option asks for has its name
-                how = "with" if option in theirs else "without"
-                raise AFLoRAError(
-                    f"The checkpoint is of a run {how} {option}, which follows a training from beginning to end. "
-                    f"Resume {how} it, or begin anew."
-                )
-        if theirs != mine:
+        if different := sorted(record["parts"].keys() ^ self.parts.keys()):
+            there = ("with", "without")[different[0] in self.parts]
+            here = ("with", "without")[there == "with"]
             raise AFLoRAError(
-                f"The checkpoint is of another method: it has {', '.join(record['parts']) or 'nothing'} besides the "
-                f"optimizer's state, here there is {', '.join(self.parts) or 'nothing'}."
+                f"The checkpoint was written {there} {different[0]}, and this training is set up {here} it. Set up the "
+                f"same."
             )
         for name, part in self.parts.items():
             part.check(record["parts"][name])

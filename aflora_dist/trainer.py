@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from transformers.trainer_utils import has_length
 from .adapter.saving import state_dict_of
 from .contract import Private, require
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, thaw
+from .engines import Engine
+from .engines.optimizers import plain
 from .errors import AFLoRAError, DamagedError, writing
-from .freezing import ScoreKind
+from .freezing import ScoreKind, whole_steps
+from .names import named_parameters, without_wrappers
 from .processes import on_main
 from .store import checkpoint
 from .store.checkpoint import Checkpoint
@@ -99,7 +102,18 @@ class FreezingCallback(TrainerCallback):
         if self._resumed is not None:
             resumed, self._resumed = self._resumed, None
             self.freezing.progress.restore(resumed.tensors, resumed.training["progress"])
-            _set_scheduler(trainer.lr_scheduler, resumed.training["scheduler"], self.freezing.engine.members)
+            _set_scheduler(trainer.lr_scheduler, resumed.training["scheduler"], self.freezing.engine)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Trainer saves when all callbacks have been told, and may delete older checkpoints then.
+
+        Raises:
+            DivergedError: On every rank: what would be saved is not finite.
+        """
+        if control.should_save and self.freezing is not None:
+            self.freezing.progress.check_finite()
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the state by name to the checkpoint that Trainer has written. A collective.
@@ -111,7 +125,7 @@ class FreezingCallback(TrainerCallback):
         if trainer is None or freezing is None or args.save_only_model or state.is_hyper_param_search:
             return
         tensors, record = freezing.progress.snapshot()
-        training = {"progress": record, "scheduler": _scheduler(trainer.lr_scheduler, freezing.engine.members)}
+        training = {"progress": record, "scheduler": _scheduler(trainer.lr_scheduler, freezing.engine)}
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
 
         def write() -> None:
@@ -136,8 +150,8 @@ class FreezingCallback(TrainerCallback):
             per_epoch = len(loader) / args.gradient_accumulation_steps if has_length(loader) else total
         initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
         final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
-        steps = {"total_steps": total, "initial_steps": round(initial), "final_steps": round(final)}
-        return FreezingConfig(**steps, **self.options)
+        t_i, t_f = whole_steps(initial, final, total)
+        return FreezingConfig(total_steps=total, initial_steps=t_i, final_steps=t_f, **self.options)
 
     # -- what Trainer does before it tells, or in another way than is right here -------------------
 
@@ -177,7 +191,7 @@ class FreezingCallback(TrainerCallback):
     def _thaw(self, trainer: Trainer, names: Any) -> None:
         """Where this process has trained the model already: all that the checkpoint's training began with."""
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        frozen = [name for name, p in model.named_parameters() if name in names and not p.requires_grad]
+        frozen = [name for name, p in named_parameters(model).items() if name in names and not p.requires_grad]
         if not frozen:
             return
         if self._given_optimizer:
@@ -208,7 +222,9 @@ class FreezingCallback(TrainerCallback):
             original(output_dir, _internal_call)
             return
         engine = self.freezing.engine
-        trainer._save(output_dir, state_dict=state_dict_of(engine.model, self.freezing.adapter_values()))
+        state = state_dict_of(engine.model, self.freezing.adapter_values())
+        with without_wrappers(engine.model):
+            trainer._save(output_dir, state_dict=state)
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
@@ -238,38 +254,73 @@ def _find(trainer: Trainer, folder: Path) -> Checkpoint | None:
     return chosen if chosen is not None or found is None else Checkpoint(found[0], {}, found[1])
 
 
-def _scheduler(scheduler: Any, groups: list[list[str]]) -> dict[str, Any]:
-    """Which scheduler this is; its state where Trainer does not save it as scheduler.pt (DeepSpeed's own)."""
+def _scheduler(scheduler: Any, engine: Engine) -> dict[str, Any]:
+    """Which scheduler this is; its state where Trainer does not save it as scheduler.pt (DeepSpeed's own).
+
+    And the numbers among the param groups' options (rates, betas), which schedulers set: at the next update they count.
+    """
     owned = isinstance(scheduler, AcceleratedScheduler)
-    return {"name": _name(scheduler), "state": dict(scheduler.state_dict()) if owned else None, "groups": groups}
+    return {
+        "name": type(_inner(scheduler)).__name__,
+        "state": dict(scheduler.state_dict()) if owned else None,
+        "groups": engine.members,
+        "options": [_numbers(group) for group in engine.optimizer.param_groups],
+    }
 
 
-def _name(scheduler: Any) -> str:
-    return type(scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler).__name__
+def _inner(scheduler: Any) -> Any:
+    return scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
 
 
-def _set_scheduler(scheduler: Any, stored: dict[str, Any], groups: list[list[str]]) -> None:
+def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    found = {
+        key: plain(value) for key, value in group.items() if not isinstance(value, torch.Tensor) or value.dim() == 0
+    }
+    return {
+        key: value
+        for key, value in found.items()
+        if is_number(value) or (isinstance(value, tuple | list) and value and all(map(is_number, value)))
+    }
+
+
+def _set_scheduler(scheduler: Any, stored: dict[str, Any], engine: Engine) -> None:
     """Go on with the learning rates where they were.
-
-    Args:
-        groups: Names of the parameters in each param group, by position.
 
     Raises:
         AFLoRAError: It is another kind of scheduler.
     """
-    if stored["name"] != _name(scheduler) or stored["state"] is None:
+    inner, groups = _inner(scheduler), engine.optimizer.param_groups
+    name = type(inner).__name__
+    if stored["name"] != name or stored["state"] is None:
         there = stored["name"] if stored["state"] is not None else "no state of one (scheduler.pt is missing)"
         raise AFLoRAError(
-            f"The checkpoint is of another learning-rate scheduler: {there} there and {_name(scheduler)} here. "
+            f"The checkpoint is of another learning-rate scheduler: {there} there and {name} here. "
             f"Resume with the scheduler that the training began with."
         )
     state = stored["state"]
-    if stored["groups"] != groups:
-        state |= _regrouped(state, scheduler.state_dict(), stored["groups"], groups)
+    if stored["groups"] != engine.members:
+        state |= _regrouped(state, scheduler.state_dict(), stored["groups"], engine.members)
     scheduler.load_state_dict(state)
-    if isinstance(scheduler, LRScheduler):
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+    if "options" in stored:
+        place = {name: position for position, names in enumerate(stored["groups"]) for name in names}
+        for group, names in zip(groups, engine.members, strict=False):
+            at = next((place[name] for name in names if name in place), None)
+            for key, value in ({} if at is None else stored["options"][at]).items():
+                _set(group, key, value)
+    else:  # a checkpoint of an earlier release; DeepSpeed's schedulers compute their rate anew
+        rates = inner.get_last_lr() if isinstance(inner, LRScheduler) else inner.get_lr()
+        for group, rate in zip(groups, rates, strict=True):
+            _set(group, "lr", rate)
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    if isinstance(group.get(key), torch.Tensor):
+        group[key].fill_(value)
+    elif key in group:
+        group[key] = tuple(value) if isinstance(value, list) else value
 
 
 def _regrouped(

@@ -115,3 +115,17 @@ def test_a_training_shorter_than_its_schedule_says_so(capsys: pytest.CaptureFixt
     del forgotten
     gc.collect()
     assert "ended after 5 of the 12" in capsys.readouterr().err
+
+
+def test_what_an_error_explains_is_not_complained_of_again(capsys: pytest.CaptureFixture[str]) -> None:
+    failed, recovered = Loop(), Loop()
+    for loop in (failed, recovered):
+        loop.train(0, 4)
+        with pytest.raises(AFLoRAError):
+            loop.freezing.freeze(["nothing of that name"])
+    recovered.step(4)
+    del loop, failed
+    gc.collect()
+    assert capsys.readouterr().err == ""
+    recovered.accelerator.end_training()
+    assert "ended after 5 of the 12" in capsys.readouterr().err

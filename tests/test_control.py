@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +12,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
 from transformers import Trainer, TrainingArguments
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezeEvent, FreezingCallback, FreezingConfig
 from aflora_dist.engines import create_engine
+from aflora_dist.engines.native import _check_hooks
 from tests.launch import ROOT, launch
 from tests.loop import CONFIG, Loop, assert_same
-from tests.workers.tiny import build_model, global_batch
+from tests.workers.tiny import build_base, build_model, global_batch
 
 
 def test_a_model_that_nothing_freezes_refuses_its_second_step() -> None:
@@ -31,6 +36,19 @@ def test_a_model_that_nothing_freezes_refuses_its_second_step() -> None:
     never = build_model(freezing="never").train()
     for step in range(3):
         never(**global_batch(step))
+
+
+def test_inference_in_one_of_several_processes_asks_for_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As servers do that a launcher starts, each with a model of its own."""
+    build_model().save_pretrained(str(tmp_path))
+    Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AFLoRAError, match="2 processes were launched"):
+        PeftModel.from_pretrained(build_base(), str(tmp_path), is_trainable=True)
+    model = PeftModel.from_pretrained(build_base(), str(tmp_path))
+    assert model(**global_batch(0)).logits.shape == (12, 2)
 
 
 def test_events_reach_the_user_and_end_with_the_vectors_and_the_head() -> None:
@@ -46,6 +64,23 @@ def test_events_reach_the_user_and_end_with_the_vectors_and_the_head() -> None:
     trained = {n for n, p in loop.model.named_parameters() if p.requires_grad}
     assert {n.rpartition(".")[2] for n in trained} == {"s_d", "s_b", "weight", "bias"}
     assert all("classifier" in n for n in trained if n.endswith(("weight", "bias")))
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile, nn.DataParallel])
+def test_a_module_that_wraps_layers_changes_no_name_in_logs_snapshots_and_saved_files(wrap: Any) -> None:
+    plain, loop = Loop(), Loop()
+    loop.freezing.release()
+    layers = loop.model.base_model.model.bert.encoder.layer
+    layers[0] = wrap(layers[0])
+    loop.freezing = AdaptiveFreezing(loop.accelerator, loop.model, loop.optimizer, CONFIG)
+    assert loop.freezing.freezable == plain.freezing.freezable
+    assert loop.freezing.progress.snapshot()[0].keys() == plain.freezing.progress.snapshot()[0].keys()
+    if wrap is checkpoint_wrapper:
+        loop.train(0, 4)
+        plain.train(0, 4)
+        assert loop.freezing.events[0].frozen == plain.freezing.events[0].frozen != []
+    if wrap is not nn.DataParallel:  # whose state dicts are for DataParallel models
+        assert_same(get_peft_model_state_dict(loop.model), get_peft_model_state_dict(plain.model))
 
 
 def test_freezing_by_hand_takes_whole_pairs_and_known_names() -> None:
@@ -171,6 +206,22 @@ def test_fsdp1_is_refused_by_name() -> None:
         create_engine(accelerator, nn.Linear(2, 2), None)
 
 
+def test_of_ddp_s_hooks_those_are_taken_that_keep_nothing_and_give_the_mean() -> None:
+    def ddp(hook: Any, state: Any) -> Any:
+        return SimpleNamespace(_comm_hooks=[(hook, state)])
+
+    for hook in (default_hooks.allreduce_hook, default_hooks.fp16_compress_hook, default_hooks.bf16_compress_hook):
+        _check_hooks(ddp(hook, None))
+    wrapped = default_hooks.fp16_compress_wrapper(powerSGD_hook.batched_powerSGD_hook)
+    for hook, state, name in (
+        (powerSGD_hook.powerSGD_hook, powerSGD_hook.PowerSGDState(None), "powerSGD_hook, whose PowerSGDState"),
+        (wrapped, powerSGD_hook.PowerSGDState(None), "fp16_compress_wrapper.* whose PowerSGDState"),
+        (debugging_hooks.noop_hook, None, "noop_hook"),
+    ):
+        with pytest.raises(AFLoRAError, match=f"DDP's communication hook {name}"):
+            _check_hooks(ddp(hook, state))
+
+
 def test_scores_need_no_float64_on_a_device_that_has_none() -> None:
     class Mps:
         """A tensor on such a device."""
@@ -265,6 +316,10 @@ FAILURES = {
     "on_freeze": ("ddp", ["OSError: [Errno 28] No space left", "AFLoRAError: on_freeze failed on rank 0 after step 3"]),
     "on_main": ("ddp", ["ZeroDivisionError: an oversight", "AFLoRAError: The main process failed: ZeroDivisionError"]),
     "local SGD": ("ddp", ["UnsupportedEngineError: The gradients of this update were not reduced"] * 2),
+    "PowerSGD": (
+        "ddp",
+        ["UnsupportedEngineError: Freezing does not support DDP's communication hook powerSGD_hook"] * 2,
+    ),
     "Adagrad": ("zero1", ["UnsupportedEngineError: Freezing does not support DeepSpeed's own Adagrad in place"] * 2),
     "plain backward": ("zero2", ["UnsupportedEngineError: optimizer.step() was called, but DeepSpeed has made no"] * 2),
 }

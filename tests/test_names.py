@@ -7,6 +7,7 @@ import doctest
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import BertConfig, BertForSequenceClassification
 
 from aflora_dist import AFLoRAConfig, names
@@ -71,3 +72,31 @@ def test_layers_are_ordered_as_numbers() -> None:
     columns, rows = grid([f"base_model.model.layers.{i}.up.aflora.default.{m}" for i in (10, 9, 2) for m in "BA"])
     assert columns == [("layers", 2), ("layers", 9), ("layers", 10)]
     assert rows == ["up A", "up B"]
+
+
+def wrapped(kind: str, module: torch.nn.Module) -> torch.nn.Module:
+    if kind == "checkpointing":
+        return checkpoint_wrapper(module)
+    if kind == "compile":
+        return torch.compile(module)  # type: ignore[return-value]
+    return torch.nn.DataParallel(module)
+
+
+@pytest.mark.parametrize("kinds", [["checkpointing"], ["compile"], ["data parallel"], ["checkpointing", "compile"]])
+def test_names_are_those_of_the_unwrapped_model_whatever_wraps_a_module(kinds: list[str]) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
+    model = get_peft_model(BertForSequenceClassification(config), AFLoRAConfig(r=2, task_type="SEQ_CLS"))
+    model.base_model.model.module = torch.nn.Linear(2, 2)  # a name of the model's own
+    plain, plain_modules = dict(model.named_parameters()), dict(model.named_modules())
+    layers = model.base_model.model.bert.encoder.layer
+    for kind in kinds:
+        layers[0] = wrapped(kind, layers[0])
+        layers[1].output.dense = wrapped(kind, layers[1].output.dense)
+        model = wrapped(kind, model)
+    assert any(name not in plain_modules for name, _ in model.named_modules())
+    assert list(names.named_parameters(model)) == list(plain)
+    assert all(names.named_parameters(model)[name] is parameter for name, parameter in plain.items())
+    assert names.named_modules(model) == plain_modules
+    if "data parallel" not in kinds:  # whose keys are for DataParallel models
+        assert plain.keys() <= {names.unwrapped(key) for key in model.state_dict()}

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, FreezingConfig
 from aflora_dist.contract import is_older
+from aflora_dist.errors import DivergedError
 from aflora_dist.trainer import TRAINER, _introduce
 from tests.launch import launch_series
 from tests.test_contract import GONE
@@ -89,9 +90,15 @@ def loop() -> list[dict[str, Any]]:
     return [vars(event) for event in freezing.events]
 
 
-def assert_same_log(mine: list[dict[str, Any]], theirs: list[dict[str, Any]], rel: float = 1e-5) -> None:
+def assert_same_log(
+    mine: list[dict[str, Any]], theirs: list[dict[str, Any]], rel: float = 1e-5, since: int = 0
+) -> None:
+    """`since`: where it was resumed; of events before that no scores are kept."""
     assert [(e["step"], e["frozen"]) for e in mine] == [(e["step"], e["frozen"]) for e in theirs] != []
     for event, other in zip(mine, theirs, strict=True):
+        if event["step"] < since:
+            assert event["scores"] == {}
+            continue
         assert event["scores"] == pytest.approx(other["scores"], rel=rel, abs=0)
 
 
@@ -155,12 +162,88 @@ def test_resuming_is_exact_before_between_and_after_the_freezes(engine: str, tmp
     others = [trained(source)[0] for source in dict.fromkeys(("single", BEFORE[engine])) if source != engine]
     sources = [folder / "whole" / f"checkpoint-{step}" for step in (4, 8)]
     sources += [other / "whole" / "checkpoint-4" for other in others]
+    since = [int(source.name.partition("-")[2]) for source in sources]
     runs = [[str(tmp_path / str(i)), "--resume", str(source)] for i, source in enumerate(sources)]
     resumed = run(engine, *runs)
-    for (first, *_), exact in zip(resumed, [True, True] + [False] * len(others), strict=True):
-        assert_same_log(first["events"], whole["events"], rel=1e-12 if exact else 1e-5)
+    for (first, *_), at, exact in zip(resumed, since, [True, True] + [False] * len(others), strict=True):
+        assert_same_log(first["events"], whole["events"], rel=1e-12 if exact else 1e-5, since=at)
         assert_close(first["values"], whole["values"], 0.0 if exact else 1e-5)
         assert first["rates"] == pytest.approx(whole["rates"][-len(first["rates"]) :], rel=1e-12)
+
+
+ADAMW = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+WARMUP = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+SECTIONS: dict[str, dict[str, Any]] = {  # of a DeepSpeed file, as transformers' documentation shows them
+    "scheduler": {"scheduler": {"type": "WarmupLR", "params": WARMUP}},
+    "optimizer": {"optimizer": {"type": "AdamW", "params": ADAMW}},
+    "both": {
+        "optimizer": {"type": "AdamW", "params": ADAMW},
+        "scheduler": {"type": "WarmupDecayLR", "params": {**WARMUP, "total_num_steps": "auto"}},
+    },
+    "momentum, too": {  # it cycles Adam's betas against the rate
+        "optimizer": {"type": "AdamW", "params": ADAMW},
+        "scheduler": {
+            "type": "OneCycle",
+            "params": {"cycle_min_lr": 1e-3, "cycle_max_lr": 1e-2, "cycle_first_step_size": 5},
+        },
+    },
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("engine", "names"), [("zero1", ["scheduler"]), ("zero2", [*SECTIONS]), ("zero3", ["both", "momentum, too"])]
+)
+def test_resuming_with_deepspeed_s_own_optimizer_and_schedule_is_exact(
+    engine: str, names: list[str], tmp_path: Path
+) -> None:
+    runs = []
+    for name in names:
+        file = {
+            "zero_optimization": {"stage": int(engine[4]), "stage3_gather_16bit_weights_on_model_save": True},
+            **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), "auto"),
+            "gradient_accumulation_steps": "auto",
+            "zero_allow_untested_optimizer": True,
+            **SECTIONS[name],
+        }
+        whole = json.dumps({**FOURTHS, "warmup_steps": 6, "deepspeed": file})
+        saved = str(tmp_path / f"{name} whole" / "checkpoint-4")
+        runs.append([str(tmp_path / f"{name} whole"), "--options", whole])
+        runs.append([str(tmp_path / f"{name} resumed"), "--options", whole, "--resume", saved])
+    found = [ranks[0] for ranks in run(engine, *runs)]
+    for name, whole, resumed in zip(names, found[::2], found[1::2], strict=True):
+        assert len({*whole["rates"]}) > 4, name
+        assert (resumed["rates"], resumed["losses"]) == (whole["rates"], whole["losses"]), name
+        assert_close(resumed["values"], whole["values"], 0.0)
+
+
+def test_a_schedule_of_rates_and_betas_goes_on_to_the_bit(tmp_path: Path) -> None:
+    def train(out: Path, **more: Any) -> dict[str, torch.Tensor]:
+        model, callback = build_llama(), FreezingCallback()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=STEPS + 1)
+        arguments = TrainingArguments(**settings(out, **FOURTHS))
+        pair = (optimizer, scheduler)
+        trainer = Trainer(model, arguments, train_dataset=Examples(), callbacks=[callback], optimizers=pair)
+        trainer.train(**more)
+        return values(callback)
+
+    whole = train(tmp_path / "whole")
+    resumed = train(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_close(resumed, whole, 0.0)
+
+
+def test_no_checkpoint_of_what_is_not_finite_takes_the_place_of_a_good_one(tmp_path: Path) -> None:
+    class Breaking(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                next(p for p in kwargs["model"].parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    trainer = make(tmp_path, FreezingCallback(initial_epochs=2.5, final_epochs=0), **FOURTHS, save_total_limit=1)
+    trainer.add_callback(Breaking())
+    with pytest.raises(DivergedError, match="is not finite after step 7, so it is not saved"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 @pytest.mark.distributed
@@ -169,7 +252,7 @@ def test_one_process_resumes_from_a_sharded_checkpoint(source: str, tmp_path: Pa
     """accelerate #4206, transformers #28320: of such an adapter only rank 0's slice came back."""
     folder, (whole, *_), _ = trained(source)
     ((resumed,),) = run("single", [str(tmp_path), "--resume", str(folder / "whole" / "checkpoint-4")])
-    assert_same_log(resumed["events"], whole["events"])
+    assert_same_log(resumed["events"], whole["events"], since=4)
     assert_close(resumed["values"], whole["values"], 1e-5)
 
 
@@ -179,7 +262,7 @@ def test_the_same_trainer_resumes_from_before_its_freezes_and_trains_again(engin
     _, (whole, *_), _ = trained(engine)
     ((first, *_),) = run(engine, [str(tmp_path), "--options", json.dumps(FOURTHS), "--again"])
     events, resumed = first["resumed"]
-    assert_same_log(events, whole["events"], rel=1e-12)
+    assert_same_log(events, whole["events"], rel=1e-12, since=4)
     assert_close(resumed, whole["values"], 0.0)
     assert first["again"] == ([], STEPS)
 
@@ -223,6 +306,14 @@ def test_a_stream_with_max_steps_freezes_like_a_dataset(tmp_path: Path) -> None:
     make(tmp_path, callback, data=Stream(), max_steps=STEPS).train()
     assert callback.freezing is not None
     assert_same_log([vars(e) for e in callback.freezing.events], loop())
+
+
+def test_halves_of_an_odd_number_of_updates_make_a_whole(tmp_path: Path) -> None:
+    callback = FreezingCallback(initial_epochs=1.5, final_epochs=1.5)
+    make(tmp_path, callback, per_device_train_batch_size=10).train()  # 3 epochs of 5 updates
+    assert callback.freezing is not None
+    config = callback.freezing.config
+    assert (config.total_steps, config.initial_steps, config.final_steps) == (15, 8, 7)
 
 
 def test_training_again_goes_on_with_what_is_frozen(tmp_path: Path) -> None:

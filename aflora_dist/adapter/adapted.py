@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..names import AdapterTensor
+from ..names import AdapterTensor, named_modules
 from .folding import Folding
 from .layer import AFLoRALayer, AFLoRAPath
 
@@ -26,7 +26,7 @@ class Adapted:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, AFLoRALayer)}
+        self.layers = {name: m for name, m in named_modules(model).items() if isinstance(m, AFLoRALayer)}
         # A compiled model is folded for further outside, too: what was adapted is the innermost.
         self.roots = list({folding: m for m in model.modules() if (folding := Folding.of(m)) is not None}.values())
         self._guards = {layer.guard for layer in self.layers.values()}

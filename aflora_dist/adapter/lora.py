@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..names import is_adapter, of_base
+from ..names import is_adapter, named_modules, of_base
 from .config import AFLoRAConfig
 from .layer import AFLoRALayer
 
@@ -64,7 +64,7 @@ def save_as_lora(model: PeftModel, directory: str | Path, adapter_name: str = "d
         raise FileExistsError(f"{directory} already holds an adapter; choose another folder.")
     tensors: dict[str, Tensor] = {}
     targets = []
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model).items():
         if isinstance(layer, AFLoRALayer) and adapter_name in layer.aflora:
             path = layer.path(adapter_name)
             tensors[f"{name}.lora_A.weight"] = path.A.detach().clone().contiguous()

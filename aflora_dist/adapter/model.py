@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..contract import require
 from ..errors import AFLoRAError
+from ..names import unwrapped, without_wrappers
 from ..processes import refuse_lonely_processes
 from . import private
 from .architectures import ARCHITECTURES, default_targets, kind_of
@@ -57,7 +58,9 @@ class AFLoRAModel(BaseTuner):
     }
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        refuse_lonely_processes()  # here it can be said in time: prepare() would fail with less to go by
+        configs = peft_config.values() if isinstance(peft_config, Mapping) else [peft_config]
+        if not all(config.inference_mode for config in configs):  # who only infers may do so process by process
+            refuse_lonely_processes()  # here it can be said in time: prepare() would fail with less to go by
         known = set(getattr(model, "peft_config", None) or ())
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -87,7 +90,9 @@ class AFLoRAModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """What is saved of an adapter: all of it, or an error on the rank that would write less."""
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        state_dict = {unwrapped(key): tensor for key, tensor in state_dict.items()}
+        with without_wrappers(model):
+            found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         check_complete(model, adapter_name, found)
         return found
 

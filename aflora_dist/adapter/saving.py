@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import AFLoRAError
+from ..names import named_modules, named_parameters, without_wrappers
 from . import private
 from .layer import AFLoRALayer
 
@@ -35,18 +36,20 @@ def names_to_save(model: Any) -> list[str]:
             f"peft.get_peft_model(model, AFLoRAConfig(...)), or with the model's own add_adapter()."
         )
     blank = {p: torch.empty(private.whole_shape(p), device="meta") for p in model.parameters()}
-    state = buffers(model) | {name: blank[p] for name, p in model.named_parameters(remove_duplicate=False)}
+    named = named_parameters(model, remove_duplicate=False)
+    state = buffers(model) | {name: blank[p] for name, p in named.items()}
     chosen: set[int] = set()
-    for adapter in model.peft_config:
-        chosen |= {id(value) for value in get_peft_model_state_dict(model, state, adapter).values()}
-    return [name for name, p in model.named_parameters() if id(blank[p]) in chosen]
+    with without_wrappers(model):
+        for adapter in model.peft_config:
+            chosen |= {id(value) for value in get_peft_model_state_dict(model, state, adapter).values()}
+    return [name for name, p in named_parameters(model).items() if id(blank[p]) in chosen]
 
 
 def state_dict_of(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What PEFT takes for a state dict: these values under every name that they have in the model, and its buffers."""
     whole = {name: value.contiguous() for name, value in values.items()}
     first: dict[int, str] = {}  # parameters that several layers share are asked for under each of their names
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model, remove_duplicate=False).items():
         if (known := first.setdefault(id(parameter), name)) in whole:
             whole[name] = whole[known]
     return buffers(model) | whole
@@ -56,7 +59,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     """What a state dict has besides parameters: no engine shards it."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
-        for prefix, module in model.named_modules(remove_duplicate=False)
+        for prefix, module in named_modules(model, remove_duplicate=False).items()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
@@ -70,7 +73,9 @@ def save_peft(model: Any, folder: Path, values: Mapping[str, Tensor], **options:
         values: Of all that is saved, whole, by name.
         options: Of `PeftModel.save_pretrained`.
     """
-    model.save_pretrained(str(folder), state_dict=state_dict_of(model, values), **options)
+    state = state_dict_of(model, values)
+    with without_wrappers(model):
+        model.save_pretrained(str(folder), state_dict=state, **options)
 
 
 def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tensor]) -> None:
@@ -82,7 +87,7 @@ def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tens
     Raises:
         AFLoRAError: A tensor is missing, or is a shard.
     """
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model).items():
         if not isinstance(layer, AFLoRALayer) or adapter_name not in layer.aflora:
             continue
         r, sizes = layer.r[adapter_name], (layer.in_features, layer.out_features)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from ..cpu_group import cpu_group
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..freezing import Fragment
+from ..names import named_parameters
 from .optimizers import OptimizerTraits, examine, plain
 from .transfer import Move, Piece, Placed, carry, collect, distribute
 
@@ -47,7 +48,7 @@ class Engine(ABC):
 
     Args:
         accelerator: Whose `prepare()` has set the engine up.
-        model: The unwrapped model; its `named_parameters()` give the names.
+        model: The unwrapped model; names are those of `named_parameters`, whatever wraps modules inside it.
         optimizer: The torch optimizer whose param groups the user and the scheduler see.
 
     Attributes:
@@ -67,8 +68,8 @@ class Engine(ABC):
         self.accelerator = accelerator
         self.model = model
         self.optimizer = optimizer
-        self.names: dict[nn.Parameter, str] = {p: n for n, p in model.named_parameters()}
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = named_parameters(model)
+        self.names: dict[nn.Parameter, str] = {p: n for n, p in self.parameters.items()}
         self._handles: list[Callable[[], None]] = []
         # Whose parameters each param group holds, by position: groups that run empty keep their position,
         # since schedulers address them by it. A matrix that a checkpoint brings back returns to its place.
@@ -238,6 +239,16 @@ class Engine(ABC):
                 f"The checkpoint is of another optimizer: {record['optimizer']} keeps {', '.join(sorted(theirs))}, "
                 f"{type(self.optimizer).__name__} keeps {', '.join(self.traits.moments) or 'nothing'}."
             )
+
+    @torch.no_grad()
+    def broken(self) -> str | None:
+        """The first trainable parameter that is not finite on some rank, or whose moments are not. A collective."""
+        names = self.trainable
+        bad = torch.zeros(len(names), dtype=torch.int64)
+        place = {key: i for i, name in enumerate(names) for key in self._keys(name)}
+        for piece in self.pieces(names, every_copy=True):
+            bad[place[piece.key]] |= int(not torch.isfinite(piece.data).all())
+        return next((name for name, found in zip(names, self.max_over_ranks(bad).tolist(), strict=True) if found), None)
 
     @abstractmethod
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:

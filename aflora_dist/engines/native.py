@@ -7,6 +7,7 @@ FSDP2 a rank holds its rows of every parameter, and observes them; of several re
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..contract import require
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
+from ..names import named_parameters
 from . import private
 from .base import Engine, Observer, Record, inner_optimizer, release
 from .clipping import Clipping
@@ -69,11 +71,20 @@ class NativeEngine(Engine):
                 f"The trained parameter {scattered[0]} is not contiguous in memory, so it cannot be kept by element: "
                 f"replace it by nn.Parameter(parameter.contiguous()) before the optimizer is created."
             )
+        half = [n for n, p in named_parameters(unwrapped).items() if p.requires_grad and p.dtype.itemsize < 4]
+        if half and accelerator.is_main_process:
+            print(
+                f"aflora: warning: {len(half)} trained parameters ({half[0]} is the first) are held in half precision: "
+                f"they and their moments are updated in it here, where ZeRO keeps float32 copies, so that engines "
+                f"differ. Hold what trains in float32; mixed_precision=bf16 computes in bfloat16 all the same.",
+                file=sys.stderr,
+                flush=True,
+            )
         self._fragments: list[Fragment] = []
         self._observed: list[nn.Parameter] = []
         self._applied = self._stepping = False
         self._originals = [(list(g["params"]), g.get("param_names")) for g in inner.param_groups]
-        self._order = {name: i for i, (name, _) in enumerate(unwrapped.named_parameters())}
+        self._order = {name: i for i, name in enumerate(named_parameters(unwrapped))}
         super().__init__(accelerator, unwrapped, inner)
         self.clipping = Clipping(accelerator, lambda: self._observed)
 
@@ -99,8 +110,7 @@ class NativeEngine(Engine):
                     "The optimizer inside the one that accelerator.prepare() returned was stepped: step the latter, "
                     "which knows of accumulation and of updates that are skipped."
                 )
-            if self._unreduced():
-                raise UnsupportedEngineError(_LOCAL_SGD)
+            self._check_reduction()
             parameters = [self.parameters[f.name] for f in self._fragments]
             scale = self.clipping.factor(parameters)
             if not self._fragments:
@@ -151,9 +161,8 @@ class NativeEngine(Engine):
         self.clipping.updated()
         done(applied)
 
-    def _unreduced(self) -> bool:
-        """Whether the gradients of this update are this rank's own."""
-        return False
+    def _check_reduction(self) -> None:
+        """Raise UnsupportedEngineError unless the gradients of an update are the means over the ranks."""
 
     # -- gradients ---------------------------------------------------------------------------
 
@@ -283,10 +292,14 @@ class ReplicatedEngine(NativeEngine):
             )
         if self.ddp is not None:
             require("torch", self.ddp, private.REDUCER)
+            _check_hooks(self.ddp)
         super().__init__(accelerator, model, optimizer)
 
-    def _unreduced(self) -> bool:
-        return self.ddp is not None and not self.ddp.require_backward_grad_sync
+    def _check_reduction(self) -> None:
+        if self.ddp is not None:
+            if not self.ddp.require_backward_grad_sync:
+                raise UnsupportedEngineError(_LOCAL_SGD)
+            _check_hooks(self.ddp)  # one may have been registered since
 
     def _fragment(self, name: str) -> Fragment | None:
         # An equal share of every matrix, so that a drop leaves the rest where it is; the remainders go round.
@@ -358,6 +371,23 @@ def _place(name: str, parameter: nn.Parameter) -> tuple[int, bool]:
                 f"rows over one dimension of the mesh. Leave tensor, context and expert parallelism out."
             )
     return start, first
+
+
+def _check_hooks(ddp: DistributedDataParallel) -> None:
+    """Refuse communication hooks that no reducer made anew can take over, or that do not give the mean.
+
+    Raises:
+        UnsupportedEngineError: Names the hook.
+    """
+    for hook, state in ddp._comm_hooks:
+        name = getattr(hook, "__qualname__", type(hook).__name__)
+        if name == "noop_hook" or not (state is None or isinstance(state, dist.ProcessGroup)):
+            kept = "" if state is None else f", whose {type(state).__name__} is kept by the reducer's buckets"
+            raise UnsupportedEngineError(
+                f"Freezing does not support DDP's communication hook {name}{kept}: a freeze makes other buckets, and "
+                f"scores need the exact mean of the gradients. Leave it out, or use fp16_compress_hook or "
+                f"bf16_compress_hook."
+            )
 
 
 def rebuild_reducer(ddp: DistributedDataParallel) -> None:

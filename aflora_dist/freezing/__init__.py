@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .config import FreezeEvent, FreezingConfig
 from .kinds import FREEZING_RULES, SCORE_KINDS, FreezingRule, ScheduleShape, ScoreKind
 from .policy import FreezingPolicy, QuantilePolicy
-from .schedule import CubicSchedule
+from .schedule import CubicSchedule, whole_steps
 
 if TYPE_CHECKING:
     from .score import Fragment, FreezingScore
@@ -23,6 +23,7 @@ __all__ = [
     "QuantilePolicy",
     "ScheduleShape",
     "ScoreKind",
+    "whole_steps",
 ]
 
 if not TYPE_CHECKING:  # a type checker would take any name to be here

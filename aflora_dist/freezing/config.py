@@ -76,7 +76,8 @@ class FreezeEvent:
     Attributes:
         step: t, the global batch after which the matrices froze, from 0.
         frozen: Their names, lowest score first.
-        scores: Every score that was ranked; empty where `freeze` was called by hand.
+        scores: Every score that was ranked; empty where `freeze` was called by hand, and of events before a restart
+            from a snapshot.
         remaining: Freezable matrices that still train.
         trainable_params: Elements that the optimizer still updates.
         optimizer_state_bytes: Bytes of the optimizer's moments, over all ranks.

@@ -9,6 +9,17 @@ from ..errors import AFLoRAError
 from .kinds import SCHEDULE_SHAPES, ScheduleShape
 
 
+def whole_steps(initial: float, final: float, total: int) -> tuple[int, int]:
+    """t_i and t_f that come as fractions of updates, from epochs, as `CubicSchedule` takes them.
+
+    Rounded, both up perhaps, they may be more than the training that they are not more than: then t_f is what is left.
+    """
+    t_i, t_f = round(initial), round(final)
+    if initial + final <= total * (1 + 1e-9):
+        t_f = min(t_f, total - t_i)
+    return t_i, t_f
+
+
 @dataclass(frozen=True, kw_only=True)
 class CubicSchedule:
     """r(t) of Eq. 5, in optimizer updates t = 0 .. T-1.

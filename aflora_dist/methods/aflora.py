@@ -15,6 +15,7 @@ from ..adapter import AFLoRAConfig
 from ..adapter.saving import save_peft
 from ..control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from ..errors import AFLoRAError
+from ..freezing import whole_steps
 from ..names import is_adapter, is_head
 from ..progress import Progress
 from ..training.config import Config
@@ -81,14 +82,14 @@ class AFLoRA:
 
     def _schedule(self, updates_per_epoch: int) -> FreezingConfig:
         epochs, freezing = self.config.train.epochs, self.config.freezing
-        t_i, t_f = freezing.epochs(epochs)  # they fit in epochs, and so they do when rounded
-        total = epochs * updates_per_epoch
         adaptive = self.config.adapter.freezing == "adaptive"
-        initial = round(t_i * updates_per_epoch) if adaptive else 0
+        t_i, t_f = freezing.epochs(epochs) if adaptive else (0, 0)
+        total = epochs * updates_per_epoch
+        initial, final = whole_steps(t_i * updates_per_epoch, t_f * updates_per_epoch, total)
         return FreezingConfig(
             total_steps=total,
             initial_steps=initial,
-            final_steps=min(round(t_f * updates_per_epoch), total - initial) if adaptive else 0,
+            final_steps=final,
             beta1=freezing.beta1,
             beta2=freezing.beta2,
             score=freezing.score,

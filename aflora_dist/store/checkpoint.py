@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import nested
-from ..errors import AFLoRAError, DamagedError
+from ..errors import AFLoRAError, DamagedError, DivergedError
 
 FORMAT = 2
 _STATE, _TRAINING, _MANIFEST = "state.safetensors", "training.json", "manifest.json"
@@ -73,6 +73,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], training: Mappi
     leaves what was saved before as it was.
 
     Raises:
+        DivergedError: A tensor is not finite.
         OSError, SafetensorError: The disk is full, or the folder cannot be written; what was saved
             before is unharmed.
     """
@@ -82,6 +83,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], training: Mappi
     temporary.mkdir(parents=True)
     try:
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if broken := _not_finite(content):
+            raise DivergedError(f"{broken} is not finite, so no checkpoint is written. Lower the learning rate.")
         save_file(content, str(temporary / _STATE))
         (temporary / _TRAINING).write_text(json.dumps({"format": FORMAT, **training}), encoding="utf-8")
         manifest = {name: _fingerprint(temporary / name) for name in (_STATE, _TRAINING)}
@@ -107,12 +110,15 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint, and check every byte of it first.
 
     Raises:
-        DamagedError: It is not what was written; the message says what is wrong.
+        DamagedError: It is not what was written, or not finite; the message says what is wrong.
         AFLoRAError: It has another format.
     """
     complaint = _damage(path)
     if complaint is not None:
         raise DamagedError(f"The checkpoint {path} is damaged: {complaint}.")
+    tensors = StoredTensors(path / _STATE)
+    if broken := _not_finite(tensors):  # earlier releases wrote such
+        raise DamagedError(f"The checkpoint {path} is of a training that had diverged: {broken} is not finite.")
     training = nested.loads((path / _TRAINING).read_text(encoding="utf-8"))
     if training.get("format") != FORMAT:
         old = " Format 1 counted skipped updates twice: finish that run with aflora_dist 0.1, or begin anew."
@@ -120,7 +126,7 @@ def load(path: Path) -> Checkpoint:
             f"The checkpoint {path} has format {training.get('format')}; this version of aflora_dist reads {FORMAT}."
             f"{old if training.get('format') == 1 else ''}"
         )
-    return Checkpoint(path, StoredTensors(path / _STATE), training)
+    return Checkpoint(path, tensors, training)
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -153,6 +159,10 @@ def _damage(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{_MANIFEST} cannot be read: {error}"
     return None
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import __version__
-from ..errors import AFLoRAError, writing
+from ..errors import AFLoRAError, DivergedError, writing
+from ..methods import Control
 from ..notices import logger
 from ..processes import on_main
 from ..progress import Progress
@@ -42,6 +44,7 @@ _FREE = {
     "train.eval_batch_size",
     "train.gradient_checkpointing",
 }
+RATES = {"train.learning_rate", "train.head_learning_rate"}  # may be lowered where a training diverged
 
 
 def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoint | None:
@@ -61,7 +64,7 @@ def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoi
         chosen = _choose(run)
         if chosen is None:
             return None
-        refuse_differences(chosen.training["config"], yaml.safe_load(resolved), str(chosen.path))
+        refuse_differences(chosen.training["config"], yaml.safe_load(resolved), str(chosen.path), RATES)
         return chosen.path, chosen.training
 
     found = on_main(accelerator, choose)
@@ -131,21 +134,32 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
     return newest
 
 
-def refuse_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
+def refuse_differences(
+    theirs: Mapping[str, Any], mine: Mapping[str, Any], where: str, but: Collection[str] = ()
+) -> None:
     """Raise unless both configurations train the same model on the same batches.
+
+    Args:
+        but: Options that may differ besides.
 
     Raises:
         AFLoRAError: Names every option that differs, with both values.
     """
-    # An earlier release lacks the newer options: it did what they do if they are not given.
-    flat = [_flatten(asdict(Config())) | _flatten(theirs), _flatten(mine)]
     different = [
-        f"{key} is {flat[0].get(key)} there and {flat[1].get(key)} here"
-        for key in sorted({*flat[0], *flat[1]})
-        if flat[0].get(key) != flat[1].get(key) and key not in _FREE and key.partition(".")[0] not in _FREE
+        f"{key} is {there} there and {here} here"
+        for key, (there, here) in _differences(theirs, mine).items()
+        if key not in but and key not in _FREE and key.partition(".")[0] not in _FREE
     ]
     if different:
         raise AFLoRAError(f"{where} is of a run with another configuration: {'; '.join(different)}.")
+
+
+def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Options with both values, where they differ."""
+    # An earlier release lacks the newer options: it did what they do if they are not given.
+    flat = [_flatten(asdict(Config())) | _flatten(theirs), _flatten(mine)]
+    values = {key: (flat[0].get(key), flat[1].get(key)) for key in sorted({*flat[0], *flat[1]})}
+    return {key: (there, here) for key, (there, here) in values.items() if there != here}
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -162,7 +176,7 @@ class Checkpointer:
     """Saves a training's state and restores it.
 
     Args:
-        data_digest: Tells the training data apart, see `data.digest`.
+        data: What must not change between a run and its continuation: name -> fingerprint; None: not known.
         resolved: The configuration as YAML.
     """
 
@@ -172,11 +186,11 @@ class Checkpointer:
         accelerator: Accelerator,
         progress: Progress,
         scheduler: LambdaLR,
-        data_digest: str,
+        data: Mapping[str, str | None],
         resolved: str,
     ) -> None:
         self.run, self.accelerator, self.progress, self.scheduler = run, accelerator, progress, scheduler
-        self.data_digest, self.resolved = data_digest, resolved
+        self.data, self.resolved = dict(data), resolved
         self._randomness: dict[str, Tensor] | None = None
 
     def save(self, log: TrainingLog, evaluations: list[dict[str, float]]) -> None:
@@ -184,17 +198,20 @@ class Checkpointer:
 
         Raises:
             AFLoRAError: On every rank, if it cannot be written; those before it are unharmed.
+            DivergedError: On every rank, if a loss, a value or a moment is not finite; nothing is written then.
         """
         began = time.perf_counter()
+        logged = log.state()  # first: it names the update whose loss was not finite
+        self.progress.check_finite()
         tensors, record = self.progress.snapshot()
         for rank, states in enumerate(gather_object([_random_states()])):
             tensors |= {f"rng/{rank}/{name}": state for name, state in states.items()}
         training = {
             "progress": record,
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
-            "log": log.state(),
+            "log": logged,
             "evaluations": evaluations,
-            "data": self.data_digest,
+            "data": self.data,
             "config": yaml.safe_load(self.resolved),
             "world_size": self.accelerator.num_processes,
             "versions": {"aflora_dist": __version__, **{n: version(n) for n in ("torch", "peft", "accelerate")}},
@@ -208,6 +225,21 @@ class Checkpointer:
         on_main(self.accelerator, write)
         self.progress.engine.settle()
         log.save_seconds.append(time.perf_counter() - began)
+
+    @contextmanager
+    def guarding(self, control: Control) -> Iterator[None]:
+        """A training, which may break down: a diverged one is told where to go on, and no second complaint follows."""
+        try:
+            yield
+        except BaseException as error:
+            control.interrupted()
+            if not isinstance(error, DivergedError):
+                raise
+            saved = checkpoint.list_checkpoints(self.run.checkpoints)
+            how = "Nothing had been saved before: begin again with run.overwrite=true, and save more often."
+            if saved:
+                how = f"What was saved is of before: the same command with --resume goes on from {saved[0]}."
+            raise DivergedError(f"{error} {how}") from None
 
     def claim(self, loaded: Checkpoint | None) -> int:
         """Make the run's directory this run's own; returns the first step to do. A collective.
@@ -223,21 +255,43 @@ class Checkpointer:
         if loaded is None:
             self.run.claim(self.resolved, going_on=None)
             return 0
-        if loaded.training["data"] != self.data_digest:
-            raise AFLoRAError(f"{loaded.path} is of a run on other training data than what was loaded now.")
+        self._check_data(loaded)
         record = loaded.training["progress"]
         self.progress.check(record)
         events = record["parts"].get("freezing", {}).get("events", [])
+        if self.run.writes:
+            events = _with_scores(events, loaded.path.parent.parent / records.FREEZE_LOG)
         self.run.claim(self.resolved, going_on=GoingOn(record["step"], events))
         return record["step"]
+
+    def _check_data(self, loaded: Checkpoint) -> None:
+        there = loaded.training["data"]
+        if isinstance(there, str):  # of 17 rows
+            if self.run.writes:
+                print(
+                    f"aflora: warning: whether data have changed since {loaded.path} cannot be told: it is of an "
+                    f"earlier release.",
+                    flush=True,
+                )
+            return
+        for name, here in self.data.items():
+            if None not in (here, there.get(name)) and there[name] != here:
+                raise AFLoRAError(
+                    f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with those of then, or "
+                    f"begin another run."
+                )
 
     def restore(self, loaded: Checkpoint, log: TrainingLog) -> list[dict[str, float]]:
         """Bring everything to where the checkpoint was written; returns the evaluations so far. A collective."""
         training = loaded.training
         self.progress.restore(loaded.tensors, training["progress"])
-        lambdas = [None] * len(self.scheduler.base_lrs)  # functions: they are made anew, from the configuration
-        self.scheduler.load_state_dict({**training["scheduler"], "lr_lambdas": lambdas})
-        for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+        # Functions are made anew from the configuration, and the rates that they are factors of are its own.
+        rates, factors = self.scheduler.base_lrs, self.scheduler.lr_lambdas
+        self.scheduler.load_state_dict({**training["scheduler"], "lr_lambdas": [None] * len(rates)})
+        self.scheduler.base_lrs = rates
+        now = [rate * factor(self.scheduler.last_epoch) for rate, factor in zip(rates, factors, strict=True)]
+        self.scheduler._last_lr = list(now)
+        for group, rate in zip(self.scheduler.optimizer.param_groups, now, strict=True):
             group["lr"] = rate
         log.load(training["log"])
         if training["world_size"] == self.accelerator.num_processes:
@@ -245,6 +299,9 @@ class Checkpointer:
         if self.run.writes:
             before = f"{training['world_size']} x {training['progress']['kind']}"
             print(f"Going on after step {self.progress.step - 1}, from {loaded.path} ({before}).", flush=True)
+            for key, (there, here) in _differences(training["config"], yaml.safe_load(self.resolved)).items():
+                if key in RATES:
+                    print(f"From here on {key}={here}; it was {there}.", flush=True)
         return list(training["evaluations"])
 
     def _own_randomness(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -261,6 +318,16 @@ class Checkpointer:
         if self._randomness is not None:
             _restore_random_states(self._randomness)
             self._randomness = None
+
+
+def _with_scores(events: list[dict[str, Any]], log: Path) -> list[dict[str, Any]]:
+    """Lines of freeze_log.jsonl: as the run has written them that left the checkpoint, where its log is still there."""
+    written = {}
+    for line in log.read_bytes().splitlines() if log.exists() else []:
+        with suppress(ValueError, TypeError, KeyError):  # cut, or not a run's
+            found = records.loads(line)
+            written[found["step"], *found["frozen"]] = found
+    return [event if event["scores"] else written.get((event["step"], *event["frozen"]), event) for event in events]
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -30,9 +30,12 @@ _FILES = (CONFIG, FREEZE_LOG, METRICS, RESULT)
 _FOLDERS = ("checkpoints", "adapter", "tensorboard", "trackers")
 
 
+_PUT_ASIDE = (FREEZE_LOG, METRICS, "adapter", RESULT)  # of a finished run, when it is taken up: as abandoned_NAME
+
+
 @dataclass(frozen=True)
 class GoingOn:
-    """Where a run is taken up: after `step` updates, with these freeze events so far."""
+    """Where a run is taken up: after `step` updates, with these lines of freeze_log.jsonl so far."""
 
     step: int
     events: list[dict[str, Any]]
@@ -68,6 +71,21 @@ def refuse_taken(config: RunConfig) -> None:
         )
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class RunDirectory:
     """The directory of one run. Looked at when created; nothing changes in it before `claim`.
 
@@ -84,6 +102,8 @@ class RunDirectory:
         self.accelerator = accelerator
         self.writes = accelerator.is_main_process
         refuse_taken(config)
+        self._found = self._owner()
+        self._stale_stop = _identity(self.stop_file)
         self._lock: IO[str] | None = None
         self.failure: str | None = None  # why nothing more can be written
 
@@ -104,9 +124,18 @@ class RunDirectory:
         def take() -> None:
             with writing("The run", self.path, "Name another folder with run.dir."):
                 self._take_lock()
+                if self._owner() != self._found:  # it was looked at minutes ago, before this job had the lock
+                    raise AFLoRAError(
+                        f"Another job has begun or ended a run in {self.path} since this one was started. Look at what "
+                        f"is there; then go on with it (--resume), or name another folder with run.dir."
+                    )
                 self._prepare(resolved, going_on)
 
         on_main(self.accelerator, take)
+
+    def _owner(self) -> list[tuple[int, int] | None]:
+        """Tells runs in this directory apart: each writes its configuration anew when it begins or is taken up."""
+        return [_identity(self.path / name) for name in (CONFIG, RESULT)]
 
     def _take_lock(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -151,12 +180,14 @@ class RunDirectory:
     def _prepare(self, resolved: str, going_on: GoingOn | None) -> None:
         for unfinished in (*self.checkpoints.glob(".step_*"), *self.path.glob(".trace_*")):
             shutil.rmtree(unfinished, ignore_errors=True)
+        if self._stale_stop is not None and _identity(self.stop_file) == self._stale_stop:
+            self.stop_file.unlink()
+            print(f"aflora: {self.stop_file} was there before this start: it is removed, and does not stop this one.")
         if going_on is None:
             for name in reversed(_FILES):  # the result first: a killed process must not look finished
                 (self.path / name).unlink(missing_ok=True)
-            for name in _FOLDERS:
-                if (folder := self.path / name).is_dir():
-                    shutil.rmtree(folder)
+            for name in (*_FOLDERS, *(f"abandoned_{name}" for name in _PUT_ASIDE)):
+                _remove(self.path / name)
         else:
             if (self.path / "result.json").exists():
                 self._put_aside()
@@ -168,23 +199,27 @@ class RunDirectory:
 
     def _put_aside(self) -> None:
         """Keep what a finished run came to: it is continued from one of its checkpoints, to another end."""
-        for name in ("freeze_log.jsonl", "metrics.jsonl", "adapter", "result.json"):
+        for name in _PUT_ASIDE:
             path, aside = self.path / name, self.path / f"abandoned_{name}"
             if not path.exists():
                 continue
             if path.suffix == ".jsonl":  # its first part is the new run's, too
                 shutil.copyfile(path, aside)
             else:
-                shutil.rmtree(aside, ignore_errors=True)
+                _remove(aside)
                 path.replace(aside)
 
     def _abandon(self, step: int) -> None:
-        """Put checkpoints of later steps aside: what follows now is another branch, or they are damaged."""
-        for path in self.checkpoints.glob("step_*"):
-            if path.name > f"step_{step:08d}":
-                aside = path.with_name(f"abandoned_{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.replace(aside)
+        """Put checkpoints of later steps aside: what follows now is another branch, or they are damaged.
+
+        Those that an earlier branch left aside go then: with them nothing new could be done.
+        """
+        later = [path for path in self.checkpoints.glob("step_*") if path.name > f"step_{step:08d}"]
+        if later:
+            for old in self.checkpoints.glob("abandoned_step_*"):
+                _remove(old)
+        for path in later:
+            path.replace(path.with_name(f"abandoned_{path.name}"))
 
     def _cut(self, name: str, steps: int) -> None:
         """Drop the lines of updates that will be done again, and half a line of a process that was killed."""

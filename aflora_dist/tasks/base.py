@@ -53,8 +53,8 @@ class Task(Protocol):
     def metrics(self) -> list[str]:
         """The names of what `evaluate` will measure, once the batches are made."""
 
-    def digest(self) -> str:
-        """A short text that tells training data apart."""
+    def tokens(self) -> tuple[list[Any], list[Any]]:
+        """What is trained on and what is measured with, once the batches are made: datasets, and lists of answers."""
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
         """Tokenise, and deal: this rank's training batches, one micro-batch each. A collective.

@@ -14,7 +14,7 @@ from ..errors import AFLoRAError
 from ..training.config import Config
 from .base import Evaluation
 from .batches import Batch, create_loaders, move
-from .data import digest, load_data
+from .data import load_data
 from .evaluation import evaluate, measured
 from .limits import Limits
 from .model import check_weights, load_base, load_tokenizer, outline_base
@@ -44,13 +44,14 @@ class Classification:
     def metrics(self) -> list[str]:
         return measured(self.data)
 
-    def digest(self) -> str:
-        return digest(self.data)
+    def tokens(self) -> tuple[list[Any], list[Any]]:
+        return [self.train], [batches.dataset for batches in self.evaluation.values()]
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
         sampler, batches, self.evaluation = create_loaders(
             self.config, self.data, self.tokenizer, self.limits, accelerator
         )
+        self.train = batches.dataset
         collate: Any = batches.collate_fn
         self.sample = collate([batches.dataset[i] for i in range(min(2, self.train_examples))])
         return sampler, batches

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,13 +48,6 @@ class Data:
     labels: list[str] | None
     metrics: tuple[str, ...]
     positive: int = 1
-
-
-def digest(data: Data) -> str:
-    """A short text that tells training data apart: their number, their labels, some of their texts."""
-    train = data.train
-    texts = [train[i]["text"] for i in range(0, len(train), max(1, len(train) // 16))]
-    return hashlib.sha256(json.dumps([len(train), train["label"][:], texts]).encode()).hexdigest()[:16]
 
 
 def load_data(config: DataConfig, seed: int) -> Data:

@@ -1,8 +1,9 @@
 """Texts become tokens once on each node, in files that all its ranks read; later runs find them there.
 
 A file's name is made of what it depends on: the data, the tokenizer's own files, what it makes of the first texts,
-and where texts are cut. So nothing is ever overwritten, and the folder can be emptied at any time. Large data are cut
-into parts, made by several processes at a time: what is done when a run is ended is not done again.
+where texts are cut, and the code that makes tokens. So nothing is ever overwritten, and the folder can be emptied at
+any time. Large data are cut into parts, made by several processes at a time: what is done when a run is ended is not
+done again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +141,7 @@ def made_once(
 
 def _key(dataset: datasets.Dataset, tokenizer: Any, probed: Columns, settings: list[Any]) -> str:
     """A name for these tokens: 40 hexadecimal digits."""
-    content = hashlib.sha256(json.dumps([sorted(probed.items()), *settings, dataset.column_names]).encode())
+    content = hashlib.sha256(json.dumps([sorted(probed.items()), *settings, dataset.column_names, _code()]).encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
@@ -147,6 +150,15 @@ def _key(dataset: datasets.Dataset, tokenizer: Any, probed: Columns, settings: l
     for examples in dataset.iter(batch_size=10_000):
         content.update(json.dumps(examples).encode())
     return content.hexdigest()[:40]
+
+
+@cache
+def _code() -> list[str]:
+    """What stands for the code that makes tokens: of this package, and the releases of what it calls."""
+    content = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        content.update(path.read_bytes())
+    return [content.hexdigest(), *(version(name) for name in ("transformers", "tokenizers", "datasets"))]
 
 
 def _publish(made: Path, kept: Path) -> None:

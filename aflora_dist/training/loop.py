@@ -25,6 +25,7 @@ from ..methods import Control, Method
 from ..methods.choose import create_method, lora_parameters
 from ..processes import launched_accelerator, launched_processes, on_main
 from ..progress import Progress
+from ..store import fingerprint
 from ..store.best import BestEpoch, check_metric
 from ..store.held import Held
 from ..store.resume import Checkpointer, find, finished
@@ -33,7 +34,7 @@ from ..tasks.base import Task
 from ..tasks.batches import Batch, move
 from ..tasks.classification import Classification
 from ..tasks.limits import Limits
-from ..tasks.model import fetch
+from ..tasks.model import fetch, resolve_name
 from ..tasks.sft import LanguageModelling
 from ..watch.log import TrainingLog
 from ..watch.memory import MemoryHistory
@@ -100,11 +101,13 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     recorded = create_windows(config, control, total_steps, accelerator)
     history = create_history(config, recorded, accelerator)
     scheduler = create_scheduler(config, progress, total_steps)
-    checkpointer = Checkpointer(run, accelerator, progress, scheduler, task.digest(), resolved)
+    data = on_main(accelerator, lambda: trained_on(config, task))
+    checkpointer = Checkpointer(run, accelerator, progress, scheduler, data, resolved)
     first_step = checkpointer.claim(resumed)  # all that can be refused has been
     set_seed(config.train.seed, device_specific=True)  # from here on every rank draws its own dropout
     profile = config.profile
     with (
+        checkpointer.guarding(control),
         closing(
             TrainingLog(
                 config, run, accelerator, progress, control, total_steps, head_params, lora_r8, first_step, flops
@@ -176,6 +179,19 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
 
 def create_task(config: Config) -> Task:
     return LanguageModelling(config) if config.data.task == "sft" else Classification(config)
+
+
+def trained_on(config: Config, task: Task) -> dict[str, str | None]:
+    """What must not have changed where a run goes on, by what a person calls it."""
+    trained, measured = task.tokens()
+    name = resolve_name(config.model.name, config.data.task == "sft")
+    found = {
+        "training data": fingerprint.of_examples(trained),
+        "base weights": fingerprint.of_weights(name, config.model.revision),
+    }
+    if config.run.keep_best is not None:  # what is kept hangs on it
+        found["validation data"] = fingerprint.of_examples(measured)
+    return found
 
 
 def save_is_due(config: Config, step: int, per_epoch: int) -> bool:
@@ -356,7 +372,12 @@ def update(
 
 
 def adapter_now(method: Method, progress: Progress) -> dict[str, Tensor]:
-    """What adapter/ would hold, chosen by name, on the main process. A collective."""
+    """What adapter/ would hold, chosen by name, on the main process. A collective.
+
+    Raises:
+        DivergedError: On every rank: it is not finite.
+    """
+    progress.check_finite()
     engine = progress.engine
     return engine.gather([n for n, p in engine.parameters.items() if method.saved(n, p.requires_grad)])
 

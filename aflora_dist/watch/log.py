@@ -169,25 +169,30 @@ class TrainingLog:
         Raises:
             DivergedError: On every rank, naming the first update whose loss is not finite.
         """
-        losses = self.accelerator.reduce(torch.stack(self._losses), "mean").tolist()
-        first = self.step - len(losses)
-        self._losses = []
-        for offset, loss in enumerate(losses):
+        losses, self._losses = self._over_ranks(), []
+        return float(np.mean(losses))
+
+    def _over_ranks(self) -> list[float]:
+        """The losses since the last line, each the mean over all ranks. A collective."""
+        losses = self.accelerator.reduce(torch.stack(self._losses), "mean").tolist() if self._losses else []
+        for step, loss in enumerate(losses, self.step - len(losses)):
             if not np.isfinite(loss):
                 why = beyond_float16(self.progress.engine.model)
                 raise DivergedError(
-                    f"The loss of step {first + offset} is {loss}. {why}Lower train.learning_rate or "
-                    f"train.head_learning_rate; what {self.run.path} holds up to there stays valid."
+                    f"The loss of step {step} is {loss}. {why}Lower train.learning_rate or train.head_learning_rate."
                 )
-        return float(np.mean(losses))
+        return losses
 
     def state(self) -> dict[str, Any]:
-        """Counters and what the next line of metrics.jsonl is about, for a checkpoint. A collective."""
-        losses = self.accelerator.reduce(torch.stack(self._losses), "mean").tolist() if self._losses else []
+        """Counters and what the next line of metrics.jsonl is about, for a checkpoint. A collective.
+
+        Raises:
+            DivergedError: As `flush_losses`.
+        """
         return {
             "train_seconds": self.seconds(),
             "trained_sum": self.trained_sum,
-            "losses": losses,
+            "losses": self._over_ranks(),
             "since": self._since,
             "tokens": None if self.tokens is None else [self.tokens, self._tokens_at_line],
             "control_seconds": self.control.seconds,

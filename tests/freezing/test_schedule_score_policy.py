@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aflora_dist import AFLoRAError
-from aflora_dist.freezing import CubicSchedule, Fragment, FreezingPolicy, FreezingScore
+from aflora_dist.freezing import CubicSchedule, Fragment, FreezingPolicy, FreezingScore, whole_steps
 
 
 def test_the_schedule_is_zero_then_cubic_then_one() -> None:
@@ -22,6 +22,20 @@ def test_the_schedule_is_zero_then_cubic_then_one() -> None:
 def test_freezing_may_begin_at_once_and_end_with_the_last_step() -> None:
     assert CubicSchedule(total_steps=4, initial_steps=0, final_steps=0).fraction(3) == pytest.approx(1 - 0.25**3)
     assert CubicSchedule(total_steps=4, initial_steps=2, final_steps=2).count(2, 5) == 5  # no ramp in between
+
+
+@pytest.mark.parametrize("total", [7, 100, 103, 1001])
+@pytest.mark.parametrize("initial", [0.0, 0.1, 0.25, 0.3, 0.5, 1.0])
+def test_shares_of_a_training_that_fit_in_it_still_do_when_rounded(total: int, initial: float) -> None:
+    for final in (0.0, 0.1, 0.5, 0.7, 1.0 - initial):
+        if initial + final <= 1:
+            found = whole_steps(total * initial, total * final, total)
+            CubicSchedule(total_steps=total, initial_steps=found[0], final_steps=found[1])
+            assert abs(found[0] - total * initial) <= 0.5
+            assert abs(found[1] - total * final) <= 1
+    too_long = whole_steps(total * initial, total * (1.0 - initial) + 1, total)
+    with pytest.raises(AFLoRAError, match="does not fit"):
+        CubicSchedule(total_steps=total, initial_steps=too_long[0], final_steps=too_long[1])
 
 
 def test_the_quadratic_shape_freezes_few_early_and_most_late() -> None:

@@ -30,6 +30,12 @@ SAVED = 10  # of 24 updates: within the second epoch of four, between two freeze
 SAVED_NAME = f"step_{SAVED:08d}"
 
 
+def sign(saved: Path) -> None:
+    """Have a checkpoint be whole that was changed by hand."""
+    found = {name: checkpoint._fingerprint(saved / name) for name in ("state.safetensors", "training.json")}
+    (saved / "manifest.json").write_text(json.dumps(found))
+
+
 @pytest.fixture(scope="session")
 def resumed(
     undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory
@@ -190,15 +196,13 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
     name = next(iter(training["progress"]["engine"]["numels"]))
     training["progress"]["engine"]["numels"][name] += 1
     (wider / "training.json").write_text(json.dumps(training))
-    (wider / "manifest.json").write_text(
-        json.dumps({n: checkpoint._fingerprint(wider / n) for n in ("state.safetensors", "training.json")})
-    )
+    sign(wider)
     for arguments, complaint in (
         (
             [*ours, "--train.seed", "1", "--adapter.r", "8", "--resume", saved],
             "adapter.r is 4 there and 8 here; train.seed",
         ),
-        ([*options(tmp_path / "run", tiny_model, other), "--resume", saved], "on other training data"),
+        ([*options(tmp_path / "run", tiny_model, other), "--resume", saved], "is of a run on other training data"),
         ([*options(held, tiny_model, reviews), "--resume", saved], f"{held} already holds a run (config.yaml)"),
         ([*options(tmp_path / "run", tiny_model, vanished), "--resume", saved], "train.csv"),
         ([*ours, "--resume", str(wider)], f"of another model: {name} has"),
@@ -208,6 +212,26 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
         assert main(arguments) == 2
         assert complaint in capfd.readouterr().err
     assert (held / "config.yaml").read_text() == "of another run"
+
+
+@pytest.mark.distributed
+def test_a_partition_of_zero_takes_no_count_of_updates_that_its_members_do_not_share(
+    undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    """As mixtures of experts leave them under DDP, where a parameter without a gradient is not updated."""
+    saved = tmp_path / SAVED_NAME
+    shutil.copytree(undisturbed("single") / "checkpoints" / SAVED_NAME, saved)
+    training = json.loads((saved / "training.json").read_text())
+    name = next(name for name in training["progress"]["engine"]["state"] if name.endswith("s_b"))
+    training["progress"]["engine"]["state"][name]["scalars"]["step"] -= 1
+    (saved / "training.json").write_text(json.dumps(training))
+    sign(saved)
+    arguments = [*options(tmp_path / "run", tiny_model, reviews), "--resume", str(saved)]
+    done = start("zero2", arguments)
+    assert done.returncode == 2, done.stderr
+    assert f"and {name} have had different numbers of updates ({{'step': 10.0}} and {{'step': 9.0}})" in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert start("single", arguments).returncode == 0
 
 
 def test_what_does_not_change_the_training_may_differ(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -154,6 +155,27 @@ def test_what_tokens_depend_on_is_told_apart(tiny_model: Path, tmp_path: Path, c
     odd.lowest = 1  # another one with the same files
     found = tokenized(data(), odd, 64, "texts")
     assert list(found["input_ids"]) == [[1 + token for token in row] for row in expected(path, data())]
+
+
+def test_tokens_that_other_code_made_are_not_used(
+    tiny_model: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    other = shutil.copytree(Path(tokens.__file__).parent, tmp_path / "tasks")
+    files = []
+    for _ in range(2):  # as they are, and after a line has changed in what encodes chats
+        monkeypatch.setattr(tokens, "__file__", str(other / "tokens.py"))
+        tokens._code.cache_clear()
+        tokenized(data(), tokenizer, 64, "texts")
+        files.append(len(list(cache.iterdir())))
+        with (other / "sft" / "encode.py").open("a") as file:
+            file.write("# mended\n")
+    tokens._code.cache_clear()
+    assert files == [1, 2]
+    monkeypatch.setattr(tokens, "version", lambda name: "another release")
+    tokenized(data(), tokenizer, 64, "texts")
+    tokens._code.cache_clear()
+    assert len(list(cache.iterdir())) == 3
 
 
 @pytest.mark.parametrize("how", ["no folder", "cut", "rows"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from aflora_dist.freezing import CubicSchedule
 from aflora_dist.training.run import main
 from tests.launch import MAIN_JOB, ROOT, launch
-from tests.runs import options
+from tests.runs import command_line, freezes, options, start_all, weights
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -185,3 +186,33 @@ def test_real_glue_files_train_and_are_measured(glue: Path, tiny_model: Path, tm
         options += ["--train.epochs", "1", "--freezing.initial_epochs", "0", "--freezing.final_epochs", "0.5"]
         assert main([*options, "--run.dir", str(tmp_path / task)]) == 0
         assert set(read(tmp_path / task)["result"]["metrics"]) == {metric}
+
+
+@pytest.mark.distributed
+def test_activation_checkpointing_of_fsdp2_changes_no_name(
+    undisturbed: Callable[..., Path],
+    tiny_model: Path,
+    reviews: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """accelerate puts a module of its own around each layer; for PEFT's methods, too, all is saved."""
+    lora = command_line({"method.name": "lora", "run.dir": tmp_path / "lora"})
+    lora = [*arguments[:-4], *lora]  # the last ones are of freezing
+    assert main([*lora, "--run.dir", str(tmp_path / "one")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+        start_all("fsdp2", [options(tmp_path / "ours", tiny_model, reviews), lora])
+    whole = undisturbed("single")
+    assert freezes(tmp_path / "ours") == freezes(whole)
+    for mine, theirs in (
+        (weights(tmp_path / "ours"), weights(whole)),
+        (weights(tmp_path / "lora"), weights(tmp_path / "one")),
+    ):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5)
+    saved = ["--resume", str(tmp_path / "ours" / "checkpoints" / "step_00000010")]
+    assert main([*options(tmp_path / "on", tiny_model, reviews), *saved]) == 0
+    assert freezes(tmp_path / "on") == freezes(whole)

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.local_sgd import LocalSGD
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezeEvent, FreezingConfig
 from aflora_dist.processes import on_main
@@ -23,6 +24,8 @@ model = build_model()
 trained = [p for p in model.parameters() if p.requires_grad]
 made = torch.optim.Adagrad(trained) if how == "Adagrad" else build_optimizer(model, "head")
 model, optimizer = accelerator.prepare(model, made)
+if how == "PowerSGD":
+    model.register_comm_hook(PowerSGDState(None), powerSGD_hook)
 
 
 def on_freeze(event: FreezeEvent) -> None:

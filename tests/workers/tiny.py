@@ -25,9 +25,9 @@ from aflora_dist.compat.transformers import checkpoint_activations
 GLOBAL_BATCH, LENGTH, VOCABULARY = 12, 6, 64
 
 
-def build_model(layers: int = 2, **adapter: Any) -> PeftModel:
+def build_base(layers: int = 2) -> BertForSequenceClassification:
     set_seed(0)
-    base = BertForSequenceClassification(
+    return BertForSequenceClassification(
         BertConfig(
             hidden_size=32,
             num_hidden_layers=layers,
@@ -38,7 +38,10 @@ def build_model(layers: int = 2, **adapter: Any) -> PeftModel:
             attention_probs_dropout_prob=0.0,
         )
     )
-    return get_peft_model(base, AFLoRAConfig(r=4, task_type="SEQ_CLS", **adapter))
+
+
+def build_model(layers: int = 2, **adapter: Any) -> PeftModel:
+    return get_peft_model(build_base(layers), AFLoRAConfig(r=4, task_type="SEQ_CLS", **adapter))
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 from torch import Tensor
 
+from ...names import named_parameters
 from ..base import hang
 
 
@@ -23,7 +24,7 @@ class KeptWhole:
     """
 
     def __init__(self, ds: Any, names: Sequence[str]) -> None:
-        parameters = dict(ds.module.named_parameters())
+        parameters = named_parameters(ds.module)
         self._kept = {name: parameters[name] for name in names}
         hang(ds, "_zero3_consolidated_16bit_state_dict", self._consolidated)
         hang(ds, "module_state_dict", self._module_state)

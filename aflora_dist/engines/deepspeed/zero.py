@@ -242,6 +242,18 @@ class ZeroEngine(Engine):
             keys = dict.fromkeys(key for each in told for key in each["moments"])
             held |= {key: torch.zeros_like(flat, requires_grad=False) for key in keys if key not in held}
 
+    def check(self, record: Record) -> None:
+        super().check(record)
+        for group in self.members:
+            counts = {n: record["state"].get(n, {}).get("scalars") for n in group if n in record["numels"]}
+            first = next(iter(counts), "")
+            if other := next((name for name in counts if counts[name] != counts[first]), None):
+                raise UnsupportedEngineError(
+                    f"In the checkpoint {first} and {other} have had different numbers of updates ({counts[first]} and "
+                    f"{counts[other]}), and ZeRO keeps one for all of a param group. Go on with DDP or FSDP2, where a "
+                    f"parameter that a batch does not use is not updated either."
+                )
+
     def state(self, names: Sequence[str]) -> dict[str, Record]:
         wanted, found = set(names), {}
         for (_, members), flat in zip(self._group_parameters(), self._partitions(), strict=True):

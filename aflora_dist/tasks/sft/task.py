@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from typing import Any
 
@@ -66,9 +64,9 @@ class LanguageModelling:
         answered = [] if self.prompt_batches is None else ["exact_match"]
         return [*answered, *([] if self.loss_batches is None else ["loss", "perplexity"])]
 
-    def digest(self) -> str:
-        some = [self.train[i] for i in range(0, len(self.train), max(1, len(self.train) // 16))]
-        return hashlib.sha256(json.dumps([len(self.train), some]).encode()).hexdigest()[:16]
+    def tokens(self) -> tuple[list[Any], list[Any]]:
+        measured = [batches.dataset for batches in (self.loss_batches, self.prompt_batches) if batches is not None]
+        return [self.trained], [*measured, [self.held[row]["answer"] for row in self.asked]]
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
         data = self.config.data
@@ -89,9 +87,9 @@ class LanguageModelling:
             sizes=lengths(train, 1),
         )
         collate = Collator(pad, place.multiple, data.max_length if data.packing else None)
-        train = train.select_columns(["input_ids", "labels"])
-        self.sample = beginnings(train, Collator(pad, place.multiple))
-        return sampler, loader(train, sampler, collate, place.on_gpu)
+        self.trained = train.select_columns(["input_ids", "labels"])
+        self.sample = beginnings(self.trained, Collator(pad, place.multiple))
+        return sampler, loader(self.trained, sampler, collate, place.on_gpu)
 
     def _tokens(self, dataset: datasets.Dataset, name: str, accelerator: Accelerator) -> datasets.Dataset:
         """Tokens of the examples; those without loss are left out, unless they are asked for an answer."""

@@ -1,0 +1,108 @@
+"""One directory, one run: who comes second looks first, what is stale does nothing, what is put aside goes in time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from aflora_dist import AFLoRAError
+from aflora_dist.store.rundir import GoingOn, RunDirectory
+from aflora_dist.training.config import RunConfig
+from aflora_dist.training.run import main
+from tests.runs import lines, options
+from tests.store.test_resume import sign
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("how", ["fresh", "overwriting", "going on"])
+def test_a_job_that_was_started_before_another_one_began_here_leaves_that_one_s_result(
+    how: str, arguments: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    begun = None if how == "fresh" else main([*arguments, "--train.epochs", "1", "--freezing.initial_epochs", "0"])
+    config = RunConfig(dir=str(folder), overwrite=how == "overwriting", resume="last" if how == "going on" else None)
+    slow = RunDirectory(config, Accelerator(cpu=True))  # it has looked, and loads its model now
+    more = {"fresh": [], "overwriting": ["--run.overwrite", "true"], "going on": ["--run.overwrite", "true"]}[how]
+    assert begun in (None, 0)
+    assert main([*arguments, *more]) == 0
+    kept = files(folder)
+    with pytest.raises(AFLoRAError, match=f"Another job has begun or ended a run in {folder} since"):
+        slow.claim("{}", going_on=GoingOn(6, []) if how == "going on" else None)
+    assert files(folder) == kept
+
+
+def test_a_stop_file_of_before_the_start_stops_nothing_and_one_of_the_loading_does(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "stop").touch()
+    assert main(arguments) == 0
+    assert f"{folder / 'stop'} was there before this start" in capsys.readouterr().out
+    assert (folder / "result.json").exists()
+    assert not (folder / "stop").exists()
+    original = RunDirectory.claim
+
+    def claim(self: RunDirectory, *args: Any, **options: Any) -> None:
+        self.stop_file.touch()
+        original(self, *args, **options)
+
+    monkeypatch.setattr(RunDirectory, "claim", claim)
+    assert main([*arguments, "--run.overwrite", "true"]) == 0
+    assert "Stopped as asked, after step 0" in capsys.readouterr().out
+    assert not (folder / "result.json").exists()
+
+
+def test_what_is_put_aside_goes_with_the_next_branch_and_with_the_run(
+    tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = options(folder, tiny_model, reviews)  # checkpoints after 5, 10, 15 and 20 updates
+
+    def aside() -> list[str]:
+        return sorted(path.name for path in (folder / "checkpoints").glob("abandoned_*"))
+
+    assert main(arguments) == 0
+    (folder / "checkpoints" / "notes.txt").write_text("mine")
+    for branch, left in ((10, [15, 20]), (15, [20]), (5, [10, 15, 20])):
+        assert main([*arguments, "--resume", str(folder / "checkpoints" / f"step_{branch:08d}")]) == 0
+        assert aside() == [f"abandoned_step_{step:08d}" for step in left]
+    assert (folder / "abandoned_adapter").is_dir()
+    assert main([*arguments, "--run.overwrite", "true"]) == 0
+    assert not list(folder.rglob("abandoned_*"))
+
+
+def test_checkpoints_hold_no_scores_and_the_log_of_a_run_that_goes_on_has_all(
+    tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    whole, moved = tmp_path / "whole", tmp_path / "moved" / "step_00000015"
+    assert main(options(whole, tiny_model, reviews)) == 0
+    log = [{**event, "rebuild_seconds": 0} for event in lines(whole, "freeze_log.jsonl")]
+    saved = whole / "checkpoints" / "step_00000015"
+    training = json.loads((saved / "training.json").read_text())
+    events = training["progress"]["parts"]["freezing"]["events"]
+    assert len(events) > 2
+    assert all(event["scores"] == {} for event in events)
+    shutil.copytree(saved, moved)
+
+    def gone_on(name: str, source: Path) -> list[dict[str, Any]]:
+        assert main([*options(tmp_path / name, tiny_model, reviews), "--resume", str(source)]) == 0
+        return [{**event, "rebuild_seconds": 0} for event in lines(tmp_path / name, "freeze_log.jsonl")]
+
+    assert gone_on("beside its log", saved) == log
+    alone = gone_on("alone", moved)
+    assert [{**event, "scores": {}} for event in alone] == [{**event, "scores": {}} for event in log]
+    assert alone[len(events) :] == log[len(events) :]
+    for event, logged in zip(events, log, strict=False):  # as an earlier release wrote it
+        event["scores"] = logged["scores"]
+    (moved / "training.json").write_text(json.dumps(training))
+    sign(moved)
+    assert gone_on("of an earlier release", moved) == log
