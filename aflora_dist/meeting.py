@@ -92,15 +92,20 @@ def meet(said: str | None = None) -> list[str | None]:
         ) from None
 
 
-def part(reason: str) -> None:
-    """Tell those who wait in `meet`, or will, that this rank ends and why; ends it once they know, or soon after."""
+def part(reason: str, *, stay: bool) -> None:
+    """Tell those who wait in `meet`, or will, that this rank ends and why.
+
+    Args:
+        stay: Return once they know, or a few seconds later: a launcher may end them when this rank has ended.
+    """
     if world() == 1:
         return
     with suppress(RuntimeError):  # nobody can be told
         connect(timeout=timedelta(seconds=LINGER))
         store = _store()
         store.set(f"{_meetings}/parted", reason[:_LENGTH])
-        _linger(store, "gone")
+        if stay:
+            _linger(store, "gone")
 
 
 def _wait(store: Any, number: int, key: str, whom: int) -> None:

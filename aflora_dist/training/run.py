@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from ..errors import AFLoRAError, LaunchError
@@ -55,66 +55,75 @@ def quiet_libraries() -> Callable[[], None]:
     return undo
 
 
-@contextmanager
-def telling_the_others() -> Iterator[None]:
-    """What ends this rank before the others is told to them: they would wait for it."""
-    try:
-        yield
-    except BaseException as error:
-        over = isinstance(error, SystemExit) and not error.code
-        if os.environ.get("WORLD_SIZE", "1") != "1" and not over:
-            with suppress(AFLoRAError, ImportError):
-                from .. import meeting
-                from ..processes import complaint, launched_processes
-
-                launched_processes()  # who cannot be found cannot be told
-                meeting.part(complaint(error, f"Rank {meeting.rank()}"))
-        raise
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the main job; returns the exit status. What a user did wrong is said in a line or two."""
     undo = quiet_libraries()
-    is_first = os.environ.get("RANK", "0") == "0"
-    speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # once per node: its files may differ
     try:
-        with telling_the_others():
-            require("train", "The main job")
-            from .config import parse
-
-            config, resolved = parse(sys.argv[1:] if arguments is None else arguments)
-            quiet = undo if config.run.verbose else quiet_libraries
-            if config.run.dry_run:
-                from ..plan.command import dry_run
-
-                quiet()
-                dry_run(config, resolved)
-                return 0
-            from .loop import train  # after parsing: a wrong option should not take seconds to find
-
-            quiet()  # DeepSpeed sets its own level on import
-            result = train(config, resolved)
-    except AFLoRAError as error:
-        if speaks or isinstance(error, LaunchError):
-            print(f"aflora: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError as error:  # what gloo and NCCL say when the other end of a collective is gone
-        if not any(sign in str(error) for sign in _LOST_RANK):
+        _run(sys.argv[1:] if arguments is None else arguments, undo)
+    except BaseException as error:
+        status = _said(error)
+        _tell_the_others(error)
+        if status is None:
             raise
-        if speaks:
-            print(
-                "aflora: error: another rank has ended in the middle of the training; what it printed tells why. "
-                "The same command with --resume goes on from the last checkpoint.",
-                file=sys.stderr,
-                flush=True,
-            )
-        return 3
-    if is_first and result is not None:
+        return status
+    return 0
+
+
+def _run(arguments: list[str], undo: Callable[[], None]) -> None:
+    """The main job; `undo` takes back that libraries are quiet."""
+    require("train", "The main job")
+    from .config import parse
+
+    config, resolved = parse(arguments)
+    quiet = undo if config.run.verbose else quiet_libraries
+    if config.run.dry_run:
+        from ..plan.command import dry_run
+
+        quiet()
+        dry_run(config, resolved)
+        return
+    from .loop import train  # after parsing: a wrong option should not take seconds to find
+
+    quiet()  # DeepSpeed sets its own level on import
+    result = train(config, resolved)
+    if os.environ.get("RANK", "0") == "0" and result is not None:
         from ..store.records import as_result
         from ..view.report import print_summary
 
         print_summary(as_result(result), config.run.dir)
-    return 0
+
+
+def _said(error: BaseException) -> int | None:
+    """Say what a person is to know; returns the exit status, None for what nobody was expected to do."""
+    speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # once per node: its files may differ
+    if isinstance(error, AFLoRAError):
+        if speaks or isinstance(error, LaunchError):
+            print(f"aflora: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    # What gloo and NCCL say when the other end of a collective is gone.
+    if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in _LOST_RANK):
+        return None
+    if speaks:
+        print(
+            "aflora: error: another rank has ended in the middle of the training; what it printed tells why. "
+            "The same command with --resume goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return 3
+
+
+def _tell_the_others(error: BaseException) -> None:
+    """Who waits for this rank, or will, learns that it has ended, and why."""
+    over = isinstance(error, SystemExit) and not error.code
+    if os.environ.get("WORLD_SIZE", "1") == "1" or over:
+        return
+    with suppress(AFLoRAError, ImportError):
+        from .. import meeting
+        from ..processes import complaint, launched_processes
+
+        launched_processes()  # who cannot be found cannot be told
+        meeting.part(complaint(error, f"Rank {meeting.rank()}"), stay=isinstance(error, AFLoRAError))
 
 
 def leave(status: int) -> NoReturn:

@@ -336,7 +336,7 @@ def test_a_lock_of_an_interrupted_compilation_is_named(
     lock.forget()
     for name, value in {**but("ACCELERATE_USE_CPU"), "ACCELERATE_USE_DEEPSPEED": "true"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(meeting, "part", lambda reason: None)  # the other rank is pretended
+    monkeypatch.setattr(meeting, "part", lambda reason, stay: None)  # the other rank is pretended
     said = said_by_main(capsys)
     assert f"{lock.path} is left of a compilation" in said
     assert f"rm -r {lock.path.parent}" in said
