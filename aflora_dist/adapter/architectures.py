@@ -119,7 +119,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "rwkv7": Architecture(("attn.r_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj"), ("ffn.key", "ffn.value")),
     "vit": Architecture(
-        ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"), ("mlp.fc1", "mlp.fc2")
+        (
+            *("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
+            *("attention.query", "attention.key", "attention.value", "attention.output.dense"),  # older transformers
+        ),
+        ("mlp.fc1", "mlp.fc2", "intermediate.dense", "output.dense"),
     ),
 }
 

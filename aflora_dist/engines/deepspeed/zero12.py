@@ -29,7 +29,7 @@ class Zero12Engine(ZeroEngine):
 
     def _layouts(self) -> dict[int, list[list[Span]]]:
         zero = self.zero
-        sizes = map(int, zero.partition_size)  # floats in DeepSpeed 0.18
+        sizes = map(int, zero.partition_size)  # floats in DeepSpeed 0.19.0
         groups = list(zip(zero.round_robin_bit16_groups, private.offsets(zero), sizes, strict=True))
         return {rank: [self._cut(*group, rank) for group in groups] for rank in range(self.world_size)}
 
