@@ -61,5 +61,5 @@ def test_resuming_is_exact(engine: str, kind: str, tmp_path: Path) -> None:
     folder, seen = trained(engine)
     checkpoint = str(folder / kind / "checkpoint-4")
     ((first, *_),) = run(engine, [str(tmp_path), "--trl", kind, "--resume", checkpoint])
-    assert_same_log(first["events"], seen[kind][0]["events"], rel=1e-12)
+    assert_same_log(first["events"], seen[kind][0]["events"], rel=1e-12, since=4)
     assert_close(first["values"], seen[kind][0]["values"], 0.0)

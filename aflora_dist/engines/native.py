@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -343,6 +344,16 @@ class Fsdp2Engine(NativeEngine):
         parameter = self.parameters[name]
         numel = self._local(parameter.detach()).numel()
         return Fragment(name, self._offset(parameter), numel) if numel and self._holds_first_copy(parameter) else None
+
+    def publish(self, names: Sequence[str]) -> None:
+        """What a forward pass without a backward pass (an evaluation) has left gathered is of before."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        super().assign(tensors, names)
+        self.publish(names)
 
     @torch.no_grad()
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -160,8 +160,15 @@ def test_gpt2_conv1d_layers_merge_and_convert(tmp_path: Path) -> None:
 
 def test_a_bfloat16_base_keeps_its_dtype() -> None:
     model = adapted(bert().to(torch.bfloat16))
-    assert logits(model).dtype == torch.bfloat16
-    assert {p.dtype for n, p in model.named_parameters() if ".aflora." in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if ".aflora." in n or ".modules_to_save." in n} == {
+        torch.float32
+    }
+    assert {p.dtype for n, p in model.named_parameters() if ".base_layer." in n or "embeddings" in n} == {
+        torch.bfloat16
+    }
+    assert logits(model).dtype == torch.float32  # the head's, which trains
+    body = model(TOKENS, output_hidden_states=True).hidden_states
+    assert {hidden.dtype for hidden in body} == {torch.bfloat16}
 
 
 # -- counts: facts that a correct implementation reproduces -----------------------------------------------

@@ -333,6 +333,6 @@ def test_whose_f1_is_measured_is_said_and_can_be_chosen(tmp_path: Path, capsys: 
     with pytest.raises(AFLoRAError, match="chooses one of two classes, and column 'label' holds numbers"):
         load_data(DataConfig(**options, positive_label="1"), seed=0)
     with pytest.raises(AFLoRAError, match=r"data\.positive_label is for data\.task=files"):
-        parse(["--data.task", "cola", "--data.positive_label", "1"])
-    config, _ = parse(["--data.task", "files", "--data.positive_label", "1"])
+        parse(["--data.task", "cola", "--model.name", "demo", "--data.positive_label", "1"])
+    config, _ = parse(["--data.task", "files", "--model.name", "demo", "--data.positive_label", "1"])
     assert config.data.positive_label == "1"
