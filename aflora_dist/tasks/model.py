@@ -128,6 +128,11 @@ def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
         return _padding(AutoTokenizer.from_pretrained(name, **hub))
 
 
+def unadapted(model: Any) -> Any:
+    """A model without the adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def fetch(config: ModelConfig, *, language_model: bool) -> None:
     """Have the model's files on every node before any rank loads them together with others. A collective.
 
