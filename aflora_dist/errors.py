@@ -43,6 +43,11 @@ class DamagedError(AFLoRAError):
     """A checkpoint is not what was written, or no training can go on from it."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception of others says, to be quoted in an error of ours."""
+    return " ".join((str(error).strip() or type(error).__name__).split())[:300]
+
+
 @contextmanager
 def writing(what: str, path: Path, then: str = "") -> Iterator[None]:
     """Turn a full disk and the like into an error that says what could not be written, where, and what to do then."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import nested
-from .errors import AFLoRAError
+from .errors import AFLoRAError, one_line
 
 _LARGEST = 64 * 2**20  # bytes of a JSON file; the index of the largest models has a few million
 _COUNTED = re.compile(r"(?:labels|layers?|experts|blocks|depths?|stages)$")
@@ -31,8 +31,7 @@ def reading(path: Path, then: str = "") -> Iterator[None]:
     except AFLoRAError:
         raise
     except Exception as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
-        raise AFLoRAError(f"{path} cannot be read: {reason.rstrip('.')}. {then}".rstrip()) from error
+        raise AFLoRAError(f"{path} cannot be read: {one_line(error).rstrip('.')}. {then}".rstrip()) from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ LINGER = 5.0  # seconds that a rank that ends stays at most, so that the others 
 _LENGTH = 10_000  # of what a rank can say: the store takes no large values
 
 _own: tuple[tuple[str, ...], Any] | None = None  # a connection made before there was a process group, and its place
+_ours: tuple[Any, Any] | None = None  # a store, and this attempt's part of it
 _meetings = 0  # as many on every rank
 _hosts: dict[int, str] = {}
 _pulse: tuple[Any, threading.Event] | None = None  # which store is told that this process lives, and until when
@@ -46,7 +47,7 @@ def connect(**options: Any) -> None:
         # As torch's own rendezvous, whose store will be the same one; but nobody is waited for yet.
         hosts = rank() == 0 and not _of_launcher()
         store = TCPStore(address, port, world(), is_master=hosts, wait_for_workers=False, multi_tenant=True, **options)
-        _own = (_place(), PrefixStore("aflora", store))
+        _own = (_place(), store)
 
 
 def meet(said: str | None = None) -> list[str | None]:
@@ -182,7 +183,13 @@ def _of_launcher() -> bool:
 
 
 def _store() -> Any:
-    return _own[1] if _own is not None and _own[0] == _place() else distributed_c10d._get_default_store()
+    global _ours
+    store = _own[1] if _own is not None and _own[0] == _place() else distributed_c10d._get_default_store()
+    if _ours is None or _ours[0] is not store:
+        # torchrun's outlives ranks that it starts anew (--max_restarts), and has what those before them said.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _ours = store, PrefixStore(f"aflora/{attempt}", store)
+    return _ours[1]
 
 
 def _place() -> tuple[str, ...]:

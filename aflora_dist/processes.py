@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 
 from . import meeting
 from .cpu_group import cpu_group
-from .errors import AFLoRAError, LaunchError
+from .errors import AFLoRAError, LaunchError, one_line
 from .notices import logger
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ def launched_accelerator(**options: Any) -> Accelerator:
 def _not_set_up(error: Exception) -> str:
     """Why there is no Accelerator, from what accelerate says of it."""
     given = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
-    reason = " ".join(str(error).split())[:300].rstrip(".")
+    reason = one_line(error).rstrip(".")
     return f"accelerate cannot do what the launcher asks for: {reason}. It is asked by {', '.join(given) or 'nothing'}."
 
 

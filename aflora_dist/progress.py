@@ -120,8 +120,7 @@ class Progress:
             raise AFLoRAError(f"The checkpoint is of another model: {unknown[0]} trains there and not here.")
         self.engine.check(record["engine"])
         if different := sorted(record["parts"].keys() ^ self.parts.keys()):
-            there = ("with", "without")[different[0] in self.parts]
-            here = ("with", "without")[there == "with"]
+            there, here = ("without", "with") if different[0] in self.parts else ("with", "without")
             raise AFLoRAError(
                 f"The checkpoint was written {there} {different[0]}, and this training is set up {here} it. Set up the "
                 f"same."

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.launch import ROOT, launch
+from tests.launch import ROOT, launch, launch_arguments
 
 pytestmark = pytest.mark.distributed
 WORKERS = ROOT / "tests" / "workers"
@@ -55,6 +55,14 @@ def test_a_rank_that_fails_before_the_first_collective_leaves_nobody_waiting(arg
         "Rank 1 failed: KeyError: 'a weight'",
         "no such file here",
     ]
+
+
+def test_ranks_that_are_started_anew_hear_nothing_of_what_those_before_them_said() -> None:
+    anew = [*launch_arguments("ddp", 2), "--max_restarts", "1"]
+    done = launch("ddp", 2, str(WORKERS / "restarting.py"), launcher=anew, true_launch=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    heard = {f"rank {rank}, {number}: 1.{number} 1.{number}" for rank in (0, 1) for number in (0, 1, 2)}
+    assert heard <= {*lines(done.stdout)}
 
 
 def model_of(arguments: list[str]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedEngineError
+from ..names import named_modules, named_parameters
 from .private import is_sharded
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -81,7 +82,7 @@ def check_precision(model: nn.Module, accelerator: Accelerator) -> None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which casts all of it
         return
     how = "(from_pretrained(..., dtype=...); in the main job model.dtype)"
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise UnsupportedEngineError(
                 f"{name} would train in float16, in which an optimizer's numbers are lost or infinite. Load the model "
@@ -89,14 +90,14 @@ def check_precision(model: nn.Module, accelerator: Accelerator) -> None:
                 f"modules_to_save, which AFLoRA holds in float32."
             )
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
-        for name, module in model.named_modules():
+        for name, module in named_modules(model).items():
             if isinstance(module, nn.LayerNorm) and module.weight is not None and module.weight.dtype == torch.float16:
                 raise UnsupportedEngineError(
                     f"{name} is held in float16, and on a CPU torch has no LayerNorm for that under bf16 autocast. "
                     f"Load the model with dtype=torch.bfloat16 or torch.float32 {how}, or use --mixed_precision no."
                 )
     if accelerator.mixed_precision == "no":
-        for name, module in model.named_modules():
+        for name, module in named_modules(model).items():
             own = list(module.named_parameters(recurse=False))
             trained = [n for n, p in own if p.requires_grad and p.dtype == torch.float32]
             still = [p.dtype for _, p in own if not p.requires_grad and p.dtype in _HALF]

@@ -7,7 +7,6 @@ FSDP2 a rank holds its rows of every parameter, and observes them; of several re
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..contract import require
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
 from ..names import named_parameters
+from ..notices import logger
 from . import private
 from .base import Engine, Observer, Record, inner_optimizer, release
 from .clipping import Clipping
@@ -66,26 +66,25 @@ class NativeEngine(Engine):
                 f"The trained parameters are spread over {', '.join(devices)} (device_map?). "
                 f"Load the model on one device, or spread it with ZeRO-3 or FSDP2."
             )
-        scattered = [n for n, p in unwrapped.named_parameters() if p.requires_grad and not p.is_contiguous()]
+        named = named_parameters(unwrapped)
+        scattered = [n for n, p in named.items() if p.requires_grad and not p.is_contiguous()]
         if scattered:
             raise UnsupportedEngineError(
                 f"The trained parameter {scattered[0]} is not contiguous in memory, so it cannot be kept by element: "
                 f"replace it by nn.Parameter(parameter.contiguous()) before the optimizer is created."
             )
-        half = [n for n, p in named_parameters(unwrapped).items() if p.requires_grad and p.dtype.itemsize < 4]
-        if half and accelerator.is_main_process:
-            print(
-                f"aflora: warning: {len(half)} trained parameters ({half[0]} is the first) are held in half precision: "
-                f"they and their moments are updated in it here, where ZeRO keeps float32 copies, so that engines "
-                f"differ. Hold what trains in float32; mixed_precision=bf16 computes in bfloat16 all the same.",
-                file=sys.stderr,
-                flush=True,
+        half = [n for n, p in named.items() if p.requires_grad and p.dtype.itemsize < 4]
+        if half:
+            logger.warning(
+                f"{len(half)} trained parameters ({half[0]} is the first) are held in half precision: they and their "
+                f"moments are updated in it here, where ZeRO keeps float32 copies, so that engines differ. Hold what "
+                f"trains in float32; mixed_precision=bf16 computes in bfloat16 all the same."
             )
         self._fragments: list[Fragment] = []
         self._observed: list[nn.Parameter] = []
         self._applied = self._stepping = False
         self._originals = [(list(g["params"]), g.get("param_names")) for g in inner.param_groups]
-        self._order = {name: i for i, name in enumerate(named_parameters(unwrapped))}
+        self._order = {name: i for i, name in enumerate(named)}
         super().__init__(accelerator, unwrapped, inner)
         self.clipping = Clipping(accelerator, lambda: self._observed)
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, one_line
 from ..foreign import check_copied, read_object, reading, refuse_endless
 from ..hub import refusal
 
@@ -114,7 +114,7 @@ def find_base(name: str, revision: str | None) -> Path:
             snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
         return folder
     except Exception as error:  # of the network, too
-        reason = refusal(error, name) or " ".join(str(error).split())[:300]
+        reason = refusal(error, name) or one_line(error)
         raise AFLoRAError(
             f"The base model {name!r} is no folder, and could not be fetched from the hub: {reason} Name its folder "
             f"with --base."

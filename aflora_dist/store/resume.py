@@ -267,12 +267,7 @@ class Checkpointer:
     def _check_data(self, loaded: Checkpoint) -> None:
         there = loaded.training["data"]
         if isinstance(there, str):  # of 17 rows
-            if self.run.writes:
-                print(
-                    f"aflora: warning: whether data have changed since {loaded.path} cannot be told: it is of an "
-                    f"earlier release.",
-                    flush=True,
-                )
+            logger.warning(f"{loaded.path} is of an earlier release: whether data have changed since cannot be told.")
             return
         for name, here in self.data.items():
             if None not in (here, there.get(name)) and there[name] != here:

@@ -28,8 +28,6 @@ from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
 # Everything that a run writes; `overwrite` deletes these and nothing else.
 _FILES = (CONFIG, FREEZE_LOG, METRICS, RESULT)
 _FOLDERS = ("checkpoints", "adapter", "tensorboard", "trackers")
-
-
 _PUT_ASIDE = (FREEZE_LOG, METRICS, "adapter", RESULT)  # of a finished run, when it is taken up: as abandoned_NAME
 
 

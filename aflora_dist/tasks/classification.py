@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from .batches import Batch, create_loaders, move
 from .data import load_data
 from .evaluation import evaluate, measured
 from .limits import Limits
-from .model import check_weights, load_base, load_tokenizer, outline_base
+from .model import check_weights, load_base, load_tokenizer, outline_base, unadapted
 from .sampler import GlobalBatchSampler
 
 
@@ -59,8 +61,10 @@ class Classification:
     @torch.no_grad()
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
         model.eval()
+        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
         batch = move(self.sample, accelerator.device)
-        found = model(**batch)
+        with _without_regularisation(inner):
+            found = model(**batch)
         logits, labels = found.logits.float(), batch["labels"]
         ours = (
             F.mse_loss(logits.squeeze(-1), labels.float())
@@ -69,7 +73,7 @@ class Classification:
         )
         if not torch.allclose(found.loss.float(), ours, rtol=3e-2, atol=1e-3):
             raise AFLoRAError(
-                f"{type(accelerator.unwrap_model(model)).__name__} computes a loss of {found.loss.item():.4f} for "
+                f"{type(unadapted(inner)).__name__} computes a loss of {found.loss.item():.4f} for "
                 f"examples whose mean is {ours.item():.4f}: it adds a term, or weighs them otherwise, and would not be "
                 f"trained as it is meant to be. Switch that off in its config.json, or use another model."
             )
@@ -80,3 +84,17 @@ class Classification:
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Evaluation:
         return Evaluation(evaluate(model, self.evaluation, self.data, accelerator))
+
+
+@contextmanager
+def _without_regularisation(model: Any) -> Iterator[None]:
+    """Leave out what PEFT adds to the model's loss for AdaLoRA: that is meant to be there."""
+    tunings = [tuning for tuning in getattr(model, "peft_config", {}).values() if hasattr(tuning, "orth_reg_weight")]
+    weights = [(tuning, tuning.orth_reg_weight) for tuning in tunings]
+    for tuning, _ in weights:
+        tuning.orth_reg_weight = 0.0
+    try:
+        yield
+    finally:
+        for tuning, weight in weights:
+            tuning.orth_reg_weight = weight

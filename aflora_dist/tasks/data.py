@@ -18,7 +18,7 @@ import datasets
 import pyarrow.compute as pc
 from accelerate.state import PartialState
 
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, one_line
 from ..extras import require
 from ..processes import first_on_node
 from ..training.config import DataConfig
@@ -114,7 +114,7 @@ def _glue_from_hub(task: GlueTask) -> dict[str, datasets.Dataset]:
         try:
             return datasets.load_dataset("nyu-mll/glue", task.name)
         except Exception as error:  # offline, a proxy, the hub's own errors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = one_line(error)
             raise AFLoRAError(
                 f"GLUE's {task.name} could not be loaded from the hub ({reason}). Without a network, give a folder of "
                 f"GLUE's TSV files: data.path=FOLDER, holding {task.folder}/{task.files[0][1]}."

@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..adapter.private import is_sharded
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, one_line
 from ..extras import installed, require
 from ..foreign import read_object, refuse_endless
 from ..hub import refusal
@@ -126,6 +126,11 @@ def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
     name, hub, _ = _source(resolve_name(config.name, language_model), config)
     with _readable(config):
         return _padding(AutoTokenizer.from_pretrained(name, **hub))
+
+
+def unadapted(model: Any) -> Any:
+    """A model without the adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def fetch(config: ModelConfig, *, language_model: bool) -> None:
@@ -232,8 +237,7 @@ def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
     except AFLoRAError:
         raise
     except (*_NOT_LOADED, *more) as error:
-        reason = refusal(error, config.name) or _unread_tokenizer(error)
-        reason = reason or " ".join((str(error).strip() or type(error).__name__).split())[:300]
+        reason = refusal(error, config.name) or _unread_tokenizer(error) or one_line(error)
         raise AFLoRAError(
             f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
             f'.gguf file, or "demo".)'

@@ -27,7 +27,7 @@ import datasets
 from accelerate.state import PartialState
 from tqdm.auto import tqdm
 
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, one_line
 from ..processes import first_on_node
 
 _PROBED = 64  # texts by whose tokens a tokenizer is known that changes without its files: its code, its library
@@ -125,7 +125,7 @@ def made_once(
             raise  # an example that cannot be tokenised
         except (OSError, ValueError) as error:  # read-only, full, or damaged: Arrow's errors are of both kinds
             if PartialState().is_local_main_process:
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                reason = getattr(error, "strerror", None) or one_line(error)
                 print(
                     f"The tokens of {name} are not kept: {cache_folder()}/{key} cannot be used ({reason}). Every "
                     f"process makes them for itself; HF_DATASETS_CACHE names another folder.",

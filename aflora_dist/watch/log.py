@@ -20,6 +20,7 @@ from .. import __version__
 from ..adapter.precision import beyond_float16
 from ..errors import DivergedError
 from ..methods import Control
+from ..notices import logger
 from ..processes import on_main
 from ..progress import Progress
 from ..store.best import BestEpoch
@@ -229,8 +230,8 @@ class TrainingLog:
             f"{self.total_steps} updates (T), of which {self.step} were done."
         )
         if training := len(self.control.freezable) - len(self.control.frozen):
-            self._say(
-                f"aflora: warning: {training} of {len(self.control.freezable)} projection matrices had not frozen yet. "
+            logger.warning(
+                f"{training} of {len(self.control.freezable)} projection matrices had not frozen yet. "
                 f"For a whole schedule set train.epochs to what the best epoch needs, or raise run.patience."
             )
 

@@ -119,7 +119,7 @@ def test_keeping_the_best_is_not_begun_in_the_middle(tiny_model: Path, reviews: 
             (run / "result.json").unlink()
         done = start("single", options(run, tiny_model, reviews, **{**then, **short, "run.resume": "last"}))
         assert done.returncode == 2
-        assert f"of a run {how} run.keep_best" in done.stderr
+        assert f"was written {how} run.keep_best" in done.stderr
         assert "another method" not in done.stderr
 
 

@@ -5,14 +5,13 @@ is guessed from values, no row is left out, and what cannot be read is an error 
 """
 
 from .delimited import plain_rows, positions
-from .json_values import exact, is_nested, told_apart
+from .json_values import exact, told_apart
 from .lines import listed, shown
 from .table import Table, is_text, read_table
 
 __all__ = [
     "Table",
     "exact",
-    "is_nested",
     "is_text",
     "listed",
     "plain_rows",

@@ -25,11 +25,6 @@ class Exact(datasets.Json):
         return None if value is None else json.loads(value)
 
 
-def is_nested(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds lists or objects that share a type."""
-    return bool(pa.types.is_nested(kind))
-
-
 def as_text(texts: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of JSON texts as one of the values that they stand for."""
     chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]

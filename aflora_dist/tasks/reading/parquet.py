@@ -9,9 +9,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...errors import AFLoRAError
+from ...errors import AFLoRAError, one_line
 from .found import Found
-from .json_values import is_nested, told_apart
+from .json_values import told_apart
 
 
 def read_parquet(path: Path, wanted: Collection[str]) -> Found:
@@ -32,7 +32,7 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Found:
     except AFLoRAError:
         raise
     except Exception as error:  # Arrow's errors are of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = one_line(error)
         raise AFLoRAError(f"{path} could not be read as parquet: {reason.rstrip('.')}. Write it anew.") from None
     return Found(columns, values, pa.array(range(1, rows + 1), pa.int64()))
 
@@ -45,7 +45,7 @@ def _plain(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_string_view(kind):
         return column.cast(pa.string())
     try:
-        if is_nested(kind):
+        if pa.types.is_nested(kind):
             return told_apart(column)
         datasets.Dataset(datasets.table.InMemoryTable(pa.table({name: column.slice(0, 1)})))[:]
     except Exception as error:

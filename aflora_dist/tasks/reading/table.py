@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from accelerate.state import PartialState
 
-from ...errors import AFLoRAError
+from ...errors import AFLoRAError, one_line
 from ...processes import first_on_node
 from ..tokens import cache_folder
 from .delimited import read_csv, read_tsv
@@ -158,7 +158,7 @@ def _kept(path: Path, wanted: Collection[str]) -> Table:
         rows = datasets.Dataset.from_file(str(kept))
     except (OSError, ValueError) as error:  # read-only, full, or damaged: Arrow's errors are of both kinds
         if PartialState().is_local_main_process:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or one_line(error)
             print(
                 f"{kept} cannot be used ({reason}): every process reads {path} for itself. HF_DATASETS_CACHE names "
                 f"another folder.",

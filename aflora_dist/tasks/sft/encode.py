@@ -15,8 +15,6 @@ from .examples import Turn, turns
 from .offsets import check, with_whole_offsets, within
 from .template import Template, excerpt
 
-_VERSION = 2  # of what is made of an example: raise it when that changes
-
 
 class Note(IntFlag):
     """What is worth saying of an example."""
@@ -76,7 +74,7 @@ class Encoder:
     @property
     def settings(self) -> list[Any]:
         """What the tokens depend on besides the examples and the tokenizer."""
-        return [_VERSION, self.max_length, self.loss_on, self.system, self.template.source]
+        return [self.max_length, self.loss_on, self.system, self.template.source]
 
     def __call__(self, examples: Columns) -> Columns:
         """Columns input_ids and labels; count, the tokens that carry loss; cut, whether something was left out; notes.

@@ -8,10 +8,10 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ...errors import AFLoRAError
+from ...errors import AFLoRAError, one_line
 from ...processes import first_on_node
 from ...training.config import DataConfig
-from ..reading import exact, is_nested, is_text, listed, read_table, shown, told_apart
+from ..reading import exact, is_text, listed, read_table, shown, told_apart
 from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
@@ -79,7 +79,7 @@ def _by_name(name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
         try:
             return datasets.load_dataset(name)
         except Exception as error:  # offline, a proxy, the hub's own errors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = one_line(error)
             raise AFLoRAError(
                 f"The data set {name!r} could not be loaded from the hub ({reason}). Without a network, use "
                 f"data.train_file and data.validation_file."
@@ -94,13 +94,14 @@ def _by_name(name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
 
 def _each_as_itself(dataset: datasets.Dataset) -> datasets.Dataset:
     """The hub's rows, without the keys that others of the same Arrow table have."""
-    kinds = {field.name: field.type for field in dataset.data.schema if field.name in _COLUMNS}
+    fields = [field for field in dataset.data.schema if field.name in _COLUMNS]
+    nested = {field.name: pa.types.is_nested(field.type) for field in fields}
 
     def tell(table: pa.Table) -> pa.Table:
-        return pa.table({n: told_apart(table.column(n)) if is_nested(k) else table.column(n) for n, k in kinds.items()})
+        return pa.table({n: told_apart(table.column(n)) if nested[n] else table.column(n) for n in nested})
 
-    if any(map(is_nested, kinds.values())):
-        others = [name for name in dataset.column_names if name not in kinds]
+    if any(nested.values()):
+        others = [name for name in dataset.column_names if name not in nested]
         dataset = dataset.with_format("arrow")
         dataset = first_on_node(lambda: dataset.map(tell, batched=True, remove_columns=others)).with_format(None)
     return exact(dataset)

@@ -17,6 +17,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ...errors import AFLoRAError
+from ..model import unadapted
 
 # Logits of a chunk: what a GPU needs to be busy, and a CPU's caches like.
 _LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}
@@ -129,11 +130,6 @@ class _SumOfChunks(torch.autograd.Function):
         (grad_hidden, grads), ctx.gradients = ctx.gradients, None
         scaled = None if grad_hidden is None else grad_hidden.mul_(outer.to(grad_hidden.dtype))
         return (None, scaled, None, None, None, *(grad.mul_(outer.to(grad.dtype)) for grad in grads))
-
-
-def unadapted(model: Any) -> Any:
-    """A model without the adapter around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _head_of(model: Any) -> nn.Module:

@@ -16,14 +16,14 @@ from ...training.config import Config
 from ..base import Evaluation
 from ..batches import Batch, Place, create_sampler, enough, lengths, loader, move
 from ..limits import Limits
-from ..model import check_weights, load_language_model, load_tokenizer, outline_language_model
+from ..model import check_weights, load_language_model, load_tokenizer, outline_language_model, unadapted
 from ..sampler import EvaluationSampler, GlobalBatchSampler
 from ..tokens import made_once
 from .answers import answer, last_number
 from .batching import Collator, PromptCollator
 from .encode import SAID, Encoder
 from .examples import load_examples, question
-from .loss import ChunkedCrossEntropy, unadapted
+from .loss import ChunkedCrossEntropy
 from .rehearsal import beginnings, check_kind, check_no_future, check_own_loss
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import AFLoRAError
+from ...errors import AFLoRAError, one_line
 from .examples import Turn
 
 # What instruction-tuned models without a template of their own are commonly trained on.
@@ -63,7 +63,7 @@ class Template:
                 list(chat), chat_template=source, tokenize=False, add_generation_prompt=ask
             )
         except Exception as error:  # of the template's own code, which may do anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = one_line(error)
             raise AFLoRAError(
                 f"{self.name}: the chat template refuses an example ({reason}): {excerpt(chat)}"
             ) from None
