@@ -8,8 +8,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from ...errors import AFLoRAError
 from .template import Span, excerpt
 
@@ -24,7 +22,8 @@ def with_whole_offsets(tokenizer: Any) -> Any:
     )
     found |= {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}}  # quickly made
     whole = copy.deepcopy(tokenizer)
-    whole.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(found)).post_processor
+    quick = type(whole.backend_tokenizer).from_str(json.dumps(found))
+    whole.backend_tokenizer.post_processor = quick.post_processor
     return whole
 
 
