@@ -101,7 +101,8 @@ class RunDirectory:
         self.writes = accelerator.is_main_process
         refuse_taken(config)
         self._found = self._owner()
-        self._stale_stop = _identity(self.stop_file)
+        # launch/slurm/job.sh has removed the one of before; its signal may come while Python still starts.
+        self._stale_stop = None if os.environ.get("AFLORA_STOP_CLEARED") else _identity(self.stop_file)
         self._lock: IO[str] | None = None
         self.failure: str | None = None  # why nothing more can be written
 

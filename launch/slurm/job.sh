@@ -41,6 +41,7 @@ fi
 
 mkdir -p "$run_dir"
 rm -f "$run_dir/stop" # meant for an earlier start
+export AFLORA_STOP_CLEARED=1 # one that is there from here on is meant for this start, however early it comes
 asked=
 trap 'asked=1; touch "$run_dir/stop"' USR1
 

@@ -61,6 +61,17 @@ def test_a_stop_file_of_before_the_start_stops_nothing_and_one_of_the_loading_do
     assert not (folder / "result.json").exists()
 
 
+def test_a_stop_that_a_job_was_sent_before_python_had_started_counts(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """launch/slurm/job.sh removes the file of before, and says so."""
+    monkeypatch.setenv("AFLORA_STOP_CLEARED", "1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    assert main(arguments) == 0
+    assert "Stopped as asked, after step 0" in capsys.readouterr().out
+
+
 def test_what_is_put_aside_goes_with_the_next_branch_and_with_the_run(
     tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
