@@ -226,7 +226,9 @@ class AdaptiveFreezing:
 
         Raises:
             AFLoRAError: On every rank: it cannot be written, or the model holds the adapter but does not save adapters.
+            DivergedError: On every rank: what trains is not finite; the folder stays as it was.
         """
+        self.progress.check_finite()
         values, path = self.adapter_values(), Path(folder)
 
         def write() -> None:

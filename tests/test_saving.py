@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from aflora_dist import AdaptiveFreezing, AFLoRAConfig, AFLoRAError, FreezingConfig
+from aflora_dist import AdaptiveFreezing, AFLoRAConfig, AFLoRAError, DivergedError, FreezingConfig
 from tests.launch import free_port, launch_series
 from tests.pages import PAGES, ROOT, snippets
 from tests.small_lm import make_small_language_model
@@ -131,3 +131,15 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AFLoRAError, match=r"The adapter could not be written to .*/file/adapter: Not a directory"):
         freezing.save_pretrained(tmp_path / "file" / "adapter")
+
+
+def test_what_is_not_finite_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    base = make_small_language_model(tmp_path / "base")
+    freezing = train(several(AutoModelForCausalLM.from_pretrained(base)))
+    freezing.save_pretrained(tmp_path / "adapter")
+    kept = {path: path.read_bytes() for path in (tmp_path / "adapter").rglob("*") if path.is_file()}
+    with torch.no_grad():
+        freezing.engine.parameters[freezing.engine.trainable[0]].fill_(float("nan"))
+    with pytest.raises(DivergedError, match="is not finite after step"):
+        freezing.save_pretrained(tmp_path / "adapter")
+    assert {path: path.read_bytes() for path in (tmp_path / "adapter").rglob("*") if path.is_file()} == kept
