@@ -223,8 +223,9 @@ class FreezingCallback(TrainerCallback):
             return
         engine = self.freezing.engine
         state = state_dict_of(engine.model, self.freezing.adapter_values())
-        with without_wrappers(engine.model):
-            trainer._save(output_dir, state_dict=state)
+        if trainer.args.should_save:  # transformers 5.3 writes on whichever rank calls this
+            with without_wrappers(engine.model):
+                trainer._save(output_dir, state_dict=state)
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
