@@ -223,7 +223,7 @@ class FreezingCallback(TrainerCallback):
             return
         engine = self.freezing.engine
         state = state_dict_of(engine.model, self.freezing.adapter_values())
-        if trainer.args.should_save:
+        if trainer.args.should_save:  # transformers 5.3 writes on whichever rank calls this
             with without_wrappers(engine.model):
                 trainer._save(output_dir, state_dict=state)
         if trainer.args.push_to_hub and not _internal_call:

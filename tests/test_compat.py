@@ -15,7 +15,8 @@ from torch import nn
 from aflora_dist import AFLoRAConfig
 from aflora_dist.adapter.private import teach_saving
 from aflora_dist.compat.transformers import checkpoint_activations
-from aflora_dist.engines.deepspeed.private import offsets, unpin
+from aflora_dist.engines.deepspeed import private as deepspeed_private
+from aflora_dist.engines.deepspeed.private import divide_once, offsets, unpin
 from tests.versions import LIBRARIES, compare
 from tests.workers.tiny import build_model
 
@@ -40,6 +41,23 @@ def test_deepspeed_s_own_pinned_buffers_are_let_go_of_where_it_has_some() -> Non
     unpin(SimpleNamespace(_unpin_offload_buffers=lambda: let_go.append(True)))
     unpin(SimpleNamespace())
     assert let_go == [True]
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_deepspeed_that_divides_at_each_output_is_given_a_loss_that_is_divided(
+    old: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed_private, "is_older", lambda library, release: old)
+    told: list[tuple[float, bool]] = []
+    engine = SimpleNamespace(
+        gradient_accumulation_steps=lambda: 4,
+        backward=lambda loss, retain_graph=False, scale_wrt_gas=True: told.append((loss, scale_wrt_gas)),
+    )
+    for _ in range(2):  # attaching again changes nothing
+        divide_once(engine)
+    engine.backward(8.0, scale_wrt_gas=scaled)
+    assert told == [(2.0 if old and scaled else 8.0, scaled and not old)]
 
 
 @pytest.fixture

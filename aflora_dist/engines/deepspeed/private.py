@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
-from ...contract import Private
+from ...contract import Private, is_older
 
 _REBUILD = "a public way to take parameters out of a ZeRO optimizer"
 _LAYOUT = "a public map from parameters to flat partitions"
@@ -116,3 +116,20 @@ def unpin(zero: Any) -> None:
     """Let go of ZeRO-3's page-locked buffers; before DeepSpeed 0.19.6 torch alone pins, and frees with the tensor."""
     if hasattr(zero, "_unpin_offload_buffers"):
         zero._unpin_offload_buffers()
+
+
+def divide_once(engine: Any) -> None:
+    """Divide the loss, and nothing else, by the number of batches that are accumulated.
+
+    DeepSpeed 0.18.3 to 0.19.5 divides the gradient at each output of the model that it passes: where a model returns
+    loss and logits, as transformers' do, at both.
+    """
+    if not is_older("deepspeed", "0.19.6"):
+        return
+    original = engine.backward
+
+    def backward(loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
+        loss = loss / engine.gradient_accumulation_steps() if scale_wrt_gas else loss
+        return original(loss, retain_graph=retain_graph, scale_wrt_gas=False)
+
+    engine.backward = backward

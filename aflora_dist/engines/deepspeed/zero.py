@@ -44,6 +44,7 @@ class ZeroEngine(Engine):
         require("deepspeed", self.ds, private.ENGINE)
         check_supported(self.ds)
         require("deepspeed", self.zero, [*private.BOTH, *self.interfaces])
+        private.divide_once(self.ds)
         self.kind = f"zero{self.ds.zero_optimization_stage()}"
         self._wrapper = optimizer if isinstance(optimizer, AcceleratedOptimizer) else None
         self._stand_in: Optimizer | None = None
