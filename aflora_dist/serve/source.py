@@ -134,7 +134,12 @@ def read(path: Path) -> Source:
                 raise AFLoRAError(f"{folder / _WEIGHTS} is not whole: it lacks {layer}.aflora.{name}.")
     if not layers:
         raise AFLoRAError(f"{folder / _WEIGHTS} holds no AFLoRA layer.")
-    whole = {of_base(key).replace(".base_layer.", "."): key for key in tensors if ".aflora." not in key}
+    # Of embeddings PEFT may write what its wrapper holds, too (save_embedding_layers).
+    whole = {
+        of_base(key).replace(".base_layer.", "."): key
+        for key in tensors
+        if not {"aflora", "modules_to_save", "original_module"} & {*key.split(".")}
+    }
     return Source(folder, config, tensors, layers, whole, *_run(folder.parent))
 
 
