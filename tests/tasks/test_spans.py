@@ -218,8 +218,8 @@ def test_what_is_worth_saying_is_noted() -> None:
     thinks = {**CHAT[1], "reasoning_content": "5 "}
     calls = {**CHAT[1], "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
     tools = [{"type": "function", "function": {"name": "add"}}]
-    for turn, given in ((thinks, None), (calls, None), (CHAT[1], tools)):
-        assert encoder("bytes", None)({"messages": [[CHAT[0], turn]], "tools": [given]})["notes"] == [Note.LEFT_OUT]
+    for turn, known in ((thinks, None), (calls, None), (CHAT[1], tools)):
+        assert encoder("bytes", None)({"messages": [[CHAT[0], turn]], "tools": [known]})["notes"] == [Note.LEFT_OUT]
     silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
     chat = [{"role": "system", "content": "well"}, *CHAT[:2]]
     assert encoder("bytes", silent)({"messages": [chat]})["notes"] == [Note.LEFT_OUT]
