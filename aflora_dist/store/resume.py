@@ -243,8 +243,8 @@ class Checkpointer:
             elif saved:
                 earlier = f" go on from the one before, with --resume {saved[1]}, or" if len(saved) > 1 else ""
                 how = (
-                    f"It went on from {saved[0]}, which is finite, and may be spoilt all the same: lower the rate still "
-                    f"more,{earlier} begin again with run.overwrite=true."
+                    f"It went on from {saved[0]}, which is finite, and may be spoilt all the same: lower the rate "
+                    f"still more,{earlier} begin again with run.overwrite=true."
                 )
             raise DivergedError(f"{error} {how}") from None
 
