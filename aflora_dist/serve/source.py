@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import TaskType
 from torch import Tensor
 
 from ..errors import AFLoRAError, writing
@@ -149,6 +150,8 @@ def _check(config: dict[str, Any], path: Path) -> None:
     for key in ("task_type", "base_model_name_or_path", "revision"):
         if not isinstance(config.setdefault(key, None), str | None):
             raise AFLoRAError(f"{path}: {key} is no text.")
+    if config["task_type"] not in (None, *TaskType):
+        raise AFLoRAError(f"{path}: task_type is none of {', '.join(TaskType)}.")
     if isinstance(config.get("r"), bool) or not isinstance(config.get("r"), int) or config["r"] < 1:
         raise AFLoRAError(f"{path}: the rank r is no positive whole number.")
     if config["bias"] not in ("none", "all", "aflora_only"):
