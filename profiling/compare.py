@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "setting": setting(args, accelerator),
         "methods": measured,
         "left_out": left_out,
-        "outputs_cast": [method.name for method in methods if method.output_cast.used],
+        "outputs_cast": [method.name for method in methods if method.casts_outputs],
     }
     if accelerator.is_main_process:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,6 @@ def start(
         try:
             method = create(name, base, accelerator)
             method.step(batch, accelerator)
-            method.output_cast.remove_if_unused()
         except (SystemExit, RuntimeError, ValueError, TypeError) as error:
             if name not in optional:
                 raise

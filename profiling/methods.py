@@ -17,7 +17,6 @@ from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingConfig
 from aflora_dist.adapter.architectures import target_modules
 from aflora_dist.methods.autocast import OutputCast
 from aflora_dist.methods.choose import create_method
-from aflora_dist.methods.peft import Peft
 from aflora_dist.training.config import AdapterConfig, Config, MethodConfig, TrainConfig
 
 REFERENCES = ("floor", "full", "lora", "adalora", "elora", "aflora_training", "aflora_half", "aflora_frozen")
@@ -33,7 +32,6 @@ class Method:
 
     Attributes:
         adapted: The modules around the adapted linear layers (for the floor: the layers themselves).
-        output_cast: See `aflora_dist.methods.autocast`.
     """
 
     name: str
@@ -41,9 +39,14 @@ class Method:
     optimizer: Optimizer | None
     adapted: list[nn.Module]
     after_step: Callable[[], None] = lambda: None
-    output_cast: OutputCast = field(default_factory=OutputCast)
     freezing: AdaptiveFreezing | None = None
     seconds: list[float] = field(default_factory=list)
+
+    @property
+    def casts_outputs(self) -> bool:
+        """Whether layers return another dtype than autocast's, and are cast; known after the first step."""
+        hooks = (hook for module in self.model.modules() for hook in module._forward_hooks.values())
+        return any(isinstance(hook, OutputCast) for hook in hooks)
 
     def trainable_params(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -101,8 +104,7 @@ def create(name: str, base: nn.Module, accelerator: Accelerator) -> Method:
     else:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    cast = method.output_cast if isinstance(method, Peft) else OutputCast()
-    ready = Method(name, prepared, optimizer, adapted, after, cast)
+    ready = Method(name, prepared, optimizer, adapted, after)
     if name.startswith("aflora"):
         never = FreezingConfig(total_steps=10**9, initial_steps=10**9 - 1, final_steps=0)
         ready.freezing = AdaptiveFreezing(accelerator, prepared, optimizer, never)

@@ -230,6 +230,10 @@ def ranks_of_another_type(run: Path) -> None:
     change_json(run / "adapter" / "adapter_config.json", lambda c: c.update(r=3))
 
 
+def a_task_of_no_kind(run: Path) -> None:
+    change_json(run / "adapter" / "adapter_config.json", lambda c: c.update(task_type="X"))
+
+
 def lists_instead_of_objects(run: Path) -> None:
     for path in run.rglob("*.json"):
         path.write_text("[1, 2]")
@@ -316,6 +320,7 @@ TRICKS: list[Trick] = [
     sizes_without_an_end,
     values_of_other_types,
     ranks_of_another_type,
+    a_task_of_no_kind,
     lists_instead_of_objects,
     numbers_that_are_none,
     tensors_of_another_shape,

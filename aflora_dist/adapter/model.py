@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel, mapping
+from peft import PeftModel, TaskType, mapping
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
@@ -34,6 +34,7 @@ from .saving import check_complete
 
 _SHORTHANDS = ("ffn", "attention", "all", "none")
 _HEADS = {"lm_head", *SEQ_CLS_HEAD_NAMES}
+_CLASSIFIERS = {TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS}
 
 
 def _linear_endings(model: nn.Module) -> list[str]:
@@ -41,6 +42,18 @@ def _linear_endings(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linear = (n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head)
     return sorted({name.rpartition(".")[2] for name in linear} - _HEADS)
+
+
+def _outside_body(model: nn.Module) -> list[str]:
+    """The parts of a model with a head that are not its body (DeBERTa's pooler, DistilBERT's pre_classifier).
+
+    PEFT knows of those that are called classifier or score. The others are not in the checkpoint of a body, either:
+    they start at random, and would be other ones wherever the adapter is loaded, unless they train and are saved.
+    """
+    body = getattr(model, "base_model_prefix", "")
+    if not body or not hasattr(model, body):
+        return []
+    return [name for name, part in model.named_children() if name != body and next(part.parameters(), None) is not None]
 
 
 class AFLoRAModel(BaseTuner):
@@ -69,11 +82,15 @@ class AFLoRAModel(BaseTuner):
                 model.peft_config.pop(adapter_name, None)  # type: ignore[operator, union-attr]
             raise
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT has it, for the first adapter and for each further one; then all layers fold and freeze together."""
         guards = (m.guard for m in model.modules() if isinstance(m, AFLoRALayer))
         self.guard = next(guards, None) or FreezingGuard()
-        super().inject_adapter(model, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        known = config.inference_mode or kwargs.get("state_dict") is not None  # what is loaded says itself what it has
+        if config.task_type in _CLASSIFIERS and not known and (head := _outside_body(model)):
+            config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or ()), *head])]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         Folding.attach(model, [m for m in model.modules() if isinstance(m, AFLoRALayer)])
         self._guard_compiled()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import TaskType
 from torch import Tensor
 
 from ..errors import AFLoRAError, writing
@@ -134,7 +135,12 @@ def read(path: Path) -> Source:
                 raise AFLoRAError(f"{folder / _WEIGHTS} is not whole: it lacks {layer}.aflora.{name}.")
     if not layers:
         raise AFLoRAError(f"{folder / _WEIGHTS} holds no AFLoRA layer.")
-    whole = {of_base(key).replace(".base_layer.", "."): key for key in tensors if ".aflora." not in key}
+    # Of embeddings PEFT may write what its wrapper holds, too (save_embedding_layers).
+    whole = {
+        of_base(key).replace(".base_layer.", "."): key
+        for key in tensors
+        if not {"aflora", "modules_to_save", "original_module"} & {*key.split(".")}
+    }
     return Source(folder, config, tensors, layers, whole, *_run(folder.parent))
 
 
@@ -144,6 +150,8 @@ def _check(config: dict[str, Any], path: Path) -> None:
     for key in ("task_type", "base_model_name_or_path", "revision"):
         if not isinstance(config.setdefault(key, None), str | None):
             raise AFLoRAError(f"{path}: {key} is no text.")
+    if config["task_type"] not in (None, *TaskType):
+        raise AFLoRAError(f"{path}: task_type is none of {', '.join(TaskType)}.")
     if isinstance(config.get("r"), bool) or not isinstance(config.get("r"), int) or config["r"] < 1:
         raise AFLoRAError(f"{path}: the rank r is no positive whole number.")
     if config["bias"] not in ("none", "all", "aflora_only"):

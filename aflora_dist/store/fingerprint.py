@@ -16,6 +16,7 @@ import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
 _WHOLE, _PIECE, _PIECES, _READS = 64 * 1024, 4 * 1024, 16, 8192
+_IDLE = {"transformers_version", "_name_or_path", "architectures"}  # change nothing that a model computes
 
 
 def of_examples(parts: Iterable[Any]) -> str:
@@ -60,6 +61,17 @@ def of_weights(name: str, revision: str | None) -> str | None:
             for tensor, (described, start, stop) in tensors.items():
                 found[tensor] = f"{described} {_sampled(opened, start, stop, min(reads, _PIECES))}"
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()[:16]
+
+
+def of_settings(name: str, revision: str | None) -> str | None:
+    """Of what a pretrained model's config.json says: the same weights compute otherwise with another one."""
+    files = _weight_files(name, revision)
+    file = files[0].with_name("config.json") if files else None
+    if file is None or not file.is_file():
+        return None
+    said = json.loads(file.read_text(encoding="utf-8"))
+    told = sorted((key, value) for key, value in said.items() if key not in _IDLE)
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _weight_files(name: str, revision: str | None) -> list[Path]:

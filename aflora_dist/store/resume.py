@@ -192,6 +192,7 @@ class Checkpointer:
         self.run, self.accelerator, self.progress, self.scheduler = run, accelerator, progress, scheduler
         self.data, self.resolved = dict(data), resolved
         self._randomness: dict[str, Tensor] | None = None
+        self._begun_at: Path | None = None  # the checkpoint that was gone on from
 
     def save(self, log: TrainingLog, evaluations: list[dict[str, float]]) -> None:
         """Write a checkpoint after log.step updates. A collective.
@@ -237,8 +238,14 @@ class Checkpointer:
                 raise
             saved = checkpoint.list_checkpoints(self.run.checkpoints)
             how = "Nothing had been saved before: begin again with run.overwrite=true, and save more often."
-            if saved:
+            if saved and saved[0] != self._begun_at:
                 how = f"What was saved is of before: the same command with --resume goes on from {saved[0]}."
+            elif saved:
+                earlier = f" go on from the one before, with --resume {saved[1]}, or" if len(saved) > 1 else ""
+                how = (
+                    f"It went on from {saved[0]}, which is finite, and may be spoilt all the same: lower the rate "
+                    f"still more,{earlier} begin again with run.overwrite=true."
+                )
             raise DivergedError(f"{error} {how}") from None
 
     def claim(self, loaded: Checkpoint | None) -> int:
@@ -278,7 +285,7 @@ class Checkpointer:
 
     def restore(self, loaded: Checkpoint, log: TrainingLog) -> list[dict[str, float]]:
         """Bring everything to where the checkpoint was written; returns the evaluations so far. A collective."""
-        training = loaded.training
+        training, self._begun_at = loaded.training, loaded.path
         self.progress.restore(loaded.tensors, training["progress"])
         # Functions are made anew from the configuration, and the rates that they are factors of are its own.
         rates, factors = self.scheduler.base_lrs, self.scheduler.lr_lambdas

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -39,18 +40,36 @@ def create_loaders(
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=place.multiple)
     enough(config, len(data.train))  # before time is spent
     limits.check_padding(tokenizer)
-    train_set = tokenized(data.train, tokenizer, config.data.max_length, "the training split")
-    limits.check_tokens(tokenizer, train_set, "the training split")
+    _check_room(tokenizer, config.data.max_length, "text_pair" in data.train.column_names)
+
+    def made(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
+        tokens = tokenized(dataset, tokenizer, config.data.max_length, name)
+        limits.check_tokens(tokenizer, tokens, name)
+        full = sum(length >= config.data.max_length for length in lengths(tokens, 1))
+        if full and accelerator.is_main_process:
+            said = f"have {config.data.max_length} tokens or more, and are cut there (data.max_length)"
+            print(f"Of {len(tokens):,} examples of {name}: {full:,} {said}.", flush=True)
+        return tokens
+
+    train_set = made(data.train, "the training split")
     sampler = create_sampler(config, lengths(train_set, place.multiple), place, sizes=lengths(train_set, 1))
     evaluation = {}
     for split, dataset in data.evaluation.items():
-        tokens = tokenized(dataset, tokenizer, config.data.max_length, f"the {split} split")
-        limits.check_tokens(tokenizer, tokens, f"the {split} split")
+        tokens = made(dataset, f"the {split} split")
         order = EvaluationSampler(
             lengths(tokens, place.multiple), config.train.eval_batch_size, rank=place.rank, world_size=place.world_size
         )
         evaluation[split] = loader(tokens, order, collate, place.on_gpu)
     return sampler, loader(train_set, sampler, collate, place.on_gpu), evaluation
+
+
+def _check_room(tokenizer: Any, length: int, pair: bool) -> None:
+    """Refuse to cut texts to nothing."""
+    own = tokenizer.num_special_tokens_to_add(pair=pair)
+    if length < own + 1 + pair:
+        raise AFLoRAError(
+            f"data.max_length={length} leaves nothing of the texts: the tokenizer adds {own} tokens of its own."
+        )
 
 
 class Place:

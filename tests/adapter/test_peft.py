@@ -9,6 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BertForSequenceClassification,
     DebertaV2Config,
@@ -68,6 +73,47 @@ def test_saving_and_loading_gives_the_same_model(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in loaded.parameters())
     trainable = PeftModel.from_pretrained(bert(), tmp_path, is_trainable=True)
     assert any(p.requires_grad for p in trainable.parameters())
+
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "sizes"),
+    [
+        (AutoModelForSequenceClassification, "deberta-v2", _SMALL),
+        (AutoModelForSequenceClassification, "distilbert", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}),
+        (AutoModelForSequenceClassification, "modernbert", {**_SMALL, "pad_token_id": 0}),
+        (AutoModelForTokenClassification, "modernbert", {**_SMALL, "pad_token_id": 0}),
+        (AutoModelForQuestionAnswering, "bert", _SMALL),
+    ],
+)
+@pytest.mark.parametrize("targets", [{}, {"target_modules": "all-linear", "freezable": "all"}])
+def test_no_part_of_a_head_is_drawn_anew_where_the_adapter_is_loaded(
+    kind: Any, family: str, sizes: dict[str, Any], targets: dict[str, Any], tmp_path: Path
+) -> None:
+    """The checkpoint is a body's, as on the hub: each from_pretrained draws all of the head."""
+    AutoModel.from_config(AutoConfig.for_model(family, vocab_size=50, **sizes)).save_pretrained(tmp_path / "base")
+
+    def drawn(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return kind.from_pretrained(tmp_path / "base")
+
+    task_type = {
+        AutoModelForSequenceClassification: "SEQ_CLS",
+        AutoModelForTokenClassification: "TOKEN_CLS",
+        AutoModelForQuestionAnswering: "QUESTION_ANS",
+    }[kind]
+    targets = targets or {"target_modules": ["query", "q_lin", "query_proj", "Wqkv"], "freezable": "all"}
+    model = adapted(drawn(1), task_type=task_type, **targets)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(drawn(2), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS)[0], model(TOKENS)[0])
+    body = model.get_base_model().base_model_prefix
+    outside = {n for n, p in drawn(1).named_parameters() if not n.startswith(f"{body}.")}
+    trained = {n.replace(".modules_to_save.default", "") for n, p in model.named_parameters() if p.requires_grad}
+    assert outside <= {name.removeprefix("base_model.model.") for name in trained}
 
 
 def test_merging_gives_a_plain_model_of_the_same_function() -> None:

@@ -62,6 +62,21 @@ def test_an_adapted_head_that_peft_saved_whole_beside_its_adapter_is_merged(tied
     torch.testing.assert_close(logits(lora), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_embeddings_that_peft_saved_with_their_wrappers_are_merged(tmp_path: Path) -> None:
+    base = make_small_language_model(tmp_path / "base", tie_word_embeddings=False)
+    config = AFLoRAConfig(task_type="CAUSAL_LM", target_modules=["up_proj"], modules_to_save=["embed_tokens"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    randomise(model, 1)
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(key.endswith(".original_module.weight") for key in stored), "not a case: PEFT stored no wrapper"
+    assert aflora("merge", tmp_path / "adapter", tmp_path / "merged") == 0
+    assert_computes(tmp_path / "merged", logits(model))
+    assert aflora("to-lora", tmp_path / "adapter", tmp_path / "lora") == 0
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora")
+    torch.testing.assert_close(logits(lora), logits(model), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "task_type"),
     [(AutoModelForSequenceClassification, "SEQ_CLS"), (AutoModelForTokenClassification, "TOKEN_CLS")],

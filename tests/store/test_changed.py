@@ -112,6 +112,10 @@ def test_a_classifier_s_run_is_not_taken_up_on_other_texts_or_weights(
     changed.save_pretrained(model)
     refused("base weights")
     (model / "model.safetensors").write_bytes(before[model / "model.safetensors"])
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "hidden_act": "relu"}))
+    refused("settings of the base model (config.json)")
+    (model / "config.json").write_text(json.dumps({**settings, "transformers_version": "5.0.0"}))
     assert main([*arguments, "--resume"]) == 0
 
 

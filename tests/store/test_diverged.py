@@ -63,6 +63,22 @@ def test_a_run_that_diverges_between_two_checkpoints_goes_on_from_the_finite_one
     assert json.loads((folder / "result.json").read_text())["steps"] == total
 
 
+def test_a_run_that_breaks_again_at_once_is_sent_to_the_checkpoint_before(
+    tiny_model: Path, reviews: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The newest one is finite, and may be of a rate that had spoilt it already."""
+    folder = tmp_path / "run"
+    arguments = options(folder, tiny_model, reviews, **SPARSE | {"run.save_every": 2})
+    assert diverging.main(["5", *arguments]) == 2
+    newest, before = (folder / "checkpoints" / name for name in saved(folder))
+    assert f"--resume goes on from {newest}." in capfd.readouterr().err
+    assert diverging.main(["0", *arguments, "--resume"]) == 2
+    said = capfd.readouterr().err
+    assert f"It went on from {newest}, which is finite, and may be spoilt all the same" in said
+    assert f"with --resume {before}, or begin again" in said
+    assert start("single", [*arguments, "--train.learning_rate", "1e-3", "--resume", str(before)]).returncode == 0
+
+
 def test_an_ended_run_at_another_rate_is_another_run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     assert main([*arguments, "--train.learning_rate", "1e-3", "--resume"]) == 2

@@ -119,6 +119,25 @@ def test_roberta_has_fewer_positions_than_its_configuration_says(
     assert plan_main([*arguments, "--data.max_length", "512", "--ranks", "1"]) == 0
 
 
+@pytest.mark.parametrize(("pair", "least"), [(False, 3), (True, 5)])
+def test_texts_are_not_cut_to_nothing_and_that_they_are_cut_is_said(
+    pair: bool, least: int, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """[CLS] and [SEP] are not a text; nor is a pair's one half."""
+    rows = "".join(f"good{' film' * (i % 4)},plot,{i % 2}\n" for i in range(16))
+    (tmp_path / "train.csv").write_text("text,other,label\n" + rows)
+    columns = "[text, other]" if pair else "[text]"
+    more = {"data.validation_file": tmp_path / "train.csv", "train.epochs": 2, "data.text_columns": columns}
+    arguments = options(tmp_path / "run", tiny_model, tmp_path, **more)
+    short = [*arguments, "--data.max_length", str(least - 1)]
+    assert f"data.max_length={least - 1} leaves nothing of the texts" in both(short, tmp_path / "run", capsys)
+    assert plan_main([*arguments, "--data.max_length", str(least + 1), "--ranks", "1"]) == 0
+    said = f"Of 16 examples of the training split: 12 have {least + 1} tokens or more, and are cut there"
+    assert said in "".join(capsys.readouterr())
+    assert plan_main([*arguments, "--data.max_length", str(least + 4), "--ranks", "1"]) == 0
+    assert "are cut there" not in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("long", ["prompt", "answer"])
 def test_prompts_have_to_leave_room_for_their_answers(
     long: str, train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

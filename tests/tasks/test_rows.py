@@ -11,9 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aflora_dist import AFLoRAError
+from aflora_dist.tasks.sft.encode import Encoder
 from aflora_dist.tasks.sft.examples import load_examples
 from aflora_dist.training.config import DataConfig
 from tests.small_lm import make_small_tokenizer
+from tests.tasks.chats import chat_tokenizer
 
 CALLS: dict[str, list[Any]] = {  # arguments of a tool, row by row
     "other keys": [{"city": "Paris"}, {"a": 1, "b": 2}],
@@ -48,7 +51,8 @@ def rendered(rows: Any) -> list[str]:
 
 def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+        turn = {"content"} if "role" in value else set()  # which each has, and templates ask for
+        return {key: without_nulls(part) for key, part in value.items() if part is not None or key in turn}
     return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
@@ -82,6 +86,38 @@ def test_no_row_of_a_table_has_the_keys_of_another(
     assert [row["messages"] for row in found] == [row["messages"] for row in wanted]
     if case != "whole and not":  # which a table's type decides
         assert rendered(found) == rendered(wanted)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_template_sees_the_nulls_and_the_tools_that_were_written(as_text: bool, suffix: str, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    rows = [{"messages": row["messages"], "tools": tools} for row in chats([{"a": 1}])[:1]]
+    kept = [{**row, "tools": json.dumps(tools)} for row in rows] if as_text else rows
+    path = tmp_path / f"chats.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(kept), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, kept)))
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
+    )
+    encode = Encoder(chat_tokenizer("bytes", template), 10_000, "completions", None, "it")
+    for loss_on in ("completions", "all"):
+        encode.loss_on = loss_on
+        found = encode(loaded(path)[:])
+        assert encode.tokenizer.decode(found["input_ids"][0]) == encode.tokenizer.apply_chat_template(
+            rows[0]["messages"], tools=tools, tokenize=False
+        )
+        assert found["notes"] == [0]
+
+
+@pytest.mark.parametrize("tools", ["[", "3", [3], {"a": 1}])
+def test_tools_of_another_kind_are_refused_with_their_line(tools: Any, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": chats([])[0]["messages"], "tools": tools}))
+    with pytest.raises(AFLoRAError, match=r"line 1: column tools holds no"):
+        loaded(path)
 
 
 def test_what_no_json_holds_is_refused_with_its_column(tmp_path: Path) -> None:

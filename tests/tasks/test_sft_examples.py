@@ -142,9 +142,12 @@ def test_an_empty_completion_is_none() -> None:
     assert found["count"] == [0, 0, 2]  # rather than to learn to say nothing
 
 
-def test_a_turn_that_calls_a_tool_needs_no_content() -> None:
-    turn = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
-    assert turns({"messages": [CHAT[0], turn]}, None)[1] == {key: turn[key] for key in ("role", "tool_calls")}
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_a_turn_that_calls_a_tool_needs_no_content(content: dict[str, None]) -> None:
+    turn = {"role": "assistant", **content, "tool_calls": [{"name": "add"}]}
+    assert turns({"messages": [CHAT[0], turn]}, None)[1] == turn
+    with pytest.raises(ValueError, match="whose content is no text"):
+        turns({"messages": [CHAT[0], {**turn, "tool_calls": None}]}, None)
 
 
 def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

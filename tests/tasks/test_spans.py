@@ -215,6 +215,14 @@ def test_what_is_worth_saying_is_noted() -> None:
     blank = encoder("bytes", TEMPLATES["unmarked, a blank at the end of the prompt"][0])
     assert blank({"messages": [CHAT[:2]]})["notes"] == [Note.JOINED]
     assert blank({"messages": [[CHAT[0], {**CHAT[1], "content": "</s>"}]]})["notes"] == [Note.WRITTEN]
+    thinks = {**CHAT[1], "reasoning_content": "5 "}
+    calls = {**CHAT[1], "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    for turn, known in ((thinks, None), (calls, None), (CHAT[1], tools)):
+        assert encoder("bytes", None)({"messages": [[CHAT[0], turn]], "tools": [known]})["notes"] == [Note.LEFT_OUT]
+    silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
+    chat = [{"role": "system", "content": "well"}, *CHAT[:2]]
+    assert encoder("bytes", silent)({"messages": [chat]})["notes"] == [Note.LEFT_OUT]
     text = encoder("RoBERTa", None)
     assert text({"text": ["<s>yes", "yes</s>", "yes"]})["notes"] == [Note.TWICE, Note.TWICE, 0]
 

@@ -34,7 +34,8 @@ def as_text(texts: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
 def told_apart(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of lists and structs as one of JSON values. A null in a struct is a key that is not there.
 
-    (Most are of keys that other rows have; one that was written cannot be told from these.)
+    (Most are of keys that other rows have; one that was written cannot be told from these.) But a turn of a chat has a
+    content, which is null where it calls tools alone: templates ask for that.
 
     Raises:
         TypeError: It holds what JSON cannot.
@@ -55,5 +56,6 @@ def exact(rows: datasets.Dataset) -> datasets.Dataset:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+        kept = {"content"} if "role" in value else set()
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None or key in kept}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value

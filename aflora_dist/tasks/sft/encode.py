@@ -11,9 +11,9 @@ from typing import Any
 from ...errors import AFLoRAError
 from ..tokens import Columns
 from .batching import IGNORED
-from .examples import Turn, turns
+from .examples import Turn, tools, turns
 from .offsets import check, with_whole_offsets, within
-from .template import Template, excerpt
+from .template import Template, Tools, excerpt
 
 
 class Note(IntFlag):
@@ -22,6 +22,7 @@ class Note(IntFlag):
     JOINED = 1
     WRITTEN = 2
     TWICE = 4
+    LEFT_OUT = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ SAID = {
     "(does the generation prompt end in a blank?)",
     Note.WRITTEN: "in whose messages special tokens are written, which are taken for such",
     Note.TWICE: "that begin or end with a special token twice: in the text, and as the tokenizer adds it",
+    Note.LEFT_OUT: "of which the chat template leaves something out (a turn, thoughts, a tool), or writes it otherwise",
 }
 
 
@@ -85,8 +87,8 @@ class Encoder:
         if "text" in examples:
             marked = self._texts([self._text(row) for row in rows])
         else:
-            chats = [self._turns(row) for row in rows]
-            marked = self._chats(chats)
+            chats, may_call = zip(*map(self._turns, rows), strict=True)
+            marked = self._chats(chats, may_call)
         columns: Columns = {name: [] for name in ("input_ids", "labels", "count", "cut", "notes")}
         for ids, carries, note in marked:
             kept = ids[: self.max_length]
@@ -98,7 +100,7 @@ class Encoder:
             columns["cut"].append(len(kept) < len(ids))
             columns["notes"].append(int(note))
         if "answer" in examples:
-            asked = [self.template.render(self._asked(chat), True) for chat in chats]
+            asked = [self.template.render(self._asked(c), True, t) for c, t in zip(chats, may_call, strict=True)]
             columns["prompt_ids"] = self._tokens(asked)["input_ids"]
         return columns
 
@@ -117,39 +119,46 @@ class Encoder:
             found.append((ended, [True] * len(ended), Note.TWICE if twice else Note(0)))
         return found
 
-    def _turns(self, row: Mapping[str, Any]) -> list[Turn]:
+    def _turns(self, row: Mapping[str, Any]) -> tuple[list[Turn], Tools]:
         try:
-            return [self.template.fitted(turn) for turn in turns(row, self.system)]
+            return [self.template.fitted(turn) for turn in turns(row, self.system)], tools(row)
         except ValueError as error:
             raise AFLoRAError(f"{self.name}: {error}: {excerpt(row)}") from None
 
-    def _chats(self, chats: list[list[Turn]]) -> list[Marked]:
+    def _chats(self, chats: Sequence[list[Turn]], may_call: Sequence[Tools]) -> list[Marked]:
+        both = list(zip(chats, may_call, strict=True))
         if self.loss_on == "all":
-            texts = [self.template.render(chat) for chat in chats]
+            texts = [self.template.render(chat, tools=tools) for chat, tools in both]
             return [
-                (ids, [True] * len(ids), self._written(chat))
-                for ids, chat in zip(self._tokens(texts)["input_ids"], chats, strict=True)
+                (ids, [True] * len(ids), self._noted(*one, text))
+                for ids, one, text in zip(self._tokens(texts)["input_ids"], both, texts, strict=True)
             ]
-        told = [self.template.spoken(chat) for chat in chats]
+        told = [self.template.spoken(*one) for one in both]
         tokens = self._tokens([text for text, _ in told], return_offsets_mapping=True)
         found = []
-        for chat, (text, spoken), ids, places in zip(
-            chats, told, tokens["input_ids"], tokens["offset_mapping"], strict=True
+        for one, (text, spoken), ids, places in zip(
+            both, told, tokens["input_ids"], tokens["offset_mapping"], strict=True
         ):
             carries, joined = within(text, places, spoken)
             check(self.tokenizer, text, ids, places, carries)
-            found.append((ids, carries, self._written(chat) | (Note.JOINED if joined else Note(0))))
+            found.append((ids, carries, self._noted(*one, text) | (Note.JOINED if joined else Note(0))))
         return found
 
     def _tokens(self, texts: list[str], **options: Any) -> Any:
         return self.tokenizer(texts, add_special_tokens=False, **options)  # the template has written them
 
-    def _written(self, chat: Sequence[Turn]) -> Note:
+    def _noted(self, chat: Sequence[Turn], tools: Tools, text: str) -> Note:
         contents = [turn.get("content") for turn in chat]
         parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-        found = any(isinstance(text, str) and self._special.search(text) for text in texts)
-        return Note.WRITTEN if found else Note(0)
+        said = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        texts = [said for said in said if isinstance(said, str)]
+        called = [call for turn in chat for call in turn.get("tool_calls") or ()]
+        thought = [turn.get("reasoning_content") for turn in chat]
+        names = [call.get("function", call).get("name") for call in (*called, *(tools or ()))]
+        note = Note.WRITTEN if any(map(self._special.search, texts)) else Note(0)
+        whole = "".join(text.split())
+        meant = [*texts, *(name for name in (*thought, *names) if isinstance(name, str))]
+        return note if all("".join(part.split()) in whole for part in meant) else note | Note.LEFT_OUT
 
     def _asked(self, chat: Sequence[Turn]) -> Sequence[Turn]:
         """A conversation up to where the assistant is to say its last."""

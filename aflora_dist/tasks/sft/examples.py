@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from ... import nested
 from ...errors import AFLoRAError, one_line
 from ...processes import first_on_node
 from ...training.config import DataConfig
@@ -16,15 +17,15 @@ from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
 _FORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
-    (("messages",), (), ("messages",)),
-    (("prompt", "completion"), (), ("prompt",)),
+    (("messages",), ("tools",), ("messages",)),
+    (("prompt", "completion"), ("tools",), ("prompt",)),
     (("instruction", "output"), ("input",), ("instruction",)),
     (("text",), (), ()),
 )
 _COLUMNS = {"answer", *(column for needed, beside, _ in _FORMS for column in (*needed, *beside))}
 _ACCEPTED = (
-    '"messages" (a chat: a list of {"role", "content"}); "prompt" and "completion" (texts or messages); "instruction", '
-    '"input" (may be missing) and "output"; or "text"'
+    '"messages" (a chat: a list of {"role", "content"}); "prompt" and "completion" (texts or messages), both with or '
+    'without "tools"; "instruction", "input" (may be missing) and "output"; or "text"'
 )
 # What others call them. Templates write any role as it is, and would learn nothing from these.
 _OTHER_ROLES = dict.fromkeys(("human", "user"), "user") | {"system": "system"}
@@ -113,7 +114,7 @@ def _from_file(name: str, trained: bool) -> datasets.Dataset:
     chosen = [column for column in _choose(table.columns, table.name, trained) if column != "answer"]
     for column in chosen:
         missing, kind = table.first_null(column), table.type(column)
-        if missing is not None and column not in ("input", "completion", "output"):
+        if missing is not None and column not in ("input", "completion", "output", "tools"):
             raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
         if column == "text" and not is_text(kind):
             row, value = next((row, v) for row, v in enumerate(table.rows[column][:]) if not isinstance(v, str))
@@ -122,6 +123,7 @@ def _from_file(name: str, trained: bool) -> datasets.Dataset:
         for place, row in enumerate(table.rows.select_columns(chosen)):
             try:
                 turns(row, None)
+                tools(row)
             except ValueError as error:
                 raise AFLoRAError(f"{table.where(place)}: {error}.") from None
     return table.rows
@@ -174,6 +176,23 @@ def turns(row: Mapping[str, Any], system: str | None) -> list[Turn]:
     return found
 
 
+def tools(row: Mapping[str, Any]) -> list[Any] | None:
+    """The functions that the assistant may call, as JSON schemas; None: none are named.
+
+    Raises:
+        ValueError: They are something else.
+    """
+    found = row.get("tools")
+    if isinstance(found, str):  # as JSON, for Arrow would give one the keys of the others
+        try:
+            found = nested.loads(found) if found.strip() else None
+        except ValueError:
+            raise ValueError("column tools holds no JSON") from None
+    if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
+        raise ValueError("column tools holds no list of functions (JSON schemas)")
+    return found
+
+
 def question(row: Mapping[str, Any]) -> str:
     """What somebody other than the assistant says last."""
     said = [turn.get("content") for turn in turns(row, None) if turn["role"] != "assistant"]
@@ -190,12 +209,12 @@ def _spoken(value: Any, role: str, column: str) -> list[Turn]:
 def _messages(value: Any, column: str) -> list[Turn]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
         raise ValueError(f'column {column} holds neither text nor a list of {{"role", "content"}}')
-    found = [{key: part for key, part in turn.items() if part is not None} for turn in value]  # None is Arrow's
-    for turn in found:
+    for turn in value:
         role, content = turn.get("role"), turn.get("content")
         meant = _OTHER_ROLES.get(role.strip().lower()) if isinstance(role, str) else "user"
         if meant is not None and role != meant:
             raise ValueError(f'column {column} has the role {role!r}; roles are "system", "user" and "assistant"')
-        if not isinstance(content, str | list) and not (content is None and len(turn) > 1):  # it may call a tool
+        calls = any(part is not None for key, part in turn.items() if key != "role")
+        if not isinstance(content, str | list) and not (content is None and calls):  # of a tool
             raise ValueError(f"column {column} has a turn of the {role} whose content is no text")
-    return found
+    return list(value)

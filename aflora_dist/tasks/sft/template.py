@@ -30,6 +30,7 @@ _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _MACRO = "aflora_generation"
 _UNUSED = [chr(0xFDD0 + i) for i in range(32)]  # code points that Unicode keeps free of characters
+Tools = Sequence[Any] | None  # that the assistant may call: JSON schemas
 Span = tuple[int, int]  # in the rendered text: the first character, and the one after the last
 
 
@@ -49,18 +50,18 @@ class Template:
         self._marked = _MARK.search(_COMMENT.sub("", self.source)) is not None
         self._forms: dict[str, tuple[bool, bool]] = {}
 
-    def render(self, chat: Sequence[Turn], ask: bool = False) -> str:
+    def render(self, chat: Sequence[Turn], ask: bool = False, tools: Tools = None) -> str:
         """The text of a conversation; `ask`: up to where the assistant is to speak.
 
         Raises:
             AFLoRAError: The template refuses it.
         """
-        return self._apply(self.source, chat, ask)
+        return self._apply(self.source, chat, ask, tools)
 
-    def _apply(self, source: str, chat: Sequence[Turn], ask: bool = False) -> str:
+    def _apply(self, source: str, chat: Sequence[Turn], ask: bool, tools: Tools) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                list(chat), chat_template=source, tokenize=False, add_generation_prompt=ask
+                list(chat), tools=tools, chat_template=source, tokenize=False, add_generation_prompt=ask
             )
         except Exception as error:  # of the template's own code, which may do anything
             reason = one_line(error)
@@ -69,20 +70,21 @@ class Template:
             ) from None
         return text
 
-    def spoken(self, chat: Sequence[Turn]) -> tuple[str, list[Span]]:
+    def spoken(self, chat: Sequence[Turn], tools: Tools = None) -> tuple[str, list[Span]]:
         """The text of a conversation, and where in it the assistant speaks, with the end of its turn.
 
         Raises:
             AFLoRAError: The template does not tell.
         """
-        text = self.render(chat)
-        return text, self._between_marks(chat, text) if self._marked else self._added(chat, text)
+        text = self.render(chat, tools=tools)
+        return text, (self._between_marks if self._marked else self._added)(chat, tools, text)
 
-    def _between_marks(self, chat: Sequence[Turn], text: str) -> list[Span]:
+    def _between_marks(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
         start, end = [c for c in _UNUSED if c not in text and c not in self.source][:2]
         spans: list[Span] = []
         rest, open_at = "", []
-        for piece in re.split(f"([{start}{end}])", self._apply(_with_marks(self.source, start, end), chat)):
+        marked = self._apply(_with_marks(self.source, start, end), chat, False, tools)
+        for piece in re.split(f"([{start}{end}])", marked):
             if piece == start:
                 open_at.append(len(rest))
             elif piece == end and open_at:
@@ -99,13 +101,13 @@ class Template:
             )
         return spans
 
-    def _added(self, chat: Sequence[Turn], text: str) -> list[Span]:
+    def _added(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
         spans = []
         for i, turn in enumerate(chat):
             if turn["role"] != "assistant":
                 continue
-            before = self.render(chat[:i], True) if i else self._header(turn)
-            through = self.render(chat[: i + 1])
+            before = self.render(chat[:i], True, tools) if i else self._header(turn)
+            through = self.render(chat[: i + 1], tools=tools)
             if not (text.startswith(through) and through.startswith(before)):
                 raise AFLoRAError(
                     f"{self.name}: the tokenizer's chat template writes earlier turns anew when another is added, or "
@@ -157,7 +159,7 @@ class Template:
                     text = self.render(chat.get(role, [asked, told, turn]))
                 except AFLoRAError:
                     text = ""
-                as_python = str(content) in text or '"type"' in text or "'type'" in text
+                as_python = str(content) in text or "'type'" in text  # JSON, it writes on purpose
                 found.append(words in text and not (isinstance(content, list) and as_python))
             self._forms[role] = found[0], found[1]
         return self._forms[role]
