@@ -239,7 +239,9 @@ def test_the_main_job_s_tokens_are_counted(ranks: int, tiny_model: Path, tmp_pat
     for rank, updates in enumerate(seen(ranks, what, tmp_path / "run")):
         sampler = GlobalBatchSampler(lengths, what.batch_size, tokens=256, rank=rank, world_size=ranks, seed=what.seed)
         pieces = [[lengths[i] for i in piece] for piece in sampler]
-        expected = [[len(piece), sum(piece), len(piece) * max(piece)] for piece in pieces]
+        counts_of = [(len(piece), sum(piece), len(piece) * max(piece)) for piece in pieces]
+        of_update = range(0, len(pieces), sampler.micro_batches)
+        expected = [[sum(c) for c in zip(*counts_of[at : at + sampler.micro_batches], strict=True)] for at in of_update]
         assert [counts for _, *counts in updates] == expected
 
 
