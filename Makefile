@@ -22,6 +22,8 @@ LIBRARIES := '^(torch|accelerate|deepspeed|peft|transformers) '
 THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Each environment compiles DeepSpeed's operators for itself: another's are made anew, or lack functions.
+EXTENSIONS = TORCH_EXTENSIONS_DIR="$(CURDIR)/$(1)/extensions"
 # What runs on CPUs sees no GPU; `make gpu` does, and the demo with GPUS=N.
 ON_CPUS := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 GPUS ?=
@@ -29,12 +31,12 @@ GPUS ?=
 .PHONY: demo test test-fast test-latest test-oldest compare-versions docs gpu lint format clean
 
 demo: $(READY)
-	$(QUIET) $(if $(GPUS),,$(ON_CPUS)) OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
+	$(QUIET) $(call EXTENSIONS,$(VENV)) $(if $(GPUS),,$(ON_CPUS)) OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/accelerate launch --config_file launch/zero2.yaml $(if $(GPUS),--num_processes $(GPUS)) \
 	  -m aflora_dist.training.run --preset demo --run.overwrite true
 
 test: $(READY)
-	$(QUIET) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	$(QUIET) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 test-fast: $(READY)
 	$(QUIET) $(ON_CPUS) $(BIN)/python -m pytest -m "not distributed"
@@ -45,7 +47,8 @@ test-latest:
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check $(LANGUAGE_MODEL)
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E $(LIBRARIES)
-	$(QUIET) $(ON_CPUS) PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" $(LATEST)/bin/python -m pytest
+	$(QUIET) $(call EXTENSIONS,$(LATEST)) $(ON_CPUS) PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" \
+	  $(LATEST)/bin/python -m pytest
 
 # pip has no way to ask for the oldest.
 test-oldest:
@@ -54,7 +57,8 @@ test-oldest:
 	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install --quiet --resolution lowest-direct -e '.[$(EXTRAS)]'
 	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install --quiet $(LANGUAGE_MODEL)
 	$(OLDEST)/bin/python -m pip list --disable-pip-version-check | grep -E $(LIBRARIES)
-	$(QUIET) $(ON_CPUS) PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST)/bin/python -m pytest
+	$(QUIET) $(call EXTENSIONS,$(OLDEST)) $(ON_CPUS) PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" \
+	  $(OLDEST)/bin/python -m pytest
 
 compare-versions: $(READY)
 	$(QUIET) $(ON_CPUS) $(BIN)/python -m tests.versions $(wildcard $(addsuffix /bin/python,$(VENV) $(OLDEST) $(LATEST)))
