@@ -26,6 +26,7 @@ PATIENCE = 30.0  # seconds of waiting before a line says for whom; then every te
 PULSE = 30.0  # seconds after which each process says again that it lives
 SILENCE = 600.0  # seconds without that after which it is taken for dead
 LINGER = 5.0  # seconds that a rank that ends stays at most, so that the others learn why
+GRACE = 1.0  # seconds that the others wait for the one that failed to say so: the launcher ends all when one has ended
 _LENGTH = 10_000  # of what a rank can say: the store takes no large values
 
 _own: tuple[tuple[str, ...], Any] | None = None  # a connection made before there was a process group, and its place
@@ -85,6 +86,8 @@ def meet(said: str | None = None) -> list[str | None]:
             found = pickle.loads(store.get(f"{number}/all"))
         if any(found):
             _linger(store, f"{number}/read")
+            if not said:
+                time.sleep(GRACE)
         return found
     except dist.DistError:
         raise AFLoRAError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import nullcontext
 
 import torch
@@ -54,4 +55,5 @@ try:
             optimizer.zero_grad()
 except (AFLoRAError, OSError, ZeroDivisionError) as error:
     print(f"rank {rank}: {type(error).__name__}: {error}\n", end="", flush=True)
+    time.sleep(2)  # the launcher ends all ranks when one has ended, and each is to be heard
     sys.exit(2)
