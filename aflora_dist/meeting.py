@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import json
 import os
-import pickle
 import socket
 import sys
 import threading
@@ -69,21 +69,21 @@ def meet(said: str | None = None) -> list[str | None]:
     store = _store()
     _live(store)
     try:
-        store.set(f"{number}/{me}", pickle.dumps((socket.gethostname(), said and said[:_LENGTH])))
+        store.set(f"{number}/{me}", json.dumps((socket.gethostname(), said and said[:_LENGTH])))
         if me == 0:
             found = []
             for other in range(world()):
                 _wait(store, number, str(other), other)
-                host, heard = pickle.loads(store.get(f"{number}/{other}"))
+                host, heard = json.loads(store.get(f"{number}/{other}"))
                 _hosts[other] = host
                 found.append(heard)
             for other in range(world()):
                 store.delete_key(f"{number}/{other}")
             store.delete_key(f"{number - 1}/all")  # everybody has read it, or would not be here
-            store.set(f"{number}/all", pickle.dumps(found))
+            store.set(f"{number}/all", json.dumps(found))
         else:
             _wait(store, number, "all", 0)
-            found = pickle.loads(store.get(f"{number}/all"))
+            found = json.loads(store.get(f"{number}/all"))
         if any(found):
             _linger(store, f"{number}/read")
             if not said:

@@ -249,7 +249,8 @@ def shard_by_block(accelerator: Accelerator, model: Any) -> None:
     embedding = model.get_input_embeddings()
     holding = {type(m).__name__ for m in model.modules() if any(inner is embedding for inner in m.modules())}
     there = {type(m).__name__ for m in model.modules()} - holding
-    plugin.transformer_cls_names_to_wrap = [n for n in getattr(model, "_no_split_modules", None) or () if n in there]
+    if blocks := [name for name in getattr(model, "_no_split_modules", None) or () if name in there]:
+        plugin.transformer_cls_names_to_wrap = blocks
 
 
 def check_length(config: Config, model: Any) -> None:
