@@ -115,7 +115,10 @@ def test_the_versions_that_the_contract_names_are_those_that_are_pinned() -> Non
 def test_the_environments_that_make_makes_have_the_versions_that_they_are_for() -> None:
     """No pin and no bound names a release that was not tried."""
     meant = {".venv": pinned, ".venv-oldest": bounds}.get(Path(sys.prefix).name, dict)()
-    installed = {d.name.lower().replace("_", "-"): Version(d.version).public for d in distributions()}
+    # In the path's order: setuptools appends a folder of its own, with other releases of a few libraries.
+    installed: dict[str, str] = {}
+    for d in distributions():
+        installed.setdefault(d.name.lower().replace("_", "-"), Version(d.version).public)
     other = {
         name: (wanted, here)
         for name, wanted in meant.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AutoConfig
 
 from aflora_dist import AFLoRAError
 from aflora_dist.tasks import model
@@ -31,7 +30,7 @@ def test_the_weights_that_from_pretrained_would_take_are_downloaded(
         found.append(file)
         return f"/cache/{file}"
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **options: None)
+    monkeypatch.setattr(model, "_config", lambda *args, **options: None)
     monkeypatch.setattr(model, "cached_file", cached_file)
     monkeypatch.setattr(model, "get_checkpoint_shard_files", lambda *args, **options: found.append("its shards"))
     config = ModelConfig(name="somebody/model", revision="v2")
