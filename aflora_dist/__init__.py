@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._registration import register_with_peft
 from .errors import AFLoRAError, DivergedError, UnsupportedEngineError
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapter import AFLoRAConfig, AFLoRAModel, save_as_lora
@@ -24,7 +25,6 @@ __all__ = [
     "UnsupportedEngineError",
     "save_as_lora",
 ]
-__version__ = "0.1.0"
 
 # Imported when first asked for: they need torch and transformers, which take seconds.
 _LATER = {

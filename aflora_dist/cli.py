@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from . import __version__
 from .errors import AFLoRAError
 from .extras import require
+from .version import __version__
 
 USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...]
        aflora plan [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...] [--ranks N ...]

@@ -9,6 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 logger = logging.getLogger("aflora_dist")
 
@@ -33,3 +36,34 @@ if not logger.handlers:
     logger.addHandler(_Terminal())
     logger.addFilter(_is_first)
     logger.propagate = False
+
+
+_LIBRARIES = ("DeepSpeed", "deepspeed", "accelerate", "transformers", "datasets", "torch.distributed")
+
+
+def quiet_libraries() -> Callable[[], None]:
+    """Leave warnings and errors; drop the libraries' progress reports, and what will change for others than us.
+
+    Returns:
+        What takes that back (run.verbose).
+    """
+    filters: Any = warnings.filters
+    ours = []
+    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(?!aflora_dist\b)")
+        ours.append(filters[0])
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    bars = sys.modules.get("transformers.utils.logging")  # if unimported, it shows none
+    if bars is not None:
+        bars.disable_progress_bar()
+
+    def undo() -> None:
+        filters[:] = [one for one in filters if one not in ours]
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars is not None:
+            bars.enable_progress_bar()
+
+    return undo

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import has_length
 
 from .adapter.saving import state_dict_of
-from .contract import Private, require
+from .compat.contract import Private, require
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, thaw
 from .engines import Engine
 from .engines.optimizers import plain

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from aflora_dist.training.config import parse
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main as train
 
 CONFIG = Path(__file__).resolve().parent / "reviews.yaml"

@@ -17,7 +17,7 @@ from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingConfig
 from aflora_dist.adapter.architectures import target_modules
 from aflora_dist.methods.autocast import OutputCast
 from aflora_dist.methods.choose import create_method
-from aflora_dist.training.config import AdapterConfig, Config, MethodConfig, TrainConfig
+from aflora_dist.options import AdapterConfig, Config, MethodConfig, TrainConfig
 
 REFERENCES = ("floor", "full", "lora", "adalora", "elora", "aflora_training", "aflora_half", "aflora_frozen")
 MORE_OF_PEFT = ("miss", "lorafa", "dora", "randlora")  # not on every layer and not in every dtype

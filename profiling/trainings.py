@@ -30,12 +30,13 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from aflora_dist.adapter.architectures import target_modules
 from aflora_dist.methods.aflora import AFLoRA
 from aflora_dist.methods.autocast import match_autocast
+from aflora_dist.notices import quiet_libraries
+from aflora_dist.options import Config
 from aflora_dist.tasks.data import load_data
 from aflora_dist.tasks.model import load_base
 from aflora_dist.tasks.tokens import tokenized
-from aflora_dist.training.config import Config, parse
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.loop import train
-from aflora_dist.training.run import quiet_libraries
 
 MAIN_JOB = "main job"
 

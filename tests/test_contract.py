@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from aflora_dist import AFLoRAError, contract
+from aflora_dist import AFLoRAError
 from aflora_dist.adapter import private as peft_private
 from aflora_dist.adapter.model import register
-from aflora_dist.contract import LISTS, SEEN, Private, require
+from aflora_dist.compat import contract
+from aflora_dist.compat.contract import LISTS, SEEN, Private, require
 from aflora_dist.engines import private
 from aflora_dist.engines.deepspeed import private as deepspeed_private
 from aflora_dist.engines.native import ReplicatedEngine

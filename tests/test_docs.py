@@ -31,7 +31,8 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM
 
 import aflora_dist.cli
-from aflora_dist.training.config import Config, parse
+from aflora_dist.options import Config
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main as train
 from tests.pages import PAGES, ROOT, Block, blocks, classifier, snippets, with_trl
 from tests.runs import command_line
@@ -375,7 +376,7 @@ def run_module(words: list[str], place: Place) -> None:
     name, *arguments = words
     if name == "aflora_dist.training.run":
         run_main_job(arguments, place)
-    elif name == "aflora_dist.contract":
+    elif name == "aflora_dist.compat.contract":
         with contextlib.redirect_stdout(io.StringIO()) as out:
             importlib.import_module(name).main()
         assert out.getvalue()

@@ -33,7 +33,7 @@ from tests.ranks import ENVIRONMENT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGE = ROOT / "aflora_dist"
 # What a user of the library imports or runs without an extra, as modules.
-CORE = ("__init__", "adapter", "control", "engines", "trainer", "contract", "cli", "launch_files")
+CORE = ("__init__", "adapter", "control", "engines", "trainer", "compat.contract", "cli", "launch_files")
 CORE += ("view.show", "view.trace.main", "view.collect", "serve.main", "serve.lora", "serve.merge")
 
 
@@ -373,7 +373,7 @@ def test_extras_are_looked_for_under_the_names_of_what_they_install() -> None:
     for extra, modules in EXTRAS.items():
         if extra != "quantized" or find_spec("bitsandbytes"):
             assert distributions_of(set(modules)) == declared(extra) - declared() - asked_late - {"aflora-dist"}
-    modules = ["training.run", "training.loop", "plan.command", "view.figures", "watch.tensorboard"]
+    modules = ["training.run", "training.loop", "plan.command", "figures", "watch.tensorboard"]
     main_job = imported_with([f"aflora_dist.{name}" for name in modules])
     of_transformers = {"jinja2", "protobuf", "sentencepiece"}  # which imports them for chat templates and tokenizers
     assert distributions_of(main_job) - declared() == declared("train") - declared() - of_transformers

@@ -33,7 +33,7 @@ from aflora_dist.plan.model import PlannedModel
 from aflora_dist.plan.plan import make_plan
 from aflora_dist.plan.records import EnginePlan, Plan
 from aflora_dist.tasks.model import outline_base
-from aflora_dist.training.config import parse
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main as run_main
 from tests.launch import ENGINES, MAIN_JOB, ROOT, free_port, launch, launch_series
 from tests.runs import lines, options

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from aflora_dist import stopwatch
-from aflora_dist.stopwatch import Stopwatch
+from aflora_dist.control import stopwatch
+from aflora_dist.control.stopwatch import Stopwatch
 from tests.loop import Loop
 
 GPU = torch.device("cuda")

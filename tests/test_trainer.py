@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, FreezingConfig
-from aflora_dist.contract import is_older
+from aflora_dist.compat.contract import is_older
 from aflora_dist.errors import DivergedError
 from aflora_dist.trainer import TRAINER, _introduce
 from tests.launch import launch_series

@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..contract import require
+from ..compat.contract import require
 from ..errors import AFLoRAError
 from ..names import unwrapped, without_wrappers
 from ..processes import refuse_lonely_processes

@@ -1,4 +1,4 @@
-"""PEFT's private interfaces that the adapter uses (see aflora_dist/contract.py)."""
+"""PEFT's private interfaces that the adapter uses (see aflora_dist/compat/contract.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..contract import Private
+from ..compat.contract import Private
 
 _TUNER = "public extension points for tuners outside of PEFT"
 

@@ -21,10 +21,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..cpu_group import cpu_group
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..freezing import Fragment
 from ..names import named_parameters
+from ..processes.cpu_group import cpu_group
 from .optimizers import OptimizerTraits, examine, plain
 from .transfer import Move, Piece, Placed, carry, collect, distribute
 

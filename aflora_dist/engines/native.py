@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ..contract import require
+from ..compat.contract import require
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
 from ..names import named_parameters

@@ -1,8 +1,8 @@
-"""torch's and accelerate's private interfaces that the engines use (see aflora_dist/contract.py)."""
+"""torch's and accelerate's private interfaces that the engines use (see aflora_dist/compat/contract.py)."""
 
 from __future__ import annotations
 
-from ..contract import Private
+from ..compat.contract import Private
 
 _DDP = "DistributedDataParallel"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..contract import broken
+from ..compat.contract import broken
 from ..errors import AFLoRAError
 from .base import Engine
 

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..freezing import Fragment
-from ..meeting import meet
+from ..processes.meeting import meet
 
 CHUNK_BYTES = 64 * 2**20  # the most that one message carries
 

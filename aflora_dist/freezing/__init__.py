@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ..options import FREEZING_RULES, SCORE_KINDS, FreezingRule, ScheduleShape, ScoreKind
 from .config import FreezeEvent, FreezingConfig
-from .kinds import FREEZING_RULES, SCORE_KINDS, FreezingRule, ScheduleShape, ScoreKind
 from .policy import FreezingPolicy, QuantilePolicy
 from .schedule import CubicSchedule, whole_steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import AFLoRAError
-from .kinds import FREEZING_RULES, SCORE_KINDS, FreezingRule, ScheduleShape, ScoreKind
+from ..options import FREEZING_RULES, SCORE_KINDS, FreezingRule, ScheduleShape, ScoreKind
 from .schedule import CubicSchedule
 
 

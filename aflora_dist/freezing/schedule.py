@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import AFLoRAError
-from .kinds import SCHEDULE_SHAPES, ScheduleShape
+from ..options import SCHEDULE_SHAPES, ScheduleShape
 
 
 def whole_steps(initial: float, final: float, total: int) -> tuple[int, int]:

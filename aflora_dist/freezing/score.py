@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .kinds import ScoreKind
+from ..options import ScoreKind
 
 
 @dataclass(frozen=True)

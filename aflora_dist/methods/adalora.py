@@ -13,11 +13,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapter.saving import save_peft
+from ..control import Progress
 from ..engines.transfer import Piece
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..names import of_base
-from ..progress import Progress
-from ..training.config import Config
+from ..options import Config
 from .base import Control, NoControl
 from .peft import Peft
 

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from ..adapter import AFLoRAConfig
 from ..adapter.saving import save_peft
-from ..control import AdaptiveFreezing, FreezeEvent, FreezingConfig
+from ..control import AdaptiveFreezing, FreezeEvent, FreezingConfig, Progress
 from ..errors import AFLoRAError
 from ..freezing import whole_steps
 from ..names import is_adapter, is_head
-from ..progress import Progress
-from ..training.config import Config
+from ..options import Config
 
 
 class AFLoRA:

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..control import Progress
 from ..freezing import CubicSchedule
-from ..progress import Progress
 
 
 class Control(Protocol):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapter.architectures import kind_of
-from ..training.config import Config
+from ..options import Config
 from .adalora import AdaLora
 from .aflora import AFLoRA
 from .base import Method

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..adapter.precision import widen
 from ..adapter.saving import state_dict_of
+from ..control import Progress
 from ..errors import AFLoRAError
-from ..progress import Progress
-from ..training.config import Config
+from ..options import Config
 from .base import Control, NoControl
 
 

@@ -17,10 +17,10 @@ from ..adapter.architectures import ARCHITECTURES, default_targets
 from ..adapter.precision import widen
 from ..adapter.private import is_sharded
 from ..adapter.saving import save_peft
+from ..control import Progress
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..names import is_head
-from ..progress import Progress
-from ..training.config import Config
+from ..options import Config
 from .autocast import match_autocast
 from .base import Control, NoControl
 

@@ -12,11 +12,12 @@ from typing import Any, NoReturn
 from accelerate.state import PartialState
 
 from ..errors import AFLoRAError
+from ..notices import quiet_libraries
+from ..options import Config
 from ..store.resume import find, finished
 from ..store.rundir import RunDirectory, refuse_taken
-from ..training.config import Config, parse
+from ..training.command_line import parse
 from ..training.loop import create_accelerator
-from ..training.run import quiet_libraries
 from .launches import ENGINES, Launch
 from .plan import make_plan
 from .report import print_plan

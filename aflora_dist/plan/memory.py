@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..names import of_base
-from ..training.config import Config
+from ..options import Config
 from . import layout
 from .launches import Launch
 from .layout import Trained

@@ -16,7 +16,7 @@ from ..freezing import FreezingPolicy
 from ..methods import Method
 from ..methods.aflora import AFLoRA
 from ..names import is_adapter
-from ..training.config import Config
+from ..options import Config
 from ..training.loop import create_optimizer
 from . import layout
 from .events import Freezes

@@ -9,13 +9,13 @@ from typing import Any
 from ..errors import AFLoRAError
 from ..methods import NoControl
 from ..methods.choose import create_method, lora_parameters
+from ..options import Config
 from ..store.best import check_metric
 from ..store.rundir import refuse_taken, written
 from ..tasks.batches import Place, create_sampler, enough
 from ..tasks.data import unknown_task
 from ..tasks.glue import TASKS
 from ..tasks.model import check_weights, outline_base, outline_language_model
-from ..training.config import Config
 from ..training.loop import (
     check_batch,
     check_length,

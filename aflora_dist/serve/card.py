@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from .. import __version__
 from ..store.records import Result, Settings
+from ..version import __version__
 from .source import Source
 
 _LOADING = {

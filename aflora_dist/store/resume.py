@@ -19,13 +19,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from .. import __version__
+from ..control import Progress
 from ..errors import AFLoRAError, DivergedError, writing
 from ..methods import Control
 from ..notices import logger
+from ..options import Config
 from ..processes import on_main
-from ..progress import Progress
-from ..training.config import Config
+from ..version import __version__
 from ..watch.log import TrainingLog
 from . import checkpoint, records
 from .checkpoint import Checkpoint

@@ -21,8 +21,8 @@ from accelerate import Accelerator
 
 from ..errors import AFLoRAError, writing
 from ..notices import logger
+from ..options import RunConfig
 from ..processes import on_main
-from ..training.config import RunConfig
 from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
 
 # Everything that a run writes; `overwrite` deletes these and nothing else.

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding
 
 from ..errors import AFLoRAError
-from ..training.config import Config
+from ..options import Config
 from .data import Data
 from .limits import Limits
 from .sampler import EvaluationSampler, GlobalBatchSampler, padded

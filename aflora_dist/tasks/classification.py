@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import AFLoRAError
-from ..training.config import Config
+from ..options import Config
 from .base import Evaluation
 from .batches import Batch, create_loaders, move
 from .data import load_data

@@ -20,8 +20,8 @@ from accelerate.state import PartialState
 
 from ..errors import AFLoRAError, one_line
 from ..extras import require
+from ..options import DataConfig
 from ..processes import first_on_node
-from ..training.config import DataConfig
 from .glue import TASKS, GlueTask
 from .labels import encode_labels, is_spelled_not_finite, number
 from .reading import Table, is_text, listed, plain_rows, positions, read_table, shown

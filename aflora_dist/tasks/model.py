@@ -29,8 +29,8 @@ from ..errors import AFLoRAError, one_line
 from ..extras import installed, require
 from ..foreign import read_object, refuse_endless
 from ..hub import refusal
+from ..options import ModelConfig
 from ..processes import first_on_node
-from ..training.config import ModelConfig
 
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 

@@ -19,7 +19,7 @@ from typing import Any
 from .. import nested
 from ..errors import AFLoRAError
 from ..extras import require
-from .config import Config
+from ..options import Config
 
 _FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 

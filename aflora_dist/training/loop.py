@@ -17,14 +17,15 @@ from transformers import get_linear_schedule_with_warmup
 
 from ..adapter.precision import check_precision
 from ..compat.transformers import checkpoint_activations
+from ..control import Progress
 from ..engines import create_engine, engine_kind
 from ..errors import AFLoRAError, writing
 from ..freezing import CubicSchedule
-from ..meeting import meet
 from ..methods import Control, Method
 from ..methods.choose import create_method, lora_parameters
+from ..options import Config
 from ..processes import launched_accelerator, launched_processes, on_main
-from ..progress import Progress
+from ..processes.meeting import meet
 from ..store import fingerprint
 from ..store.best import BestEpoch, check_metric
 from ..store.held import Held
@@ -42,7 +43,6 @@ from ..watch.rates import flops_per_token
 from ..watch.stopping import StopWish
 from ..watch.traces import TraceRecorder, Window, windows
 from . import compile_lock, deepspeed_file
-from .config import Config
 
 
 def train(config: Config, resolved: str, method: Method | None = None) -> dict[str, Any] | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..errors import AFLoRAError, LaunchError
 from ..extras import require
+from ..notices import quiet_libraries
 
 _LOST_RANK = (
     "Connection closed by peer",
@@ -22,37 +21,6 @@ _LOST_RANK = (
     "remote process exited",
     "Application timeout caused pair closure",
 )
-
-
-_LIBRARIES = ("DeepSpeed", "deepspeed", "accelerate", "transformers", "datasets", "torch.distributed")
-
-
-def quiet_libraries() -> Callable[[], None]:
-    """Leave warnings and errors; drop the libraries' progress reports, and what will change for others than us.
-
-    Returns:
-        What takes that back (run.verbose).
-    """
-    filters: Any = warnings.filters
-    ours = []
-    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(?!aflora_dist\b)")
-        ours.append(filters[0])
-    for name in _LIBRARIES:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    bars = sys.modules.get("transformers.utils.logging")  # if unimported, it shows none
-    if bars is not None:
-        bars.disable_progress_bar()
-
-    def undo() -> None:
-        filters[:] = [one for one in filters if one not in ours]
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        if bars is not None:
-            bars.enable_progress_bar()
-
-    return undo
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str], undo: Callable[[], None]) -> None:
     """The main job; `undo` takes back that libraries are quiet."""
     require("train", "The main job")
-    from .config import parse
+    from .command_line import parse
 
     config, resolved = parse(arguments)
     quiet = undo if config.run.verbose else quiet_libraries
@@ -119,8 +87,7 @@ def _tell_the_others(error: BaseException) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1" or over:
         return
     with suppress(AFLoRAError, ImportError):
-        from .. import meeting
-        from ..processes import complaint, launched_processes
+        from ..processes import complaint, launched_processes, meeting
 
         launched_processes()  # who cannot be found cannot be told
         meeting.part(complaint(error, f"Rank {meeting.rank()}"), stay=isinstance(error, AFLoRAError))

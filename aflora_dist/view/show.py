@@ -106,7 +106,7 @@ def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
         AFLoRAError: The folder cannot be written, or matplotlib is not installed.
     """
     require("train", "aflora show --figures", "matplotlib")
-    from .figures import curves, freeze_map, score_curves  # matplotlib takes a second, and is needed here alone
+    from ..figures import curves, freeze_map, score_curves  # matplotlib takes a second, and is needed here alone
 
     lora = run.result.lora_r8_trainable_params if run.result else None
     drawn = {}

@@ -16,17 +16,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import __version__
 from ..adapter.precision import beyond_float16
+from ..control import Progress
 from ..errors import DivergedError
 from ..methods import Control
 from ..notices import logger
+from ..options import Config
 from ..processes import on_main
-from ..progress import Progress
 from ..store.best import BestEpoch
 from ..store.rundir import RunDirectory
 from ..tasks.base import Evaluation, Task
-from ..training.config import Config
+from ..version import __version__
 from .rates import peak
 from .telemetry import Telemetry, open_telemetry, run_summary
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..contract import Private, broken, require
+from ..compat.contract import Private, broken, require
 
 SNAPSHOT = [
     Private("torch.cuda.memory", name, "show CUDA memory around a freeze", "a public recorder of CUDA memory")

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 
-from ..cpu_group import cpu_group
 from ..errors import AFLoRAError
-from ..meeting import meet
+from ..processes.cpu_group import cpu_group
+from ..processes.meeting import meet
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _SECONDS = 1.0  # between two exchanges, about

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..names import place
-from ..training.config import Config
+from ..options import Config
 from .trackers import TENSORBOARD, Tracker
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Telemetry:
     def freeze_map(self, names: Sequence[str], frozen: Mapping[str, int], total_steps: int, step: int) -> None:
         """Fig. 5 as it stands now."""
         if names and self.watchers:
-            from ..view.figures import freeze_map  # matplotlib, only where something is drawn
+            from ..figures import freeze_map  # matplotlib, only where something is drawn
 
             for watcher in self.watchers:  # each its own: they draw it at their own time
                 figure = freeze_map(names, frozen, total_steps)

@@ -26,9 +26,9 @@ from torch.profiler import record_function
 
 from ..errors import AFLoRAError
 from ..freezing import CubicSchedule
-from ..meeting import meet
 from ..notices import logger
 from ..processes import on_main
+from ..processes.meeting import meet
 from .memory import MemoryHistory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports its every start and stop

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel
 from aflora_dist import AFLoRAConfig, AFLoRAError
 from aflora_dist.adapter import AFLoRALayer
 from aflora_dist.adapter.architectures import ARCHITECTURES, default_targets, kind_of
-from aflora_dist.contract import SEEN, is_older
+from aflora_dist.compat.contract import SEEN, is_older
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT = SMALL | {"vocab_size": 60}

@@ -24,8 +24,9 @@ from aflora_dist import (
 )
 from aflora_dist.adapter.precision import check_precision
 from aflora_dist.methods.choose import create_method
+from aflora_dist.options import ModelConfig
 from aflora_dist.tasks.model import load_base
-from aflora_dist.training.config import ModelConfig, parse
+from aflora_dist.training.command_line import parse
 from tests.hub_layouts import LAYOUTS
 
 STEPS = 6

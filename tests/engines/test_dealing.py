@@ -20,7 +20,7 @@ from transformers import BertTokenizerFast, set_seed
 from aflora_dist import AdaptiveFreezing, FreezingConfig
 from aflora_dist.methods.aflora import AFLoRA
 from aflora_dist.tasks.model import load_base
-from aflora_dist.training.config import parse
+from aflora_dist.training.command_line import parse
 from tests.launch import ENGINES, launch_series
 from tests.runs import command_line, lines, start_all, weights
 from tests.small import WORDS

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from aflora_dist import AdaptiveFreezing, FreezingConfig
-from aflora_dist.cpu_group import cpu_group
 from aflora_dist.processes import launched_accelerator
+from aflora_dist.processes.cpu_group import cpu_group
 from tests.workers.tiny import GLOBAL_BATCH, build_model, build_optimizer, global_batch
 
 STEPS = 14

@@ -17,10 +17,10 @@ from transformers import AutoModelForSequenceClassification
 
 from aflora_dist import AFLoRAError
 from aflora_dist.adapter.saving import save_peft
+from aflora_dist.control import Progress
 from aflora_dist.methods import Control, NoControl
 from aflora_dist.names import is_head
-from aflora_dist.progress import Progress
-from aflora_dist.training.config import parse
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.loop import train
 from aflora_dist.training.run import main
 from tests.runs import lines, options

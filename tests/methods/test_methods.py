@@ -26,7 +26,7 @@ from aflora_dist.errors import AFLoRAError
 from aflora_dist.methods import Method
 from aflora_dist.methods.choose import create_method
 from aflora_dist.names import of_base
-from aflora_dist.training.config import parse
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.loop import train
 from aflora_dist.training.run import main
 from tests.launch import MAIN_JOB, launch

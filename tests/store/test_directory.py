@@ -11,8 +11,8 @@ import pytest
 from accelerate import Accelerator
 
 from aflora_dist import AFLoRAError
+from aflora_dist.options import RunConfig
 from aflora_dist.store.rundir import GoingOn, RunDirectory
-from aflora_dist.training.config import RunConfig
 from aflora_dist.training.run import main
 from tests.runs import lines, options
 from tests.store.test_resume import sign

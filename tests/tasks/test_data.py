@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from aflora_dist import AFLoRAError
+from aflora_dist.options import DataConfig
 from aflora_dist.tasks.data import Data, load_data
 from aflora_dist.tasks.glue import TASKS
 from aflora_dist.tasks.metrics import compute
-from aflora_dist.training.config import DataConfig, parse
+from aflora_dist.training.command_line import parse
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from aflora_dist import AFLoRAError
+from aflora_dist.options import ModelConfig
 from aflora_dist.tasks import model
-from aflora_dist.training.config import ModelConfig
 
 
 @pytest.mark.parametrize(

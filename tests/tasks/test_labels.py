@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from aflora_dist import AFLoRAError
+from aflora_dist.options import DataConfig
 from aflora_dist.tasks.data import Data, load_data
-from aflora_dist.training.config import DataConfig, parse
+from aflora_dist.training.command_line import parse
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import DistributedType
 
 from aflora_dist import AFLoRAError
+from aflora_dist.options import ModelConfig
 from aflora_dist.tasks import model
 from aflora_dist.tasks.model import check_weights, load_base, load_language_model, resolve_name, storage_dtype
-from aflora_dist.training.config import ModelConfig
 from tests.small_lm import make_small_language_model
 
 

@@ -16,7 +16,7 @@ from aflora_dist.plan.command import main as plan_main
 from aflora_dist.tasks.classification import Classification
 from aflora_dist.tasks.sft import LanguageModelling
 from aflora_dist.tasks.sft.rehearsal import check_kind, check_no_future
-from aflora_dist.training.config import parse
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main as run_main
 from tests.runs import command_line, options
 from tests.small_lm import PIECES, make_small_tokenizer, write_problems

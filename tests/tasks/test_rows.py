@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from aflora_dist import AFLoRAError
+from aflora_dist.options import DataConfig
 from aflora_dist.tasks.sft.encode import Encoder
 from aflora_dist.tasks.sft.examples import load_examples
-from aflora_dist.training.config import DataConfig
 from tests.small_lm import make_small_tokenizer
 from tests.tasks.chats import chat_tokenizer
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from aflora_dist.options import DataConfig
 from aflora_dist.tasks.data import load_data
 from aflora_dist.tasks.model import resolve_name
 from aflora_dist.tasks.sampler import GlobalBatchSampler, cut, deal, padded, spread
-from aflora_dist.training.config import DataConfig
 
 
 def random_lengths(seed: int, count: int) -> list[int]:

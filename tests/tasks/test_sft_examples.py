@@ -11,6 +11,7 @@ import pytest
 from accelerate import Accelerator
 
 from aflora_dist import AFLoRAError
+from aflora_dist.options import Config, DataConfig, ModelConfig, TrainConfig
 from aflora_dist.tasks.sft.answers import Answer, last_number
 from aflora_dist.tasks.sft.batching import IGNORED
 from aflora_dist.tasks.sft.encode import Encoder
@@ -18,7 +19,7 @@ from aflora_dist.tasks.sft.examples import load_examples, question, turns
 from aflora_dist.tasks.sft.problems import word_problems
 from aflora_dist.tasks.sft.task import LanguageModelling
 from aflora_dist.tasks.sft.template import PLAIN_TEMPLATE
-from aflora_dist.training.config import Config, DataConfig, ModelConfig, TrainConfig, parse
+from aflora_dist.training.command_line import parse
 from tests.small_lm import make_small_language_model, make_small_tokenizer
 
 # Without marks of what the assistant says, and with an end of each turn.

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from aflora_dist import AFLoRAError
+from aflora_dist.options import Config
 from aflora_dist.tasks import tokens
 from aflora_dist.tasks.batches import create_loaders, lengths, loader
 from aflora_dist.tasks.data import Data
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.sampler import GlobalBatchSampler
 from aflora_dist.tasks.tokens import tokenized
-from aflora_dist.training.config import Config
 from tests.launch import ROOT, launch
 from tests.small import WORDS, make_tiny_model
 

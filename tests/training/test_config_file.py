@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from aflora_dist import AFLoRAError
-from aflora_dist.training.config import parse
+from aflora_dist.training.command_line import parse
 
 FILES: dict[str, tuple[str | bytes, str]] = {
     "key twice": ("train:\n  epochs: 3\n  epochs: 5\n", r"line 3: train.epochs stands there already \(line 2\)"),

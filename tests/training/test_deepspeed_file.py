@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from aflora_dist import AFLoRAError
 from aflora_dist.training import deepspeed_file
-from aflora_dist.training.config import parse
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main
 from tests.launch import ROOT, launch
 

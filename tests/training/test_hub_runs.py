@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from aflora_dist.serve.main import main as serve
 from aflora_dist.tasks.glue import TASKS
-from aflora_dist.tasks.presets import PRESETS
+from aflora_dist.training.presets import PRESETS
 from aflora_dist.training.run import main
 from tests.hub_layouts import deberta_v3, llama_7b, qwen2_5
 from tests.launch import launch_series

@@ -23,8 +23,8 @@ import torch.utils.cpp_extension
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from aflora_dist import AFLoRAError, meeting
-from aflora_dist.processes import launched_accelerator
+from aflora_dist import AFLoRAError
+from aflora_dist.processes import launched_accelerator, meeting
 from aflora_dist.training import compile_lock
 from aflora_dist.training.run import main
 from tests.launch import MAIN_JOB, environment_for, free_port, launch
@@ -157,7 +157,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has torch.cuda pretend to see so many, where nothing says that CPUs are meant."""
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("aflora_dist.processes.Accelerator", ReachedError.raised)
+    monkeypatch.setattr("aflora_dist.processes.launched.Accelerator", ReachedError.raised)
     monkeypatch.setattr(meeting, "meet", lambda: None)  # other ranks are pretended
 
     def see(count: int) -> None:
@@ -246,7 +246,7 @@ def test_a_gpu_that_is_not_used_is_told_of_once(
     cuda, driver, expected = NOT_SEEN[case]
     gpus(0)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr("aflora_dist.processes.nvidia_driver", lambda: driver)
+    monkeypatch.setattr("aflora_dist.processes.launched.nvidia_driver", lambda: driver)
     launched_with({**ON_GPUS, "RANK": rank, "LOCAL_RANK": rank}, monkeypatch)
     said = capsys.readouterr().err
     if expected is None or rank == "1":

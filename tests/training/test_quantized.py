@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from aflora_dist import AFLoRAConfig
+from aflora_dist.options import ModelConfig
 from aflora_dist.tasks.model import load_language_model
-from aflora_dist.training.config import ModelConfig
 from tests.launch import launch_series
 from tests.runs import command_line, freezes, lines, start_all
 from tests.small_lm import make_small_language_model, write_problems

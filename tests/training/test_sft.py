@@ -19,9 +19,10 @@ from transformers import set_seed
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingConfig
 from aflora_dist.methods.aflora import AFLoRA
+from aflora_dist.options import Config
 from aflora_dist.tasks.model import load_language_model
 from aflora_dist.tasks.sft import LanguageModelling
-from aflora_dist.training.config import Config, parse
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main
 from tests.launch import ENGINES, launch_series
 from tests.runs import command_line, lines, start_all, weights

@@ -125,7 +125,7 @@ def test_help_and_wrong_options_are_found_without_heavy_packages(
         "aflora_dist.freezing",
         "aflora_dist.names",
         "aflora_dist.store.records",
-        "aflora_dist.training.config",
+        "aflora_dist.training.command_line",
         "aflora_dist.training.run",
         "aflora_dist.view.collect",
         "aflora_dist.view.report",

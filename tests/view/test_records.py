@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
+from aflora_dist.options import RunConfig
 from aflora_dist.store.records import dumps
 from aflora_dist.store.rundir import RunDirectory
 from aflora_dist.tasks.base import Evaluation
 from aflora_dist.tasks.classification import Classification
-from aflora_dist.training.config import RunConfig
 from aflora_dist.training.run import main
 
 

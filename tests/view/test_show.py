@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from aflora_dist.figures import Place, freeze_map, place
 from aflora_dist.training.run import main
-from aflora_dist.view.figures import Place, freeze_map, place
 from aflora_dist.view.show import Run, sparkline
 from aflora_dist.view.show import main as show
 from tests.view.written import NAME, write_lines, write_run

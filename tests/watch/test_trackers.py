@@ -16,7 +16,7 @@ from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 
 from aflora_dist.errors import AFLoRAError
-from aflora_dist.training.config import parse
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main
 from aflora_dist.watch import trackers
 from tests.launch import MAIN_JOB, launch

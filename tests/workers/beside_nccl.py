@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from aflora_dist import AdaptiveFreezing, FreezingConfig, cpu_group
-from aflora_dist.processes import launched_accelerator
+from aflora_dist import AdaptiveFreezing, FreezingConfig
+from aflora_dist.processes import cpu_group, launched_accelerator
 from aflora_dist.watch.stopping import StopWish
 from tests.workers.tiny import GLOBAL_BATCH, build_model, build_optimizer, global_batch
 

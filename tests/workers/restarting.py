@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from aflora_dist import meeting
+from aflora_dist.processes import meeting
 
 attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], meeting.rank()
 for number in range(3):

@@ -11,8 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from aflora_dist import AFLoRAError, meeting
-from aflora_dist.processes import first_on_node, on_main
+from aflora_dist import AFLoRAError
+from aflora_dist.processes import first_on_node, meeting, on_main
 
 LIMIT, WORK = 3.0, 4.0
 meeting.PATIENCE, meeting.PULSE, meeting.SILENCE = 1.0, 0.2, 3.0  # shorter than the work: who works lives

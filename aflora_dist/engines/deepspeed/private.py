@@ -1,11 +1,11 @@
-"""DeepSpeed's private interfaces that its engines use (see aflora_dist/contract.py)."""
+"""DeepSpeed's private interfaces that its engines use (see aflora_dist/compat/contract.py)."""
 
 from __future__ import annotations
 
 from itertools import accumulate
 from typing import Any
 
-from ...contract import Private, is_older
+from ...compat.contract import Private, is_older
 
 _REBUILD = "a public way to take parameters out of a ZeRO optimizer"
 _LAYOUT = "a public map from parameters to flat partitions"

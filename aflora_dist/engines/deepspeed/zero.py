@@ -15,7 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...contract import Private, require
+from ...compat.contract import Private, require
 from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
 from ..base import Engine, Observer, Record, release

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from ... import nested
 from ...errors import AFLoRAError, one_line
+from ...options import DataConfig
 from ...processes import first_on_node
-from ...training.config import DataConfig
 from ..reading import exact, is_text, listed, read_table, shown, told_apart
 from .problems import word_problems
 

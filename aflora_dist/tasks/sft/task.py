@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ...errors import AFLoRAError
-from ...training.config import Config
+from ...options import Config
 from ..base import Evaluation
 from ..batches import Batch, Place, create_sampler, enough, lengths, loader, move
 from ..limits import Limits

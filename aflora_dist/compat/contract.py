@@ -4,7 +4,7 @@ Each library's are in one list: torch's and accelerate's in engines/private.py, 
 engines/deepspeed/private.py, PEFT's in adapter/private.py, transformers' in trainer.py, torch's recorder of CUDA memory
 (for --profile) in watch/memory.py. They are looked for before they are used, so that a newer release that lacks one is
 an error in the first second, which names the release to install, and not an exception at a first freeze hours later.
-`python -m aflora_dist.contract` prints the lists.
+`python -m aflora_dist.compat.contract` prints the lists.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from .errors import UnsupportedEngineError
+from ..errors import UnsupportedEngineError
 
 # The releases that everything was tried with.
 SEEN = {"torch": "2.13.0", "accelerate": "1.15.0", "deepspeed": "0.19.8", "peft": "0.21.2", "transformers": "5.23.0"}

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
+from ..errors import AFLoRAError, LaunchError, one_line
+from ..notices import logger
 from . import meeting
 from .cpu_group import cpu_group
-from .errors import AFLoRAError, LaunchError, one_line
-from .notices import logger
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
-from .errors import AFLoRAError
+from ..errors import AFLoRAError
 
 PATIENCE = 30.0  # seconds of waiting before a line says for whom; then every ten minutes
 PULSE = 30.0  # seconds after which each process says again that it lives

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .glue import TASKS
+from ..tasks.glue import TASKS
 
 # Table 5: epochs, learning rate of the head, learning rate, t_f in epochs. The rest is the same for
 # all tasks and is what config.py defaults to.

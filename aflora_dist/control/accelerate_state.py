@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from .engines.base import hang
-from .errors import AFLoRAError, writing
-from .processes import on_main
+from ..engines.base import hang
+from ..errors import AFLoRAError, writing
+from ..processes import on_main
 
 if TYPE_CHECKING:
-    from .control import AdaptiveFreezing
+    from .adaptive import AdaptiveFreezing
 
 _FILE = "aflora_freezing{}.pt"
 

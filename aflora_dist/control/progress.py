@@ -11,9 +11,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .engines import Engine
-from .engines.base import Observer, Record
-from .errors import AFLoRAError, DivergedError
+from ..engines import Engine
+from ..engines.base import Observer, Record
+from ..errors import AFLoRAError, DivergedError
 
 
 class Part(Protocol):

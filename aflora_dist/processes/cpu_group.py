@@ -8,8 +8,8 @@ import socket
 
 import torch.distributed as dist
 
+from ..notices import logger
 from .meeting import meet
-from .notices import logger
 
 _made: tuple[object, dist.ProcessGroup | None] | None = None  # beside which group, and what came of it
 

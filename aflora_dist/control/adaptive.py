@@ -18,21 +18,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..adapter import Adapted
+from ..adapter.folding import Folding
+from ..adapter.layer import AFLoRAPath
+from ..adapter.precision import beyond_float16, check_precision
+from ..adapter.saving import names_to_save, save_peft
+from ..engines import Engine, create_engine, place
+from ..engines.rehearsal import rehearse
+from ..engines.transfer import Piece
+from ..errors import AFLoRAError, DivergedError, writing
+from ..freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore, QuantilePolicy
+from ..freezing.quantile import quantile
+from ..names import named_modules
+from ..notices import logger
+from ..processes import on_main, refuse_lonely_processes
 from .accelerate_state import AccelerateState
-from .adapter import Adapted
-from .adapter.folding import Folding
-from .adapter.layer import AFLoRAPath
-from .adapter.precision import beyond_float16, check_precision
-from .adapter.saving import names_to_save, save_peft
-from .engines import Engine, create_engine, place
-from .engines.rehearsal import rehearse
-from .engines.transfer import Piece
-from .errors import AFLoRAError, DivergedError, writing
-from .freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore, QuantilePolicy
-from .freezing.quantile import quantile
-from .names import named_modules
-from .notices import logger
-from .processes import on_main, refuse_lonely_processes
 from .progress import Progress
 from .stopwatch import Stopwatch
 

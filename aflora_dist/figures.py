@@ -11,10 +11,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from ..names import Place as Place
-from ..names import grid
-from ..names import place as place
-from ..store.records import Event, Update
+from .names import Place as Place
+from .names import grid
+from .names import place as place
+from .store.records import Event, Update
 
 _BLUE, _GOLD, _GREY = "#1f5a96", "#c9a227", "#d9d9d9"
 _MAP = "viridis"

@@ -1,0 +1,7 @@
+"""Adaptive freezing in a training loop: the clock, the decisions, the drop, and what of it survives a restart."""
+
+from ..freezing import FreezeEvent, FreezingConfig
+from .adaptive import AdaptiveFreezing, thaw
+from .progress import Progress
+
+__all__ = ["AdaptiveFreezing", "FreezeEvent", "FreezingConfig", "Progress", "thaw"]
