@@ -58,6 +58,28 @@ def parse(name: str) -> AdapterTensor | None:
     return AdapterTensor(**found.groupdict()) if found else None
 
 
+# How PEFT's methods begin the names of what they add to a layer (peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING).
+PREFIXES = (
+    "adamss beft boft c3a delora deft fourierft frod glora gralora hada hira hra ia3 lily lokr lora miss oft osf peanut "
+    "poly psoft pvera_lambda randlora road shadow shira supertuning tinylora unilora vblora vera_lambda waveft"
+).split()
+_TUNED = re.compile(rf"(?P<module>.+)\.(?:{'|'.join(PREFIXES)})_\w+\.[^.]+(?:\.weight|\.bias)?")
+
+
+def module_of(name: str) -> str:
+    """The layer that a parameter belongs to: who is adapted by it, or who has it.
+
+    >>> module_of("base_model.model.layers.0.up_proj.lora_A.default.weight")
+    'base_model.model.layers.0.up_proj'
+    >>> module_of("layers.0.up_proj.weight")
+    'layers.0.up_proj'
+    """
+    if (tensor := parse(name)) is not None:
+        return tensor.module
+    tuned = _TUNED.fullmatch(name)
+    return tuned["module"] if tuned else name.rpartition(".")[0]
+
+
 def is_adapter(name: str) -> bool:
     """Whether the tensor belongs to an AFLoRA adapter, in the model as in a saved file.
 

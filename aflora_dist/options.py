@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-# Importances to score a matrix by (Fig. 4), shapes of the schedule, and rules.
-ScoreKind = Literal["gradient", "sensitivity", "relative"]
-SCORE_KINDS: tuple[ScoreKind, ...] = ("gradient", "sensitivity", "relative")
+# What a unit is ranked by: importances of its elements (Fig. 4; "change" is GradES's), or an order that is there before.
+ScoreKind = Literal["gradient", "sensitivity", "relative", "change", "random", "front_to_back", "smallest_first"]
+SCORE_KINDS: tuple[ScoreKind, ...] = get_args(ScoreKind)
 ScheduleShape = Literal["cubic", "quadratic"]
-SCHEDULE_SHAPES: tuple[ScheduleShape, ...] = ("cubic", "quadratic")
-FreezingRule = Literal["rank", "quantile"]
-FREEZING_RULES: tuple[FreezingRule, ...] = ("rank", "quantile")
+SCHEDULE_SHAPES: tuple[ScheduleShape, ...] = get_args(ScheduleShape)
+FreezingRule = Literal["rank", "quantile", "threshold"]
+FREEZING_RULES: tuple[FreezingRule, ...] = get_args(FreezingRule)
+Granularity = Literal["element", "matrix"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+Unit = Literal["matrix", "layer", "block"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 @dataclass(kw_only=True)

@@ -1,17 +1,21 @@
 """Eq. 2-5, without torch.distributed and without any engine."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..options import FREEZING_RULES, SCORE_KINDS, FreezingRule, ScheduleShape, ScoreKind
+from ..options import FREEZING_RULES, SCORE_KINDS, FreezingRule, Granularity, ScheduleShape, ScoreKind, Unit
 from .config import FreezeEvent, FreezingConfig
-from .policy import FreezingPolicy, QuantilePolicy
+from .order import ORDERS, fixed_scores, unit_of
+from .policy import FreezingPolicy, QuantilePolicy, ThresholdPolicy
 from .schedule import CubicSchedule, whole_steps
 
 if TYPE_CHECKING:
+    from .matrix import MatrixScore, PartialImportance
     from .score import Fragment, FreezingScore
 
 __all__ = [
     "FREEZING_RULES",
+    "ORDERS",
     "SCORE_KINDS",
     "CubicSchedule",
     "Fragment",
@@ -20,18 +24,25 @@ __all__ = [
     "FreezingPolicy",
     "FreezingRule",
     "FreezingScore",
+    "Granularity",
+    "MatrixScore",
+    "PartialImportance",
     "QuantilePolicy",
     "ScheduleShape",
     "ScoreKind",
+    "ThresholdPolicy",
+    "Unit",
+    "fixed_scores",
+    "unit_of",
     "whole_steps",
 ]
+
+# What computes with torch is imported when first asked for: a command line needs the rest alone.
+_WITH_TORCH = {"Fragment": "score", "FreezingScore": "score", "MatrixScore": "matrix", "PartialImportance": "matrix"}
 
 if not TYPE_CHECKING:  # a type checker would take any name to be here
 
     def __getattr__(name: str) -> Any:
-        """What computes with torch is imported when first asked for: a command line needs the rest alone."""
-        if name not in ("Fragment", "FreezingScore"):
+        if name not in _WITH_TORCH:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import score
-
-        return getattr(score, name)
+        return getattr(import_module(f".{_WITH_TORCH[name]}", __name__), name)

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from ..options import Unit
+from .order import unit_of
 from .schedule import CubicSchedule
 
 
 class FreezingPolicy:
-    """The paper's rule: floor(r(t) N) are frozen, the lowest scores first, ties by name, matrices singly or in pairs.
+    """The paper's rule: floor(r(t) N) are frozen, the lowest scores first, ties by name.
 
     Args:
-        names: All freezable matrices. Names end in the matrix, ".A" or ".B".
-        pairwise: Freeze A and B of a layer together (Table 6); a pair's score is its mean.
+        names: All freezable matrices.
+        unit: What freezes together: each "matrix" alone, those of a "layer" (A and B, Table 6), or of a "block". A
+            unit's score is the mean of its matrices' scores.
+
+    Attributes:
+        units: The matrices of each unit, by its name.
     """
 
-    def __init__(self, names: Sequence[str], *, pairwise: bool = False) -> None:
+    def __init__(self, names: Sequence[str], *, unit: Unit = "matrix") -> None:
         self.units: dict[str, tuple[str, ...]] = {}
         for name in names:
-            unit = name.rpartition(".")[0] if pairwise else name
-            self.units[unit] = (*self.units.get(unit, ()), name)
+            of = unit_of(name, unit)
+            self.units[of] = (*self.units.get(of, ()), name)
 
     def __len__(self) -> int:
-        """N of Eq. 5: how many matrices, or pairs, freeze one after the other."""
+        """N of Eq. 5: how many units freeze one after the other."""
         return len(self.units)
 
     def due(self, schedule: CubicSchedule, step: int, remaining: int) -> bool:
@@ -47,12 +54,22 @@ class FreezingPolicy:
             scores: Score of each matrix that is still trainable (Eq. 4).
             count: floor(r(t) N).
         """
-        remaining = {unit: names for unit, names in self.units.items() if names[0] in scores}
-        missing = count - (len(self.units) - len(remaining))
-        ranked = sorted(
-            remaining, key=lambda unit: (sum(scores[n] for n in self.units[unit]) / len(self.units[unit]), unit)
-        )
+        means = self._means(scores)
+        missing = count - (len(self.units) - len(means))
+        ranked = sorted(means, key=lambda unit: (means[unit], unit))
         return [name for unit in ranked[: max(missing, 0)] for name in self.units[unit]]
+
+    def _means(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """Of each unit that still trains."""
+        left = {unit: names for unit, names in self.units.items() if names[0] in scores}
+        return {unit: sum(scores[name] for name in names) / len(names) for unit, names in left.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What of it must survive a restart, as JSON can hold it."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
 
 
 class QuantilePolicy(FreezingPolicy):
@@ -74,3 +91,45 @@ class QuantilePolicy(FreezingPolicy):
     ) -> list[str]:
         threshold = quantile(schedule.fraction(step))
         return sorted((name for name in scores if scores[name] < threshold), key=lambda name: (scores[name], name))
+
+
+class ThresholdPolicy(FreezingPolicy):
+    """A unit freezes when its score has fallen below a fraction of its own early level: there is no t_f to guess.
+
+    The level is the unit's score after step t_i, the grace period. From then on, at every step that is a multiple of
+    `every`, the units whose score lies below `threshold` times their level freeze. (As GradES, arXiv 2509.01842, but
+    relative to each unit's own level: an absolute threshold does not carry over from one model to another.)
+    How many freeze, and whether all do, is not known before.
+
+    Args:
+        names, unit: As of `FreezingPolicy`.
+        threshold: The fraction, in (0, 1).
+
+    Attributes:
+        levels: Of each unit, once the grace period is over.
+    """
+
+    def __init__(self, names: Sequence[str], *, unit: Unit = "matrix", threshold: float = 0.5) -> None:
+        super().__init__(names, unit=unit)
+        self.threshold = threshold
+        self.levels: dict[str, float] = {}
+
+    def due(self, schedule: CubicSchedule, step: int, remaining: int) -> bool:
+        if remaining == 0 or step < schedule.initial_steps:
+            return False
+        return not self.levels or step % schedule.every == 0
+
+    def choose(
+        self, schedule: CubicSchedule, step: int, scores: Mapping[str, float], quantile: Callable[[float], float]
+    ) -> list[str]:
+        means = self._means(scores)
+        if not self.levels:
+            self.levels = means
+        fallen = [unit for unit in means if means[unit] < self.threshold * self.levels[unit]]
+        return [name for unit in sorted(fallen, key=lambda u: (means[u], u)) for name in self.units[unit]]
+
+    def state(self) -> dict[str, Any]:
+        return {"levels": self.levels}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.levels = dict(state["levels"])

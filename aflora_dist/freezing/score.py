@@ -31,14 +31,16 @@ class FreezingScore:
 
     Args:
         fragments: What this rank observes, in the order in which gradients are passed.
-        kind: The importance I (Fig. 4): "gradient" |g|, "sensitivity" |w g|, "relative" |g / w|.
+        kind: The importance I (Fig. 4): "gradient" |g|, "sensitivity" |w g|, "relative" |g / w|; or "change"
+            |g_t - g_(t-1)| (GradES, arXiv 2509.01842), with a first g_(t-1) of zero.
         beta1, beta2: Decay of Ibar and Ubar.
         window: Steps over which I is averaged before Eq. 2 and 3 take it; 1 is the paper's rule, more the authors'
             scripts'. A window's average is taken when the next one begins.
 
     Attributes:
-        averages: By name: Ibar ("smoothed"), Ubar ("uncertainty"), and with a window what has been averaged in it so
-            far ("importance"). Float32, all start at zero and are not bias-corrected.
+        averages: By name: Ibar ("smoothed"), Ubar ("uncertainty"), with a window what has been averaged in it so far
+            ("importance"), and for "change" g_(t-1) ("previous"). Float32, all start at zero and are not
+            bias-corrected.
         begun, observed: Which window is being averaged, from 0, and how many steps of it have been so far.
     """
 
@@ -64,6 +66,8 @@ class FreezingScore:
         self.averages = {"smoothed": self.smoothed, "uncertainty": self.uncertainty}
         if window > 1:
             self.averages["importance"] = torch.zeros(numel, dtype=torch.float32, device=device)
+        if kind == "change":
+            self.averages["previous"] = torch.zeros(numel, dtype=torch.float32, device=device)
         self._importance = torch.empty(numel, dtype=torch.float32, device=device)
 
     def spans(self) -> list[tuple[Fragment, int]]:
@@ -93,8 +97,14 @@ class FreezingScore:
         self.observed += 1
         if not self.fragments:
             return
-        importance = self._flatten(gradients).abs_().mul_(scale)
-        if self.kind != "gradient":
+        importance = self._flatten(gradients)
+        if self.kind == "change":
+            now = importance.mul(scale)
+            torch.sub(now, self.averages["previous"], out=importance).abs_()
+            self.averages["previous"].copy_(now)
+        else:
+            importance.abs_().mul_(scale)
+        if self.kind in ("sensitivity", "relative"):
             assert weights is not None, "this score needs the weights"
             magnitude = torch.cat([w.to(torch.float32) for w in weights]).abs_()
             if self.kind == "sensitivity":

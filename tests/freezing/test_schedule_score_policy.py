@@ -104,6 +104,6 @@ def test_the_lowest_scores_join_those_that_are_frozen_and_ties_go_by_name() -> N
 
 
 def test_pairs_freeze_together_by_their_mean() -> None:
-    policy = FreezingPolicy(["x.A", "x.B", "y.A", "y.B"], pairwise=True)
+    policy = FreezingPolicy(["x.A", "x.B", "y.A", "y.B"], unit="layer")
     assert len(policy) == 2
     assert policy.next_frozen({"x.A": 0.0, "x.B": 9.0, "y.A": 3.0, "y.B": 3.0}, 1) == ["y.A", "y.B"]
