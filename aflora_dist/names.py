@@ -59,11 +59,11 @@ def parse(name: str) -> AdapterTensor | None:
 
 
 # How PEFT's methods begin the names of what they add to a layer (peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING).
-PREFIXES = (
-    "adamss beft boft c3a delora deft fourierft frod glora gralora hada hira hra ia3 lily lokr lora miss oft osf peanut "
-    "poly psoft pvera_lambda randlora road shadow shira supertuning tinylora unilora vblora vera_lambda waveft"
-).split()
-_TUNED = re.compile(rf"(?P<module>.+)\.(?:{'|'.join(PREFIXES)})_\w+\.[^.]+(?:\.weight|\.bias)?")
+_PREFIXES = (
+    "adamss beft boft c3a delora deft fourierft frod glora gralora hada hira hra ia3 lily lokr lora miss oft osf "
+    "peanut poly psoft pvera_lambda randlora road shadow shira supertuning tinylora unilora vblora vera_lambda waveft"
+)
+_TUNED = re.compile(rf"(?P<module>.+)\.(?:{_PREFIXES.replace(' ', '|')})_\w+\.[^.]+(?:\.weight|\.bias)?")
 
 
 def module_of(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-# What a unit is ranked by: importances of its elements (Fig. 4; "change" is GradES's), or an order that is there before.
+# What units are ranked by: importances of their elements (Fig. 4; "change" is GradES's), or an order known before.
 ScoreKind = Literal["gradient", "sensitivity", "relative", "change", "random", "front_to_back", "smallest_first"]
 SCORE_KINDS: tuple[ScoreKind, ...] = get_args(ScoreKind)
 ScheduleShape = Literal["cubic", "quadratic"]

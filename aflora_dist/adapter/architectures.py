@@ -1,13 +1,19 @@
 """Which linear layers of a transformer are attention and which are feed-forward.
 
-Decided by module name and architecture, never by shape: under grouped attention the key and value
+Decided by module name, and architecture where it is known, never by shape: under grouped attention the key and value
 projections are not square either. Does not touch the model.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..notices import logger
 
 Kind = Literal["attention", "ffn"]
 
@@ -127,6 +133,63 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
+# Of architectures that are not in the table: what holds the layers of attention and of feed-forward in a block, ...
+_ATTENTION = {"self_attn", "attn", "attention", "self_attention", "encoder_attn", "cross_attn", "linear_attn"}
+_ATTENTION |= {"SelfAttention", "EncDecAttention", "crossattention", "multi_head_attention"}
+_FFN = {"mlp", "ffn", "feed_forward", "feedforward", "experts", "shared_expert", "shared_experts", "block_sparse_moe"}
+_FFN |= {"moe", "DenseReluDense"}
+# ... feed-forward layers that lie in the block itself, ...
+_BARE_FFN = (".intermediate.dense", ".output.dense", ".fc1", ".fc2")
+# ... what there chooses experts or positions, and parts that see or hear.
+_CHOOSES = {"gate", "router", "shared_expert_gate", "indexer", "router_mlp"}
+_OTHER_SENSES = re.compile(r"(^|\.)[^.]*(vision|visual|vqmodel|audio|image|speech|patch|connector)[^.]*\.")
+_BLOCK = re.compile(r"\.\d+\.")
+
+
+def kind_by_container(module_name: str) -> Kind | None:
+    """Whether the named linear layer of a block is attention or feed-forward, by what holds it.
+
+    >>> kind_by_container("model.layers.0.self_attn.q_proj"), kind_by_container("model.layers.0.mlp.gate")
+    ('attention', None)
+    >>> kind_by_container("model.layers.0.mlp.experts.3.w1"), kind_by_container("visual.blocks.0.mlp.fc1")
+    ('ffn', None)
+    """
+    if not _BLOCK.search(f".{module_name}") or _OTHER_SENSES.search(module_name):
+        return None
+    parts = module_name.split(".")
+    if _CHOOSES & {*parts}:
+        return None
+    for part in reversed(parts[:-1]):
+        if part in _ATTENTION:
+            return "attention"
+        if part in _FFN:
+            return "ffn"
+    return "ffn" if parts[-1] == "ffn" or f".{module_name}".endswith(_BARE_FFN) else None
+
+
+def targets_by_container(linear: Iterable[str]) -> dict[Kind, list[str]]:
+    """The layers of attention and of feed-forward of an architecture that is not in the table, as endings of names.
+
+    Args:
+        linear: The names of all of a model's linear layers.
+
+    Returns:
+        By kind: with as few words as tell them from layers that are neither, as "self_attn.q_proj".
+    """
+    kinds = {name: kind_by_container(name) for name in linear}
+    others = [f".{name}" for name, kind in kinds.items() if kind is None]
+    found: dict[Kind, list[str]] = {"attention": [], "ffn": []}
+    for name, kind in kinds.items():
+        if kind is None:
+            continue
+        parts = name.split(".")
+        fewest = 1 if parts[-2].isdigit() else 2
+        endings = (".".join(parts[-words:]) for words in range(fewest, len(parts) + 1))
+        ending = next(e for e in endings if not any(other.endswith(f".{e}") for other in others))
+        if ending not in found[kind]:
+            found[kind].append(ending)
+    return found
+
 
 def target_modules(model_type: str) -> list[str]:
     """Endings of the names of all linear layers of a known architecture's blocks.
@@ -148,7 +211,7 @@ def default_targets(model_type: str) -> list[str] | str:
 def kind_of(model_type: str | None, module_name: str) -> Kind | None:
     """Whether the named linear layer is attention or feed-forward; None if neither or unknown."""
     if model_type not in ARCHITECTURES:
-        return None
+        return kind_by_container(module_name)
     dotted = f".{module_name}"
     architecture = ARCHITECTURES[model_type]
     if architecture.within and f".{architecture.within}." not in dotted:
@@ -158,3 +221,20 @@ def kind_of(model_type: str | None, module_name: str) -> Kind | None:
     if dotted.endswith(tuple(f".{ending}" for ending in architecture.ffn)):
         return "ffn"
     return None
+
+
+def find_targets(model: nn.Module, model_type: str | None) -> dict[Kind, list[str]] | None:
+    """`targets_by_container` of a model whose architecture is not in the table, told in a line.
+
+    None where not both kinds are found. A block whose experts are one bare parameter needs no feed-forward layer.
+    """
+    found = targets_by_container(n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+    experts = any(p.dim() == 3 and ".experts." in name for name, p in model.named_parameters())
+    if not found["attention"] or not (found["ffn"] or experts):
+        return None
+    logger.warning(
+        f"the architecture {model_type or type(model).__name__!r} is not in the table of those that were tried. By "
+        f"what holds them, its layers of attention are {', '.join(found['attention'])}, of feed-forward "
+        f"{', '.join(found['ffn']) or 'none that can be adapted'}. Name target_modules and freezable if this is wrong."
+    )
+    return found

@@ -24,7 +24,7 @@ from ..errors import AFLoRAError
 from ..names import unwrapped, without_wrappers
 from ..processes import refuse_lonely_processes
 from . import private
-from .architectures import ARCHITECTURES, default_targets, kind_of
+from .architectures import ARCHITECTURES, default_targets, find_targets, kind_of
 from .config import AFLoRAConfig, AFLoRAPeftType
 from .folding import Folding
 from .guard import FreezingGuard
@@ -117,6 +117,9 @@ class AFLoRAModel(BaseTuner):
         if peft_config.target_modules is not None:
             return peft_config
         model_type = model_config.get("model_type")
+        if model_type not in ARCHITECTURES and (found := find_targets(self.model, model_type)) is not None:
+            peft_config.target_modules = sorted({*found["attention"], *found["ffn"]})
+            return peft_config
         if model_type not in ARCHITECTURES:
             endings = _linear_endings(self.model)
             raise AFLoRAError(
@@ -167,13 +170,13 @@ class AFLoRAModel(BaseTuner):
         if not wants_matrices or any(self._may_train(config, name) for name in targets):
             return
         model_type = self._model_type()
-        if config.freezable in ("ffn", "attention") and model_type not in ARCHITECTURES:
+        kinds = sorted({str(kind_of(model_type, name)) for name in targets})
+        if config.freezable in ("ffn", "attention") and kinds == ["None"]:
             raise AFLoRAError(
                 f"AFLoRA does not know which layers of {model_type or type(model).__name__!r} are {config.freezable}. "
                 f'Set AFLoRAConfig(freezable=...) to "all", "none" or a regular expression over module names such as '
                 f"{targets[0]!r}."
             )
-        kinds = sorted({str(kind_of(model_type, name)) for name in targets})
         experts = any(".experts." in name and p.dim() == 3 for name, p in model.named_parameters())
         raise AFLoRAError(
             f"AFLoRA has nothing to train and freeze: freezable={config.freezable!r} matches none of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -13,11 +14,16 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
 )
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
 
 from aflora_dist import AFLoRAConfig, AFLoRAError
 from aflora_dist.adapter import AFLoRALayer
-from aflora_dist.adapter.architectures import ARCHITECTURES, default_targets, kind_of
+from aflora_dist.adapter.architectures import ARCHITECTURES, default_targets, find_targets, kind_of
 from aflora_dist.compat.contract import SEEN, is_older
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
@@ -172,3 +178,92 @@ def test_only_the_language_model_of_several_is_adapted(model_type: str) -> None:
 def test_experts_that_are_bare_parameters_are_said_to_be() -> None:
     with pytest.raises(AFLoRAError, match=r"(?s)kinds: attention.*experts' weights .* bare parameters.*\"all\""):
         get_peft_model(build("mixtral"), AFLoRAConfig())
+
+
+# Of the models that transformers brings, those that are neither in the table nor told by what holds their layers.
+REFUSED = {
+    *("bamba", "falcon_mamba", "granitemoehybrid", "jamba", "lfm3", "mamba", "mamba2", "recurrent_gemma", "zamba"),
+    *("zamba2", "xlstm"),  # state spaces and convolutions, in some or all of their blocks
+    *("flaubert", "xlm", "xlnet", "squeezebert", "ibert", "fnet"),
+}
+MOST_USED = {
+    "qwen3_moe",
+    "qwen3_5",
+    "gpt_oss",
+    "glm4",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "smollm3",
+    "ministral",
+    "ministral3",
+}
+MOST_USED |= {"eurobert", "modernbert", "deepseek_v3", "mixtral", "phimoe"}
+FEW = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+FEW += ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def every_architecture() -> Iterator[tuple[str, torch.nn.Module]]:
+    """Those of language models and classifiers that can be built without choosing more than their depth."""
+    for model_type in sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}):
+        kind = AutoModelForCausalLM
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            kind = AutoModelForSequenceClassification
+        try:
+            config = AutoConfig.for_model(model_type, **({"head_dim": 8} if model_type == "ministral" else {}))
+            for option in FEW:
+                if hasattr(config, option):
+                    setattr(config, option, 2)
+            if isinstance(getattr(config, "layer_types", None), list):
+                config.layer_types = config.layer_types[:2]
+            with torch.device("meta"):
+                yield model_type, kind.from_config(config)
+        except Exception:  # needs another package, or more options
+            continue
+
+
+def test_every_architecture_of_transformers_is_known_or_found_or_refused_by_name() -> None:
+    outcomes: dict[str, set[str]] = {"known": set(), "found": set(), "refused": set()}
+    for model_type, model in every_architecture():
+        if model_type in ARCHITECTURES:
+            outcomes["known"].add(model_type)
+        elif (found := find_targets(model, model_type)) is None:
+            outcomes["refused"].add(model_type)
+            with pytest.raises(AFLoRAError, match=rf"does not know the architecture '{model_type}'.*Say which layers"):
+                get_peft_model(model, AFLoRAConfig())
+        else:
+            outcomes["found"].add(model_type)
+            layers = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+            endings = tuple(f".{ending}" for kind in found.values() for ending in kind)
+            targets = [name for name in layers if f".{name}".endswith(endings)]
+            kinds = {name: kind_of(model_type, name) for name in layers}
+            assert targets == [name for name in layers if kinds[name]], model_type
+            assert not any("head" in name.split(".")[0] or name.split(".")[-1] == "gate" for name in targets)
+    assert outcomes["refused"] <= REFUSED, "neither known nor found"
+    assert outcomes["known"] | outcomes["found"] >= MOST_USED
+    assert len(outcomes["found"]) > 100
+
+
+@pytest.mark.parametrize(("model_type", "layers"), [("smollm3", 3), ("glm4", 2), ("eurobert", 3), ("deepseek_v3", 3)])
+def test_an_architecture_that_is_not_in_the_table_is_adapted_and_said_to_be(
+    model_type: str, layers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = AutoConfig.for_model(model_type)
+    config.num_hidden_layers = 2
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    model = get_peft_model(model, AFLoRAConfig())
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".A")]
+    assert len(trained) == 2 * layers
+    assert all(".mlp." in name for name in trained)
+
+
+def test_experts_of_an_architecture_that_is_found_are_said_to_be_bare_parameters() -> None:
+    config = AutoConfig.for_model("qwen3_moe")
+    config.num_hidden_layers, config.num_experts = 1, 2
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    with pytest.raises(AFLoRAError, match=r"kinds: attention.*bare parameters"):
+        get_peft_model(model, AFLoRAConfig())
+    model = get_peft_model(model, AFLoRAConfig(freezable="attention"))
+    assert sum(n.endswith("aflora.default.A") for n, _ in model.named_parameters()) == 4
