@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..options import FREEZING_RULES, SCORE_KINDS, FreezingRule, ScheduleShape, ScoreKind
+from ..options import FreezingRule, ScheduleShape, ScoreKind
 from .config import FreezeEvent, FreezingConfig
 from .policy import FreezingPolicy, QuantilePolicy
 from .schedule import CubicSchedule, whole_steps
@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from .score import Fragment, FreezingScore
 
 __all__ = [
-    "FREEZING_RULES",
-    "SCORE_KINDS",
     "CubicSchedule",
     "Fragment",
     "FreezeEvent",
