@@ -6,7 +6,7 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from accelerate.scheduler import AcceleratedScheduler
@@ -20,8 +20,9 @@ from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, thaw
 from .engines import Engine
 from .engines.optimizers import plain
 from .errors import AFLoRAError, DamagedError, writing
-from .freezing import ScoreKind, whole_steps
+from .freezing import whole_steps
 from .names import named_parameters, without_wrappers
+from .options import FreezingKeywords, FreezingOptions
 from .processes import on_main
 from .store import checkpoint
 from .store.checkpoint import Checkpoint
@@ -54,7 +55,10 @@ class FreezingCallback(TrainerCallback):
             a length (a stream with max_steps) all of the training is one epoch, as it is to Trainer.
         final_epochs: t_f in epochs; by default 70% of the training.
         on_freeze: Called with each `FreezeEvent`.
-        beta1, beta2, score, pairwise, every: As in `FreezingConfig`.
+        **options: Those of `FreezingOptions`.
+
+    Raises:
+        AFLoRAError: An option is out of range.
 
     Attributes:
         freezing: The `AdaptiveFreezing`, once training has begun.
@@ -67,18 +71,13 @@ class FreezingCallback(TrainerCallback):
         initial_epochs: float | None = None,
         final_epochs: float | None = None,
         on_freeze: Callable[[FreezeEvent], None] | None = None,
-        beta1: float = 0.85,
-        beta2: float = 0.95,
-        score: ScoreKind = "gradient",
-        pairwise: bool = False,
-        every: int = 1,
+        **options: Unpack[FreezingKeywords],
     ) -> None:
         self.trainer = trainer
         self.initial_epochs = initial_epochs
         self.final_epochs = final_epochs
         self.on_freeze = on_freeze
-        self.options: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "score": score, "pairwise": pairwise}
-        self.options["every"] = every
+        self.options = FreezingOptions(**options)
         self.freezing: AdaptiveFreezing | None = None
         self._resumed: Checkpoint | None = None
         self._given_optimizer = False  # by the user, and not made by Trainer
@@ -151,7 +150,7 @@ class FreezingCallback(TrainerCallback):
         initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
         final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
         t_i, t_f = whole_steps(initial, final, total)
-        return FreezingConfig(total_steps=total, initial_steps=t_i, final_steps=t_f, **self.options)
+        return FreezingConfig(total_steps=total, initial_steps=t_i, final_steps=t_f, **self.options.keywords())
 
     # -- what Trainer does before it tells, or in another way than is right here -------------------
 

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,8 @@ def train_with_trainer(training: Training, folder: Path, watch: Watch) -> None:
     )
     assert arguments.world_size == ranks, "every process believes to be alone"
     config, _ = training.config(folder)
-    config.data.max_train_examples = None  # all: grouping by length is better the more there are
+    # All: grouping by length is better the more there are.
+    config = replace(config, data=replace(config.data, max_train_examples=None))
     data = load_data(config.data, training.seed)
     set_seed(training.seed)
     base, tokenizer, head = load_base(config.model, data.labels)

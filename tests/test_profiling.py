@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -224,7 +224,7 @@ def review_lengths(model: Path, what: Training, of_the_main_job: bool) -> list[i
     """Tokens of each review; of those that the main job takes of them, or all."""
     config, _ = what.config(Path("unused"))
     if not of_the_main_job:
-        config.data.max_train_examples = None
+        config = replace(config, data=replace(config.data, max_train_examples=None))
     texts = load_data(config.data, what.seed).train["text"]
     tokenizer = AutoTokenizer.from_pretrained(model)
     return [len(tokens) for tokens in tokenizer(list(texts), truncation=True, max_length=what.max_length)["input_ids"]]

@@ -3,9 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..options import FREEZING_RULES, SCORE_KINDS, FreezingRule, Granularity, ScheduleShape, ScoreKind, Unit
+from ..options import ORDERS, FreezingRule, Granularity, ScheduleShape, ScoreKind, Unit
 from .config import FreezeEvent, FreezingConfig
-from .order import ORDERS, fixed_scores, unit_of
+from .order import fixed_scores, unit_of
 from .policy import FreezingPolicy, QuantilePolicy, ThresholdPolicy
 from .schedule import CubicSchedule, whole_steps
 
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from .score import Fragment, FreezingScore
 
 __all__ = [
-    "FREEZING_RULES",
     "ORDERS",
-    "SCORE_KINDS",
     "CubicSchedule",
     "Fragment",
     "FreezeEvent",

@@ -12,9 +12,6 @@ from typing import get_args
 from ..names import module_of, place
 from ..options import ScoreKind, Unit
 
-# Scores that are known from names and sizes alone.
-ORDERS: tuple[ScoreKind, ...] = ("random", "front_to_back", "smallest_first")
-
 
 def fixed_scores(kind: ScoreKind, numels: Mapping[str, int], seed: int = 0) -> dict[str, float]:
     """The score of each matrix; the lowest freeze first.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 from ..errors import AFLoRAError
-from ..options import SCHEDULE_SHAPES, ScheduleShape
+from ..options import ScheduleShape
 
 
 def whole_steps(initial: float, final: float, total: int) -> tuple[int, int]:
@@ -51,8 +52,8 @@ class CubicSchedule:
             raise AFLoRAError(f"The freezing schedule needs t_i >= 0 and t_f >= 0, got t_i={t_i}, t_f={t_f}.")
         if self.every < 1:
             raise AFLoRAError(f"The freezing schedule decides every so many steps, at least 1: got every={self.every}.")
-        if self.shape not in SCHEDULE_SHAPES:
-            raise AFLoRAError(f"The freezing schedule's shape is {' or '.join(SCHEDULE_SHAPES)}, got {self.shape!r}.")
+        if self.shape not in (shapes := get_args(ScheduleShape)):
+            raise AFLoRAError(f"The freezing schedule's shape is {' or '.join(shapes)}, got {self.shape!r}.")
         if t_i + t_f > T:
             raise AFLoRAError(
                 f"The freezing schedule does not fit: t_i + t_f = {t_i} + {t_f} = {t_i + t_f} steps, but training "

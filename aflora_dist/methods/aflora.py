@@ -89,11 +89,5 @@ class AFLoRA:
             total_steps=total,
             initial_steps=initial,
             final_steps=final,
-            beta1=freezing.beta1,
-            beta2=freezing.beta2,
-            score=freezing.score,
-            pairwise=freezing.pairwise,
-            every=freezing.every,
-            shape=freezing.shape,
-            rule=freezing.rule,
+            **freezing.keywords(),
         )

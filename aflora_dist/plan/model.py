@@ -57,7 +57,7 @@ class PlannedModel:
         freezing = method.freezing if isinstance(method, AFLoRA) else None
         matrices = {id(matrix) for matrix in Adapted(model).freezable_matrices().values()} if freezing else set()
         self.numels = {name: p.numel() for name, p in named if id(p) in matrices}
-        self.policy = FreezingPolicy(list(self.numels), pairwise=bool(freezing and freezing.pairwise))
+        self.policy = FreezingPolicy(list(self.numels), unit=freezing.unit if freezing else "matrix")
         self.schedule = freezing.schedule() if freezing and self.numels else None
         self.certain = freezing is None or freezing.rule == "rank"
         self.trained = Trained.of(

@@ -10,22 +10,32 @@ import re
 from collections.abc import Container, Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
 from ..errors import AFLoRAError
 from ..nested import refuse_deep_yaml
 
-Places = dict[str, str]
+
+class Entry(NamedTuple):
+    """An option in a file: where, for messages, as in "mine.yaml, line 3", and what is written there."""
+
+    place: str
+    value: str
 
 
-def look_through(path: str, groups: Container[str], options: dict[str, bool], free: Container[str]) -> Places:
-    """Where each option of a file stands, for messages, as in {"train.epochs": "mine.yaml, line 3"}.
+Entries = dict[str, Entry]
+_NULL, _INT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:int"
+
+
+def look_through(path: str, groups: Container[str], options: dict[str, bool], free: str = "") -> Entries:
+    """The options of a file.
 
     Args:
         groups: Names under which options stand.
         options: Whether each may be null.
-        free: Those that hold whatever they like.
+        free: The one that holds names of its own.
 
     Raises:
         AFLoRAError: It cannot be read, is no YAML, or holds a key that there is not, or one twice, or nothing.
@@ -35,20 +45,18 @@ def look_through(path: str, groups: Container[str], options: dict[str, bool], fr
         raise AFLoRAError(f"{path} sets no option: it is empty, or all in it is commented out.")
     if not isinstance(document, yaml.MappingNode):
         raise AFLoRAError(f"{path} must hold options by group, as in `train:` and below it `  epochs: 3`.")
-    places: Places = {}
-    for name, value in _leaves(document, path, places, groups, free):
+    entries: Entries = {}
+    for name, value in _leaves(document, path, entries, groups, free):
+        place = entries[name].place
         if name not in options:
             close = get_close_matches(name, [*options], n=1, cutoff=0.75)
             hint = f" Did you mean {close[0]}?" if close else " `aflora train --help` lists all."
-            raise AFLoRAError(f"{places[name]}: there is no option {name}.{hint}")
+            raise AFLoRAError(f"{place}: there is no option {name}.{hint}")
         if value.tag == _NULL and not options[name]:
-            raise AFLoRAError(f"{places[name]}: {name} has no value. Give one, or remove the line.")
+            raise AFLoRAError(f"{place}: {name} has no value. Give one, or remove the line.")
         if value.tag == _INT and (":" in value.value or re.match(r"[+-]?0.", value.value)):
-            raise AFLoRAError(f"{places[name]}: {name}: to YAML, {value.value} is no decimal number.")
-    return places
-
-
-_NULL, _INT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:int"
+            raise AFLoRAError(f"{place}: {name}: to YAML, {value.value} is no decimal number.")
+    return entries
 
 
 def _document(path: str) -> yaml.Node | None:
@@ -74,21 +82,23 @@ def _document(path: str) -> yaml.Node | None:
 
 
 def _leaves(
-    node: yaml.MappingNode, path: str, places: Places, groups: Container[str], free: Container[str], prefix: str = ""
+    node: yaml.MappingNode, path: str, entries: Entries, groups: Container[str], free: str, prefix: str = ""
 ) -> Iterator[tuple[str, yaml.Node]]:
-    """Options with their values; notes the place of each."""
+    """Options with their values; notes each."""
     for key, value in node.value:
         name = f"{prefix}{key.value}"
         place = f"{path}, line {key.start_mark.line + 1}"
-        if name in places:
-            raise AFLoRAError(f"{place}: {name} stands there already ({places[name].rsplit(', ')[-1]}): keep one.")
-        places[name] = place
+        if name in entries:
+            raise AFLoRAError(
+                f"{place}: {name} stands there already ({entries[name].place.rsplit(', ')[-1]}): keep one."
+            )
+        null = value.tag == _NULL
+        entries[name] = Entry(place, "null" if null else value.value if isinstance(value, yaml.ScalarNode) else "this")
         if name in groups:
             if not isinstance(value, yaml.MappingNode):
                 raise AFLoRAError(f"{place}: {name} must hold options, indented in the lines below it; or remove it.")
-            yield from _leaves(value, path, places, groups, free, f"{name}.")
+            yield from _leaves(value, path, entries, groups, free, f"{name}.")
         else:
             yield name, value
-            if name in free and isinstance(value, yaml.MappingNode):
-                for _ in _leaves(value, path, places, (), free, f"{name}."):
-                    pass
+            if name == free and isinstance(value, yaml.MappingNode):
+                list(_leaves(value, path, entries, (), free, f"{name}."))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 from aflora_dist.errors import AFLoRAError
 from aflora_dist.methods.choose import create_method
-from aflora_dist.training.command_line import parse
+from aflora_dist.options import FreezingKeywords, FreezingOptions
+from aflora_dist.training.command_line import OPTIONS, parse
 from aflora_dist.training.loop import create_optimizer, hold
 
 # Paper, Table 5: epochs, the classifier's rate, the learning rate, t_i, t_f; batch 64, length 256.
@@ -36,6 +39,43 @@ SCRIPTS = {
     "qqp": (4e-3, 4e-3, 256, 1024, "accuracy"),
 }
 HEAD = ["pooler", "classifier"]
+ALL_OPTIONS = """
+adapter.dropout adapter.freezable adapter.freezing adapter.r adapter.target_modules data.hold_out data.label_column
+data.loss_on data.max_eval_examples data.max_length data.max_new_tokens data.max_train_examples data.name
+data.packing data.pad_to_max_length data.path data.positive_label data.regression data.system data.task
+data.text_columns data.tokens_per_micro_batch data.train_file data.validation_file freezing.beta1 freezing.beta2
+freezing.every freezing.final_epochs freezing.initial_epochs freezing.pairwise freezing.rule freezing.score
+freezing.shape method.name method.options model.attn_implementation model.dtype model.name model.quantize
+model.revision model.train_new model.trust_remote_code preset profile.enabled profile.memory profile.ranks
+profile.starts profile.steps run.dir run.dry_run run.keep run.keep_best run.log_every run.overwrite run.patience
+run.resume run.save_every run.tensorboard run.trackers run.verbose train.accumulation train.batch_size
+train.decay_biases train.epochs train.eval_batch_size train.gradient_checkpointing train.head_learning_rate
+train.learning_rate train.max_grad_norm train.seed train.warmup_ratio train.weight_decay
+"""
+
+
+def test_a_new_option_is_a_decision() -> None:
+    assert sorted(OPTIONS) == ALL_OPTIONS.split()
+
+
+def test_options_of_freezing_are_the_same_as_keywords() -> None:
+    types = get_type_hints(FreezingOptions)
+    assert get_type_hints(FreezingKeywords) == {option.name: types[option.name] for option in fields(FreezingOptions)}
+
+
+def test_a_preset_gives_way_to_files_and_these_to_the_command_line_wherever_they_stand(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text("preset: glue/rte\ntrain: {epochs: 30, seed: 4, batch_size: 8}\n")
+    other.write_text("train: {seed: 5}\n")
+    for said in (
+        [str(one), "--config", str(other), "--train.batch_size", "16"],
+        ["--train.batch_size=16", f"--config={one}", f"--config={other}"],
+    ):
+        train = parse(said)[0].train
+        assert (train.learning_rate, train.epochs, train.seed, train.batch_size) == (1e-3, 30, 5, 16)
+    assert parse([str(one), "--preset", "glue/mnli"])[0].data.task == "mnli"
+    assert parse([str(one), "--preset", "null", "--model.name", "m"])[0].data.task == "demo"
+    assert parse(["--preset=glue/rte", "--preset=glue/cola"])[0].data.task == "cola"
 
 
 @pytest.mark.parametrize("task", TABLE_5)

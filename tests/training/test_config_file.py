@@ -33,7 +33,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "octal": ("train:\n  seed: 010\n", "line 2: train.seed: to YAML, 010 is no decimal number"),
     "sixties": ("train:\n  batch_size: 1:30\n", "1:30 is no decimal number"),
     "fraction": ("train:\n  epochs: 2.5\n", "line 2: train.epochs must be a whole number, not 2.5"),
-    "truth": ("data:\n  label_column: no\n", "line 2: data.label_column must be text .*quotes.*, not False"),
+    "truth": ("data:\n  label_column: no\n", "line 2: data.label_column must be text .*quotes.*, not no"),
     "text for a list": ("run:\n  trackers: wandb\n", r"line 2: run.trackers must be a list .*\[a, b\], not wandb"),
     "choice": ("model:\n  dtype: bf16\n", "must be one of float32, bfloat16, float16, or null, not bf16"),
     "infinite": ("train:\n  learning_rate: .inf\n", "train.learning_rate must be a finite number, not inf"),
@@ -89,8 +89,15 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "variable": (["--run.dir", "$HOME/x"], "would be a folder of just that name"),
     "address": (["--run.dir", "s3://bucket/x"], "would be a folder of just that name"),
     "long": (["--run.dir", "x" * 300], "cannot be a run's folder: File name too long"),
-    "seed": (["--train.seed", str(2**32)], "train.seed must be less than 2^32"),
+    "seed": (["--train.seed", str(2**32)], "train.seed must be less than 4294967296"),
     "tracker twice": (["--run.trackers", "tensorboard,tensorboard"], "names tensorboard twice"),
+    "no value": (["--run.dir", "--train.seed", "1"], "--run.dir has no value"),
+    "no value at the end": (["--train.seed"], "--train.seed has no value"),
+    "tracker of none": (["--run.trackers", "none"], "Trackers: tensorboard, wandb"),
+    "share": (["--train.warmup_ratio", "1.5"], "train.warmup_ratio must be at most 1, got 1.5"),
+    "decay": (["--freezing.beta2", "1.0"], "freezing.beta2 must be less than 1, got 1.0"),
+    "pairs": (["--freezing.pairwise=true", "--freezing.rule=quantile"], "freezing.rule=quantile judges each matrix"),
+    "of a task": (["--data.packing", "true"], "data.packing is for data.task=sft, not demo"),
     "kind": (["--model.dtype", "fp16"], "model.dtype must be one of float32, bfloat16, float16, or null, not fp16"),
 }
 
@@ -98,7 +105,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("case", OPTIONS)
 def test_a_wrong_option_is_told_with_what_may_have_been_meant(case: str) -> None:
     arguments, expected = OPTIONS[case]
-    with pytest.raises(AFLoRAError, match=expected.replace("^", r"\^")):
+    with pytest.raises(AFLoRAError, match=expected):
         parse(arguments)
 
 

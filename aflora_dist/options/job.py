@@ -1,25 +1,27 @@
-"""The options of the main job, a dataclass for each concern. Their defaults are the paper's."""
+"""The options of the main job, a dataclass for each concern. Their defaults are the paper's.
+
+What depends on data and devices is checked where that is known.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+import os
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
-# What units are ranked by: importances of their elements (Fig. 4; "change" is GradES's), or an order known before.
-ScoreKind = Literal["gradient", "sensitivity", "relative", "change", "random", "front_to_back", "smallest_first"]
-SCORE_KINDS: tuple[ScoreKind, ...] = get_args(ScoreKind)
-ScheduleShape = Literal["cubic", "quadratic"]
-SCHEDULE_SHAPES: tuple[ScheduleShape, ...] = get_args(ScheduleShape)
-FreezingRule = Literal["rank", "quantile", "threshold"]
-FREEZING_RULES: tuple[FreezingRule, ...] = get_args(FreezingRule)
-Granularity = Literal["element", "matrix"]
-GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
-Unit = Literal["matrix", "layer", "block"]
-UNITS: tuple[Unit, ...] = get_args(Unit)
+from ..errors import AFLoRAError
+from .checked import AT_LEAST_ONE, NOT_NEGATIVE, SEED, SHARE, Checked
+from .freezing import FreezingScheduleConfig
+
+# The tasks (data.task) that an option is for.
+_OF_FILES = {"tasks": ("files",)}
+_OF_SFT = {"tasks": ("sft",)}
+_OF_FILES_AND_SFT = {"tasks": ("files", "sft")}
 
 
-@dataclass(kw_only=True)
-class RunConfig:
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Checked):
     """Where the run goes.
 
     Args:
@@ -42,42 +44,80 @@ class RunConfig:
         dry_run: Print what the run would do, train nothing and write nothing (`--dry_run` alone says so).
     """
 
+    prefix: ClassVar[str] = "run."
+
     dir: str = "runs/aflora"
     overwrite: bool = False
     resume: str | None = None
-    save_every: int | None = None
-    keep: int = 2
-    log_every: int = 10
+    save_every: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    keep: int = field(default=2, metadata=AT_LEAST_ONE)
+    log_every: int = field(default=10, metadata=AT_LEAST_ONE)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     tensorboard: bool | None = None
     keep_best: str | None = None
-    patience: int | None = None
+    patience: int | None = field(default=None, metadata=AT_LEAST_ONE)
     verbose: bool = False
     dry_run: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("dir", "resume", "keep_best"):
+            if getattr(self, option) == "":
+                raise AFLoRAError(f"run.{option} is empty: give a value, or leave the option away.")
+        if self.dir.startswith("~") or "$" in self.dir or "://" in self.dir:
+            raise AFLoRAError(
+                f"run.dir={self.dir} would be a folder of just that name. Write the path of a folder in full."
+            )
+        try:
+            os.stat(self.dir)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # made, or refused, when all else is known
+        except (OSError, ValueError) as error:  # the latter for a zero byte
+            reason = getattr(error, "strerror", None) or error
+            raise AFLoRAError(f"run.dir={self.dir[:80]} cannot be a run's folder: {reason}. Name another.") from None
+        if self.resume is not None and self.overwrite:
+            raise AFLoRAError("run.resume goes on with the run in run.dir, run.overwrite replaces it: choose one.")
+        if self.patience is not None and self.keep_best is None:
+            raise AFLoRAError("run.patience waits for a better value of a metric: name it with run.keep_best.")
 
-@dataclass(kw_only=True)
-class ProfileConfig:
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig(Checked):
     """Profiler traces for TensorBoard and Perfetto; `--profile` alone switches them on.
 
     Args:
         enabled: Record windows of the training: before the first freeze, around the freeze that leaves
             half of the matrices, and after the last.
         steps: Updates in each window.
-        starts: First update of each window, instead of those three.
+        starts: First update of each window, instead of those three; from 1 on: the one before warms up.
         ranks: Which ranks record; all if not given.
         memory: Record allocations too, and on GPUs a snapshot of memory around a freeze, for pytorch.org/memory_viz.
     """
 
+    prefix: ClassVar[str] = "profile."
+
     enabled: bool = False
-    steps: int = 4
+    steps: int = field(default=4, metadata=AT_LEAST_ONE)
     starts: list[int] | None = None
     ranks: list[int] | None = None
     memory: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, given, first in (("ranks", self.ranks, 0), ("starts", self.starts, 1)):
+            if given is not None and (not given or min(given) < first or len(set(given)) < len(given)):
+                raise AFLoRAError(f"profile.{option} must be different numbers from {first} on, got {given}.")
+        starts = sorted(self.starts or [])
+        for one, other in pairwise(starts):
+            if other - one <= self.steps:
+                raise AFLoRAError(
+                    f"profile.starts={starts}: the windows of {self.steps} updates from {one} and from {other} "
+                    f"overlap, or leave none between them to warm the profiler up. Lower profile.steps, or move one."
+                )
 
-@dataclass(kw_only=True)
-class ModelConfig:
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Checked):
     """What is fine-tuned.
 
     Args:
@@ -97,6 +137,8 @@ class ModelConfig:
             bitsandbytes; int8 not with ZeRO-3 or FSDP2.
     """
 
+    prefix: ClassVar[str] = "model."
+
     name: str = "demo"
     revision: str = "main"
     trust_remote_code: bool = False
@@ -106,8 +148,8 @@ class ModelConfig:
     quantize: Literal["nf4", "int8"] | None = None
 
 
-@dataclass(kw_only=True)
-class DataConfig:
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Checked):
     """What it is fine-tuned on.
 
     Args:
@@ -138,29 +180,42 @@ class DataConfig:
         max_new_tokens: For "sft" with answers: the longest text that is generated in evaluation.
     """
 
+    prefix: ClassVar[str] = "data."
+
     task: str = "demo"
     path: str | None = None
-    name: str | None = None
-    train_file: str | None = None
-    validation_file: str | None = None
-    hold_out: int = 0
+    name: str | None = field(default=None, metadata=_OF_SFT)
+    train_file: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
+    validation_file: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
+    hold_out: int = field(default=0, metadata={**_OF_SFT, **NOT_NEGATIVE})
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
-    regression: bool | None = None
-    positive_label: str | None = None
-    max_length: int = 256
+    regression: bool | None = field(default=None, metadata=_OF_FILES)
+    positive_label: str | None = field(default=None, metadata=_OF_FILES)
+    max_length: int = field(default=256, metadata=AT_LEAST_ONE)
     pad_to_max_length: bool = False
-    tokens_per_micro_batch: int | None = None
-    max_train_examples: int | None = None
-    max_eval_examples: int | None = None
+    tokens_per_micro_batch: int | None = field(default=None, metadata=AT_LEAST_ONE)
+    max_train_examples: int | None = field(default=None, metadata=AT_LEAST_ONE)
+    max_eval_examples: int | None = field(default=None, metadata=AT_LEAST_ONE)
     loss_on: Literal["completions", "all"] = "completions"
-    packing: bool = False
-    system: str | None = None
-    max_new_tokens: int = 128
+    packing: bool = field(default=False, metadata=_OF_SFT)
+    system: str | None = field(default=None, metadata=_OF_SFT)
+    max_new_tokens: int = field(default=128, metadata=AT_LEAST_ONE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in fields(self):
+            tasks = option.metadata.get("tasks", (self.task,))
+            if self.task not in tasks and getattr(self, option.name) != option.default:
+                raise AFLoRAError(f"data.{option.name} is for data.task={' or '.join(tasks)}, not {self.task}.")
+        if self.path is not None and self.task in ("demo", "files", "sft"):
+            raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={self.task} does not read it.")
+        if self.pad_to_max_length and self.task == "sft":
+            raise AFLoRAError("data.pad_to_max_length is for classifiers: data.task=sft has no use for it.")
 
 
-@dataclass(kw_only=True)
-class MethodConfig:
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(Checked):
     """What trains.
 
     Args:
@@ -169,12 +224,24 @@ class MethodConfig:
             and freezing.*.
     """
 
+    prefix: ClassVar[str] = "method."
+
     name: str = "aflora"
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name == "aflora" and self.options:
+            raise AFLoRAError(
+                f"method.options ({', '.join(self.options)}) is for PEFT's other methods: AFLoRA's options are "
+                f"adapter.* and freezing.*."
+            )
+        if self.name == "full" and self.options:
+            raise AFLoRAError("method.name=full has no options: it trains every parameter. Drop method.options.")
 
-@dataclass(kw_only=True)
-class AdapterConfig:
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Checked):
     """The AFLoRA adapter (Eq. 1).
 
     Args:
@@ -185,51 +252,17 @@ class AdapterConfig:
         dropout: Dropout on the adapter's input.
     """
 
-    r: int = 4
+    prefix: ClassVar[str] = "adapter."
+
+    r: int = field(default=4, metadata=AT_LEAST_ONE)
     target_modules: list[str] | None = None
     freezable: str = "ffn"
     freezing: Literal["adaptive", "never", "always"] = "adaptive"
     dropout: float = 0.0
 
 
-@dataclass(kw_only=True)
-class FreezingScheduleConfig:
-    """When matrices freeze and by which score (Eq. 2-5).
-
-    Args:
-        initial_epochs: t_i in epochs: before it nothing freezes. By default one epoch, as in the
-            paper, or a tenth of the training where that is less.
-        final_epochs: t_f in epochs: all are frozen during the last t_f. By default 70% of the training.
-        beta1: Decay of the smoothed gradient (Eq. 2).
-        beta2: Decay of its uncertainty (Eq. 3).
-        score: gradient |g|, sensitivity |w g|, or relative |g / w| (Fig. 4).
-        pairwise: Freeze A and B of a layer together (Table 6).
-        every: Updates from one decision to the next; 1 is the paper's rule.
-        shape: How the frozen fraction grows between t_i and t_f: cubic (Eq. 5), or quadratic, x^2, as in the authors'
-            scripts for language models.
-        rule: Who freezes at a decision: rank, the paper's (Eq. 5), or quantile, as in the authors' scripts: matrices
-            whose mean score lies below the r(t)-quantile of the elements of those still training, gradients
-            averaged over the `every` updates before.
-    """
-
-    initial_epochs: float | None = None
-    final_epochs: float | None = None
-    beta1: float = 0.85
-    beta2: float = 0.95
-    score: ScoreKind = "gradient"
-    pairwise: bool = False
-    every: int = 1
-    shape: ScheduleShape = "cubic"
-    rule: FreezingRule = "rank"
-
-    def epochs(self, total: int) -> tuple[float, float]:
-        """t_i and t_f for a training of so many epochs."""
-        initial = min(1.0, 0.1 * total) if self.initial_epochs is None else self.initial_epochs
-        return initial, 0.7 * total if self.final_epochs is None else self.final_epochs
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked):
     """How it is fine-tuned; the defaults are the paper's recipe for DeBERTaV3-base.
 
     Args:
@@ -247,23 +280,25 @@ class TrainConfig:
         seed: Of initialisation, order of the data, and dropout.
     """
 
-    epochs: int = 20
-    batch_size: int = 64
-    accumulation: int = 1
-    eval_batch_size: int = 64
-    learning_rate: float = 1e-2
-    head_learning_rate: float = 4e-2
-    weight_decay: float = 0.1
+    prefix: ClassVar[str] = "train."
+
+    epochs: int = field(default=20, metadata=AT_LEAST_ONE)
+    batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
+    accumulation: int = field(default=1, metadata=AT_LEAST_ONE)
+    eval_batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
+    learning_rate: float = field(default=1e-2, metadata=NOT_NEGATIVE)
+    head_learning_rate: float = field(default=4e-2, metadata=NOT_NEGATIVE)
+    weight_decay: float = field(default=0.1, metadata=NOT_NEGATIVE)
     decay_biases: bool = True
-    warmup_ratio: float = 0.06
-    max_grad_norm: float = 0.1
+    warmup_ratio: float = field(default=0.06, metadata=SHARE)
+    max_grad_norm: float = field(default=0.1, metadata=NOT_NEGATIVE)
     gradient_checkpointing: bool = False
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """AFLoRA fine-tuning of a sequence classifier or a language model.
+    """Fine-tuning of a sequence classifier or a language model.
 
     Args:
         preset: Hyperparameters of a published setting, such as glue/cola (Table 5) or llm/math10k; or of an embedded
@@ -287,3 +322,15 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     freezing: FreezingScheduleConfig = field(default_factory=FreezingScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        """What one group's values mean for another's."""
+        if self.data.task == "sft" and self.model.train_new:
+            raise AFLoRAError("model.train_new is for classifiers: data.task=sft has no use for it.")
+        adaptive = self.method.name == "aflora" and self.adapter.freezing == "adaptive"
+        t_i, t_f = self.freezing.epochs(self.train.epochs)
+        if adaptive and t_i + t_f > self.train.epochs:
+            raise AFLoRAError(
+                f"The freezing schedule does not fit: t_i + t_f = {t_i:g} + {t_f:g} epochs (freezing.initial_epochs + "
+                f"freezing.final_epochs), but train.epochs = {self.train.epochs}. Train longer, or lower one of them."
+            )

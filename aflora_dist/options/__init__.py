@@ -1,0 +1,43 @@
+"""What a user may say, and what of it is refused for itself."""
+
+from .freezing import (
+    ORDERS,
+    FreezingKeywords,
+    FreezingOptions,
+    FreezingRule,
+    FreezingScheduleConfig,
+    Granularity,
+    ScheduleShape,
+    ScoreKind,
+    Unit,
+)
+from .job import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    ProfileConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ORDERS",
+    "AdapterConfig",
+    "Config",
+    "DataConfig",
+    "FreezingKeywords",
+    "FreezingOptions",
+    "FreezingRule",
+    "FreezingScheduleConfig",
+    "Granularity",
+    "MethodConfig",
+    "ModelConfig",
+    "ProfileConfig",
+    "RunConfig",
+    "ScheduleShape",
+    "ScoreKind",
+    "TrainConfig",
+    "Unit",
+]

@@ -1,0 +1,63 @@
+"""Dataclasses of options that refuse values which their fields do not take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from ..errors import AFLoRAError
+
+# What a field's metadata may say of its numbers.
+AT_LEAST_ONE = {"least": 1}
+NOT_NEGATIVE = {"least": 0}
+SHARE = {"least": 0, "most": 1}
+DECAY = {"least": 0, "below": 1}
+SEED = {"least": 0, "below": 2**32}  # NumPy's
+
+
+@dataclass(
+    frozen=True, kw_only=True
+)  # itself one: jsonargparse takes a dataclass with another base for a class to name
+class Checked:
+    """A dataclass whose values are held against its fields' types and metadata.
+
+    Raises:
+        AFLoRAError: The message names the option as a user writes it.
+    """
+
+    prefix: ClassVar[str] = ""  # of an option's name, in messages
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            name, value = f"{self.prefix}{option.name}", getattr(self, option.name)
+            choices = _choices(type(self))[option.name]
+            if choices and value is not None and value not in choices:
+                raise AFLoRAError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+            if isinstance(value, int | float):
+                _check_number(name, value, option.metadata)
+
+
+@cache
+def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
+    """What each field's Literal lists; nothing where it is none."""
+    return {
+        name: next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
+        for name, hint in get_type_hints(kind).items()
+    }
+
+
+def _check_number(name: str, value: float, limits: Mapping[str, Any]) -> None:
+    if not math.isfinite(value):
+        raise AFLoRAError(f"{name} must be a finite number, not {value}.")
+    if "least" in limits and value < limits["least"]:
+        must = f"be at least {limits['least']}" if limits["least"] else "not be negative"
+    elif "most" in limits and value > limits["most"]:
+        must = f"be at most {limits['most']}"
+    elif "below" in limits and value >= limits["below"]:
+        must = f"be less than {limits['below']}"
+    else:
+        return
+    raise AFLoRAError(f"{name} must {must}, got {value}.")
