@@ -26,6 +26,11 @@ class Fragment:
     numel: int
 
 
+def averages(window: int) -> tuple[str, ...]:
+    """Names of what a `FreezingScore` with this window averages, element by element."""
+    return ("smoothed", "uncertainty", "importance") if window > 1 else ("smoothed", "uncertainty")
+
+
 class FreezingScore:
     """Ibar and Ubar (Eq. 2, 3) of this rank's fragments, float32.
 
@@ -59,11 +64,8 @@ class FreezingScore:
         self.window = window
         self.begun, self.observed = 0, 0
         numel = sum(fragment.numel for fragment in self.fragments)
-        self.smoothed = torch.zeros(numel, dtype=torch.float32, device=device)  # Ibar
-        self.uncertainty = torch.zeros(numel, dtype=torch.float32, device=device)  # Ubar
-        self.averages = {"smoothed": self.smoothed, "uncertainty": self.uncertainty}
-        if window > 1:
-            self.averages["importance"] = torch.zeros(numel, dtype=torch.float32, device=device)
+        self.averages = {kind: torch.zeros(numel, dtype=torch.float32, device=device) for kind in averages(window)}
+        self.smoothed, self.uncertainty = self.averages["smoothed"], self.averages["uncertainty"]  # Ibar, Ubar
         self._importance = torch.empty(numel, dtype=torch.float32, device=device)
 
     def spans(self) -> list[tuple[Fragment, int]]:
