@@ -14,9 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from .adapter.freezable import thaw
 from .adapter.saving import state_dict_of
 from .compat.contract import Private, require
-from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, thaw
+from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .engines import Engine
 from .engines.optimizers import plain
 from .errors import AFLoRAError, DamagedError, writing

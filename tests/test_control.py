@@ -240,7 +240,7 @@ def test_scores_need_no_float64_on_a_device_that_has_none() -> None:
     loop = Loop()
     loop.train(0, 3)
     expected = loop.freezing.scores()
-    for score in loop.freezing._scores:
+    for score in loop.freezing._scores.shards:
         score.smoothed, score.uncertainty = Mps(score.smoothed), Mps(score.uncertainty)  # type: ignore[assignment]
     assert loop.freezing.scores() == expected
 

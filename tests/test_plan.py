@@ -394,7 +394,7 @@ def test_a_dry_run_says_that_its_folder_is_taken(arguments: list[str], tmp_path:
 def test_freezes_of_a_training_without_end_in_sight_are_found_at_once_and_as_step_by_step() -> None:
     names = [f"model.layers.{i}.up.aflora.default.A" for i in range(5)]
     numels = {name: 10 + i for i, name in enumerate(names)}
-    policy = FreezingPolicy(names, pairwise=False)
+    policy = FreezingPolicy(names)
     for every, shape in ((1, "cubic"), (7, "cubic"), (3, "quadratic")):
         schedule = CubicSchedule(total_steps=60, initial_steps=9, final_steps=20, every=every, shape=shape)
         freezes = Freezes(schedule, policy, numels, trainable=100)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from .layer import AFLoRALayer, AFLoRAPath
 
 
 class Adapted:
-    """What `AdaptiveFreezing` has to know of a model.
+    """What `AdaptiveFreezing` is told by a model with AFLoRA adapters, and what it tells them.
 
     `get_peft_model` leaves a tuner in the model; `inject_adapter_in_model` and transformers' `add_adapter` leave the
     layers alone.
@@ -23,6 +23,8 @@ class Adapted:
     Attributes:
         layers: By their names in `model`; none if it has no AFLoRA adapter.
         roots: The modules that were adapted, usually one: `Folding` is attached to them.
+        own: Names of all parameters of the low-rank paths. A matrix that never trains was drawn at random: it belongs
+            to what is saved, too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,6 +32,32 @@ class Adapted:
         # A compiled model is folded for further outside, too: what was adapted is the innermost.
         self.roots = list({folding: m for m in model.modules() if (folding := Folding.of(m)) is not None}.values())
         self._guards = {layer.guard for layer in self.layers.values()}
+        self._paths = {name: m for name, m in named_modules(model).items() if isinstance(m, AFLoRAPath)}
+        self._may_freeze = set(self.freezable())
+        self.own = [f"{path}.{own}" for path, m in self._paths.items() for own, _ in m.named_parameters()]
+
+    def freezable(self) -> list[str]:
+        """Names of the projection matrices that may freeze, as `freezable_matrices`."""
+        return list(self.freezable_matrices())
+
+    def have_frozen(self, names: Collection[str]) -> None:
+        """These must not train, whatever PEFT switches on; what may freeze besides trains (again)."""
+        self._may_freeze |= set(names)
+        for name in self._may_freeze:
+            path, _, matrix = name.rpartition(".")
+            if path in self._paths:
+                frozen = self._paths[path].frozen
+                (frozen.add if name in names else frozen.discard)(matrix)
+
+    def attach(self, outer: nn.Module) -> None:
+        """An `AdaptiveFreezing` watches this model from now on; `outer` is what the training loop calls."""
+        self.freezing_attached, self.freezing_waived = True, False
+        for root in self.roots:
+            Folding.compiled(outer, root)
+
+    def detach(self, *, waived: bool) -> None:
+        """It does not any more; `waived`: the rest of the matrices may train to the end without one."""
+        self.freezing_attached, self.freezing_waived = False, waived or self.freezing_waived
 
     @property
     def freezing_attached(self) -> bool:

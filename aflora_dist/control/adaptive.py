@@ -1,15 +1,15 @@
 """Adaptive freezing in a training loop: observe, decide, drop, by itself at every update. Control, and nothing else.
 
-Binds the freezing of Eq. 2-5 to an engine. The loop stays as accelerate's documentation writes it.
+Binds the freezing of Eq. 2-5 to an engine. Knows parameters, and nothing of what adapts a model. The loop stays as
+accelerate's documentation writes it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,34 +18,31 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..adapter import Adapted
-from ..adapter.folding import Folding
-from ..adapter.layer import AFLoRAPath
+from ..adapter.freezable import adapter_of
 from ..adapter.precision import beyond_float16, check_precision
 from ..adapter.saving import names_to_save, save_peft
-from ..engines import Engine, create_engine, place
+from ..engines import Engine, Renamed, create_engine
 from ..engines.rehearsal import rehearse
-from ..engines.transfer import Piece
 from ..errors import AFLoRAError, DivergedError, writing
-from ..freezing import FreezeEvent, FreezingConfig, FreezingPolicy, FreezingScore, QuantilePolicy
-from ..freezing.quantile import quantile
-from ..names import named_modules
-from ..notices import logger
+from ..freezing import ORDERS, FreezeEvent, FreezingConfig, policy_for
 from ..processes import on_main, refuse_lonely_processes
 from .accelerate_state import AccelerateState
+from .ending import Ending
+from .freezable import Choice, Chosen, Freezable, names_of
 from .progress import Progress
+from .scores import scores_for
 from .stopwatch import Stopwatch
 
 
 class AdaptiveFreezing:
-    """Freezes an AFLoRA model's projection matrices while it trains, on every rank the same.
+    """Freezes parameters of a model while it trains, on every rank the same.
 
     Create it after `accelerator.prepare()`, on every rank. From then on each optimizer update is
     observed, and after a global batch at which floor(r(t) N) grows the matrices with the lowest scores
     stop training and are gone from gradients, optimizer and communication. Nothing has to be called:
     accelerator.save_state and load_state hold the freezing, too.
 
-    An adapter with `freezing="never"` or "always", or `freezable="none"`, is left as it is; only
+    An AFLoRA adapter with `freezing="never"` or "always", or `freezable="none"`, is left as it is; only
     steps are counted then.
 
     Args:
@@ -53,12 +50,17 @@ class AdaptiveFreezing:
             taken before clipping.
         model, optimizer: As `accelerator.prepare()` returned them.
         config: Schedule and score.
+        freezable: What may freeze, of what the optimizer trains: names of parameters; a regular expression that
+            matches whole names; a function of name and parameter; or an object with the two methods of `Freezable`.
+            None: as what adapts the model says. AFLoRA: its projection matrices; PEFT's other tuners: their
+            parameters of two dimensions and more; a model without adapter: the weight matrices of attention and
+            feed-forward layers of an architecture that this package knows.
         on_freeze: Called with each `FreezeEvent`, on every rank. What it raises on one rank ends all of them.
         progress: The clock of this training where there is one already.
 
     Attributes:
         seconds: Spent so far on observing, deciding and dropping: of the host, or of the GPU where that works longer.
-        events: All freeze events so far.
+        events: All freeze events so far; what has frozen is what they say.
 
     Raises:
         UnsupportedEngineError: The engine, a feature of it, or the optimizer cannot be frozen exactly.
@@ -73,6 +75,7 @@ class AdaptiveFreezing:
         optimizer: Any,
         config: FreezingConfig,
         *,
+        freezable: Choice = None,
         on_freeze: Callable[[FreezeEvent], None] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -81,54 +84,32 @@ class AdaptiveFreezing:
         self.config = config
         self.on_freeze = on_freeze
         self.engine: Engine = progress.engine if progress else create_engine(accelerator, model, optimizer)
-        self._adapted = self._find_adapted(self.engine.model)
-        self._paths = _paths(self.engine.model)
+        self._adapter = adapter_of(self.engine.model)
+        if self._adapter.freezing_attached:
+            raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
+        self._told: list[Freezable] = [self._adapter]  # of what has frozen
+        if freezable is not None:
+            self._told.append(freezable if isinstance(freezable, Freezable) else Chosen(freezable, self.engine))
+        self.freezable = names_of(self._told[-1], self.engine, config)
         self.engine.keep(self._fixed(()))
-        self.freezable = self._find_freezable()
         self.schedule = config.schedule()
-        policy = QuantilePolicy if config.rule == "quantile" else FreezingPolicy
-        self.policy = policy(self.freezable, pairwise=config.pairwise)
+        self.policy = policy_for(config, self.freezable)
         self.numels = {name: self.engine.numel(name) for name in self.freezable}
-        self.frozen: dict[str, int] = {}  # name -> step at which it froze
         self.events: list[FreezeEvent] = []
         self._stopwatch = Stopwatch()
         self._agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
         if self.freezable:
             rehearse(self.engine, min(self.freezable, key=self.numels.__getitem__))
-        self._scores = self._new_scores()
+        self._scores = scores_for(self.engine, config, self.numels)
         self._own_clock = progress is None
         self.progress = progress or Progress(self.engine)
-        self.progress.observer = self._observe
+        self.engine.observer = None if config.score in ORDERS else self._observe
         self.progress.after_batch.append(self._after_batch)
         self.progress.parts["freezing"] = self
-        self._adapted.freezing_attached, self._adapted.freezing_waived = True, False
-        for root in self._adapted.roots:
-            Folding.compiled(model, root)
+        self._adapter.attach(model)
         self._accelerate = AccelerateState(accelerator, self)
-        self._ending = _Ending(config.total_steps, speaks=accelerator.is_main_process)
+        self._ending = Ending(config.total_steps, speaks=accelerator.is_main_process)
         self._exit = weakref.finalize(self, self._ending.say)
-
-    @staticmethod
-    def _find_adapted(model: nn.Module) -> Adapted:
-        adapted = Adapted(model)
-        if not adapted.layers:
-            raise AFLoRAError("AdaptiveFreezing needs an AFLoRA model: peft.get_peft_model(model, AFLoRAConfig(...)).")
-        if adapted.freezing_attached:
-            raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
-        return adapted
-
-    def _find_freezable(self) -> list[str]:
-        of_adapter = {id(parameter) for parameter in self._adapted.freezable_matrices().values()}
-        trained = set(self.engine.trainable)
-        found = [n for n, p in self.engine.parameters.items() if id(p) in of_adapter and n in trained]
-        all_frozen = bool(self._paths) and not of_adapter  # by an earlier training: what is left trains on
-        if not found and not all_frozen and self._adapted.freezes:
-            raise AFLoRAError(
-                "AdaptiveFreezing has nothing to freeze: no projection matrix of the active adapter trains adaptively "
-                "and is in the optimizer. Check AFLoRAConfig(freezable=..., freezing='adaptive') and the parameters "
-                "that the optimizer was given."
-            )
-        return found
 
     @property
     def step(self) -> int:
@@ -136,9 +117,15 @@ class AdaptiveFreezing:
         return self.progress.step
 
     @property
+    def frozen(self) -> dict[str, int]:
+        """What has frozen, with the step after which it did."""
+        return {name: event.step for event in self.events for name in event.frozen}
+
+    @property
     def remaining(self) -> list[str]:
         """Freezable matrices that still train."""
-        return [name for name in self.freezable if name not in self.frozen]
+        frozen = self.frozen
+        return [name for name in self.freezable if name not in frozen]
 
     @property
     def seconds(self) -> float:
@@ -165,17 +152,9 @@ class AdaptiveFreezing:
         Raises:
             DivergedError: A score is not finite; on every rank.
         """
-        names = self.remaining
-        if not names:
+        if not self._scores.names:
             return {}
-        index = {name: i for i, name in enumerate(names)}
-        vector = torch.zeros(len(names), dtype=torch.float64)
-        for score in self._scores:
-            for name, partial in score.partial_sums().items():
-                vector[index[name]] += partial
-        with torch.profiler.record_function("aflora.all_reduce"):
-            self.engine.sum_over_ranks(vector)
-        scores = {name: total / self.numels[name] for name, total in zip(names, vector.tolist(), strict=True)}
+        scores = self._scores.means()
         broken = [name for name, score in scores.items() if not math.isfinite(score)]
         if broken:
             raise DivergedError(
@@ -187,25 +166,30 @@ class AdaptiveFreezing:
 
     def metrics(self) -> dict[str, float]:
         """What a line of metrics.jsonl says of freezing, after the last global batch."""
+        frozen = len(self.frozen)
         fraction = self.schedule.fraction(self.step - 1) if self.freezable else 0.0
-        return {"frozen": len(self.frozen), "freezing_fraction": fraction}
+        if self.config.rule == "threshold":  # which has no r(t)
+            fraction = frozen / max(len(self.freezable), 1)
+        return {"frozen": frozen, "freezing_fraction": fraction}
 
     def detach(self) -> None:
         """Stop observing and freezing. What is frozen stays so; the other matrices may train on, to the end."""
-        self.release()
-        self._adapted.freezing_waived = True
+        self._release(waived=True)
 
     def release(self) -> None:
-        """`detach` for who comes back: the model will not train without another AdaptiveFreezing."""
+        """`detach` for who comes back: an AFLoRA model will not train without another AdaptiveFreezing."""
+        self._release(waived=False)
+
+    def _release(self, *, waived: bool) -> None:
         self._exit()
         self._accelerate.close()
         if self._own_clock:
             self.progress.close()
-        self.progress.observer = None
+        self.engine.observer = None
         if self._after_batch in self.progress.after_batch:
             self.progress.after_batch.remove(self._after_batch)
         self.progress.parts.pop("freezing", None)
-        self._adapted.freezing_attached = False
+        self._adapter.detach(waived=waived)
 
     def ended(self) -> None:
         """The training is over: warn if it was shorter than the schedule was told."""
@@ -250,7 +234,7 @@ class AdaptiveFreezing:
         What accelerator.register_for_checkpointing asks for. Weights and optimizer are accelerate's to save; for the
         whole training by name, which any engine can go on from, see `progress.snapshot()`.
         """
-        tensors = self._gather_scores()
+        tensors = self._scores.snapshot()
         record = self._record() | {"events": [asdict(event) for event in self.events]}
         return {"tensors": tensors, "record": record | {"step": self.step, "skipped": self.progress.skipped}}
 
@@ -277,11 +261,11 @@ class AdaptiveFreezing:
             self.engine.select(wanted)
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Averages ("smoothed/NAME", "uncertainty/NAME") and what of the adapter does not train ("fixed/NAME").
+        """Averages ("smoothed/NAME", "uncertainty/NAME") and what does not train: frozen, or never did ("fixed/NAME").
 
         Of the events what a restart needs: not their scores, which `on_freeze` was told.
         """
-        tensors = self._gather_scores()
+        tensors = self._scores.snapshot()
         fixed = self._fixed(self.engine.trainable)
         tensors |= {f"fixed/{name}": value for name, value in self.engine.gather(fixed).items()}
         return tensors, self._record()
@@ -289,7 +273,7 @@ class AdaptiveFreezing:
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Go on from what `snapshot` gave; the engine has been restored."""
         fixed = self._fixed(self.engine.trainable)
-        self.engine.assign(_Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
+        self.engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
         self._load(tensors, record)
 
     def load_values(self, tensors: Mapping[str, Tensor]) -> None:
@@ -306,7 +290,7 @@ class AdaptiveFreezing:
         self.engine.publish(trains)
         fixed = self._fixed(trains)
         then = {name: key for name in fixed for key in (f"value/{name}", f"fixed/{name}") if key in tensors}
-        self.engine.assign(_Renamed(tensors, then), fixed)
+        self.engine.assign(Renamed(tensors, then), fixed)
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Look whether `restore` can go on from this record; nothing changes.
@@ -314,9 +298,9 @@ class AdaptiveFreezing:
         Raises:
             AFLoRAError: It is of another model or schedule; the message shows the first difference.
         """
+        theirs_config = FreezingConfig(**record["config"])  # an earlier release lacks the newer options
         for option in fields(self.config):
-            here = getattr(self.config, option.name)
-            there = record["config"].get(option.name, option.default)  # an earlier release lacks the newer options
+            here, there = getattr(self.config, option.name), getattr(theirs_config, option.name)
             if there != here:
                 raise AFLoRAError(
                     f"The checkpoint is of another schedule: {option.name} is {there} there and {here} here."
@@ -330,56 +314,29 @@ class AdaptiveFreezing:
                 )
 
     def _record(self) -> dict[str, Any]:
-        begun, observed = self._window()
         return {
             "events": [asdict(replace(event, scores={})) for event in self.events],  # of N matrices N * N / 2 numbers
             "config": asdict(self.config),
             "numels": self.numels,
-            "window": {"begun": begun, "observed": observed},
+            "window": self._scores.record(),
+            "policy": self.policy.state(),
         }
-
-    def _window(self) -> tuple[int, int]:
-        """Which window of importances is being averaged, and how many steps of it have been. A collective."""
-        if self.config.window == 1:
-            return 0, 0
-        mine = max(((score.begun, score.observed) for score in self._scores), default=(0, 0))
-        begun, observed = self.engine.max_over_ranks(torch.tensor(mine, dtype=torch.int64)).tolist()
-        return begun, observed
 
     def _load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self.events = [FreezeEvent(**event) for event in record["events"]]
-        self.frozen = {name: event.step for event in self.events for name in event.frozen}
-        for name in self.freezable:
-            path, matrix = self._paths[name]
-            (path.frozen.add if name in self.frozen else path.frozen.discard)(matrix)
-        self._scores = self._new_scores(**record.get("window", {}))  # an earlier release knew of none
-        self.engine.fill(tensors, list(self._score_numels()), self._score_pieces())
+        self._tell()
+        # An earlier release knew of neither.
+        self._scores.restore(tensors, self.remaining, record.get("window", {}))
+        self.policy.load_state(record.get("policy", {}))
+
+    def _tell(self) -> None:
+        for each in self._told:
+            each.have_frozen(self.frozen)
 
     def _fixed(self, trainable: Sequence[str]) -> list[str]:
-        """Names of the parameters of the low-rank paths that do not train."""
-        inside = {id(p) for path, _ in self._paths.values() for p in path.parameters()}
-        trains = set(trainable)
-        return [name for name, p in self.engine.parameters.items() if id(p) in inside and name not in trains]
-
-    def _gather_scores(self) -> dict[str, Tensor]:
-        return self.engine.collect(self._score_pieces(), self._score_numels())
-
-    def _score_numels(self) -> dict[str, int]:
-        """Sizes of the scores' averages by their names in a snapshot, as "smoothed/NAME"."""
-        return {f"{kind}/{name}": self.numels[name] for kind in self._kinds for name in self.remaining}
-
-    @property
-    def _kinds(self) -> list[str]:
-        """What scores average (`FreezingScore.averages`); the same where this rank holds none."""
-        return list(FreezingScore([], "cpu", window=self.config.window).averages)
-
-    def _score_pieces(self) -> list[Piece]:
-        return [
-            Piece(f"{kind}/{fragment.name}", fragment.start, average[at : at + fragment.numel])
-            for score in self._scores
-            for fragment, at in score.spans()
-            for kind, average in score.averages.items()
-        ]
+        """Names of the parameters that do not train, and are not the base model's."""
+        ours, trains = {*self._adapter.own, *self.freezable}, set(trainable)
+        return [name for name in self.engine.parameters if name in ours and name not in trains]
 
     # -- each global batch -------------------------------------------------------------------
 
@@ -390,38 +347,34 @@ class AdaptiveFreezing:
         weights: Callable[[], Sequence[Tensor]],
         scale: Tensor | float,
     ) -> None:
-        score = self._scores[bucket]
-        with self._stopwatch.queueing(score.smoothed.device), torch.profiler.record_function("aflora.observe"):
-            values = None if self.config.score == "gradient" else weights()
-            score.observe(gradients, values, scale, self.step)
+        with (
+            self._stopwatch.queueing(self.engine.bucket_devices()[bucket]),
+            torch.profiler.record_function("aflora.observe"),
+        ):
+            self._scores.observe(bucket, gradients, weights, scale, self.step)
 
     def _after_batch(self) -> None:
-        if self.policy.due(self.schedule, self.step, self._remaining_units()):
+        self._scores.done = self.step + 1
+        remaining = set(self._scores.names)
+        if self.policy.due(self.schedule, self.step, sum(n[0] in remaining for n in self.policy.units.values())):
             self._decide()
-        self._ending.note(self.step + 1, len(self.remaining))
-
-    def _remaining_units(self) -> int:
-        return sum(names[0] not in self.frozen for names in self.policy.units.values())
+        self._ending.note(self.step + 1, len(self._scores.names))
 
     def _decide(self) -> None:
         start = self._stopwatch.start(self.engine.device)  # the backward pass and the update are not freezing's
         with torch.profiler.record_function("aflora.decide"):
             scores = self.scores()
-            names = self.policy.choose(self.schedule, self.step, scores, self._quantile)
+            names = self.policy.choose(self.schedule, self.step, scores, self._scores.quantile)
             self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
         if names:
             self._freeze(names, scores, start, self.step)
         else:
             self._stopwatch.stop(start, self.engine.device)
 
-    def _quantile(self, fraction: float) -> float:
-        """Of the elements' Ibar * Ubar, of all matrices that still train. A collective."""
-        return quantile([s.smoothed * s.uncertainty for s in self._scores], fraction, self.engine.sum_over_ranks)
-
     def freeze(self, names: Sequence[str]) -> None:
         """Freeze these matrices now, whatever the schedule says. A collective: call it on every rank.
 
-        With pairwise freezing the other matrix of each pair freezes too.
+        Where they are frozen by the layer or block (`unit`), all of it freezes.
 
         Raises:
             AFLoRAError: A name is not that of a freezable matrix that still trains.
@@ -437,19 +390,20 @@ class AdaptiveFreezing:
     def _freeze(self, names: list[str], scores: dict[str, float], start: float, step: int) -> None:
         """Freeze after the global batch `step`."""
         with torch.profiler.record_function("aflora.rebuild"):
-            self._drop(names, step)
+            self._drop(names)
         state_bytes = self.optimizer_state_bytes()
         self.events.append(
             FreezeEvent(
                 step=step,
                 frozen=names,
                 scores=scores,
-                remaining=len(self.remaining),
+                remaining=len(self._scores.names),
                 trainable_params=self.trainable_params,
                 optimizer_state_bytes=state_bytes,
                 rebuild_seconds=self._stopwatch.stop(start, self.engine.device),
             )
         )
+        self._tell()
         self._report(self.events[-1])
 
     def _report(self, event: FreezeEvent) -> None:
@@ -470,37 +424,10 @@ class AdaptiveFreezing:
                 f"on_freeze failed on rank {rank} after step {event.step}; what that rank printed tells why."
             )
 
-    def _drop(self, names: list[str], step: int) -> None:
+    def _drop(self, names: Sequence[str]) -> None:
         """The engine lets go of the matrices, and the scores of the others follow their gradients."""
-        for name in names:
-            self.frozen[name] = step
-            path, matrix = self._paths[name]
-            path.frozen.add(matrix)
-        old, window = self._scores, self._window()
         moves = self.engine.drop(names)
-        self._scores = self._new_scores(*window)
-        moves = [move for move in moves if move.fragment.name in self.numels]
-        for kind in self._kinds:
-            source = place((score.averages[kind], score.spans()) for score in old)
-            target = place((score.averages[kind], score.spans()) for score in self._scores)
-            self.engine.carry(moves, source, target)
-
-    def _new_scores(self, begun: int = 0, observed: int = 0) -> list[FreezingScore]:
-        buckets = self.engine.buckets(self.remaining)
-        scores = [
-            FreezingScore(
-                fragments,
-                device,
-                kind=self.config.score,
-                beta1=self.config.beta1,
-                beta2=self.config.beta2,
-                window=self.config.window,
-            )
-            for fragments, device in zip(buckets, self.engine.bucket_devices(), strict=True)
-        ]
-        for score in scores:
-            score.begun, score.observed = begun, observed
-        return scores
+        self._scores.carry(moves, [name for name in self._scores.names if name not in names])
 
     def _agree(self, what: str, complaint: str) -> None:
         """Raise on every rank unless all ranks hold the same text. One all-reduce of two numbers."""
@@ -508,75 +435,6 @@ class AdaptiveFreezing:
         largest, negated = self.engine.max_over_ranks(torch.tensor([digest, -digest], dtype=torch.int64)).tolist()
         if largest != -negated:  # the smallest is not the largest
             raise AFLoRAError(f"The ranks {complaint}. Start all of them with the same code, seed and configuration.")
-
-
-class _Ending:
-    """Says at the end of a training, however it is reached, that it was shorter than the schedule was told.
-
-    Knows nothing of the object that it speaks for, and so can outlive it.
-    """
-
-    def __init__(self, total: int, *, speaks: bool) -> None:
-        self.total, self.speaks = total, speaks
-        self.note(0, 0)
-
-    def note(self, step: int, remaining: int) -> None:
-        self.step, self.remaining = step, remaining
-        self.errors = AFLoRAError.count
-
-    def say(self) -> None:
-        failed = getattr(sys, "last_type", None) is not None or sys.exc_info()[0] is not None
-        failed = failed or AFLoRAError.count > self.errors  # one of ours, be it caught, after the last batch
-        if not self.remaining or self.step >= self.total or failed or not self.speaks:
-            return
-        logger.warning(
-            f"training ended after {self.step} of the {self.total} global batches that "
-            f"FreezingConfig(total_steps={self.total}) was told, with {self.remaining} projection matrices unfrozen. "
-            f"total_steps counts updates: epochs x examples / (ranks x batch size x accumulation)."
-        )
-
-
-class _Renamed(Mapping[str, Tensor]):
-    """Tensors of a mapping by other names; none is read before it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
-        self._tensors, self._keys = tensors, keys
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._keys[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, key in self._keys.items() if key in self._tensors)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys and self._keys[name] in self._tensors  # type: ignore[index]
-
-
-def thaw(model: nn.Module, names: Iterable[str]) -> None:
-    """Let projection matrices that an earlier training froze train again, before an optimizer is created.
-
-    Args:
-        model: The unwrapped model.
-        names: Of its parameters; who is no projection matrix of it is left out.
-    """
-    paths = _paths(model)
-    for name in names:
-        if name in paths:
-            path, matrix = paths[name]
-            path.frozen.discard(matrix)
-            path.get_parameter(matrix).requires_grad_(True)
-
-
-def _paths(model: nn.Module) -> dict[str, tuple[AFLoRAPath, str]]:
-    return {
-        f"{name}.{matrix}": (module, matrix)
-        for name, module in named_modules(model).items()
-        if isinstance(module, AFLoRAPath)
-        for matrix in ("A", "B")
-    }
 
 
 __all__ = ["AdaptiveFreezing", "FreezeEvent", "FreezingConfig"]

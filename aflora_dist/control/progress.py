@@ -6,13 +6,13 @@ whatever depends on the position in the training depends on t alone; accumulated
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 from ..engines import Engine
-from ..engines.base import Observer, Record
+from ..engines.base import Record
 from ..errors import AFLoRAError, DivergedError
 
 
@@ -47,19 +47,12 @@ class Progress:
         self.step = 0
         self.skipped = 0
         self.parts: dict[str, Part] = {}
-        self.observer: Observer | None = None
         self.after_batch: list[Callable[[], None]] = []  # called while `step` is still the batch's own t
-        engine.watch(self._observe, self._done)
+        engine.watch(self._done)
 
     def close(self) -> None:
         """Stop watching the engine."""
         self.engine.unwatch()
-
-    def _observe(
-        self, bucket: int, gradients: Sequence[Tensor], weights: Callable[[], Sequence[Tensor]], scale: Tensor | float
-    ) -> None:
-        if self.observer is not None:
-            self.observer(bucket, gradients, weights, scale)
 
     def _done(self, applied: bool) -> None:
         for call in self.after_batch:

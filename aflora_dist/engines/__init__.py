@@ -11,9 +11,9 @@ from torch import nn
 from ..errors import UnsupportedEngineError
 from .base import Engine, inner_optimizer
 from .native import Fsdp2Engine, ReplicatedEngine
-from .transfer import Move, place
+from .transfer import Move, Renamed, place
 
-__all__ = ["Engine", "Move", "create_engine", "engine_kind", "place"]
+__all__ = ["Engine", "Move", "Renamed", "create_engine", "engine_kind", "place"]
 
 
 def engine_kind(accelerator: Accelerator) -> str:

@@ -56,6 +56,8 @@ class Engine(ABC):
         sharded: Whether a rank holds a part only of each parameter.
         parameters: Every parameter of the model, by name.
         traits: How the optimizer keeps its state.
+        observer: Called once per bucket just before each update, if there is one. The gradients times the scale are
+            those of the mean loss over the global batch, before clipping.
 
     Raises:
         UnsupportedEngineError: Freezing would not be exact here; the message says what to use instead.
@@ -70,6 +72,7 @@ class Engine(ABC):
         self.optimizer = optimizer
         self.parameters: dict[str, nn.Parameter] = named_parameters(model)
         self.names: dict[nn.Parameter, str] = {p: n for n, p in self.parameters.items()}
+        self.observer: Observer | None = None
         self._handles: list[Callable[[], None]] = []
         # Whose parameters each param group holds, by position: groups that run empty keep their position,
         # since schedulers address them by it. A matrix that a checkpoint brings back returns to its place.
@@ -79,12 +82,11 @@ class Engine(ABC):
     # -- where in the step we are ------------------------------------------------------------
 
     @abstractmethod
-    def watch(self, observe: Observer, done: Callable[[bool], None]) -> None:
-        """Call `observe` once per bucket just before each update, and `done` after each global batch.
+    def watch(self, done: Callable[[bool], None]) -> None:
+        """Call `observer` just before each update from now on, and `done` after each global batch.
 
         `done(applied)` comes after every global batch, its update applied or skipped (fp16 overflow); neither
-        is called between accumulated micro-batches. The gradients times the scale are those of the mean loss
-        over the global batch, before clipping.
+        is called between accumulated micro-batches.
         """
 
     def unwatch(self) -> None:

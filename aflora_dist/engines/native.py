@@ -25,7 +25,7 @@ from ..freezing import Fragment
 from ..names import named_parameters
 from ..notices import logger
 from . import private
-from .base import Engine, Observer, Record, inner_optimizer, release
+from .base import Engine, Record, inner_optimizer, release
 from .clipping import Clipping
 from .transfer import Move, Piece, plan
 
@@ -98,7 +98,7 @@ class NativeEngine(Engine):
 
     # -- the step ----------------------------------------------------------------------------
 
-    def watch(self, observe: Observer, done: Callable[[bool], None]) -> None:
+    def watch(self, done: Callable[[bool], None]) -> None:
         def before(optimizer: Any, args: Any, kwargs: Any) -> None:
             if any(argument is not None for argument in (*args[1:], *kwargs.values())):
                 raise UnsupportedEngineError(
@@ -113,9 +113,9 @@ class NativeEngine(Engine):
             self._check_reduction()
             parameters = [self.parameters[f.name] for f in self._fragments]
             scale = self.clipping.factor(parameters)
-            if not self._fragments:
+            if not self._fragments or self.observer is None:
                 return
-            observe(
+            self.observer(
                 0,
                 [self._piece(p, self._gradient(p), f) for p, f in zip(parameters, self._fragments, strict=True)],
                 lambda: [self._piece(p, p.detach(), f) for p, f in zip(parameters, self._fragments, strict=True)],

@@ -114,6 +114,29 @@ def carry(moves: Sequence[Move], source: Placed, target: Placed, rank: int, devi
             view.copy_(arrived)
 
 
+class Renamed(Mapping[str, Tensor]):
+    """Tensors of a mapping by other names; none is read before it is asked for.
+
+    Args:
+        keys: Name here -> name there.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
+        self._tensors, self._keys = tensors, keys
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._keys[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, key in self._keys.items() if key in self._tensors)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys and self._keys[name] in self._tensors  # type: ignore[index]
+
+
 # -- whole tensors, on the main process only ------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ..options import ORDERS, FreezingRule, Granularity, ScheduleShape, ScoreKind, Unit
 from .config import FreezeEvent, FreezingConfig
 from .order import fixed_scores, unit_of
-from .policy import FreezingPolicy, QuantilePolicy, ThresholdPolicy
+from .policy import FreezingPolicy, QuantilePolicy, ThresholdPolicy, policy_for
 from .schedule import CubicSchedule, whole_steps
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "ThresholdPolicy",
     "Unit",
     "fixed_scores",
+    "policy_for",
     "unit_of",
     "whole_steps",
 ]

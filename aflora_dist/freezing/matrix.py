@@ -8,6 +8,7 @@ steps since the last decision at once. Nothing is sent in between, and nothing i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,3 +119,16 @@ class MatrixScore:
         chosen = torch.tensor([place[name] for name in names], dtype=torch.int64)
         self.smoothed, self.uncertainty = self.smoothed[chosen], self.uncertainty[chosen]
         self.numels = {name: self.numels[name] for name in names}
+
+    def record(self) -> dict[str, Any]:
+        """All of it that must survive a restart, as JSON can hold it."""
+        averages = {"smoothed": self.smoothed.tolist(), "uncertainty": self.uncertainty.tolist()}
+        return {"begun": self.begun, "names": list(self.numels), **averages}
+
+    def load(self, record: Mapping[str, Any]) -> None:
+        """Go on from what `record` gave, with as many of its matrices as this one has."""
+        place = {name: i for i, name in enumerate(record["names"])}
+        chosen = [place[name] for name in self.numels]
+        self.smoothed = torch.tensor(record["smoothed"], dtype=torch.float64)[chosen]
+        self.uncertainty = torch.tensor(record["uncertainty"], dtype=torch.float64)[chosen]
+        self.begun = record["begun"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..options import Unit
+from .config import FreezingConfig
 from .order import unit_of
 from .schedule import CubicSchedule
 
@@ -132,4 +133,11 @@ class ThresholdPolicy(FreezingPolicy):
         return {"levels": self.levels}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.levels = dict(state["levels"])
+        self.levels = dict(state.get("levels", {}))
+
+
+def policy_for(config: FreezingConfig, names: Sequence[str]) -> FreezingPolicy:
+    """The rule that a configuration names."""
+    if config.rule == "threshold":
+        return ThresholdPolicy(names, unit=config.unit, threshold=config.threshold)
+    return (QuantilePolicy if config.rule == "quantile" else FreezingPolicy)(names, unit=config.unit)

@@ -26,6 +26,12 @@ class Fragment:
     numel: int
 
 
+def averages(window: int, kind: ScoreKind = "gradient") -> list[str]:
+    """Names of what a `FreezingScore` with this window keeps, element by element."""
+    more = ["importance"] * (window > 1) + ["previous"] * (kind == "change")
+    return ["smoothed", "uncertainty", *more]
+
+
 class FreezingScore:
     """Ibar and Ubar (Eq. 2, 3) of this rank's fragments, float32.
 
@@ -61,13 +67,9 @@ class FreezingScore:
         self.window = window
         self.begun, self.observed = 0, 0
         numel = sum(fragment.numel for fragment in self.fragments)
-        self.smoothed = torch.zeros(numel, dtype=torch.float32, device=device)  # Ibar
-        self.uncertainty = torch.zeros(numel, dtype=torch.float32, device=device)  # Ubar
-        self.averages = {"smoothed": self.smoothed, "uncertainty": self.uncertainty}
-        if window > 1:
-            self.averages["importance"] = torch.zeros(numel, dtype=torch.float32, device=device)
-        if kind == "change":
-            self.averages["previous"] = torch.zeros(numel, dtype=torch.float32, device=device)
+        kinds = averages(window, kind)
+        self.averages = {name: torch.zeros(numel, dtype=torch.float32, device=device) for name in kinds}
+        self.smoothed, self.uncertainty = self.averages["smoothed"], self.averages["uncertainty"]  # Ibar, Ubar
         self._importance = torch.empty(numel, dtype=torch.float32, device=device)
 
     def spans(self) -> list[tuple[Fragment, int]]:

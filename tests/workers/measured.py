@@ -23,7 +23,7 @@ _seen: list[dict[str, int]] = []
 
 class Measured(AdaptiveFreezing):
     def _drop(self, *args: Any) -> None:
-        tensors = [t for score in self._scores for t in (*score.averages.values(), score._importance)]
+        tensors = [t for score in self._scores.shards for t in (*score.averages.values(), score._importance)]
         line = {"moments": self.engine.moment_bytes(), "scores": sum(t.nbytes for t in tensors)}
         with Traffic() as traffic:
             super()._drop(*args)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ...compat.contract import Private, require
 from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
-from ..base import Engine, Observer, Record, release
+from ..base import Engine, Record, release
 from ..transfer import Move, Piece, place, plan
 from . import device, private
 from .saving import KeptWhole
@@ -101,14 +101,14 @@ class ZeroEngine(Engine):
     def trainable(self) -> list[str]:
         return [name for group in self._groups for name in group]
 
-    def watch(self, observe: Observer, done: Callable[[bool], None]) -> None:
+    def watch(self, done: Callable[[bool], None]) -> None:
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             partition = next(p for group in optimizer.param_groups for p in group["params"])
             bucket = next(i for i, flat in enumerate(self._partitions()) if flat is partition)
             spans = self._observed[bucket] if self._observed else []  # none: nobody has asked for buckets
-            if not spans:
+            if not spans or self.observer is None:
                 return
-            observe(
+            self.observer(
                 bucket,
                 [partition.grad[at : at + f.numel] for f, at in spans],
                 lambda: [partition.detach()[at : at + f.numel] for f, at in spans],

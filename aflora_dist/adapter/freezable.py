@@ -1,0 +1,106 @@
+"""Which parameters of a model may freeze while they train, as what adapts it says. Freezes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+from weakref import WeakSet
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..errors import AFLoRAError
+from ..names import named_modules, named_parameters
+from .adapted import Adapted
+from .architectures import kind_of
+from .private import whole_shape
+
+_ATTACHED: WeakSet[nn.Module] = WeakSet()
+
+
+class Matrices:
+    """A model without AFLoRA layers: matrices of PEFT's other tuners, or else those of its blocks.
+
+    The interface is that of `Adapted`. Embeddings, norms, biases and heads are not among them.
+
+    Args:
+        model: The unwrapped model.
+    """
+
+    own: Collection[str] = ()  # all that does not train comes with the base model
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def freezable(self) -> list[str]:
+        """Trained parameters of two dimensions and more: of the tuner's, or of attention and feed-forward layers.
+
+        Raises:
+            AFLoRAError: There are none, or the architecture is not known.
+        """
+        modules = named_modules(self._model)
+        tuners = [module for module in modules.values() if isinstance(module, BaseTunerLayer)]
+        chosen = {id(parameter) for tuner in tuners for parameter in _of_tuner(tuner)}
+        if not tuners:
+            model_type = getattr(getattr(self._model, "config", None), "model_type", None)
+            blocks = [module for name, module in modules.items() if kind_of(model_type, name) is not None]
+            chosen = {id(parameter) for module in blocks for parameter in module.parameters(recurse=False)}
+        names = [
+            name
+            for name, parameter in named_parameters(self._model).items()
+            if id(parameter) in chosen and parameter.requires_grad and len(whole_shape(parameter)) > 1
+        ]
+        if not names:
+            raise AFLoRAError(
+                "To know what may freeze, AdaptiveFreezing needs an AFLoRA model (peft.get_peft_model(model, "
+                "AFLoRAConfig(...))), another of PEFT's tuners, or a model whose attention and feed-forward layers it "
+                f"knows and that train: of {type(self._model).__name__} it knows none that trains. Say it with "
+                "AdaptiveFreezing(..., freezable=...): names of parameters, a regular expression over them, or a "
+                "function of name and parameter."
+            )
+        return names
+
+    def have_frozen(self, names: Collection[str]) -> None:
+        """Nobody switches the gradient of what has frozen on again."""
+
+    @property
+    def freezing_attached(self) -> bool:
+        """Whether an `AdaptiveFreezing` watches this model."""
+        return self._model in _ATTACHED
+
+    def attach(self, outer: nn.Module) -> None:
+        """One does, from now on."""
+        _ATTACHED.add(self._model)
+
+    def detach(self, *, waived: bool) -> None:
+        """None does any more; the rest trains on."""
+        _ATTACHED.discard(self._model)
+
+
+def _of_tuner(layer: Any) -> Iterable[nn.Parameter]:
+    """What a layer of PEFT's adds to the one that it wraps."""
+    for attribute in layer.adapter_layer_names:
+        held = getattr(layer, attribute, None)
+        if isinstance(held, nn.Module):
+            yield from held.parameters()
+
+
+def adapter_of(model: nn.Module) -> Adapted | Matrices:
+    """What says of a model, unwrapped, which of its parameters may freeze."""
+    adapted = Adapted(model)
+    return adapted if adapted.layers else Matrices(model)
+
+
+def thaw(model: nn.Module, names: Collection[str]) -> None:
+    """Let parameters that an earlier training froze train again, before an optimizer is created.
+
+    Args:
+        model: The unwrapped model.
+        names: Of its parameters.
+    """
+    adapter = adapter_of(model)
+    adapter.have_frozen(names)  # an adapter that was made anew does not know that they may freeze
+    adapter.have_frozen(())
+    for name, parameter in named_parameters(model).items():
+        if name in names:
+            parameter.requires_grad_(True)

@@ -1,0 +1,122 @@
+"""What may freeze: as the model's adapter says, or a user by name, regular expression or function."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from ..engines import Engine
+from ..errors import AFLoRAError
+from ..freezing import FreezingConfig
+from ..names import named_parameters
+
+
+@runtime_checkable
+class Freezable(Protocol):
+    """Who adapts a model: says which of its parameters may freeze, and is told which have."""
+
+    def freezable(self) -> Collection[str]:
+        """Names of parameters, as `model.named_parameters()` has them. Who does not train is left out."""
+
+    def have_frozen(self, names: Collection[str]) -> None:
+        """All that have frozen so far; the others train. Called after each freeze and each restored checkpoint."""
+
+
+Choice = Freezable | Iterable[str] | str | re.Pattern[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+class Chosen:
+    """What a user has chosen, checked; the adapter hears of it all the same.
+
+    Raises:
+        AFLoRAError: There is no such parameter, it does not train, or only one name of a tied weight is chosen.
+    """
+
+    def __init__(
+        self, choice: Iterable[str] | str | re.Pattern[str] | Callable[[str, nn.Parameter], bool], engine: Engine
+    ):
+        self._engine = engine
+        self._aliases: dict[str, list[str]] = defaultdict(list)  # a tied weight has several names
+        known = {id(parameter): name for name, parameter in engine.parameters.items()}
+        for name, parameter in named_parameters(engine.model, remove_duplicate=False).items():
+            self._aliases[known[id(parameter)]].append(name)
+        chosen = self._matching(choice) if isinstance(choice, str | re.Pattern) or callable(choice) else set(choice)
+        self._names = [name for name in engine.trainable if chosen & set(self._aliases[name])]
+        self._check(chosen)
+
+    def _matching(self, choice: str | re.Pattern[str] | Callable[[str, nn.Parameter], bool]) -> set[str]:
+        """Of the parameters that train, by every name that they have."""
+        trained = [(name, alias) for name in self._engine.trainable for alias in self._aliases[name]]
+        if isinstance(choice, str | re.Pattern):
+            try:
+                pattern = re.compile(choice)
+            except re.error as error:
+                raise AFLoRAError(
+                    f"freezable={choice!r} is no regular expression over parameter names: {error}."
+                ) from None
+            chosen = {alias for _, alias in trained if pattern.fullmatch(alias)}
+        else:
+            chosen = {alias for name, alias in trained if choice(alias, self._engine.parameters[name])}
+        if not chosen:
+            raise AFLoRAError(
+                f"freezable={choice!r} chooses none of the {len(self._engine.trainable)} parameters that train: "
+                f"{', '.join(self._engine.trainable[:3])}, ... A regular expression has to match whole names."
+            )
+        return chosen
+
+    def _check(self, chosen: Collection[str]) -> None:
+        first = {alias: name for name, aliases in self._aliases.items() for alias in aliases}
+        for name in sorted(chosen):
+            if name not in first:
+                raise AFLoRAError(
+                    f"freezable names {name!r}, which is no parameter of the model. Names are those of "
+                    f"model.named_parameters() before accelerator.prepare(), such as {self._engine.trainable[0]!r}."
+                )
+            if first[name] not in self._names:
+                raise AFLoRAError(
+                    f"freezable names {name!r}, which does not train: it has no gradient, or the optimizer was not "
+                    f"given it."
+                )
+            if apart := [alias for alias in self._aliases[first[name]] if alias not in chosen]:
+                raise AFLoRAError(
+                    f"{name} and {apart[0]} are one tied weight, and freezable chooses only the first: its twin "
+                    f"would train on. Choose both, or neither."
+                )
+
+    def freezable(self) -> list[str]:
+        return self._names
+
+    def have_frozen(self, names: Collection[str]) -> None:
+        return
+
+
+def names_of(source: Freezable, engine: Engine, config: FreezingConfig) -> list[str]:
+    """The parameters that will freeze, as the engine calls them and in its order.
+
+    None if the source names none: it is left as it is, and only steps are counted.
+
+    Raises:
+        AFLoRAError: Nothing of it trains, or all that trains would freeze.
+    """
+    wanted = set(source.freezable())
+    ids = {id(p) for n, p in named_parameters(engine.model, remove_duplicate=False).items() if n in wanted}
+    trained = set(engine.trainable)
+    found = [name for name, p in engine.parameters.items() if id(p) in ids and name in trained]
+    if wanted and not found:
+        raise AFLoRAError(
+            "AdaptiveFreezing has nothing to freeze: of what may freeze, such as "
+            f"{sorted(wanted)[0]}, nothing trains and is in the optimizer. Check the parameters that the optimizer was "
+            "given, AFLoRAConfig(freezable=..., freezing='adaptive') of an AFLoRA adapter, and AdaptiveFreezing(..., "
+            "freezable=...)."
+        )
+    if found and len(found) == len(trained) and (config.final_steps or config.rule != "rank"):
+        raise AFLoRAError(
+            "All that trains may freeze, so that nothing would be left to train at the end. Leave something out "
+            "(AdaptiveFreezing(..., freezable=...)), or have the last one train on, with rule='rank' and final_steps=0 "
+            "(t_f) in FreezingConfig."
+        )
+    return found

@@ -1,0 +1,196 @@
+"""What is not AFLoRA's freezes as exactly: PEFT's LoRA and full fine-tuning, on every engine."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingConfig
+from tests.launch import launch_series
+from tests.loop import Loop
+from tests.workers.anything import Training
+
+KINDS: dict[str, list[str]] = {
+    "lora": ["lora"],
+    "full": ["full"],
+    "by pattern": ["full", "--freezable", r'".*\\.LayerNorm\\.(weight|bias)"'],
+}
+SIZES = {"lora": 20, "full": 12, "by pattern": 10}
+ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+
+
+@functools.cache
+def run(engine: str, processes: int) -> dict[str, list[dict[str, Any]]]:
+    """What each rank saw of each kind."""
+    worker = ["profiling.fsdp_on_cpu"] if engine == "fsdp2" else []
+    with tempfile.TemporaryDirectory() as out:
+        folders = {kind: Path(out) / str(number) for number, kind in enumerate(KINDS)}
+        runs = [[*worker, "tests.workers.anything", str(folders[kind]), *told] for kind, told in KINDS.items()]
+        launch_series(engine, processes, runs)
+        return {
+            kind: [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+            for kind, folder in folders.items()
+        }
+
+
+def decisions(events: list[dict[str, Any]]) -> list[tuple[int, list[str]]]:
+    return [(event["step"], event["frozen"]) for event in events]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_freeze_what_one_process_does(engine: str, kind: str) -> None:
+    (reference,) = run("single", 1)[kind]
+    assert sum(len(names) for _, names in decisions(reference["events"])) == SIZES[kind]
+    for result in run(engine, 2)[kind]:
+        assert (result["kind"], result["world_size"]) == (engine, 2)
+        assert decisions(result["events"]) == decisions(reference["events"])
+        for event, expected in zip(result["events"], reference["events"], strict=True):
+            assert event["scores"] == pytest.approx(expected["scores"], rel=1e-4, abs=0)
+            assert event["trainable_params"] == expected["trainable_params"]
+        assert result["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+        for name, value in result["final"].items():
+            torch.testing.assert_close(value, reference["final"][name], rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ["single", *ENGINES])
+def test_what_is_frozen_stays_and_a_snapshot_goes_on_to_the_bit(engine: str, kind: str) -> None:
+    for result in run(engine, 1 if engine == "single" else 2)[kind]:
+        assert len(result["at_freeze"]) == SIZES[kind]
+        for name, value in result["at_freeze"].items():
+            assert torch.equal(value, result["final"][name]), name
+            assert name not in result["trainable"]
+        events, values, losses = result["again"]
+        assert decisions(events) == decisions(result["events"])
+        assert losses == result["losses"][5:]
+        assert all(torch.equal(value, values[name]) for name, value in result["final"].items())
+
+
+def test_by_default_the_matrices_of_tuners_and_blocks_freeze_and_nothing_else() -> None:
+    lora, full = Training("lora").freezing, Training("full").freezing
+    assert len(lora.freezable) == SIZES["lora"]
+    assert all(".lora_A.default.weight" in name or ".lora_B.default.weight" in name for name in lora.freezable)
+    assert len(full.freezable) == SIZES["full"]
+    assert all(name.startswith("bert.encoder.layer.") and name.endswith(".weight") for name in full.freezable)
+    assert not any("LayerNorm" in name for name in full.freezable)
+
+
+def test_names_a_pattern_and_a_function_choose_alike() -> None:
+    pattern = r"bert\.encoder\.layer\.0\.output\..*"
+    by_pattern = Training("full", freezable=pattern).freezing.freezable
+    by_function = Training(
+        "full", freezable=lambda name, p: "layer.0.output." in name and p.dim() > 0
+    ).freezing.freezable
+    assert by_pattern == by_function == Training("full", freezable=by_pattern).freezing.freezable
+    assert len(by_pattern) == 4
+
+
+def test_what_says_what_may_freeze_is_told_what_has() -> None:
+    class Lowest:
+        """The first block, and what it is told."""
+
+        def __init__(self) -> None:
+            self.told: list[set[str]] = []
+
+        def freezable(self) -> list[str]:
+            return [f"bert.encoder.layer.0.{layer}.dense.weight" for layer in ("intermediate", "output")]
+
+        def have_frozen(self, names: Any) -> None:
+            self.told.append(set(names))
+
+    lowest = Lowest()
+    training = Training("full", freezable=lowest)
+    training.train(0, 12)
+    assert training.freezing.freezable == lowest.freezable()
+    assert lowest.told[-1] == {*lowest.freezable()}
+    assert len(lowest.told) == len(training.freezing.events)
+
+
+def test_accelerate_s_own_checkpoint_holds_it(tmp_path: Path) -> None:
+    whole, cut, resumed = Training("full"), Training("full"), Training("full")
+    whole.train(0, 12)
+    cut.train(0, 6)
+    cut.accelerator.save_state(str(tmp_path / "state"))
+    resumed.accelerator.load_state(str(tmp_path / "state"))
+    resumed.train(6, 12)
+    assert resumed.freezing.events != []
+    assert decisions([vars(e) for e in resumed.freezing.events]) == decisions([vars(e) for e in whole.freezing.events])
+    mine, theirs = resumed.values(), whole.values()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_vector_of_an_aflora_model_may_be_named_too() -> None:
+    loop = Loop()
+    loop.freezing.release()
+    names = [n for n in loop.freezing.engine.trainable if n.endswith(".s_d")]
+    loop.freezing = AdaptiveFreezing(
+        loop.accelerator, loop.model, loop.optimizer, loop.freezing.config, freezable=names
+    )
+    loop.train()
+    assert set(loop.freezing.frozen) == set(names)
+    loop.model.set_adapter("default")
+    assert not any(loop.freezing.engine.parameters[name].requires_grad for name in names)
+
+
+REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
+    "no such parameter": ("full", ["bert.nothing"], {}, "'bert.nothing', which is no parameter of the model"),
+    "does not train": (
+        "lora",
+        ["base_model.model.bert.pooler.dense.weight"],
+        {},
+        "pooler.dense.weight', which does not train",
+    ),
+    "no match": ("full", "LayerNorm", {}, "chooses none of the .* parameters that train"),
+    "no pattern": ("full", "(", {}, "no regular expression"),
+    "all": ("full", ".*", {}, "All that trains may freeze"),
+    "no pairs": ("lora", None, {"pairwise": True}, "has no such partner"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused_before_it_trains(what: str) -> None:
+    kind, freezable, options, complaint = REFUSED[what]
+    config = FreezingConfig(total_steps=12, initial_steps=2, final_steps=3, **options)
+    with pytest.raises(AFLoRAError, match=complaint):
+        Training(kind, config, freezable)
+
+
+def test_of_a_tied_weight_both_names_freeze_or_none() -> None:
+    def attach(freezable: list[str]) -> AdaptiveFreezing:
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+        model = LlamaForCausalLM(config)
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        schedule = FreezingConfig(total_steps=4, initial_steps=0, final_steps=1)
+        return AdaptiveFreezing(accelerator, model, optimizer, schedule, freezable=freezable)
+
+    with pytest.raises(AFLoRAError, match="are one tied weight"):
+        attach(["lm_head.weight"])
+    assert attach(["lm_head.weight", "model.embed_tokens.weight"]).freezable == ["model.embed_tokens.weight"]
+
+
+def test_a_tuner_of_which_all_freezes_needs_one_that_trains_on() -> None:
+    """As LoRA of a language model, without a head."""
+    schedule = FreezingConfig(total_steps=12, initial_steps=2, final_steps=0)
+    training = Training("full", schedule, freezable=lambda name, parameter: True)
+    training.train(0, 12)
+    assert len(training.freezing.remaining) > 0
+    assert training.freezing.events != []
