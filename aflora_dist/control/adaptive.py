@@ -29,6 +29,7 @@ from ..processes import on_main, refuse_lonely_processes
 from .accelerate_state import AccelerateState
 from .ending import Ending
 from .freezable import Choice, Chosen, Freezable, names_of
+from .prefix import Prefix
 from .progress import Progress
 from .scores import scores_for
 from .stopwatch import Stopwatch
@@ -100,6 +101,7 @@ class AdaptiveFreezing:
         self._agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
         if self.freezable:
             rehearse(self.engine, min(self.freezable, key=self.numels.__getitem__))
+        self._prefix = Prefix(self.engine, self.freezable, config) if config.prefix and self.freezable else None
         self._scores = scores_for(self.engine, config, self.numels)
         self._own_clock = progress is None
         self.progress = progress or Progress(self.engine)
@@ -166,7 +168,7 @@ class AdaptiveFreezing:
 
     def metrics(self) -> dict[str, float]:
         """What a line of metrics.jsonl says of freezing, after the last global batch."""
-        frozen = len(self.frozen)
+        frozen = len(self.freezable) - len(self._scores.names)
         fraction = self.schedule.fraction(self.step - 1) if self.freezable else 0.0
         if self.config.rule == "threshold":  # which has no r(t)
             fraction = frozen / max(len(self.freezable), 1)
@@ -272,6 +274,7 @@ class AdaptiveFreezing:
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Go on from what `snapshot` gave; the engine has been restored."""
+        self.events = [FreezeEvent(**event) for event in record["events"]]
         fixed = self._fixed(self.engine.trainable)
         self.engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
         self._load(tensors, record)
@@ -325,6 +328,8 @@ class AdaptiveFreezing:
     def _load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self.events = [FreezeEvent(**event) for event in record["events"]]
         self._tell()
+        if self._prefix is not None:
+            self._prefix.restore(self.frozen)
         # An earlier release knew of neither.
         self._scores.restore(tensors, self.remaining, record.get("window", {}))
         self.policy.load_state(record.get("policy", {}))
@@ -335,7 +340,7 @@ class AdaptiveFreezing:
 
     def _fixed(self, trainable: Sequence[str]) -> list[str]:
         """Names of the parameters that do not train, and are not the base model's."""
-        ours, trains = {*self._adapter.own, *self.freezable}, set(trainable)
+        ours, trains = {*self._adapter.own, *self.freezable, *self.frozen}, set(trainable)
         return [name for name in self.engine.parameters if name in ours and name not in trains]
 
     # -- each global batch -------------------------------------------------------------------
@@ -358,6 +363,8 @@ class AdaptiveFreezing:
         remaining = set(self._scores.names)
         if self.policy.due(self.schedule, self.step, sum(n[0] in remaining for n in self.policy.units.values())):
             self._decide()
+        elif self._prefix is not None and (names := self._prefix.due(self.step, remaining)):
+            self._freeze(names, {}, self._stopwatch.start(self.engine.device), self.step)
         self._ending.note(self.step + 1, len(self._scores.names))
 
     def _decide(self) -> None:
@@ -365,6 +372,8 @@ class AdaptiveFreezing:
         with torch.profiler.record_function("aflora.decide"):
             scores = self.scores()
             names = self.policy.choose(self.schedule, self.step, scores, self._scores.quantile)
+            if self._prefix is not None:
+                names += self._prefix.due(self.step, {*scores} - {*names})
             self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
         if names:
             self._freeze(names, scores, start, self.step)
@@ -401,6 +410,7 @@ class AdaptiveFreezing:
                 trainable_params=self.trainable_params,
                 optimizer_state_bytes=state_bytes,
                 rebuild_seconds=self._stopwatch.stop(start, self.engine.device),
+                backward_from=0 if self._prefix is None else self._prefix.frozen,
             )
         )
         self._tell()

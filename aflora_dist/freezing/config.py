@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..options import FreezingOptions
@@ -17,21 +17,26 @@ class FreezingConfig(FreezingOptions):
         total_steps: T, the global batches (optimizer updates, skipped ones included) of the whole training.
         initial_steps: t_i, batches before the first matrix may freeze (the paper: one epoch).
         final_steps: t_f, batches at the end with all matrices frozen (the paper: 70% of T).
-        beta1, beta2, score, pairwise, every, shape, rule: As in `FreezingOptions` (the configuration's `freezing`).
+        prefix_steps: t_p, batches at the end during which, with `prefix`, all blocks may be frozen whole; half of t_f
+            if not given.
+        Others: As in `FreezingOptions` (the configuration's `freezing`).
 
     Raises:
         AFLoRAError: The schedule does not fit, or an argument is out of range.
     """
 
-    prefix: ClassVar[str] = "FreezingConfig: "
+    label: ClassVar[str] = "FreezingConfig: "
 
     total_steps: int
     initial_steps: int
     final_steps: int
+    prefix_steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.schedule()
+        if self.prefix:
+            self.prefix_schedule()
 
     @property
     def window(self) -> int:
@@ -47,6 +52,11 @@ class FreezingConfig(FreezingOptions):
             shape=self.shape,
         )
 
+    def prefix_schedule(self) -> CubicSchedule:
+        """r_p(t), the share of the blocks that may have frozen whole: Eq. 5 with t_p in the place of t_f."""
+        t_p = self.final_steps // 2 if self.prefix_steps is None else self.prefix_steps
+        return replace(self.schedule(), final_steps=t_p)
+
 
 @dataclass(frozen=True)
 class FreezeEvent:
@@ -54,13 +64,14 @@ class FreezeEvent:
 
     Attributes:
         step: t, the global batch after which the matrices froze, from 0.
-        frozen: Their names, lowest score first.
+        frozen: Their names, lowest score first; then, with `prefix`, what else froze with the lowest blocks.
         scores: Every score that was ranked; empty where `freeze` was called by hand, and of events before a restart
             from a snapshot.
         remaining: Freezable matrices that still train.
         trainable_params: Elements that the optimizer still updates.
         optimizer_state_bytes: Bytes of the optimizer's moments, over all ranks.
         rebuild_seconds: Time for the decision and the drop; on a GPU from the end of the update to that of the drop.
+        backward_from: The lowest block that trains, counted from 0; above 0 with `prefix` only.
     """
 
     step: int
@@ -70,3 +81,4 @@ class FreezeEvent:
     trainable_params: int
     optimizer_state_bytes: int
     rebuild_seconds: float
+    backward_from: int = 0

@@ -28,11 +28,11 @@ class Checked:
         AFLoRAError: The message names the option as a user writes it.
     """
 
-    prefix: ClassVar[str] = ""  # of an option's name, in messages
+    label: ClassVar[str] = ""  # of an option's name, in messages
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            name, value = f"{self.prefix}{option.name}", getattr(self, option.name)
+            name, value = f"{self.label}{option.name}", getattr(self, option.name)
             choices = _choices(type(self))[option.name]
             if choices and value is not None and value not in choices:
                 raise AFLoRAError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

@@ -31,6 +31,7 @@ class FreezingKeywords(TypedDict, total=False):
     shape: ScheduleShape
     rule: FreezingRule
     threshold: float
+    prefix: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class FreezingOptions(Checked):
             averaged over the `every` updates before (theirs is 10); or threshold: units whose score has fallen below a
             share of what it was after t_i (t_f is not used).
         threshold: That share.
+        prefix: When all of the lowest blocks that freezes by its score has, freeze what else trains there, too, so that
+            the backward pass ends above them.
     """
 
     beta1: float = field(default=0.85, metadata=DECAY)
@@ -70,23 +73,24 @@ class FreezingOptions(Checked):
     shape: ScheduleShape = "cubic"
     rule: FreezingRule = "rank"
     threshold: float = field(default=0.5, metadata=SHARE)
+    prefix: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pairwise and self.unit == "matrix":
             object.__setattr__(self, "unit", "layer")
         if self.rule == "quantile" and self.unit != "matrix":
-            raise AFLoRAError(f"{self.prefix}rule=quantile judges each matrix on its own; drop pairwise and unit.")
+            raise AFLoRAError(f"{self.label}rule=quantile judges each matrix on its own; drop pairwise and unit.")
         if self.score in ORDERS and (self.rule != "rank" or self.granularity != "element"):
             option = "rule" if self.rule != "rank" else "granularity"
             raise AFLoRAError(
-                f"{self.prefix}score={self.score} is an order that is known before: drop "
+                f"{self.label}score={self.score} is an order that is known before: drop "
                 f"{option}={getattr(self, option)}, which is for scores that change."
             )
         if self.granularity == "matrix" and (self.score == "change" or self.rule == "quantile"):
             option = "score" if self.score == "change" else "rule"
             raise AFLoRAError(
-                f"{self.prefix}{option}={getattr(self, option)} looks at each element: it needs granularity=element."
+                f"{self.label}{option}={getattr(self, option)} looks at each element: it needs granularity=element."
             )
 
     def keywords(self) -> FreezingKeywords:
@@ -102,12 +106,15 @@ class FreezingScheduleConfig(FreezingOptions):
         initial_epochs: t_i in epochs: before it nothing freezes. By default one epoch, as in the
             paper, or a tenth of the training where that is less.
         final_epochs: t_f in epochs: all are frozen during the last t_f. By default 70% of the training.
+        prefix_epochs: t_p in epochs: with prefix, all blocks may be frozen whole during the last t_p. By default half
+            of t_f.
     """
 
-    prefix: ClassVar[str] = "freezing."
+    label: ClassVar[str] = "freezing."
 
     initial_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
     final_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
+    prefix_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
 
     def epochs(self, total: int) -> tuple[float, float]:
         """t_i and t_f for a training of so many epochs."""

@@ -44,7 +44,7 @@ class RunConfig(Checked):
         dry_run: Print what the run would do, train nothing and write nothing (`--dry_run` alone says so).
     """
 
-    prefix: ClassVar[str] = "run."
+    label: ClassVar[str] = "run."
 
     dir: str = "runs/aflora"
     overwrite: bool = False
@@ -94,7 +94,7 @@ class ProfileConfig(Checked):
         memory: Record allocations too, and on GPUs a snapshot of memory around a freeze, for pytorch.org/memory_viz.
     """
 
-    prefix: ClassVar[str] = "profile."
+    label: ClassVar[str] = "profile."
 
     enabled: bool = False
     steps: int = field(default=4, metadata=AT_LEAST_ONE)
@@ -137,7 +137,7 @@ class ModelConfig(Checked):
             bitsandbytes; int8 not with ZeRO-3 or FSDP2.
     """
 
-    prefix: ClassVar[str] = "model."
+    label: ClassVar[str] = "model."
 
     name: str = "demo"
     revision: str = "main"
@@ -180,7 +180,7 @@ class DataConfig(Checked):
         max_new_tokens: For "sft" with answers: the longest text that is generated in evaluation.
     """
 
-    prefix: ClassVar[str] = "data."
+    label: ClassVar[str] = "data."
 
     task: str = "demo"
     path: str | None = None
@@ -224,7 +224,7 @@ class MethodConfig(Checked):
             and freezing.*.
     """
 
-    prefix: ClassVar[str] = "method."
+    label: ClassVar[str] = "method."
 
     name: str = "aflora"
     options: dict[str, Any] = field(default_factory=dict)
@@ -252,7 +252,7 @@ class AdapterConfig(Checked):
         dropout: Dropout on the adapter's input.
     """
 
-    prefix: ClassVar[str] = "adapter."
+    label: ClassVar[str] = "adapter."
 
     r: int = field(default=4, metadata=AT_LEAST_ONE)
     target_modules: list[str] | None = None
@@ -280,7 +280,7 @@ class TrainConfig(Checked):
         seed: Of initialisation, order of the data, and dropout.
     """
 
-    prefix: ClassVar[str] = "train."
+    label: ClassVar[str] = "train."
 
     epochs: int = field(default=20, metadata=AT_LEAST_ONE)
     batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
