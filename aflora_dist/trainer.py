@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from accelerate.scheduler import AcceleratedScheduler
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -18,8 +16,8 @@ from .adapter.freezable import thaw
 from .adapter.saving import state_dict_of
 from .compat.contract import Private, require
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
-from .engines import Engine
-from .engines.optimizers import plain
+from .control.freezable import Choice
+from .control.scheduler import Scheduler
 from .errors import AFLoRAError, DamagedError, writing
 from .freezing import whole_steps
 from .names import named_parameters, without_wrappers
@@ -55,6 +53,7 @@ class FreezingCallback(TrainerCallback):
         initial_epochs: t_i in epochs; by default one, or a tenth of the training where that is less. Of data without
             a length (a stream with max_steps) all of the training is one epoch, as it is to Trainer.
         final_epochs: t_f in epochs; by default 70% of the training.
+        freezable: What may freeze, as in `AdaptiveFreezing`.
         on_freeze: Called with each `FreezeEvent`.
         **options: Those of `FreezingOptions`.
 
@@ -71,12 +70,14 @@ class FreezingCallback(TrainerCallback):
         *,
         initial_epochs: float | None = None,
         final_epochs: float | None = None,
+        freezable: Choice = None,
         on_freeze: Callable[[FreezeEvent], None] | None = None,
         **options: Unpack[FreezingKeywords],
     ) -> None:
         self.trainer = trainer
         self.initial_epochs = initial_epochs
         self.final_epochs = final_epochs
+        self.freezable = freezable
         self.on_freeze = on_freeze
         self.options = FreezingOptions(**options)
         self.freezing: AdaptiveFreezing | None = None
@@ -97,12 +98,14 @@ class FreezingCallback(TrainerCallback):
             trainer.model_wrapped,
             trainer.optimizer,
             self._config(args, state, kwargs["train_dataloader"]),
+            freezable=self.freezable,
             on_freeze=self.on_freeze,
         )
+        progress = self.freezing.progress
+        progress.parts["scheduler"] = Scheduler(trainer.lr_scheduler, progress.engine)
         if self._resumed is not None:
             resumed, self._resumed = self._resumed, None
-            self.freezing.progress.restore(resumed.tensors, resumed.training["progress"])
-            _set_scheduler(trainer.lr_scheduler, resumed.training["scheduler"], self.freezing.engine)
+            progress.restore(resumed.tensors, resumed.training["progress"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Trainer saves when all callbacks have been told, and may delete older checkpoints then.
@@ -125,13 +128,12 @@ class FreezingCallback(TrainerCallback):
         if trainer is None or freezing is None or args.save_only_model or state.is_hyper_param_search:
             return
         tensors, record = freezing.progress.snapshot()
-        training = {"progress": record, "scheduler": _scheduler(trainer.lr_scheduler, freezing.engine)}
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
 
         def write() -> None:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier training in the same folder
             with writing("The freezing's state", folder):
-                checkpoint.save(folder, freezing.step, tensors, training, keep=1)
+                checkpoint.save(folder, freezing.step, tensors, {"progress": record}, keep=1)
 
         on_main(trainer.accelerator, write)
         freezing.progress.engine.settle()
@@ -208,7 +210,7 @@ class FreezingCallback(TrainerCallback):
         if best is None or self.freezing is None:
             original()
         else:
-            self.freezing.load_values(best.tensors)
+            self.freezing.state.load_values(best.tensors)
 
     def _save_model(
         self,
@@ -245,96 +247,14 @@ def _find(trainer: Trainer, folder: Path) -> Checkpoint | None:
             if complaints:
                 raise DamagedError(f"{complaints[0]} Take another checkpoint.")
             return None
-        training = chosen.training
-        if training["scheduler"]["state"] is None:
+        scheduler = chosen.training["progress"]["parts"]["scheduler"]
+        if scheduler["state"] is None:
             file = folder / "scheduler.pt"
-            training["scheduler"]["state"] = torch.load(file, weights_only=True) if file.exists() else None
-        return chosen.path, training
+            scheduler["state"] = torch.load(file, weights_only=True) if file.exists() else None
+        return chosen.path, chosen.training
 
     found = on_main(trainer.accelerator, read)
     return chosen if chosen is not None or found is None else Checkpoint(found[0], {}, found[1])
-
-
-def _scheduler(scheduler: Any, engine: Engine) -> dict[str, Any]:
-    """Which scheduler this is; its state where Trainer does not save it as scheduler.pt (DeepSpeed's own).
-
-    And the numbers among the param groups' options (rates, betas), which schedulers set: at the next update they count.
-    """
-    owned = isinstance(scheduler, AcceleratedScheduler)
-    return {
-        "name": type(_inner(scheduler)).__name__,
-        "state": dict(scheduler.state_dict()) if owned else None,
-        "groups": engine.members,
-        "options": [_numbers(group) for group in engine.optimizer.param_groups],
-    }
-
-
-def _inner(scheduler: Any) -> Any:
-    return scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
-
-
-def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    found = {
-        key: plain(value) for key, value in group.items() if not isinstance(value, torch.Tensor) or value.dim() == 0
-    }
-    return {
-        key: value
-        for key, value in found.items()
-        if is_number(value) or (isinstance(value, tuple | list) and value and all(map(is_number, value)))
-    }
-
-
-def _set_scheduler(scheduler: Any, stored: dict[str, Any], engine: Engine) -> None:
-    """Go on with the learning rates where they were.
-
-    Raises:
-        AFLoRAError: It is another kind of scheduler.
-    """
-    inner, groups = _inner(scheduler), engine.optimizer.param_groups
-    name = type(inner).__name__
-    if stored["name"] != name or stored["state"] is None:
-        there = stored["name"] if stored["state"] is not None else "no state of one (scheduler.pt is missing)"
-        raise AFLoRAError(
-            f"The checkpoint is of another learning-rate scheduler: {there} there and {name} here. "
-            f"Resume with the scheduler that the training began with."
-        )
-    state = stored["state"]
-    if stored["groups"] != engine.members:
-        state |= _regrouped(state, scheduler.state_dict(), stored["groups"], engine.members)
-    scheduler.load_state_dict(state)
-    if "options" in stored:
-        place = {name: position for position, names in enumerate(stored["groups"]) for name in names}
-        for group, names in zip(groups, engine.members, strict=False):
-            at = next((place[name] for name in names if name in place), None)
-            for key, value in ({} if at is None else stored["options"][at]).items():
-                _set(group, key, value)
-    else:  # a checkpoint of an earlier release; DeepSpeed's schedulers compute their rate anew
-        rates = inner.get_last_lr() if isinstance(inner, LRScheduler) else inner.get_lr()
-        for group, rate in zip(groups, rates, strict=True):
-            _set(group, "lr", rate)
-
-
-def _set(group: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(group.get(key), torch.Tensor):
-        group[key].fill_(value)
-    elif key in group:
-        group[key] = tuple(value) if isinstance(value, list) else value
-
-
-def _regrouped(
-    theirs: dict[str, Any], mine: dict[str, Any], there: list[list[str]], here: list[list[str]]
-) -> dict[str, Any]:
-    """Lists by param group, for these param groups: DeepSpeed leaves out those that are empty from the beginning."""
-    place = {name: position for position, names in enumerate(there) for name in names}
-    source = [next((place[name] for name in names if name in place), None) for names in here]
-    return {
-        key: [own if at is None else value[at] for own, at in zip(mine[key], source, strict=True)]
-        for key, value in theirs.items()
-        if isinstance(value, list) and len(value) == len(there) and len(mine.get(key, ())) == len(here)
-    }
 
 
 def _introduce() -> None:

@@ -23,14 +23,22 @@ from .layer import AFLoRALayer
 
 
 def names_to_save(model: Any) -> list[str]:
-    """The parameters that PEFT writes for a model's adapters, as `named_parameters()` calls them.
+    """The parameters that `model.save_pretrained` writes, as `named_parameters()` calls them.
 
-    PEFT chooses: what is frozen, `modules_to_save`, and embeddings that were resized belong to it.
+    Of a model with adapters PEFT chooses: what is frozen, `modules_to_save`, and embeddings that were resized belong to
+    it. Of one without, all.
 
     Raises:
-        AFLoRAError: The adapter is in a model that does not save adapters.
+        AFLoRAError: An adapter of ours is in a model that does not save adapters, or nothing of the model is saved.
     """
     if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
+        if not hasattr(model, "save_pretrained"):
+            raise AFLoRAError(
+                f"{type(model).__name__} has no save_pretrained(). Gather what it holds with "
+                f"freezing.engine.gather(names), on every rank, and save that."
+            )
+        if not any(isinstance(module, AFLoRALayer) for module in model.modules()):
+            return list(named_parameters(model))
         raise AFLoRAError(
             f"{type(model).__name__} holds an AFLoRA adapter, but does not save adapters. Put it in with "
             f"peft.get_peft_model(model, AFLoRAConfig(...)), or with the model's own add_adapter()."
@@ -66,10 +74,10 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_peft(model: Any, folder: Path, values: Mapping[str, Tensor], **options: Any) -> None:
-    """Write PEFT's folder of an adapter; on the main process only.
+    """Write PEFT's folder of an adapter, or that of a model without one; on the main process only.
 
     Args:
-        model: Of PEFT; its own values may be elsewhere.
+        model: Its own values may be elsewhere.
         values: Of all that is saved, whole, by name.
         options: Of `PeftModel.save_pretrained`.
     """

@@ -79,7 +79,7 @@ class AccelerateState:
             return state["record"]
 
         state["record"] = on_main(self._accelerator, read)
-        freezing.prepare_for(state["record"])
+        freezing.state.select(state["record"])
         result = original(input_dir, *args, **kwargs)
         freezing.engine.reload()
         freezing.load_state_dict(state)

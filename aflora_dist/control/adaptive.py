@@ -10,7 +10,6 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..adapter.freezable import adapter_of
 from ..adapter.precision import beyond_float16, check_precision
 from ..adapter.saving import names_to_save, save_peft
-from ..engines import Engine, Renamed, create_engine
+from ..engines import Engine, create_engine
 from ..engines.rehearsal import rehearse
 from ..errors import AFLoRAError, DivergedError, writing
 from ..freezing import ORDERS, FreezeEvent, FreezingConfig, policy_for
@@ -32,6 +31,7 @@ from .freezable import Choice, Chosen, Freezable, names_of
 from .prefix import Prefix
 from .progress import Progress
 from .scores import scores_for
+from .state import FreezingState
 from .stopwatch import Stopwatch
 
 
@@ -62,6 +62,7 @@ class AdaptiveFreezing:
     Attributes:
         seconds: Spent so far on observing, deciding and dropping: of the host, or of the GPU where that works longer.
         events: All freeze events so far; what has frozen is what they say.
+        state: What of this survives a restart, as a part of `progress`.
 
     Raises:
         UnsupportedEngineError: The engine, a feature of it, or the optimizer cannot be frozen exactly.
@@ -92,11 +93,12 @@ class AdaptiveFreezing:
         if freezable is not None:
             self._told.append(freezable if isinstance(freezable, Freezable) else Chosen(freezable, self.engine))
         self.freezable = names_of(self._told[-1], self.engine, config)
-        self.engine.keep(self._fixed(()))
+        self.events: list[FreezeEvent] = []
+        self.state = FreezingState(self)
+        self.engine.keep(self.state.fixed(()))
         self.schedule = config.schedule()
         self.policy = policy_for(config, self.freezable)
         self.numels = {name: self.engine.numel(name) for name in self.freezable}
-        self.events: list[FreezeEvent] = []
         self._stopwatch = Stopwatch()
         self._agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
         if self.freezable:
@@ -107,7 +109,7 @@ class AdaptiveFreezing:
         self.progress = progress or Progress(self.engine)
         self.engine.observer = None if config.score in ORDERS else self._observe
         self.progress.after_batch.append(self._after_batch)
-        self.progress.parts["freezing"] = self
+        self.progress.parts["freezing"] = self.state
         self._adapter.attach(model)
         self._accelerate = AccelerateState(accelerator, self)
         self._ending = Ending(config.total_steps, speaks=accelerator.is_main_process)
@@ -236,9 +238,8 @@ class AdaptiveFreezing:
         What accelerator.register_for_checkpointing asks for. Weights and optimizer are accelerate's to save; for the
         whole training by name, which any engine can go on from, see `progress.snapshot()`.
         """
-        tensors = self._scores.snapshot()
-        record = self._record() | {"events": [asdict(event) for event in self.events]}
-        return {"tensors": tensors, "record": record | {"step": self.step, "skipped": self.progress.skipped}}
+        clock = {"step": self.step, "skipped": self.progress.skipped}
+        return {"tensors": self._scores.snapshot(), "record": self.state.record() | clock}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave; what was frozen then stops training. A collective.
@@ -246,102 +247,14 @@ class AdaptiveFreezing:
         Raises:
             AFLoRAError: It is of another model or schedule; the message shows the first difference.
         """
-        self.prepare_for(state["record"])
-        self._load(state["tensors"], state["record"])
-        self.progress.step, self.progress.skipped = state["record"]["step"], state["record"]["skipped"]
-
-    def prepare_for(self, record: Mapping[str, Any]) -> None:
-        """Train what trained when this was recorded, so that an optimizer's state of then can be loaded. A collective.
-
-        Raises:
-            AFLoRAError: It is of another model or schedule; the message shows the first difference.
-        """
-        self.check(record)
-        frozen = {name for event in record["events"] for name in event["frozen"]}
-        wanted = [name for group in self.engine.members for name in group if name not in frozen]
-        if set(wanted) != set(self.engine.trainable):
-            self.engine.select(wanted)
-
-    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Averages ("smoothed/NAME", "uncertainty/NAME") and what does not train: frozen, or never did ("fixed/NAME").
-
-        Of the events what a restart needs: not their scores, which `on_freeze` was told.
-        """
-        tensors = self._scores.snapshot()
-        fixed = self._fixed(self.engine.trainable)
-        tensors |= {f"fixed/{name}": value for name, value in self.engine.gather(fixed).items()}
-        return tensors, self._record()
-
-    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Go on from what `snapshot` gave; the engine has been restored."""
-        self.events = [FreezeEvent(**event) for event in record["events"]]
-        fixed = self._fixed(self.engine.trainable)
-        self.engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
-        self._load(tensors, record)
-
-    def load_values(self, tensors: Mapping[str, Tensor]) -> None:
-        """Bring the weights back to an earlier snapshot of this training; nothing else changes. A collective.
-
-        What has frozen since gets the value that it trained at then, and stays frozen.
-
-        Args:
-            tensors: On the main process: of `progress.snapshot()`.
-        """
-        trains = self.engine.trainable
-        values = [p for p in self.engine.pieces(trains, every_copy=True) if p.key.startswith("value/")]
-        self.engine.fill(tensors, [f"value/{name}" for name in trains], values)
-        self.engine.publish(trains)
-        fixed = self._fixed(trains)
-        then = {name: key for name in fixed for key in (f"value/{name}", f"fixed/{name}") if key in tensors}
-        self.engine.assign(Renamed(tensors, then), fixed)
-
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Look whether `restore` can go on from this record; nothing changes.
-
-        Raises:
-            AFLoRAError: It is of another model or schedule; the message shows the first difference.
-        """
-        theirs_config = FreezingConfig(**record["config"])  # an earlier release lacks the newer options
-        for option in fields(self.config):
-            here, there = getattr(self.config, option.name), getattr(theirs_config, option.name)
-            if there != here:
-                raise AFLoRAError(
-                    f"The checkpoint is of another schedule: {option.name} is {there} there and {here} here."
-                )
-        theirs = record["numels"]
-        for name in sorted({*self.numels, *theirs}):
-            if self.numels.get(name) != theirs.get(name):
-                raise AFLoRAError(
-                    f"The checkpoint is of another model: {name} has {theirs.get(name, 'no')} elements there and "
-                    f"{self.numels.get(name, 'no')} here."
-                )
-
-    def _record(self) -> dict[str, Any]:
-        return {
-            "events": [asdict(replace(event, scores={})) for event in self.events],  # of N matrices N * N / 2 numbers
-            "config": asdict(self.config),
-            "numels": self.numels,
-            "window": self._scores.record(),
-            "policy": self.policy.state(),
-        }
-
-    def _load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        self.events = [FreezeEvent(**event) for event in record["events"]]
-        self._tell()
-        if self._prefix is not None:
-            self._prefix.restore(self.frozen)
-        # An earlier release knew of neither.
-        self._scores.restore(tensors, self.remaining, record.get("window", {}))
-        self.policy.load_state(record.get("policy", {}))
+        record = state["record"]
+        self.state.select(record)
+        self.state.restore(state["tensors"], record)
+        self.progress.step, self.progress.skipped = record["step"], record["skipped"]
 
     def _tell(self) -> None:
         for each in self._told:
             each.have_frozen(self.frozen)
-
-    def _fixed(self, trainable: Sequence[str]) -> list[str]:
-        """Names of the parameters that do not train, and are not the base model's."""
-        ours, trains = {*self._adapter.own, *self.freezable, *self.frozen}, set(trainable)
-        return [name for name in self.engine.parameters if name in ours and name not in trains]
 
     # -- each global batch -------------------------------------------------------------------
 
@@ -445,6 +358,3 @@ class AdaptiveFreezing:
         largest, negated = self.engine.max_over_ranks(torch.tensor([digest, -digest], dtype=torch.int64)).tolist()
         if largest != -negated:  # the smallest is not the largest
             raise AFLoRAError(f"The ranks {complaint}. Start all of them with the same code, seed and configuration.")
-
-
-__all__ = ["AdaptiveFreezing", "FreezeEvent", "FreezingConfig"]

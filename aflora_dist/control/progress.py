@@ -68,7 +68,12 @@ class Progress:
         Returns:
             On the main process the tensors of the engine and of all parts, in its CPU memory; none elsewhere. And on
             every rank a record that JSON can hold.
+
+        Raises:
+            DivergedError: On every rank: as `check_finite`, or a part has something to say of it.
         """
+        parts = {name: part.snapshot() for name, part in self.parts.items()}
+        self.check_finite()
         tensors, engine = self.engine.snapshot()
         record: Record = {
             "step": self.step,
@@ -76,10 +81,9 @@ class Progress:
             "kind": self.engine.kind,
             "precision": self.precision,
             "engine": engine,
-            "parts": {},
+            "parts": {name: told for name, (_, told) in parts.items()},
         }
-        for name, part in self.parts.items():
-            more, record["parts"][name] = part.snapshot()
+        for more, _ in parts.values():
             tensors |= more
         return tensors, record
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import nested
 from ..errors import AFLoRAError, DamagedError, DivergedError
 
-FORMAT = 2
+FORMAT = 3
 _STATE, _TRAINING, _MANIFEST = "state.safetensors", "training.json", "manifest.json"
 
 
@@ -120,6 +120,8 @@ def load(path: Path) -> Checkpoint:
     if broken := _not_finite(tensors):  # earlier releases wrote such
         raise DamagedError(f"The checkpoint {path} is of a training that had diverged: {broken} is not finite.")
     training = nested.loads((path / _TRAINING).read_text(encoding="utf-8"))
+    if training.get("format") == 2:
+        training = _upgraded(training)
     if training.get("format") != FORMAT:
         old = " Format 1 counted skipped updates twice: finish that run with aflora_dist 0.1, or begin anew."
         raise AFLoRAError(
@@ -127,6 +129,18 @@ def load(path: Path) -> Checkpoint:
             f"{old if training.get('format') == 1 else ''}"
         )
     return Checkpoint(path, tensors, training)
+
+
+def _upgraded(training: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 kept beside the progress what are parts of it now."""
+    told = {**training, "format": FORMAT}
+    parts = told.get("progress", {}).get("parts", {})
+    if "log" in told:
+        parts["log"] = told.pop("log") | {"evaluations": told.pop("evaluations")}
+        parts["randomness"] = {"ranks": told["world_size"]}
+    if "scheduler" in told:
+        parts["scheduler"] = told.pop("scheduler")
+    return told
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:

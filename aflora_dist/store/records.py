@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -25,6 +25,8 @@ _LONGEST_CONFIG = 200_000  # bytes; of a run it has a few thousand
 _MOST_NODES = 10_000
 _LONGEST_RECORD = 2**30  # bytes of a log
 _LARGEST = 1e150  # its square is a number, too
+
+T = TypeVar("T")
 
 
 def dumps(record: Any, indent: int | None = None) -> str:
@@ -123,31 +125,9 @@ def as_result(record: Any) -> Result:
     """
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         raise ValueError("it holds no metrics")
-    best = record.get("best")
-    numbers = {key: _number(value) for key, value in record.items()}
-    counts = {key: _integer(value) for key, value in record.items()}
-    return Result(
-        task=_text(record.get("task")) or "?",
-        method=_text(record.get("method")),
-        metrics=_numbers(record["metrics"]),
-        evaluations=[_numbers(one) for one in _list(record.get("evaluations")) if isinstance(one, dict)],
-        best_epoch=_integer(best.get("epoch")) if isinstance(best, dict) else None,
-        best_metric=_text(best.get("metric")) if isinstance(best, dict) else None,
-        engine=_text(record.get("engine")),
-        world_size=counts.get("world_size"),
-        steps=counts.get("steps"),
-        train_examples=counts.get("train_examples"),
-        train_seconds=numbers.get("train_seconds"),
-        samples_per_second=numbers.get("samples_per_second"),
-        tokens_per_second=numbers.get("tokens_per_second"),
-        mfu=numbers.get("mfu"),
-        avg_trainable_params=numbers.get("avg_trainable_params"),
-        lora_r8_trainable_params=counts.get("lora_r8_trainable_params"),
-        freezable_matrices=counts.get("freezable_matrices"),
-        freeze_events=counts.get("freeze_events"),
-        freeze_seconds_total=numbers.get("freeze_seconds_total"),
-        traces=_texts(record.get("traces")),
-    )
+    best = record.get("best") if isinstance(record.get("best"), dict) else {}
+    best = {f"best_{key}": value for key, value in best.items()}
+    return _typed(Result, {**record, **best, "task": record.get("task", "?")})
 
 
 class Run:
@@ -167,12 +147,9 @@ class Run:
         self.metrics: list[Update] = []
         self.events: list[Event] = []
         for at, line in self._lines(METRICS):
-            self.metrics.append(
-                Update(at, **{key: _number(line.get(key)) for key in Update.__annotations__ if key != "step"})
-            )
+            self.metrics.append(_typed(Update, {**line, "step": at}))
         for at, line in self._lines(FREEZE_LOG):
-            scores = {name: score for name, score in _numbers(line.get("scores")).items() if score is not None}
-            self.events.append(Event(at, _texts(line.get("frozen")), scores))
+            self.events.append(_typed(Event, {**line, "step": at}))
         self.result = read_result(path, self.problems)
 
     def _settings(self) -> Settings:
@@ -420,13 +397,30 @@ def _text(value: Any) -> str | None:
     return "".join(c if c.isprintable() else "?" for c in value) if isinstance(value, str) else None
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 def _texts(value: Any) -> list[str]:
-    return [text for item in _list(value) if (text := _text(item)) is not None]
+    return [text for item in value if (text := _text(item)) is not None] if isinstance(value, list) else []
 
 
 def _numbers(value: Any) -> dict[str, float | None]:
     return {_text(key) or "?": _number(number) for key, number in value.items()} if isinstance(value, dict) else {}
+
+
+_AS: dict[str, Callable[[Any], Any]] = {  # by a field's annotation: the value if it is of that type, else None or empty
+    "int": _integer,
+    "int | None": _integer,
+    "float | None": _number,
+    "str": lambda value: _text(value) or "?",
+    "str | None": _text,
+    "list[str]": _texts,
+    "dict[str, float]": lambda value: {name: n for name, n in _numbers(value).items() if n is not None},
+    "dict[str, float | None]": _numbers,
+    "list[dict[str, float | None]]": lambda value: [
+        _numbers(one) for one in (value if isinstance(value, list) else []) if isinstance(one, dict)
+    ],
+}
+
+
+def _typed(kind: type[T], record: Mapping[str, Any]) -> T:
+    """What a record holds of a dataclass's fields, and nothing that is of another type."""
+    known: Any = fields(kind)  # type: ignore[arg-type]
+    return kind(**{field.name: _AS[field.type](record.get(field.name)) for field in known})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,12 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..control import Progress
@@ -26,9 +21,9 @@ from ..notices import logger
 from ..options import Config
 from ..processes import on_main
 from ..version import __version__
-from ..watch.log import TrainingLog
 from . import checkpoint, records
 from .checkpoint import Checkpoint
+from .parts import LearningRates, Randomness
 from .rundir import GoingOn, RunDirectory
 
 # What may differ between a run and its continuation: it changes neither the model nor the batches.
@@ -191,27 +186,21 @@ class Checkpointer:
     ) -> None:
         self.run, self.accelerator, self.progress, self.scheduler = run, accelerator, progress, scheduler
         self.data, self.resolved = dict(data), resolved
-        self._randomness: dict[str, Tensor] | None = None
+        self.randomness = Randomness(accelerator)
         self._begun_at: Path | None = None  # the checkpoint that was gone on from
+        progress.parts |= {"scheduler": LearningRates(scheduler), "randomness": self.randomness}
 
-    def save(self, log: TrainingLog, evaluations: list[dict[str, float]]) -> None:
-        """Write a checkpoint after log.step updates. A collective.
+    def save(self) -> float:
+        """Write a checkpoint; returns the seconds that it took. A collective.
 
         Raises:
             AFLoRAError: On every rank, if it cannot be written; those before it are unharmed.
             DivergedError: On every rank, if a loss, a value or a moment is not finite; nothing is written then.
         """
         began = time.perf_counter()
-        logged = log.state()  # first: it names the update whose loss was not finite
-        self.progress.check_finite()
         tensors, record = self.progress.snapshot()
-        for rank, states in enumerate(gather_object([_random_states()])):
-            tensors |= {f"rng/{rank}/{name}": state for name, state in states.items()}
         training = {
             "progress": record,
-            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
-            "log": logged,
-            "evaluations": evaluations,
             "data": self.data,
             "config": yaml.safe_load(self.resolved),
             "world_size": self.accelerator.num_processes,
@@ -225,7 +214,7 @@ class Checkpointer:
 
         on_main(self.accelerator, write)
         self.progress.engine.settle()
-        log.save_seconds.append(time.perf_counter() - began)
+        return time.perf_counter() - began
 
     @contextmanager
     def guarding(self, control: Control) -> Iterator[None]:
@@ -283,43 +272,16 @@ class Checkpointer:
                     f"begin another run."
                 )
 
-    def restore(self, loaded: Checkpoint, log: TrainingLog) -> list[dict[str, float]]:
-        """Bring everything to where the checkpoint was written; returns the evaluations so far. A collective."""
+    def restore(self, loaded: Checkpoint) -> None:
+        """Bring everything to where the checkpoint was written. A collective."""
         training, self._begun_at = loaded.training, loaded.path
         self.progress.restore(loaded.tensors, training["progress"])
-        # Functions are made anew from the configuration, and the rates that they are factors of are its own.
-        rates, factors = self.scheduler.base_lrs, self.scheduler.lr_lambdas
-        self.scheduler.load_state_dict({**training["scheduler"], "lr_lambdas": [None] * len(rates)})
-        self.scheduler.base_lrs = rates
-        now = [rate * factor(self.scheduler.last_epoch) for rate, factor in zip(rates, factors, strict=True)]
-        self.scheduler._last_lr = list(now)
-        for group, rate in zip(self.scheduler.optimizer.param_groups, now, strict=True):
-            group["lr"] = rate
-        log.load(training["log"])
-        if training["world_size"] == self.accelerator.num_processes:
-            self._randomness = self._own_randomness(loaded.tensors)
         if self.run.writes:
             before = f"{training['world_size']} x {training['progress']['kind']}"
             print(f"Going on after step {self.progress.step - 1}, from {loaded.path} ({before}).", flush=True)
             for key, (there, here) in _differences(training["config"], yaml.safe_load(self.resolved)).items():
                 if key in RATES:
                     print(f"From here on {key}={here}; it was {there}.", flush=True)
-        return list(training["evaluations"])
-
-    def _own_randomness(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's random states, out of those that the main process has read. A collective."""
-        states: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            states = [{key: tensors[key] for key in tensors if key.startswith("rng/")}]
-        start = f"rng/{self.accelerator.process_index}/"
-        (found,) = broadcast_object_list(states)
-        return {key.removeprefix(start): state for key, state in found.items() if key.startswith(start)}
-
-    def restore_randomness(self) -> None:
-        """Once, when the first batch is about to be drawn: making a loader draws random numbers, too."""
-        if self._randomness is not None:
-            _restore_random_states(self._randomness)
-            self._randomness = None
 
 
 def _with_scores(events: list[dict[str, Any]], log: Path) -> list[dict[str, Any]]:
@@ -330,29 +292,3 @@ def _with_scores(events: list[dict[str, Any]], log: Path) -> list[dict[str, Any]
             found = records.loads(line)
             written[found["step"], *found["frozen"]] = found
     return [event if event["scores"] else written.get((event["step"], *event["frozen"]), event) for event in events]
-
-
-def _random_states() -> dict[str, Tensor]:
-    _, keys, *rest = np.random.get_state()  # noqa: NPY002 - the state that libraries draw from
-    _, words, gauss = random.getstate()
-    states = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "numpy_position": torch.tensor([float(number) for number in rest], dtype=torch.float64),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_states(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["torch"])
-    position, has_gauss, cached = states["numpy_position"].tolist()
-    keys = states["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))  # noqa: NPY002
-    gauss = states["python_gauss"].tolist()
-    random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

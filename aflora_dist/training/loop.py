@@ -102,17 +102,14 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     history = create_history(config, recorded, accelerator)
     scheduler = create_scheduler(config, progress, total_steps)
     data = on_main(accelerator, lambda: trained_on(config, task))
+    log = TrainingLog(config, run, accelerator, progress, control, total_steps, head_params, lora_r8, flops)
     checkpointer = Checkpointer(run, accelerator, progress, scheduler, data, resolved)
     first_step = checkpointer.claim(resumed)  # all that can be refused has been
     set_seed(config.train.seed, device_specific=True)  # from here on every rank draws its own dropout
     profile = config.profile
     with (
         checkpointer.guarding(control),
-        closing(
-            TrainingLog(
-                config, run, accelerator, progress, control, total_steps, head_params, lora_r8, first_step, flops
-            )
-        ) as log,
+        closing(log),
         closing(
             TraceRecorder(
                 recorded,
@@ -128,13 +125,15 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
         ) as traces,
         closing(StopWish(run.stop_file, run.writes)) as wish,
     ):
-        evaluations = checkpointer.restore(resumed, log) if resumed else []
+        log.open(first_step)
+        if resumed:
+            checkpointer.restore(resumed)
         log.describe(resolved)
-        for epoch in range(len(evaluations), config.train.epochs):
+        for epoch in range(len(log.evaluations), config.train.epochs):
             model.train()
             sampler.epoch, sampler.start = epoch, progress.step - epoch * per_epoch
             drawn = iter(batches)
-            checkpointer.restore_randomness()
+            checkpointer.randomness.settle()
             with log.timed():
                 for micro_batches in updates(drawn, sampler.micro_batches):
                     step, trained = progress.step, progress.engine.trainable_params
@@ -150,7 +149,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                     stop = wish.agreed(run.failure)
                     if stop or save_is_due(config, progress.step, per_epoch):
                         with record_function("aflora.save"):
-                            checkpointer.save(log, evaluations)
+                            log.save_seconds.append(checkpointer.save())
                     if stop:
                         log.stopped()
                         control.interrupted()
@@ -160,7 +159,6 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                 wish.settle(run.failure)
             with record_function("aflora.evaluate"):
                 evaluation = task.evaluate(model, accelerator)
-            evaluations.append(evaluation.metrics)
             log.evaluated(evaluation)
             if best is not None:
                 best.evaluated(epoch + 1, evaluation.metrics)
@@ -168,9 +166,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                     log.ended_early(best)
                     break
         save_adapter(method, progress, run, accelerator, best)
-        result = log.finished(
-            evaluations, task, method.name, [str(path.relative_to(run.path)) for path in traces.written], best
-        )
+        result = log.finished(task, method.name, [str(path.relative_to(run.path)) for path in traces.written], best)
     run.finish(result)
     accelerator.wait_for_everyone()
     accelerator.end_training()

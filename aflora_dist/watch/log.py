@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,11 @@ from .telemetry import Telemetry, open_telemetry, run_summary
 
 
 class TrainingLog:
-    """metrics.jsonl, trackers, the progress bar, and result.json."""
+    """metrics.jsonl, trackers, the progress bar, and result.json; a part of what survives a restart ("log").
+
+    Attributes:
+        evaluations: Metrics after each epoch so far.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,6 @@ class TrainingLog:
         total_steps: int,
         head_params: int,
         lora_r8: int,
-        first_step: int,
         flops_per_token: int | None = None,
     ) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
@@ -54,6 +57,7 @@ class TrainingLog:
         self.train_seconds = 0.0
         self.save_seconds: list[float] = []
         self.trained_sum = 0  # sum over the updates so far of the adapter's trainable elements
+        self.evaluations: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._since: tuple[int, float] = (0, 0.0)
         self._started: float | None = None
@@ -63,21 +67,29 @@ class TrainingLog:
         at_most = peak(accelerator, progress.engine.model)
         self._share = flops_per_token / at_most if flops_per_token and at_most else None  # of the peak, a token/s
         self.telemetry = Telemetry()
-        on_main(accelerator, lambda: self._open_telemetry(first_step))
-        if run.writes:
+        self.bar = tqdm(disable=True)
+        progress.parts["log"] = self
+
+    def open(self, first_step: int) -> None:
+        """Begin to write, once the run's directory is this run's: from this step on. A collective."""
+        config = self.config
+        on_main(self.accelerator, lambda: self._open_telemetry(first_step))
+        if self.run.writes:
+            engine, freezable = self.progress.engine, self.control.freezable
             print(
-                f"Fine-tuning {config.model.name} on {config.data.task}: {total_steps} updates of "
-                f"{config.train.batch_size} examples, {accelerator.num_processes} x {progress.engine.kind}; "
+                f"Fine-tuning {config.model.name} on {config.data.task}: {self.total_steps} updates of "
+                f"{config.train.batch_size} examples, {self.accelerator.num_processes} x {engine.kind}; "
                 + (
-                    f"{len(control.freezable)} projection matrices train and then freeze."
-                    if control.freezable
-                    else f"{progress.engine.trainable_params:,} parameters train."
+                    f"{len(freezable)} projection matrices train and then freeze."
+                    if freezable
+                    else f"{engine.trainable_params:,} parameters train."
                 ),
                 flush=True,
             )
         self.bar = tqdm(
-            total=total_steps,
-            disable=not run.writes,
+            total=self.total_steps,
+            initial=first_step,
+            disable=not self.run.writes,
             desc="training",
             unit="step",
             dynamic_ncols=True,
@@ -184,13 +196,14 @@ class TrainingLog:
                 )
         return losses
 
-    def state(self) -> dict[str, Any]:
-        """Counters and what the next line of metrics.jsonl is about, for a checkpoint. A collective.
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Counters and what the next line of metrics.jsonl is about. A collective.
 
         Raises:
             DivergedError: As `flush_losses`.
         """
-        return {
+        return {}, {
+            "evaluations": self.evaluations,
             "train_seconds": self.seconds(),
             "trained_sum": self.trained_sum,
             "losses": self._over_ranks(),
@@ -199,18 +212,22 @@ class TrainingLog:
             "control_seconds": self.control.seconds,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave; the clock has been set."""
-        self.train_seconds, self.trained_sum = state["train_seconds"], state["trained_sum"]
-        self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state["losses"]]
-        self._since = (state["since"][0], state["since"][1])
-        counted = state.get("tokens")  # not in checkpoints of earlier releases
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Whatever was counted can be counted on."""
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        self.evaluations = list(record["evaluations"])
+        self.train_seconds, self.trained_sum = record["train_seconds"], record["trained_sum"]
+        self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in record["losses"]]
+        self._since = (record["since"][0], record["since"][1])
+        counted = record.get("tokens")  # not in checkpoints of earlier releases
         self.tokens, self._tokens_at_line = counted or (None, 0)
-        self.control.seconds = state["control_seconds"]
-        self.bar.update(self.step)
+        self.control.seconds = record["control_seconds"]
 
     def evaluated(self, evaluation: Evaluation) -> None:
+        """An epoch has ended, with these metrics."""
         metrics = evaluation.metrics
+        self.evaluations.append(metrics)
         self.telemetry.scalars({f"eval/{name}": value for name, value in metrics.items()}, self.step - 1)
         self.telemetry.freeze_map(self.control.freezable, self.control.frozen, self.total_steps, self.step - 1)
         self._say(
@@ -262,14 +279,14 @@ class TrainingLog:
 
     def finished(
         self,
-        evaluations: list[dict[str, float]],
         task: Task,
         method: str,
         traces: list[str],
         best: BestEpoch | None,
     ) -> dict[str, Any]:
         """What result.json holds. A collective."""
-        result = self._result(evaluations, task) | {"method": method, "traces": traces}
+        evaluations = self.evaluations
+        result = self._result(task) | {"method": method, "traces": traces}
         result["last"] = {"epoch": len(evaluations), "metrics": evaluations[-1]}
         if best is not None and best.epoch is not None:
             result["metrics"] = evaluations[best.epoch - 1]  # of what adapter/ holds
@@ -277,7 +294,7 @@ class TrainingLog:
         self.telemetry.result(self.config, result, self.step - 1)
         return result
 
-    def _result(self, evaluations: list[dict[str, float]], task: Task) -> dict[str, Any]:
+    def _result(self, task: Task) -> dict[str, Any]:
         accelerator, control = self.accelerator, self.control
         if torch.cuda.is_available() and accelerator.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
@@ -288,8 +305,8 @@ class TrainingLog:
         )
         return {
             "task": task.name,
-            "metrics": evaluations[-1],
-            "evaluations": evaluations,
+            "metrics": self.evaluations[-1],
+            "evaluations": self.evaluations,
             "engine": self.progress.engine.kind,
             "world_size": accelerator.num_processes,
             "mixed_precision": str(accelerator.mixed_precision),

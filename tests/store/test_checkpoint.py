@@ -68,5 +68,5 @@ def test_another_format_is_refused(small: Path) -> None:
     (path / "manifest.json").write_text(
         json.dumps({name: checkpoint._fingerprint(path / name) for name in ("state.safetensors", "training.json")})
     )
-    with pytest.raises(AFLoRAError, match=r"has format 99; this version of aflora_dist reads 2\.$"):
+    with pytest.raises(AFLoRAError, match=r"has format 99; this version of aflora_dist reads 3\.$"):
         checkpoint.load(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from aflora_dist import AdaptiveFreezing, FreezingConfig
-from tests.workers.tiny import GLOBAL_BATCH, build_base, global_batch
+from tests.workers.tiny import GLOBAL_BATCH, build_base, build_model, global_batch
 
 CONFIG = FreezingConfig(total_steps=12, initial_steps=2, final_steps=3)
 
@@ -27,6 +28,8 @@ def build(kind: str) -> nn.Module:
     base = build_base()
     if kind == "full":
         return base
+    if kind == "aflora":
+        return build_model()
     targets = ["query", "value", "intermediate.dense", "output.dense"]
     return get_peft_model(base, LoraConfig(r=4, task_type="SEQ_CLS", target_modules=targets, init_lora_weights=False))
 
@@ -73,7 +76,8 @@ class Training:
 
     def values(self) -> dict[str, torch.Tensor]:
         engine = self.freezing.engine
-        names = [n for n in engine.parameters if n in self.freezing.freezable or n in engine.trainable]
+        ours = {*self.freezing.freezable, *self.freezing.frozen, *engine.trainable}
+        names = [n for n in engine.parameters if n in ours]
         return {name: value.float().cpu() for name, value in engine.values(names).items()}
 
 
@@ -82,9 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("kind")
     parser.add_argument("--freezable", type=json.loads)
+    parser.add_argument("--freezing", type=json.loads, default={})
     args = parser.parse_args(arguments)
     args.out.mkdir(exist_ok=True)
-    training = Training(args.kind, freezable=args.freezable)
+    training = Training(args.kind, replace(CONFIG, **args.freezing), args.freezable)
     engine = training.freezing.engine
     training.train(0, 5)
     tensors, record = training.freezing.progress.snapshot()

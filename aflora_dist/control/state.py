@@ -1,0 +1,114 @@
+"""Freezing as a part of what survives a restart: which matrices froze when, averages, and values that do not train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..engines import Renamed
+from ..errors import AFLoRAError
+from ..freezing import FreezeEvent, FreezingConfig
+
+if TYPE_CHECKING:
+    from .adaptive import AdaptiveFreezing
+
+
+class FreezingState:
+    """The state of one `AdaptiveFreezing`, besides the clock's and the engine's."""
+
+    def __init__(self, freezing: AdaptiveFreezing) -> None:
+        self._freezing = freezing
+        self._engine = freezing.engine
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Averages ("smoothed/NAME", "uncertainty/NAME") and what does not train: frozen, or never did ("fixed/NAME").
+
+        Of the events what a restart needs: not their scores, which `on_freeze` was told.
+        """
+        tensors = self._freezing._scores.snapshot()
+        fixed = self.fixed(self._engine.trainable)
+        tensors |= {f"fixed/{name}": value for name, value in self._engine.gather(fixed).items()}
+        record = self.record()
+        for event in record["events"]:
+            event["scores"] = {}  # of N matrices N * N / 2 numbers
+        return tensors, record
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Go on from what `snapshot` gave; the engine has been restored. A collective."""
+        freezing = self._freezing
+        freezing.events = [FreezeEvent(**event) for event in record["events"]]
+        fixed = self.fixed(self._engine.trainable)
+        self._engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
+        freezing._tell()
+        if freezing._prefix is not None:
+            freezing._prefix.restore(freezing.frozen)
+        # An earlier release knew of neither.
+        freezing._scores.restore(tensors, freezing.remaining, record.get("window", {}))
+        freezing.policy.load_state(record.get("policy", {}))
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Look whether `restore` can go on from this record; nothing changes.
+
+        Raises:
+            AFLoRAError: It is of another model or schedule; the message shows the first difference.
+        """
+        theirs_config = FreezingConfig(**record["config"])  # an earlier release lacks the newer options
+        for option in fields(theirs_config):
+            here, there = getattr(self._freezing.config, option.name), getattr(theirs_config, option.name)
+            if there != here:
+                raise AFLoRAError(
+                    f"The checkpoint is of another schedule: {option.name} is {there} there and {here} here."
+                )
+        mine, theirs = self._freezing.numels, record["numels"]
+        for name in sorted({*mine, *theirs}):
+            if mine.get(name) != theirs.get(name):
+                raise AFLoRAError(
+                    f"The checkpoint is of another model: {name} has {theirs.get(name, 'no')} elements there and "
+                    f"{mine.get(name, 'no')} here."
+                )
+
+    def record(self) -> dict[str, Any]:
+        """Events with all that they say, and what `check` compares. A collective."""
+        return {
+            "events": [asdict(event) for event in self._freezing.events],
+            "config": asdict(self._freezing.config),
+            "numels": self._freezing.numels,
+            "window": self._freezing._scores.record(),
+            "policy": self._freezing.policy.state(),
+        }
+
+    def select(self, record: Mapping[str, Any]) -> None:
+        """Train what trained when this was recorded, so that an optimizer's state of then can be loaded. A collective.
+
+        Raises:
+            AFLoRAError: As `check`.
+        """
+        self.check(record)
+        frozen = {name for event in record["events"] for name in event["frozen"]}
+        wanted = [name for group in self._engine.members for name in group if name not in frozen]
+        if set(wanted) != set(self._engine.trainable):
+            self._engine.select(wanted)
+
+    def load_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Bring the weights back to an earlier snapshot of this training; nothing else changes. A collective.
+
+        What has frozen since gets the value that it trained at then, and stays frozen.
+
+        Args:
+            tensors: On the main process: of `Progress.snapshot`.
+        """
+        engine, trains = self._engine, self._engine.trainable
+        values = [p for p in engine.pieces(trains, every_copy=True) if p.key.startswith("value/")]
+        engine.fill(tensors, [f"value/{name}" for name in trains], values)
+        engine.publish(trains)
+        fixed = self.fixed(trains)
+        then = {name: key for name in fixed for key in (f"value/{name}", f"fixed/{name}") if key in tensors}
+        engine.assign(Renamed(tensors, then), fixed)
+
+    def fixed(self, trainable: Sequence[str]) -> list[str]:
+        """Names of the parameters that do not train, and are not the base model's."""
+        ours, trains = {*self._freezing._adapter.own, *self._freezing.freezable, *self._freezing.frozen}, set(trainable)
+        return [name for name in self._engine.parameters if name in ours and name not in trains]
