@@ -168,9 +168,11 @@ class Folding:
         for path in self._active_paths():
             B = path.B
             if all(lies_whole(p) for p in (path.A, B, path.s_d, path.s_b)):
-                groups[B.device, B.shape[1], B.dtype].append(path)
+                # What has frozen whole must not hang on the graph of what trains: nothing below runs backward then.
+                trains = B.requires_grad or path.s_d.requires_grad or path.s_b.requires_grad
+                groups[B.device, B.shape[1], B.dtype, trains].append(path)
         live = self._live_paths(groups.values())
-        for (device, _, default), paths in groups.items():
+        for (device, _, default, _), paths in groups.items():
             self._fold(paths, compute_dtype(device.type, default), live)
 
     def _active_paths(self) -> Iterable[AFLoRAPath]:

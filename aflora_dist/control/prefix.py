@@ -44,7 +44,8 @@ class Prefix:
         order = [name for name in engine.parameters if name in trained]
         self.blocks = self._find(order)
         self.frozen = 0
-        self._model, self._let_go_already = engine.model, False
+        self._model = engine.model
+        self._handles: list[Any] = []
         self._refuse(engine.model, order)
 
     def _find(self, order: Sequence[str]) -> list[list[str]]:
@@ -94,26 +95,35 @@ class Prefix:
         Args:
             remaining: What may freeze by its score and has not.
         """
-        trains = set(remaining)
+        waiting = set(remaining)
         allowed = self.schedule.count(step, len(self.blocks))
         names: list[str] = []
-        while self.frozen < allowed and not trains & {*self.blocks[self.frozen]}:
-            names += [name for name in self.blocks[self.frozen] if name not in self._freezable]
+        while self.frozen < len(self.blocks) and not waiting & {*self.blocks[self.frozen]}:
+            rest = [name for name in self.blocks[self.frozen] if name not in self._freezable]
+            if rest and self.frozen >= allowed:
+                break
+            names += rest
             self.frozen += 1
         self._let_go()
         return names
 
     def _let_go(self) -> None:
-        """PEFT has the embeddings' output ask for a gradient where activations are recomputed: all would run again."""
-        if self.frozen and not self._let_go_already:
-            self._let_go_already = True
-            for module in self._model.modules():
-                if isinstance(module, PreTrainedModel):
-                    module.disable_input_require_grads()
+        """Nobody needs a gradient of the embeddings any more, for which PEFT asks where activations are recomputed."""
+        if not self.frozen or self._handles:
+            return
+        models = [module for module in self._model.modules() if isinstance(module, PreTrainedModel)]
+        embeddings = {id(found): found for model in models if (found := model.get_input_embeddings()) is not None}
+        for module in embeddings.values():  # after the hook that asks
+            self._handles.append(module.register_forward_hook(lambda module, inputs, output: output.detach()))
+
+    def _take_back(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
     def restore(self, frozen: Iterable[str]) -> None:
         """As after these have frozen."""
         gone, self.frozen = set(frozen), 0
+        self._take_back()
         while self.frozen < len(self.blocks) and not {*self.blocks[self.frozen]} - gone:
             self.frozen += 1
         self._let_go()

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingConfig
+from aflora_dist.compat.transformers import checkpoint_activations
 from tests.launch import launch_series
 from tests.loop import Loop
 from tests.workers.anything import Training
@@ -22,6 +23,11 @@ KINDS: dict[str, list[str]] = {
     "lora": ["lora"],
     "full": ["full"],
     "by pattern": ["full", "--freezable", r'".*\\.LayerNorm\\.(weight|bias)"'],
+}
+LOWEST = {"prefix": True, "prefix_steps": 0, "score": "front_to_back", "final_steps": 3}
+KINDS |= {
+    "one block": ["aflora", "--freezing", json.dumps(LOWEST)],
+    "one block, recomputed": ["aflora", "--recompute", "--freezing", json.dumps(LOWEST)],
 }
 SIZES = {"lora": 20, "full": 12, "by pattern": 10}
 KINDS |= {
@@ -91,6 +97,23 @@ def test_what_is_frozen_stays_and_a_snapshot_goes_on_to_the_bit(engine: str, kin
         assert all(torch.equal(value, values[name]) for name, value in result["final"].items())
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["change", "one block", "one block, recomputed"])
+@pytest.mark.parametrize("engine", ["single", *ENGINES])
+def test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_backward(engine: str, kind: str) -> None:
+    for result in run(engine, 1 if engine == "single" else 2)[kind]:
+        lowest, above = result["kept"]
+        if kind == "change":
+            assert lowest[0] > 0
+            assert (lowest[1], above[1]) == (True, True)
+        else:
+            assert result["events"][-1]["backward_from"] == 1
+            # An output that needs no gradient has nothing behind it to run; a checkpoint keeps its input while it runs.
+            assert lowest == (int("recomputed" in kind), False)
+            assert above[0] > 0
+            assert above[1]
+
+
 def test_by_default_the_matrices_of_tuners_and_blocks_freeze_and_nothing_else() -> None:
     lora, full = Training("lora").freezing, Training("full").freezing
     assert len(lora.freezable) == SIZES["lora"]
@@ -155,6 +178,17 @@ def test_a_vector_of_an_aflora_model_may_be_named_too() -> None:
     assert set(loop.freezing.frozen) == set(names)
     loop.model.set_adapter("default")
     assert not any(loop.freezing.engine.parameters[name].requires_grad for name in names)
+
+
+def test_a_prefix_is_refused_where_it_would_not_end_the_backward_pass() -> None:
+    config = FreezingConfig(total_steps=12, initial_steps=2, final_steps=3, prefix=True)
+    training = Training("lora")
+    training.freezing.release()
+    checkpoint_activations(training.model, use_reentrant=True)
+    with pytest.raises(AFLoRAError, match="'use_reentrant': False"):
+        AdaptiveFreezing(training.accelerator, training.model, training.optimizer, config)
+    with pytest.raises(AFLoRAError, match="outside of numbered blocks"):
+        Training("full", config, freezable=r"bert\.pooler\.dense\.weight")
 
 
 REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {

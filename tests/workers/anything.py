@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from aflora_dist import AdaptiveFreezing, FreezingConfig
+from aflora_dist.compat.transformers import checkpoint_activations
 from tests.workers.tiny import GLOBAL_BATCH, build_base, build_model, global_batch
 
 CONFIG = FreezingConfig(total_steps=12, initial_steps=2, final_steps=3)
@@ -53,9 +54,15 @@ def create_accelerator() -> Accelerator:
 class Training:
     """A user's loop over the tiny model, however it is adapted."""
 
-    def __init__(self, kind: str, config: FreezingConfig = CONFIG, freezable: Any = None) -> None:
+    def __init__(
+        self, kind: str, config: FreezingConfig = CONFIG, freezable: Any = None, recompute: bool = False
+    ) -> None:
         self.accelerator = create_accelerator()
         model = build(kind)
+        if recompute:  # as PEFT and Trainer do
+            checkpoint_activations(model)
+            model.enable_input_require_grads()  # type: ignore[operator]
+        self.blocks = next(m for n, m in model.named_modules() if n.endswith("encoder.layer"))
         self.model, self.optimizer = self.accelerator.prepare(model, create_optimizer(model))
         self.freezing = AdaptiveFreezing(self.accelerator, self.model, self.optimizer, config, freezable=freezable)
         self.losses: list[float] = []
@@ -74,6 +81,36 @@ class Training:
             for name in [n for n, at in self.freezing.frozen.items() if at == step]:
                 self.at_freeze[name] = self.freezing.engine.values([name])[name].clone()
 
+    def kept(self) -> list[tuple[int, bool]]:
+        """Of each block in one more forward pass: tensors that are kept for backward; whether its output needs it."""
+        counts: list[int] = []
+        outputs: list[bool] = []
+
+        def begin(*_: Any) -> None:
+            counts.append(0)
+
+        def end(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs.append((output[0] if isinstance(output, tuple) else output).requires_grad)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if counts and len(outputs) < len(counts):
+                counts[-1] += 1
+            return tensor
+
+        handles = []
+        for block in self.blocks.children():
+            handles.append(block.register_forward_pre_hook(begin))
+            handles.append(block.register_forward_hook(end))
+        self.model.train()
+        share = GLOBAL_BATCH // self.accelerator.num_processes
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self.model(**{k: v[:share] for k, v in global_batch(0).items()}).loss
+        for handle in handles:
+            handle.remove()
+        self.accelerator.backward(loss)
+        self.optimizer.zero_grad()
+        return list(zip(counts, outputs, strict=True))
+
     def values(self) -> dict[str, torch.Tensor]:
         engine = self.freezing.engine
         ours = {*self.freezing.freezable, *self.freezing.frozen, *engine.trainable}
@@ -86,10 +123,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("kind")
     parser.add_argument("--freezable", type=json.loads)
+    parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--freezing", type=json.loads, default={})
     args = parser.parse_args(arguments)
     args.out.mkdir(exist_ok=True)
-    training = Training(args.kind, replace(CONFIG, **args.freezing), args.freezable)
+    training = Training(args.kind, replace(CONFIG, **args.freezing), args.freezable, args.recompute)
     engine = training.freezing.engine
     training.train(0, 5)
     tensors, record = training.freezing.progress.snapshot()
@@ -108,6 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         "at_freeze": training.at_freeze,
         "again": ([vars(e) for e in training.freezing.events], again, training.losses[CONFIG.total_steps :]),
         "trainable": engine.trainable,
+        "kept": training.kept(),
     }
     torch.save(result, args.out / f"rank{os.environ.get('RANK', '0')}.pt")
     training.accelerator.end_training()
