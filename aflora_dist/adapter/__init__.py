@@ -5,8 +5,9 @@ import peft  # noqa: F401
 
 from .adapted import Adapted
 from .config import AFLoRAConfig
-from .layer import AFLoRALayer, AFLoRAPath
+from .layer import AFLoRALayer
 from .lora import save_as_lora
 from .model import AFLoRAModel
+from .path import AFLoRAPath
 
 __all__ = ["AFLoRAConfig", "AFLoRALayer", "AFLoRAModel", "AFLoRAPath", "Adapted", "save_as_lora"]

@@ -18,9 +18,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..adapter import Adapted
+from ..adapter import Adapted, AFLoRAPath
 from ..adapter.folding import Folding
-from ..adapter.layer import AFLoRAPath
 from ..adapter.precision import beyond_float16, check_precision
 from ..adapter.saving import names_to_save, save_peft
 from ..engines import Engine, create_engine, place
@@ -303,7 +302,7 @@ class AdaptiveFreezing:
         trains = self.engine.trainable
         values = [p for p in self.engine.pieces(trains, every_copy=True) if p.key.startswith("value/")]
         self.engine.fill(tensors, [f"value/{name}" for name in trains], values)
-        self.engine.publish(trains)
+        self.engine.synchronise(trains)
         fixed = self._fixed(trains)
         then = {name: key for name in fixed for key in (f"value/{name}", f"fixed/{name}") if key in tensors}
         self.engine.assign(_Renamed(tensors, then), fixed)

@@ -9,8 +9,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from ..errors import UnsupportedEngineError
-from .base import Engine, inner_optimizer
-from .native import Fsdp2Engine, ReplicatedEngine
+from .base import Engine
+from .ddp import ReplicatedEngine
+from .fsdp2 import Fsdp2Engine
+from .optimizers import inner_optimizer
 from .transfer import Move, place
 
 __all__ = ["Engine", "Move", "create_engine", "engine_kind", "place"]

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..compat.torch import without_step_hooks
 from ..errors import UnsupportedEngineError
 
 _SHAPE = (64, 72)  # bitsandbytes keeps 8 bits from 4,096 elements on
@@ -44,6 +46,31 @@ class OptimizerTraits:
             beside = example.device.type == device.type
             return torch.full_like(example, number, device=device if beside else example.device)
         return number if number is None or example is None else type(example)(number)
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """What accelerate has wrapped: a torch optimizer, or DeepSpeed's around one.
+
+    An optimizer that itself wraps another one stays whole: it has state of its own.
+
+    Raises:
+        UnsupportedEngineError: It is no optimizer.
+    """
+    inner = optimizer
+    while isinstance(inner, AcceleratedOptimizer):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer) and "deepspeed" not in type(inner).__module__:
+        raise UnsupportedEngineError(
+            f"AdaptiveFreezing(accelerator, model, optimizer, ...) got {type(optimizer).__name__} as its optimizer. "
+            f"Pass the optimizer that accelerator.prepare() returned."
+        )
+    return inner
+
+
+def release(parameter: nn.Parameter) -> None:
+    """Stop a parameter's training: an optimizer looks at .grad, not at requires_grad."""
+    parameter.requires_grad_(False)
+    parameter.grad = None
 
 
 def plain(value: Any) -> Any:
@@ -212,8 +239,7 @@ def _like(optimizer: Optimizer, given: Mapping[str, Any], parameters: Sequence[n
         made.__dict__.update(vars(optimizer) | containers)
         made.state = type(optimizer.state)(dict)
         made.param_groups = [{}]
-        made._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
-        made._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
+        without_step_hooks(made)
         made.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the original
     made.param_groups[0].update(copy.deepcopy(options))
     made.param_groups[0]["params"] = list(parameters)

@@ -1,22 +1,27 @@
-"""DeepSpeed's private interfaces that its engines use (see aflora_dist/compat/contract.py)."""
+"""DeepSpeed 0.19.3 and later. Does not import it.
+
+What its engines (aflora_dist/engines/deepspeed) read of a DeepSpeedEngine and of ZeRO's optimizers is listed here and
+read there: it is all that they do.
+"""
 
 from __future__ import annotations
 
 from itertools import accumulate
 from typing import Any
 
-from ...compat.contract import Private, is_older
+import torch
+from torch import Tensor
+
+from .contract import Private, is_older, private
 
 _REBUILD = "a public way to take parameters out of a ZeRO optimizer"
 _LAYOUT = "a public map from parameters to flat partitions"
+_WHERE = "know where each parameter lies in the flat partitions"
+_KEEP_HOOKS = "make a ZeRO-3 optimizer that keeps the module hooks"
+_FREE = "let go of an old ZeRO optimizer"
 
-
-def _of(owner: str, why: str, instead: str, *names: str, since: str = "") -> list[Private]:
-    return [Private(owner, name, why, instead, since) for name in names]
-
-
-ENGINE = (
-    _of(
+ENGINE = [
+    *private(
         "DeepSpeedEngine",
         "make a ZeRO optimizer over the parameters that still train",
         _REBUILD,
@@ -24,65 +29,72 @@ ENGINE = (
         "basic_optimizer",
         "optimizer",
         "_config",
-    )
-    + _of(
+    ),
+    *private(
         "DeepSpeedEngine",
         "know which updates were applied and at which micro-batch",
         "a public hook after an update",
         "was_step_applied",
         "is_gradient_accumulation_boundary",
-    )
-    + _of(
+    ),
+    *private(
         "DeepSpeedEngine",
         "save frozen matrices, too, where frozen parameters are left out",
         "a public list of what to keep",
         "_zero3_consolidated_16bit_state_dict",
         "module_state_dict",
-    )
-)
-BOTH = _of(
-    "DeepSpeedZeroOptimizer",
-    "undo loss scaling and clipping",
-    "unclipped gradients, or the factor applied",
-    "loss_scaler",
-    "dynamic_loss_scale",
-    "overflow",
-    "clip_grad",
-    "_global_grad_norm",
-) + _of("DeepSpeedZeroOptimizer", "let go of an old ZeRO optimizer", _REBUILD, "_grad_acc_hooks")
-ZERO12 = (
-    _of(
+    ),
+    *private(
+        "DeepSpeedEngine",
+        "refuse what freezing would be wrong under",
+        "a public description of an engine",
+        "has_moe_layers",
+        "pipeline_parallelism",
+        "client_lr_scheduler",
+        "lr_scheduler",
+    ),
+]
+BOTH = [
+    *private(
         "DeepSpeedZeroOptimizer",
-        "know where each parameter lies in the flat partitions",
+        "undo loss scaling and clipping",
+        "unclipped gradients, or the factor applied",
+        "loss_scaler",
+        "loss_scale",
+        "dynamic_loss_scale",
+        "overflow",
+        "clip_grad",
+        "_global_grad_norm",
+    ),
+    *private("DeepSpeedZeroOptimizer", _FREE, _REBUILD, "destroy", "_grad_acc_hooks"),
+]
+ZERO12 = [
+    *private(
+        "DeepSpeedZeroOptimizer",
+        _WHERE,
         _LAYOUT,
         "bit16_groups",
         "round_robin_bit16_groups",
         "single_partition_of_fp32_groups",
         "partition_size",
-    )
-    + _of(
-        "DeepSpeedZeroOptimizer",
-        "know where each parameter lies in the flat partitions",
-        _LAYOUT,
-        "round_robin_bit16_offsets",
-        since="0.19.7",
-    )
-    + _of("DeepSpeedZeroOptimizer", "bring restored master weights into the model", _REBUILD, "update_lp_params")
-)
-ZERO3 = (
-    _of(
+    ),
+    *private("DeepSpeedZeroOptimizer", _WHERE, _LAYOUT, "round_robin_bit16_offsets", since="0.19.7"),
+    *private("DeepSpeedZeroOptimizer", "bring restored master weights into the model", _REBUILD, "update_lp_params"),
+]
+ZERO3 = [
+    *private(
         "DeepSpeedZeroOptimizer_Stage3",
-        "know where each parameter lies in the flat partitions",
+        _WHERE,
         _LAYOUT,
         "fp16_groups",
         "fp32_partitioned_groups_flat",
         "sub_group_to_group_id",
         "grad_position",
         "get_param_id",
-    )
-    + _of(
+    ),
+    *private(
         "DeepSpeedZeroOptimizer_Stage3",
-        "make a ZeRO-3 optimizer that keeps the module hooks",
+        _KEEP_HOOKS,
         _REBUILD,
         "parameter_offload",
         "persistent_parameters",
@@ -90,16 +102,34 @@ ZERO3 = (
         "_leaf_module_hooks",
         "ipg_buckets",
         "_reassign_or_swap_out_partitioned_parameters",
-    )
-    + _of(
-        "DeepSpeedZeroOptimizer_Stage3",
-        "make a ZeRO-3 optimizer that keeps the module hooks",
-        _REBUILD,
-        "_unpin_offload_buffers",
-        since="0.19.6",
-    )
-)
-PRIVATE = {"deepspeed": ENGINE + BOTH + ZERO12 + ZERO3}
+    ),
+    *private("DeepSpeedZeroOptimizer_Stage3", _KEEP_HOOKS, _REBUILD, "_unpin_offload_buffers", since="0.19.6"),
+]
+# ZeRO writes these on parameters; there is nobody to ask for them beforehand.
+PARAMETER = [
+    *private(
+        "Parameter (ZeRO-3)",
+        "know that a parameter is sharded, and its size",
+        "a public query",
+        "ds_id",
+        "ds_shape",
+        "ds_numel",
+    ),
+    *private("Parameter (ZeRO-3)", _FREE, _REBUILD, "ds_tensor"),
+    *private("Parameter (ZeRO-3)", _KEEP_HOOKS, _REBUILD, "ds_status", "all_gather", "partition"),
+    *private("Parameter (ZeRO-1, 2)", _FREE, _REBUILD, "_hp_mapping", "_zero_optimizer", "grad_accum"),
+]
+PRIVATE: list[Private] = [*ENGINE, *BOTH, *ZERO12, *ZERO3, *PARAMETER]
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 shards the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """A parameter's shape, also where ZeRO-3 shards it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def offsets(zero: Any) -> list[list[int]]:
