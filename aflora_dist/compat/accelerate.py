@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -10,16 +11,17 @@ from accelerate.state import PartialState
 
 from .contract import private
 
+_LISTS = "public lists of what prepare() has returned"
+_accelerator = partial(private, "Accelerator", instead=_LISTS)
+
 ACCELERATOR = [
-    *private("Accelerator", "find the wrapper that knows of skipped updates", "a public list of them", "_optimizers"),
-    *private(
-        "Accelerator", "number the state of several models as accelerate does", "a public list of them", "_models"
-    ),
-    *private("Accelerator", "know whether DeepSpeed's schedule was asked for", "a public list of them", "_schedulers"),
+    *_accelerator("_optimizers", "find the wrapper that knows of skipped updates"),
+    *_accelerator("_models", "number the state of several models as accelerate does"),
+    *_accelerator("_schedulers", "know whether DeepSpeed's schedule was asked for"),
 ]
 PRIVATE = [
     *ACCELERATOR,
-    *private("PartialState", "know whether there is one, without making one", "a public query", "_shared_state"),
+    *private("PartialState", "_shared_state", "know whether there is one, without making one", "a public query"),
 ]
 
 

@@ -49,9 +49,11 @@ class Private:
     anywhere: bool = False
 
 
-def private(owner: str, why: str, instead: str, *names: str, since: str = "", anywhere: bool = False) -> list[Private]:
-    """Entries for interfaces of one owner that are needed to the same end."""
-    return [Private(owner, name, why, instead, since, anywhere) for name in names]
+def private(
+    owner: str, names: str, why: str, instead: str, *, since: str = "", anywhere: bool = False
+) -> list[Private]:
+    """Entries for interfaces of one owner that are needed to the same end; `names` has spaces between them."""
+    return [Private(owner, name, why, instead, since, anywhere) for name in names.split()]
 
 
 def is_older(library: str, release: str) -> bool:
@@ -92,10 +94,10 @@ def main() -> None:
     for library, entries in lists().items():
         rows: dict[tuple[str, str, str, str], list[str]] = {}
         for e in entries:
-            rows.setdefault((e.since, e.owner, e.why, e.instead), []).append(f"`{e.owner}.{e.name}`")
-        for (since, _, why, instead), names in rows.items():
+            rows.setdefault((e.since, e.owner, e.why, e.instead), []).append(f"`{e.name}`")
+        for (since, owner, why, instead), names in rows.items():
             seen = f"{since} to {SEEN[library]}" if since else SEEN[library]
-            print(f"| {library} | {seen} | {', '.join(names)} | {why} | {instead} |")
+            print(f"| {library} | {seen} | {', '.join(names)} of `{owner}` | {why} | {instead} |")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ read there: it is all that they do.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -15,109 +16,59 @@ from torch import Tensor
 from .contract import Private, is_older, private
 
 _REBUILD = "a public way to take parameters out of a ZeRO optimizer"
-_LAYOUT = "a public map from parameters to flat partitions"
-_WHERE = "know where each parameter lies in the flat partitions"
-_KEEP_HOOKS = "make a ZeRO-3 optimizer that keeps the module hooks"
-_FREE = "let go of an old ZeRO optimizer"
+_PLACES = ("know where each parameter lies in the flat partitions", "a public map from parameters to flat partitions")
+_KEEP_HOOKS = ("make a ZeRO-3 optimizer that keeps the module hooks", _REBUILD)
+_LET_GO = ("let go of an old ZeRO optimizer", _REBUILD)
+_engine = partial(private, "DeepSpeedEngine")
+_zero = partial(private, "DeepSpeedZeroOptimizer")
+_zero3 = partial(private, "DeepSpeedZeroOptimizer_Stage3")
 
 ENGINE = [
-    *private(
-        "DeepSpeedEngine",
+    *_engine(
+        "_configure_zero_optimizer basic_optimizer optimizer _config",
         "make a ZeRO optimizer over the parameters that still train",
         _REBUILD,
-        "_configure_zero_optimizer",
-        "basic_optimizer",
-        "optimizer",
-        "_config",
     ),
-    *private(
-        "DeepSpeedEngine",
+    *_engine(
+        "was_step_applied is_gradient_accumulation_boundary",
         "know which updates were applied and at which micro-batch",
         "a public hook after an update",
-        "was_step_applied",
-        "is_gradient_accumulation_boundary",
     ),
-    *private(
-        "DeepSpeedEngine",
+    *_engine(
+        "_zero3_consolidated_16bit_state_dict module_state_dict",
         "save frozen matrices, too, where frozen parameters are left out",
         "a public list of what to keep",
-        "_zero3_consolidated_16bit_state_dict",
-        "module_state_dict",
     ),
-    *private(
-        "DeepSpeedEngine",
+    *_engine(
+        "has_moe_layers pipeline_parallelism client_lr_scheduler lr_scheduler",
         "refuse what freezing would be wrong under",
         "a public description of an engine",
-        "has_moe_layers",
-        "pipeline_parallelism",
-        "client_lr_scheduler",
-        "lr_scheduler",
     ),
 ]
 BOTH = [
-    *private(
-        "DeepSpeedZeroOptimizer",
+    *_zero(
+        "loss_scaler loss_scale dynamic_loss_scale overflow clip_grad _global_grad_norm",
         "undo loss scaling and clipping",
         "unclipped gradients, or the factor applied",
-        "loss_scaler",
-        "loss_scale",
-        "dynamic_loss_scale",
-        "overflow",
-        "clip_grad",
-        "_global_grad_norm",
     ),
-    *private("DeepSpeedZeroOptimizer", _FREE, _REBUILD, "destroy", "_grad_acc_hooks"),
+    *_zero("destroy _grad_acc_hooks", *_LET_GO),
 ]
 ZERO12 = [
-    *private(
-        "DeepSpeedZeroOptimizer",
-        _WHERE,
-        _LAYOUT,
-        "bit16_groups",
-        "round_robin_bit16_groups",
-        "single_partition_of_fp32_groups",
-        "partition_size",
-    ),
-    *private("DeepSpeedZeroOptimizer", _WHERE, _LAYOUT, "round_robin_bit16_offsets", since="0.19.7"),
-    *private("DeepSpeedZeroOptimizer", "bring restored master weights into the model", _REBUILD, "update_lp_params"),
+    *_zero("bit16_groups round_robin_bit16_groups single_partition_of_fp32_groups partition_size", *_PLACES),
+    *_zero("round_robin_bit16_offsets", *_PLACES, since="0.19.7"),
+    *_zero("update_lp_params", "bring restored master weights into the model", _REBUILD),
 ]
 ZERO3 = [
-    *private(
-        "DeepSpeedZeroOptimizer_Stage3",
-        _WHERE,
-        _LAYOUT,
-        "fp16_groups",
-        "fp32_partitioned_groups_flat",
-        "sub_group_to_group_id",
-        "grad_position",
-        "get_param_id",
-    ),
-    *private(
-        "DeepSpeedZeroOptimizer_Stage3",
-        _KEEP_HOOKS,
-        _REBUILD,
-        "parameter_offload",
-        "persistent_parameters",
-        "initialize_ds_offload",
-        "_leaf_module_hooks",
-        "ipg_buckets",
-        "_reassign_or_swap_out_partitioned_parameters",
-    ),
-    *private("DeepSpeedZeroOptimizer_Stage3", _KEEP_HOOKS, _REBUILD, "_unpin_offload_buffers", since="0.19.6"),
+    *_zero3("fp16_groups fp32_partitioned_groups_flat sub_group_to_group_id grad_position get_param_id", *_PLACES),
+    *_zero3("parameter_offload persistent_parameters initialize_ds_offload", *_KEEP_HOOKS),
+    *_zero3("_leaf_module_hooks ipg_buckets _reassign_or_swap_out_partitioned_parameters", *_KEEP_HOOKS),
+    *_zero3("_unpin_offload_buffers", *_KEEP_HOOKS, since="0.19.6"),
 ]
-# ZeRO writes these on parameters; there is nobody to ask for them beforehand.
-PARAMETER = [
-    *private(
-        "Parameter (ZeRO-3)",
-        "know that a parameter is sharded, and its size",
-        "a public query",
-        "ds_id",
-        "ds_shape",
-        "ds_numel",
-    ),
-    *private("Parameter (ZeRO-3)", _FREE, _REBUILD, "ds_tensor"),
-    *private("Parameter (ZeRO-3)", _KEEP_HOOKS, _REBUILD, "ds_status", "all_gather", "partition"),
-    *private("Parameter (ZeRO-1, 2)", _FREE, _REBUILD, "_hp_mapping", "_zero_optimizer", "grad_accum"),
+PARAMETER = [  # which ZeRO writes there later: nobody looks for these beforehand
+    *private("Parameter (ZeRO-3)", "ds_id ds_shape ds_numel", "know a sharded parameter's size", "a public query"),
+    *private("Parameter (ZeRO-3)", "ds_tensor", *_LET_GO),
+    *private("Parameter (ZeRO-3)", "ds_status all_gather partition", *_KEEP_HOOKS),
+    *private("Parameter (ZeRO-1, 2)", "_hp_mapping _zero_optimizer grad_accum", *_LET_GO),
 ]
 PRIVATE: list[Private] = [*ENGINE, *BOTH, *ZERO12, *ZERO3, *PARAMETER]
 

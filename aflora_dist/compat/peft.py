@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,99 +18,43 @@ from .contract import Private, is_older, private, require
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner
 
-_TUNERS = "public extension points for tuners outside of PEFT"
+_EXTENSIONS = "public extension points for tuners outside of PEFT"
+_tuner = partial(private, "BaseTuner", instead=_EXTENSIONS, anywhere=True)
+_layer = partial(private, "BaseTunerLayer", instead=_EXTENSIONS, anywhere=True)
+_function = partial(private, "peft.tuners.tuners_utils", instead=_EXTENSIONS)
 
 MAPPINGS = private(
     "peft.mapping",
+    "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING",
     "make PEFT know a method that is not in its enum",
     "a public way to register a tuner",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "PEFT_TYPE_TO_PREFIX_MAPPING",
 )
 TUNER = [
-    *private(
-        "BaseTuner", "find the target modules of known architectures", _TUNERS, "_prepare_adapter_config", anywhere=True
-    ),
-    *private(
-        "BaseTuner",
-        "put an adapter around a layer",
-        _TUNERS,
-        "_create_and_replace",
-        "_replace_module",
-        anywhere=True,
-    ),
-    *private(
-        "BaseTuner",
-        "refuse an adapter before anything of the model changes",
-        _TUNERS,
-        "_prepare_model",
-        "_check_target_module_exists",
-        "_check_target_module_compatiblity",
-        anywhere=True,
-    ),
-    *private(
-        "BaseTuner", "give the adapter of a sharded model its dtype", _TUNERS, "_cast_adapter_dtype", anywhere=True
-    ),
-    *private("BaseTuner", "know the architecture", _TUNERS, "get_model_config", anywhere=True),
-    *private(
-        "BaseTuner",
-        "refuse to save an adapter without what is frozen",
-        _TUNERS,
-        "_get_adapter_state_dict",
-        since="0.21",
-        anywhere=True,
-    ),
+    *_tuner("_prepare_adapter_config", "find the target modules of known architectures"),
+    *_tuner("_create_and_replace _replace_module", "put an adapter around a layer"),
+    *_tuner("_prepare_model", "refuse an adapter before anything of the model changes"),
+    *_tuner("_check_target_module_exists _check_target_module_compatiblity", "refuse an adapter in time"),
+    *_tuner("_cast_adapter_dtype", "give the adapter of a sharded model its dtype"),
+    *_tuner("get_model_config", "know the architecture"),
+    *_tuner("_get_adapter_state_dict", "refuse to save an adapter without what is frozen", since="0.21"),
 ]
 LAYER = [
-    *private(
-        "BaseTunerLayer",
-        "put an adapter where its layer lies",
-        _TUNERS,
-        "_move_adapter_to_device_of_base_layer",
-        anywhere=True,
-    ),
-    *private(
-        "BaseTunerLayer",
-        "keep frozen matrices frozen when PEFT switches gradients on",
-        _TUNERS,
-        "_freeze_non_trainable_peft_weights",
-        anywhere=True,
-    ),
-    *private(
-        "BaseTunerLayer",
-        "start out with an adapter that is active",
-        _TUNERS,
-        "_disable_adapters",
-        "_active_adapter",
-        anywhere=True,
-    ),
-    *private(
-        "BaseTunerLayer",
-        "merge an adapter into quantized layers, too",
-        _TUNERS,
-        "get_base_weight",
-        "set_base_weight",
-        anywhere=True,
-    ),
+    *_layer("_move_adapter_to_device_of_base_layer", "put an adapter where its layer lies"),
+    *_layer("_freeze_non_trainable_peft_weights", "keep frozen matrices frozen when PEFT switches gradients on"),
+    *_layer("_disable_adapters _active_adapter", "start out with an adapter that is active"),
+    *_layer("get_base_weight set_base_weight", "merge an adapter into quantized layers, too"),
 ]
-MODEL = private("PeftModel", "mix adapters in one batch", _TUNERS, "_enable_peft_forward_hooks", anywhere=True)
+MODEL = private("PeftModel", "_enable_peft_forward_hooks", "mix adapters in one batch", _EXTENSIONS, anywhere=True)
 FUNCTIONS = [
-    *private(
-        "peft.tuners.tuners_utils", "know what all-linear stands for", _TUNERS, "_maybe_include_all_linear_layers"
-    ),
-    *private("peft.tuners.tuners_utils", "know the size of a quantized layer", _TUNERS, "_get_in_out_features"),
-    *private("peft.tuners.tuners_utils", "merge an adapter", _TUNERS, "check_adapters_to_merge", anywhere=True),
+    *_function("_maybe_include_all_linear_layers", "know what all-linear stands for"),
+    *_function("_get_in_out_features", "know the size of a quantized layer"),
+    *_function("check_adapters_to_merge", "merge an adapter", anywhere=True),
 ]
 ENUM = private(
     "PeftType",
+    "_member_map_ _value2member_map_ _member_names_ _name_ _value_",
     "have PEFT before 0.21 save adapters of a method that is not in its enum",
     "PEFT 0.21 as the oldest release",
-    "_member_map_",
-    "_value2member_map_",
-    "_member_names_",
-    "_name_",
-    "_value_",
 )
 PRIVATE: list[Private] = [*MAPPINGS, *TUNER, *LAYER, *MODEL, *FUNCTIONS, *ENUM]
 

@@ -1,29 +1,19 @@
-"""Python's own private interfaces, 3.11 and later. Imports nothing but what lists them."""
+"""Python's own private interfaces, 3.11 and later."""
 
 from __future__ import annotations
 
-from .contract import private
+from .contract import Private, private
 
-PRIVATE = [
+_TAKEN_DOWN = "an interpreter that threads of gloo's do not abort as it is taken down (pytorch/pytorch#190489)"
+
+PRIVATE: list[Private] = [
     *private(
         "ModuleSpec",
+        "_initializing",
         "know that PEFT's import is under way, and when it has ended",
         "a public hook after an import",
-        "_initializing",
         anywhere=True,
     ),
-    *private(
-        "atexit",
-        "run exit handlers where the interpreter is not taken down",
-        "a way to end a process with threads of gloo's in it (pytorch/pytorch#190489)",
-        "_run_exitfuncs",
-        anywhere=True,
-    ),
-    *private(
-        "os",
-        "end a process without taking the interpreter down",
-        "a way to end a process with threads of gloo's in it (pytorch/pytorch#190489)",
-        "_exit",
-        anywhere=True,
-    ),
+    *private("atexit", "_run_exitfuncs", "run exit handlers before `os._exit`", _TAKEN_DOWN, anywhere=True),
+    *private("os", "_exit", "end a process without taking the interpreter down", _TAKEN_DOWN, anywhere=True),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,124 +17,80 @@ from torch.optim import Optimizer
 
 from .contract import Private, private, require
 
-_DDP = "DistributedDataParallel"
+_QUERY = "a public query"
+_ddp = partial(private, "DistributedDataParallel")
+_module = partial(private, "torch.nn.Module")
+_NEW_REDUCER = ("give DDP a reducer over the parameters that still train", "a public way to rebuild a reducer")
 
 REDUCER = [
-    *private(
-        _DDP,
-        "give DDP a reducer over the parameters that still train",
-        "a public way to rebuild a reducer",
-        "_build_params_for_reducer",
-        "_build_debug_param_to_name_mapping",
-        "_ddp_init_helper",
-        "_comm_hooks",
-        "_set_static_graph",
-        "static_graph",
-        "reducer",
-    ),
-    *private(_DDP, "know that gradients were reduced over the ranks", "a public query", "require_backward_grad_sync"),
-]
-# Which DDP has from its first step on, or which lie elsewhere.
-REDUCER_LATER = [
-    *private(
-        _DDP,
-        "give DDP a reducer over the parameters that still train",
-        "a public way to rebuild a reducer",
-        "_has_rebuilt_buckets",
-        "logger",
-    ),
-    *private("torch.distributed", "give a new reducer DDP's hooks", "a public way", "_register_comm_hook"),
+    *_ddp("_build_params_for_reducer _build_debug_param_to_name_mapping _ddp_init_helper", *_NEW_REDUCER),
+    *_ddp("_comm_hooks _set_static_graph static_graph reducer", *_NEW_REDUCER),
+    *_ddp("require_backward_grad_sync", "know that gradients were reduced over the ranks", _QUERY),
 ]
 AUTOGRAD = private(
     "torch.autograd.Variable",
+    "_execution_engine",
     "learn when a backward pass has ended (queue_callback)",
     "a public hook at the end of a backward pass",
-    "_execution_engine",
 )
-SCALING = private(
-    "torch.optim.AdamW",
-    "have GradScaler unscale a fused optimizer's gradients where they are seen",
-    "an option of GradScaler",
-    "_step_supports_amp_scaling",
-)
-STORE = private(
-    "torch.distributed.distributed_c10d",
-    "have ranks wait for each other where nothing times out",
-    "a public way to a process group's store",
-    "_get_default_store",
-)
-BACKWARD = private("torch._C", "know a recomputation in backward", "a public query", "_current_graph_task_id")
-SAVED = private(
-    "torch._C._autograd", "know gradient checkpointing", "a public query", "_top_saved_tensors_default_hooks"
-)
-GLOBAL_HOOKS = private(
-    "torch.nn.modules.module", "call a hooked layer as it is", "a public query", "_has_any_global_hook"
-)
+BACKWARD = private("torch._C", "_current_graph_task_id", "know a recomputation in backward", _QUERY)
+SAVED = private("torch._C._autograd", "_top_saved_tensors_default_hooks", "know gradient checkpointing", _QUERY)
+GLOBAL_HOOKS = private("torch.nn.modules.module", "_has_any_global_hook", "call a hooked layer as it is", _QUERY)
 MODULE = [
-    *private(
-        "torch.nn.Module",
-        "call a hooked layer as it is, and find hooks of ours",
-        "a public query",
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    ),
-    *private("torch.nn.Module", "fold before compiled code is entered", "a public query", "_compiled_call_impl"),
-    *private("torch.nn.Module", "leave out what a state dict has not", "a public query", "_non_persistent_buffers_set"),
-    *private("torch.nn.Module", "forget casts of weights that move", "a public hook", "_apply", anywhere=True),
+    *_module("_forward_hooks _forward_pre_hooks", "call a hooked layer as it is, and find hooks of ours", _QUERY),
+    *_module("_backward_hooks _backward_pre_hooks", "call a hooked layer as it is", _QUERY),
+    *_module("_compiled_call_impl", "fold before compiled code is entered", _QUERY),
+    *_module("_non_persistent_buffers_set", "leave out what a state dict has not", _QUERY),
+    *_module("_apply", "forget casts of weights that move", "a public hook", anywhere=True),
 ]
-OPTIMIZER = private(
-    "Optimizer",
-    "try a copy of an optimizer without its owner's hooks",
-    "a public way to remove hooks",
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-)
 MEMORY = private(
     "torch.cuda.memory",
+    "_record_memory_history _dump_snapshot",
     "show CUDA memory around a freeze",
     "a public recorder of CUDA memory",
-    "_record_memory_history",
-    "_dump_snapshot",
     anywhere=True,
 )
-# Read where they are needed, or written by torch alone: nobody asks for them beforehand.
-OBJECTS = [
-    *private(
-        "Tensor",
-        "know that a tensor has changed since it was cast, or clipped",
-        "a public version",
-        "_version",
-        anywhere=True,
-    ),
-    *private("Tensor", "add in place only to what is nobody's view", "a public is_view()", "_is_view", anywhere=True),
-    *private("DataParallel's replica", "leave replicas alone", "a public query", "_is_replica"),
-    *private("torch._dynamo", "fold before compiled code is entered", "a public query", "OptimizedModule"),
-    *private(
-        "wrappers of modules",
-        "know parameters by the names that they have without them",
-        "a public list of wrappers",
-        "_checkpoint_wrapped_module",
-        "_fsdp_wrapped_module",
-        "_orig_mod",
-        anywhere=True,
-    ),
-    *private("LRScheduler", "go on with the rates of a resumed run", "a public setter", "_last_lr", anywhere=True),
-]
 PRIVATE: list[Private] = [
     *REDUCER,
-    *REDUCER_LATER,
     *AUTOGRAD,
-    *SCALING,
-    *STORE,
     *BACKWARD,
     *SAVED,
     *GLOBAL_HOOKS,
     *MODULE,
-    *OPTIMIZER,
     *MEMORY,
-    *OBJECTS,
+    # Nobody looks for these beforehand: they are on objects that are made later, or used once, at the start.
+    *_ddp("_has_rebuilt_buckets logger", *_NEW_REDUCER),
+    *private("torch.distributed", "_register_comm_hook", *_NEW_REDUCER),
+    *private(
+        "torch.optim.AdamW",
+        "_step_supports_amp_scaling",
+        "have GradScaler unscale a fused optimizer's gradients where they are seen",
+        "an option of GradScaler",
+    ),
+    *private(
+        "Optimizer",
+        "_optimizer_step_pre_hooks _optimizer_step_post_hooks",
+        "try a copy of an optimizer without its owner's hooks",
+        "a public way to remove hooks",
+    ),
+    *private(
+        "torch.distributed.distributed_c10d",
+        "_get_default_store",
+        "have ranks wait for each other where nothing times out",
+        "a public way to a process group's store",
+    ),
+    *private("Tensor", "_version", "know a change since a tensor was cast or clipped", _QUERY, anywhere=True),
+    *private("Tensor", "_is_view", "add in place only to what is nobody's view", _QUERY, anywhere=True),
+    *private("DataParallel's replica", "_is_replica", "leave replicas alone", _QUERY),
+    *private("torch._dynamo", "OptimizedModule", "fold before compiled code is entered", _QUERY),
+    *private(
+        "wrappers of modules",
+        "_checkpoint_wrapped_module _fsdp_wrapped_module _orig_mod",
+        "know parameters by the names that they have without them",
+        "a public list of wrappers",
+        anywhere=True,
+    ),
+    *private("LRScheduler", "_last_lr", "go on with the rates of a resumed run", "a public setter", anywhere=True),
 ]
 
 

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from .contract import private
+from .contract import Private, private
 
 _CALLBACKS = "callbacks that are called before a checkpoint is loaded"
+_trainer = partial(private, "Trainer", instead=_CALLBACKS, anywhere=True)
+_config = partial(private, "PreTrainedConfig", anywhere=True)
 
 TRAINER = [
-    *private(
-        "Trainer",
-        "resume after a freeze, and on another engine",
-        _CALLBACKS,
-        "_load_from_checkpoint",
-        "_prepare_for_training",
-        anywhere=True,
-    ),
-    *private("Trainer", "go back to a model of before a freeze", _CALLBACKS, "_load_best_model", anywhere=True),
-    *private("Trainer", "save the adapter alone where ranks hold shards", _CALLBACKS, "_save", anywhere=True),
+    *_trainer("_load_from_checkpoint _prepare_for_training", "resume after a freeze, and on another engine"),
+    *_trainer("_load_best_model", "go back to a model of before a freeze"),
+    *_trainer("_save", "save the adapter alone where ranks hold shards"),
 ]
-PRIVATE = [
+PRIVATE: list[Private] = [
     *TRAINER,
-    *private(
-        "PreTrainedConfig",
-        "know a model's attention, or set the plainest",
-        "a public attribute",
-        "_attn_implementation",
-        "_experts_implementation",
-        anywhere=True,
-    ),
-    *private("PreTrainedConfig", "know where a model was loaded from", "a public name", "_name_or_path", anywhere=True),
-    *private("PreTrainedModel", "know a model's blocks", "a public list of them", "_no_split_modules", anywhere=True),
-    *private("PreTrainedModel", "know that a model saves adapters", "a public query", "_hf_peft_config_loaded"),
+    *_config("_attn_implementation _experts_implementation", "know or set a model's attention", "public attributes"),
+    *_config("_name_or_path", "know where a model was loaded from", "a public name"),
+    *private("PreTrainedModel", "_no_split_modules", "know a model's blocks", "a public list of them", anywhere=True),
+    *private("PreTrainedModel", "_hf_peft_config_loaded", "know that a model saves adapters", "a public query"),
 ]
 
 

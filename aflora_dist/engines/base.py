@@ -7,12 +7,11 @@ nothing of what is trained or why.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,7 +20,8 @@ from ..compat.patch import patch_method
 from ..errors import AFLoRAError
 from ..freezing import Fragment
 from ..names import named_parameters
-from ..processes import cpu_group, rank, world_size
+from ..processes import cpu_group
+from .collectives import Collectives
 from .optimizers import OptimizerTraits, examine, plain
 from .transfer import Move, Piece, Placed, carry, collect, distribute
 
@@ -40,7 +40,7 @@ class Observer(Protocol):
     ) -> None: ...
 
 
-class Engine(ABC):
+class Engine(Collectives):
     """One training engine, bound to a prepared model and optimizer.
 
     Args:
@@ -161,7 +161,7 @@ class Engine(ABC):
         types = {key: str(held[key].dtype).removeprefix("torch.") for key in self.traits.moments if key in held}
         return {"moments": types, "scalars": {key: plain(held[key]) for key in self.traits.scalars if key in held}}
 
-    def synchronise(self, names: Sequence[str]) -> None:  # noqa: B027 - where master weights are the model's own
+    def synchronise(self, names: Sequence[str]) -> None:
         """Bring values that were written to master weights into the model's own weights. A collective."""
 
     def snapshot(self, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], Record]:
@@ -267,7 +267,7 @@ class Engine(ABC):
     def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
         """Give parameters that do not train the values that the main process holds, flat or shaped. A collective."""
 
-    def settle(self) -> None:  # noqa: B027 - most engines have nothing to do
+    def settle(self) -> None:
         """Drop what a resumed process would not have; called after a checkpoint, so that both go on alike."""
 
     @abstractmethod
@@ -278,10 +278,10 @@ class Engine(ABC):
     def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
         """Go on with a loss scale that an engine of this kind gave."""
 
-    def keep(self, names: Sequence[str]) -> None:  # noqa: B027 - most engines leave nothing out
+    def keep(self, names: Sequence[str]) -> None:
         """Have these parameters in all that is saved, frozen or not, from now on and after the training."""
 
-    def reload(self) -> None:  # noqa: B027 - most engines have nothing to do
+    def reload(self) -> None:
         """accelerate has loaded a checkpoint of its own: take note of what it replaced."""
 
     # -- numbers -----------------------------------------------------------------------------
@@ -307,37 +307,6 @@ class Engine(ABC):
     @property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
-
-    # -- collectives -------------------------------------------------------------------------
-
-    @property
-    def world_size(self) -> int:
-        return world_size()
-
-    @property
-    def rank(self) -> int:
-        return rank()
-
-    @property
-    def comm_device(self) -> torch.device:
-        """Where the process group takes its tensors from."""
-        on_cpu = not dist.is_initialized() or "gloo" in str(dist.get_backend())
-        return torch.device("cpu") if on_cpu else self.device
-
-    def sum_over_ranks(self, vector: Tensor) -> Tensor:
-        """One all-reduce, in place; free where there is one rank."""
-        return self._all_reduce(vector, dist.ReduceOp.SUM)
-
-    def max_over_ranks(self, vector: Tensor) -> Tensor:
-        """One all-reduce, in place; free where there is one rank."""
-        return self._all_reduce(vector, dist.ReduceOp.MAX)
-
-    def _all_reduce(self, vector: Tensor, operation: Any) -> Tensor:
-        if self.world_size > 1:
-            sent = vector.to(self.comm_device)
-            dist.all_reduce(sent, op=operation)
-            vector.copy_(sent)
-        return vector
 
     # -- shared ------------------------------------------------------------------------------
 
