@@ -106,10 +106,7 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.aflora:
                 continue
-            weight = self.get_base_weight()
-            merged = (
-                weight.to(torch.promote_types(weight.dtype, torch.float32)) + self._change(name).to(weight.device)
-            ).to(weight.dtype)
+            merged = self._changed(name, 1)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"The merged weight is not finite. The adapter {name} seems to be broken.")
             self.set_base_weight(merged)
@@ -122,9 +119,13 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.aflora:
-                weight = self.get_base_weight()
-                wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-                self.set_base_weight((wide - self._change(name).to(weight.device)).to(weight.dtype))
+                self.set_base_weight(self._changed(name, -1))
+
+    def _changed(self, adapter: str, sign: int) -> Tensor:
+        """The base weight with the adapter's change added or taken off, summed in float32 or better."""
+        weight = self.get_base_weight()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return torch.add(wide, self._change(adapter).to(weight.device), alpha=sign).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

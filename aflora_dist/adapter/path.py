@@ -32,6 +32,12 @@ def equation_1(x: Tensor, W0: Tensor, A: Tensor, B: Tensor, s_d: Tensor, s_b: Te
     return x @ W0.T + s_b * BAx
 
 
+def lora_up(B: Tensor, s_d: Tensor, s_b: Tensor) -> Tensor:
+    """Lambda_b B Lambda_d, (out, r), in float32 or better: with A a plain LoRA that computes the same."""
+    B, s_d, s_b = (p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (B, s_d, s_b))
+    return (s_b.unsqueeze(1) * B * s_d).contiguous()
+
+
 @dataclass(frozen=True)
 class Folded:
     """One layer's matrices in the dtype to compute in: A (r, in) and up = (s_b B s_d)^T (r, out).
@@ -105,10 +111,8 @@ class AFLoRAPath(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """diag(s_b) B diag(s_d) A, shape (out, in), computed in float32 or better."""
-        A, B, s_d, s_b = (
-            p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (self.A, self.B, self.s_d, self.s_b)
-        )
-        return (s_b.unsqueeze(1) * B * s_d) @ A
+        up = lora_up(self.B, self.s_d, self.s_b)
+        return up @ self.A.detach().to(up.dtype)
 
     def cast_A(self, dtype: torch.dtype) -> Tensor:  # noqa: N802  # the paper's A
         """A in `dtype`; one that does not train is cast once."""

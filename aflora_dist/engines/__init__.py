@@ -9,13 +9,25 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from ..errors import UnsupportedEngineError
-from .base import Engine
+from .base import Engine, Observer, Record
 from .ddp import ReplicatedEngine
 from .fsdp2 import Fsdp2Engine
-from .optimizers import inner_optimizer
-from .transfer import Move, place
+from .optimizers import inner_optimizer, plain
+from .rehearsal import rehearse
+from .transfer import Move, Piece, place
 
-__all__ = ["Engine", "Move", "create_engine", "engine_kind", "place"]
+__all__ = [
+    "Engine",
+    "Move",
+    "Observer",
+    "Piece",
+    "Record",
+    "create_engine",
+    "engine_kind",
+    "place",
+    "plain",
+    "rehearse",
+]
 
 
 def engine_kind(accelerator: Accelerator) -> str:

@@ -84,7 +84,7 @@ class Zero3Engine(ZeroEngine):
             instead(gc, "collect", lambda *args: 0)
             # format every parameter of the model, numbers and all, for a message that it does not print,
             instead(nn.Parameter, "__repr__", object.__repr__)
-            # and gather every parameter to hang a hook on it, one by one; torch's hooks need no values.
+            # and gather every parameter to put a hook on it, one by one; torch's hooks need no values.
             for name in self.trainable:
                 instead(self.parameters[name], "all_gather", lambda *args: None)
                 instead(self.parameters[name], "partition", lambda *args: None)
