@@ -14,7 +14,8 @@ from transformers.trainer_utils import has_length
 
 from .adapter.freezable import thaw
 from .adapter.saving import state_dict_of
-from .compat.contract import Private, require
+from .compat.contract import require
+from .compat.transformers import TRAINER
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .control.freezable import Choice
 from .control.scheduler import Scheduler
@@ -27,17 +28,6 @@ from .store import checkpoint
 from .store.checkpoint import Checkpoint
 
 _STATE = "aflora"  # the folder in Trainer's checkpoint that holds the training's state by name
-
-TRAINER = [
-    Private("Trainer", name, why, "callbacks that are called before a checkpoint is loaded")
-    for name, why in (
-        ("_load_from_checkpoint", "resume after a freeze, and on another engine"),
-        ("_prepare_for_training", "resume after a freeze, and on another engine"),
-        ("_load_best_model", "go back to a model of before a freeze"),
-        ("_save", "save the adapter alone where ranks hold shards"),
-    )
-]
-PRIVATE = {"transformers": TRAINER}
 
 
 class FreezingCallback(TrainerCallback):

@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from aflora_dist.freezing import CubicSchedule
 from aflora_dist.processes import launched_accelerator
 from aflora_dist.watch.peaks import peak_flops
 
+from . import kernels
 from .launches import count_calls, count_launches, per_call
 from .methods import MORE_OF_PEFT, REFERENCES, Method, create, freeze_share
 from .models import SHAPES, build
@@ -58,6 +60,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps-per-epoch", type=int, default=57, help="57: MRPC in batches of 64")
     parser.add_argument("--freeze-log", type=Path, help="average trainable parameters over this run's freeze_log.jsonl")
     parser.add_argument("--compile", action="store_true", help="time the steps under torch.compile")
+    parser.add_argument("--kernels", action="store_true", help="AFLoRA through the Triton kernels (docs/gpu.md)")
     parser.add_argument("--trace", action="store_true", help="also write a profiler trace of each method")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     return parser.parse_args(argv)
@@ -66,6 +69,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, write the report, and return what compare.json holds."""
     args = arguments(argv)
+    with kernels.used() if args.kernels else nullcontext():
+        return measure(args)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     check_dtype(args.dtype)
     needed = ("aflora_training", "aflora_half", "aflora_frozen", "lora", "elora", "floor")  # the ratios need them
     names = [*REFERENCES, *MORE_OF_PEFT] if args.methods is None else [*args.methods, *needed]

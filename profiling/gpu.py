@@ -160,13 +160,12 @@ def sections(ranks: int) -> list[Section]:
         Section(
             f"triton_{state}",
             f"AFLoRA with the Triton kernels {state}, DeBERTaV3-base's shape, 64 x 256 tokens, bf16",
-            f"{paper} --dtype bf16 --steps 15 --warmup 3 --methods floor aflora_training",
+            f"{paper} --dtype bf16 --steps 15 --warmup 3 --methods floor aflora_training{option}",
             seconds=60,
             needs=(*COMPARE, "triton"),
-            environment={"AFLORA_TRITON": value},
             result=compared,
         )
-        for state, value in (("off", "0"), ("on", "1"))
+        for state, option in (("off", ""), ("on", " --kernels"))
     ]
     memory = Section(
         "memory",
@@ -179,10 +178,9 @@ def sections(ranks: int) -> list[Section]:
     tests = Section(
         "tests",
         "tests marked gpu: NCCL engines, loss scaling, offload, Trainer, kernels, a real trace",
-        "-m pytest -m gpu -v -p no:cacheprovider tests/gpu tests/adapter/test_kernels.py",
+        "-m pytest -m gpu -v -p no:cacheprovider tests/gpu tests/test_kernels.py",
         seconds=660,  # a dozen launches, each with its imports, and a compilation of DeepSpeed's CPU Adam
         needs=TESTS,
-        environment={"AFLORA_TRITON": "0"},
         result=lambda folder, printed: printed.strip().splitlines()[-1].strip("= ") if printed.strip() else "",
     )
     return [

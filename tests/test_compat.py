@@ -13,10 +13,10 @@ from peft.utils import PeftType
 from torch import nn
 
 from aflora_dist import AFLoRAConfig
-from aflora_dist.adapter.private import teach_saving
+from aflora_dist.compat import deepspeed
+from aflora_dist.compat.deepspeed import divide_once, offsets, unpin
+from aflora_dist.compat.peft import teach_saving
 from aflora_dist.compat.transformers import checkpoint_activations
-from aflora_dist.engines.deepspeed import private as deepspeed_private
-from aflora_dist.engines.deepspeed.private import divide_once, offsets, unpin
 from tests.versions import LIBRARIES, compare
 from tests.workers.tiny import build_model
 
@@ -48,7 +48,7 @@ def test_deepspeed_s_own_pinned_buffers_are_let_go_of_where_it_has_some() -> Non
 def test_a_deepspeed_that_divides_at_each_output_is_given_a_loss_that_is_divided(
     old: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deepspeed_private, "is_older", lambda library, release: old)
+    monkeypatch.setattr(deepspeed, "is_older", lambda library, release: old)
     told: list[tuple[float, bool]] = []
     engine = SimpleNamespace(
         gradient_accumulation_steps=lambda: 4,

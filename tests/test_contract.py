@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import io
 import re
 import sys
+import textwrap
 import tomllib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from importlib.metadata import distributions
 from itertools import chain
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
+import aflora_dist
 from aflora_dist import AFLoRAError
-from aflora_dist.adapter import private as peft_private
 from aflora_dist.adapter.model import register
 from aflora_dist.compat import contract
-from aflora_dist.compat.contract import LISTS, SEEN, Private, require
-from aflora_dist.engines import private
-from aflora_dist.engines.deepspeed import private as deepspeed_private
-from aflora_dist.engines.native import ReplicatedEngine
+from aflora_dist.compat.accelerate import ACCELERATOR
+from aflora_dist.compat.contract import SEEN, Private, lists, require
+from aflora_dist.compat.peft import TUNER
+from aflora_dist.compat.torch import AUTOGRAD
+from aflora_dist.engines.ddp import ReplicatedEngine
 from tests.launch import ROOT
 from tests.loop import Loop
 
@@ -35,9 +42,9 @@ GONE = Private("Somebody", "_moved_elsewhere", "do something", "nothing yet")
 @pytest.mark.parametrize(
     ("library", "entries", "attach"),
     [
-        ("accelerate", private.ACCELERATOR, Loop),
-        ("torch", private.AUTOGRAD, Loop),
-        ("peft", peft_private.TUNER, register),
+        ("accelerate", ACCELERATOR, Loop),
+        ("torch", AUTOGRAD, Loop),
+        ("peft", TUNER, register),
     ],
 )
 def test_an_interface_that_is_gone_is_an_error_that_names_the_release(
@@ -70,19 +77,93 @@ def test_a_restored_state_that_is_not_the_same_is_found_in_the_rehearsal(monkeyp
         Loop()
 
 
-def test_deepspeed_s_private_interfaces_are_named_in_one_folder_only() -> None:
-    """DeepSpeed's own words; a few are everyday words, too, and are looked for with their underscore or prefix."""
-    words = {entry.name for entry in deepspeed_private.PRIVATE["deepspeed"]}
-    words -= {"optimizer", "overflow", "_config", "step"}
-    pattern = re.compile(
-        r"\b(" + "|".join(re.escape(word) for word in sorted(words)) + r"|ds_(?!configs)\w+|_hp_mapping)\b"
-    )
-    elsewhere = {}
-    for path in (ROOT / "aflora_dist").rglob("*.py"):
-        if "deepspeed" not in path.parts and (found := set(pattern.findall(path.read_text()))):
-            elsewhere[path.name] = found
-    # A parameter that from_pretrained has sharded is known by these, before there is any engine.
-    assert elsewhere == {"private.py": {"ds_id", "ds_shape"}}
+PACKAGE = ROOT / "aflora_dist"
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """The package's modules, by their paths in it."""
+    return {path.relative_to(PACKAGE): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """What code defines: functions, classes, variables, attributes of its own objects."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
+    return found
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Private names that code reads, imports, or asks for by a string; and ZeRO's own attributes of parameters."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {part for name in node.names for part in (*(node.module or "").split("."), name.name)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
+            found |= {str(one.value) for one in node.args[1:2] if isinstance(one, ast.Constant)}
+    named_tuples = {"_replace", "_asdict"}
+    return {name for name in found - named_tuples if re.fullmatch(r"_[^_]\w*|ds_\w+", name)}
+
+
+def listed(*libraries: str, everywhere: bool = True) -> set[str]:
+    chosen = [e for name, entries in lists().items() for e in entries if not libraries or name in libraries]
+    return {e.name for e in chosen if everywhere or e.anywhere}
+
+
+def test_private_interfaces_are_used_in_compat_alone_or_where_its_lists_say_so() -> None:
+    """Engines for DeepSpeed read its objects themselves: see the next test."""
+    own: dict[str, set[str]] = defaultdict(set)  # a room is private to others, not to itself
+    for path, tree in trees().items():
+        own[path.parts[0]] |= own_names(tree)
+    unlisted = {}
+    for path, tree in trees().items():
+        allowed = own[path.parts[0]] | listed(everywhere=path.parts[0] == "compat")
+        if path.is_relative_to("engines/deepspeed"):
+            allowed |= listed("deepspeed")
+        allowed |= {part for entries in lists().values() for e in entries for part in e.owner.split(".")}
+        if found := private_names(tree) - allowed:
+            unlisted[str(path)] = found
+    assert not unlisted
+
+
+def test_what_is_read_of_deepspeed_s_objects_is_listed() -> None:
+    public = {"step", "backward", "module", "optimizer", "param_groups", "zero_optimization_stage"} | {
+        "__dict__",
+        "__class__",
+    }
+    objects = {"self.zero", "zero", "self.ds", "ds", "old"}
+    for path, tree in trees().items():
+        if path.is_relative_to("engines/deepspeed"):
+            read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) in objects}
+            assert read <= listed("deepspeed") | public | {"__dict__", "__class__"}, path
+
+
+def test_what_ours_replace_of_others_classes_is_listed() -> None:
+    """Private methods, and attributes that a class of ours sets on itself and a base of another library has."""
+    unlisted = {}
+    modules = [m.name for m in walk_packages(aflora_dist.__path__, "aflora_dist.")]
+    for module in map(import_module, modules):
+        for kind in vars(module).values():
+            if isinstance(kind, type) and kind.__module__ == module.__name__:
+                others = [base for base in kind.__mro__[1:] if not base.__module__.startswith("aflora_dist")]
+                body = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+                private = {name for name in own_names(body) if re.fullmatch(r"_[^_]\w*", name)}
+                if found := {name for name in private if any(hasattr(base, name) for base in others)} - listed():
+                    unlisted[f"{module.__name__}.{kind.__name__}"] = found
+    assert not unlisted
+
+
+def test_what_is_listed_is_used() -> None:
+    words = Counter(word for path in PACKAGE.rglob("*.py") for word in re.findall(r"\w+", path.read_text()))
+    assert [name for name in listed() if words[name] < 2] == []
 
 
 def test_the_page_lists_what_the_code_lists() -> None:
@@ -90,10 +171,7 @@ def test_the_page_lists_what_the_code_lists() -> None:
     with contextlib.redirect_stdout(printed):
         contract.main()
     assert printed.getvalue() in (ROOT / "docs" / "engines.md").read_text()
-    for module in LISTS:
-        for library, entries in import_module(module).PRIVATE.items():
-            assert library in SEEN
-            assert all(entry.why and entry.instead for entry in entries)
+    assert all(entry.why and entry.instead for entries in lists().values() for entry in entries)
 
 
 def pinned() -> dict[str, str]:
@@ -110,7 +188,8 @@ def bounds() -> dict[str, str]:
 
 
 def test_the_versions_that_the_contract_names_are_those_that_are_pinned() -> None:
-    assert {name: pinned()[name] for name in SEEN} == SEEN
+    libraries = {name: release for name, release in SEEN.items() if name != "python"}
+    assert {name: pinned()[name] for name in libraries} == libraries
 
 
 def test_the_environments_that_make_makes_have_the_versions_that_they_are_for() -> None:

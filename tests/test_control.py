@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezeEvent, FreezingCallback, FreezingConfig
 from aflora_dist.engines import create_engine
-from aflora_dist.engines.native import _check_hooks
+from aflora_dist.engines.ddp import check_hooks
 from tests.launch import ROOT, launch
 from tests.loop import CONFIG, Loop, assert_same
 from tests.workers.tiny import build_base, build_model, global_batch
@@ -211,7 +211,7 @@ def test_of_ddp_s_hooks_those_are_taken_that_keep_nothing_and_give_the_mean() ->
         return SimpleNamespace(_comm_hooks=[(hook, state)])
 
     for hook in (default_hooks.allreduce_hook, default_hooks.fp16_compress_hook, default_hooks.bf16_compress_hook):
-        _check_hooks(ddp(hook, None))
+        check_hooks(ddp(hook, None))
     wrapped = default_hooks.fp16_compress_wrapper(powerSGD_hook.batched_powerSGD_hook)
     for hook, state, name in (
         (powerSGD_hook.powerSGD_hook, powerSGD_hook.PowerSGDState(None), "powerSGD_hook, whose PowerSGDState"),
@@ -219,7 +219,7 @@ def test_of_ddp_s_hooks_those_are_taken_that_keep_nothing_and_give_the_mean() ->
         (debugging_hooks.noop_hook, None, "noop_hook"),
     ):
         with pytest.raises(AFLoRAError, match=f"DDP's communication hook {name}"):
-            _check_hooks(ddp(hook, state))
+            check_hooks(ddp(hook, state))
 
 
 def test_scores_need_no_float64_on_a_device_that_has_none() -> None:

@@ -4,9 +4,34 @@
 import peft  # noqa: F401
 
 from .adapted import Adapted
+from .architectures import ARCHITECTURES, default_targets, kind_of, target_modules
 from .config import AFLoRAConfig
-from .layer import AFLoRALayer, AFLoRAPath
-from .lora import save_as_lora
+from .folding import Folding
+from .layer import AFLoRALayer
+from .lora import lora_config, save_as_lora
 from .model import AFLoRAModel
+from .path import AFLoRAPath, lora_up
+from .precision import beyond_float16, check_precision, widen
+from .saving import names_to_save, save_peft, state_dict_of
 
-__all__ = ["AFLoRAConfig", "AFLoRALayer", "AFLoRAModel", "AFLoRAPath", "Adapted", "save_as_lora"]
+__all__ = [
+    "ARCHITECTURES",
+    "AFLoRAConfig",
+    "AFLoRALayer",
+    "AFLoRAModel",
+    "AFLoRAPath",
+    "Adapted",
+    "Folding",
+    "beyond_float16",
+    "check_precision",
+    "default_targets",
+    "kind_of",
+    "lora_config",
+    "lora_up",
+    "names_to_save",
+    "save_as_lora",
+    "save_peft",
+    "state_dict_of",
+    "target_modules",
+    "widen",
+]

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..names import AdapterTensor, named_modules
 from .folding import Folding
-from .layer import AFLoRALayer, AFLoRAPath
+from .layer import AFLoRALayer
+from .path import AFLoRAPath
 
 
 class Adapted:

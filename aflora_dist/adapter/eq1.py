@@ -8,7 +8,6 @@ is adapter-sized work, and can be differentiated twice.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -19,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
+from .casts import cast_once
 
 
-def _outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass keeps the dtypes of its forward, also where `loss.backward()` stands inside of autocast."""
 
     @wraps(backward)
@@ -39,32 +38,6 @@ def _outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 def rows_of(tensor: Tensor) -> Tensor:
     """(..., n) as (tokens, n)."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
-class _LastCast:
-    """The latest cast of an input, as long as the input lives: query, key and value are projected from the same."""
-
-    def __init__(self) -> None:
-        self._latest: tuple[weakref.ref[Tensor], int, Tensor] | None = None  # replaced whole: threads may race
-
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x in `dtype`, without autograd."""
-        if x.is_inference() or torch.is_inference_mode_enabled():  # which has no version, or makes what has none
-            return x.to(dtype)
-        if (latest := self._latest) is not None:
-            source, version, cast = latest
-            if source() is x and version == x._version and cast.dtype == dtype:
-                return cast
-        cast = x.detach().to(dtype)
-        self._latest = weakref.ref(x, self._forget), x._version, cast
-        return cast
-
-    def _forget(self, source: weakref.ref[Tensor]) -> None:
-        if (latest := self._latest) is not None and latest[0] is source:
-            self._latest = None
-
-
-cast_once = _LastCast()
 
 
 class Down(torch.autograd.Function):
@@ -92,7 +65,7 @@ class Down(torch.autograd.Function):
         return passed, F.linear(passed.to(A.dtype), A)
 
     @staticmethod
-    @_outside_autocast
+    @outside_autocast
     def backward(ctx: Any, grad_x: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
         x, A = ctx.saved_tensors
         needs_x, needs_A = ctx.needs_input_grad[:2]
@@ -140,21 +113,15 @@ class Up(torch.autograd.Function):
             return y.add_(change) if in_place else (y + change).to(y.dtype)
         if not in_place:
             return torch.addmm(flat, rows, folded).view(y.shape)
-        if kernels.enabled(flat, rows.shape[1]):
-            kernels.up_forward_(flat, rows, folded.T)
-        else:
-            torch.addmm(flat, rows, folded, out=flat)
+        torch.addmm(flat, rows, folded, out=flat)
         return y
 
     @staticmethod
-    @_outside_autocast
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, folded = ctx.saved_tensors
         _, needs_h, needs_folded, _ = ctx.needs_input_grad
         g, rows = rows_of(grad).to(h.dtype), rows_of(h)
-        if needs_h and needs_folded and not torch.is_grad_enabled() and kernels.enabled(g, rows.shape[1]):
-            grad_rows, M = kernels.up_backward(g, rows, folded.T)
-            return grad, grad_rows.view(h.shape), M.T, None
         grad_h = (g @ folded.T).view(h.shape) if needs_h else None
         return grad, grad_h, rows.T @ g if needs_folded else None, None
 
@@ -225,7 +192,7 @@ class Fold(torch.autograd.Function):
         return _cat(s_b).to(wide).unsqueeze(0), layout.for_each_row(D.to(wide)), _cat(B).to(wide).T
 
     @staticmethod
-    @_outside_autocast
+    @outside_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layout, parameters = ctx.layout, ctx.parameters
         if [p._version for p in parameters] != ctx.versions:
@@ -278,7 +245,7 @@ class Cast(torch.autograd.Function):
         return tuple(piece.view(A.shape) for piece, A in zip(pieces, matrices, strict=True))
 
     @staticmethod
-    @_outside_autocast
+    @outside_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         wanted = [i for i, grad in enumerate(grads) if grad is not None and needs[i]]

@@ -14,98 +14,30 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
+from torch import nn
 
-from .eq1 import Cast, Fold, Layout
-from .private import is_sharded
-
-if TYPE_CHECKING:
-    from .layer import AFLoRALayer, AFLoRAPath
+from ..compat.torch import around_compiled, forward_hooks, is_compiled, is_replica, is_traced
+from .casts import compute_dtype, lies_whole
+from .eq1 import Cast
+from .path import AFLoRAPath, Folded, fold
 
 
-@dataclass(frozen=True)
-class Folded:
-    """One layer's matrices in the dtype to compute in: A (r, in) and up = (s_b B s_d)^T (r, out).
+class HasPaths(Protocol):
+    """A layer with low-rank paths."""
 
-    Attributes:
-        with_graph: Gradients flow from here to the parameters.
-    """
-
-    A: Tensor
-    up: Tensor
-    with_graph: bool
-
-
-class KeptCast:
-    """The cast of a parameter that does not train, made once and kept for as long as the parameter stays what it is.
-
-    A change that torch does not count, one through `.data`, is not seen.
-    """
-
-    def __init__(self) -> None:
-        self._kept: tuple[Tensor, int, Tensor] | None = None
-
-    def __call__(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """The parameter in `dtype`, without gradient."""
-        if (kept := self._kept) is not None:
-            source, version, cast = kept  # holding the source keeps its address from being used again
-            same = source.data_ptr() == parameter.data_ptr() and version == parameter._version
-            if same and cast.dtype == dtype and cast.shape == parameter.shape:
-                return cast
-        cast = parameter.detach().to(dtype)
-        if not cast.is_inference():  # which no later training could use
-            self._kept = parameter.detach(), parameter._version, cast
-        return cast
-
-    def forget(self) -> None:
-        self._kept = None
-
-
-def compute_dtype(device: str, default: torch.dtype) -> torch.dtype:
-    """Autocast's dtype where it is on for the device, else the default. float64 is nothing that autocast touches."""
-    if default != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return default
-
-
-@cache
-def promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """torch.promote_types, which goes through the dispatcher at every call."""
-    return torch.promote_types(a, b)
-
-
-def is_traced() -> bool:
-    """Whether the code that runs is being compiled or traced, and so has to be made of plain operators."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-
-
-def lies_whole(parameter: Tensor) -> bool:
-    """Neither ZeRO-3's, FSDP2's, nor on the meta device: the parameter can be read outside of its module's forward."""
-    return not is_sharded(parameter) and type(parameter) is nn.Parameter and not parameter.is_meta
-
-
-@lru_cache(maxsize=64)
-def _layout(outs: tuple[int, ...], device: torch.device) -> Layout:
-    return Layout(outs, device)
-
-
-def fold(paths: list[AFLoRAPath], dtype: torch.dtype) -> list[Tensor]:
-    """(s_b B s_d)^T of each path, (r, out). All on one device, with one rank r; equal sizes side by side."""
-    layout = _layout(tuple(path.B.shape[0] for path in paths), paths[0].B.device)
-    parameters = [getattr(path, name) for name in ("s_b", "s_d", "B") for path in paths]
-    return list(Fold.apply(dtype, layout, *parameters))
+    def paths_in_use(self) -> list[AFLoRAPath]:
+        """Those that a forward pass now goes through."""
+        ...
 
 
 class Folding:
     """The hooks of one model. Layers are given what is folded for them (`AFLoRAPath.keep`)."""
 
-    def __init__(self, layers: Iterable[AFLoRALayer]) -> None:
+    def __init__(self, layers: Iterable[HasPaths]) -> None:
         self.layers = list(layers)
         self._given: list[AFLoRAPath] = []
         self._compiled = False
@@ -113,7 +45,7 @@ class Folding:
         self._lag = 0
 
     @classmethod
-    def attach(cls, model: nn.Module, layers: Iterable[AFLoRALayer]) -> None:
+    def attach(cls, model: nn.Module, layers: Iterable[HasPaths]) -> None:
         """Fold these layers from now on whenever the model's forward begins."""
         cls.detach(model)
         cls(layers)._hook(model)
@@ -125,14 +57,14 @@ class Folding:
     @classmethod
     def of(cls, model: nn.Module) -> Folding | None:
         """What folds for this module, if it was given to `attach`."""
-        owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        owners = (getattr(hook, "__self__", None) for hook in forward_hooks(model)[0].values())
         return next((owner for owner in owners if isinstance(owner, cls)), None)
 
     @classmethod
     def detach(cls, model: nn.Module) -> Folding | None:
         """Take the hooks away again, and return whose they were."""
         found = None
-        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for hooks in forward_hooks(model):
             for key, hook in list(hooks.items()):
                 if isinstance(owner := getattr(hook, "__self__", None), cls):
                     found = owner
@@ -147,8 +79,7 @@ class Folding:
             outer: What the training loop calls, all wrappers included.
             model: What `attach` was given.
         """
-        parts = list(outer.modules())
-        if not any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in parts):
+        if not any(map(is_compiled, outer.modules())):
             return
         folding = cls.detach(model)
         assert folding is not None, "freezing has found layers"
@@ -157,15 +88,14 @@ class Folding:
         folding._hook(model)
         if outer is not model:
             folding._hook(outer)
-        if outer._compiled_call_impl is not None:  # compiled in place, and its hooks with it
-            outer._compiled_call_impl = _Around(folding, outer, outer._compiled_call_impl)
+        around_compiled(outer, partial(_Around, folding, outer))
 
     def begin(self, module: nn.Module, args: Any) -> None:
         # It may have begun further outside; DataParallel's replicas have parameters of their own.
-        if is_traced() or self._given or getattr(module, "_is_replica", False):
+        if is_traced() or self._given or is_replica(module):
             return
         groups: dict[Any, list[AFLoRAPath]] = defaultdict(list)
-        for path in self._active_paths():
+        for path in (path for layer in self.layers for path in layer.paths_in_use()):
             B = path.B
             if all(lies_whole(p) for p in (path.A, B, path.s_d, path.s_b)):
                 # What has frozen whole must not hang on the graph of what trains: nothing below runs backward then.
@@ -174,13 +104,6 @@ class Folding:
         live = self._live_paths(groups.values())
         for (device, _, default, _), paths in groups.items():
             self._fold(paths, compute_dtype(device.type, default), live)
-
-    def _active_paths(self) -> Iterable[AFLoRAPath]:
-        for layer in self.layers:
-            if not layer.disable_adapters and not layer.merged:
-                for name in layer.active_adapters:
-                    if name in layer.aflora:
-                        yield layer.path(name)
 
     def _live_paths(self, groups: Iterable[list[AFLoRAPath]]) -> set[AFLoRAPath]:
         """Whose A a compiled graph takes for one that trains.

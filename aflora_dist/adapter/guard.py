@@ -9,7 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .private import backward_pass, in_backward
+from ..compat.torch import backward_pass, in_backward
 
 
 class FreezingGuard:

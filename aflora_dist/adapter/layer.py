@@ -1,4 +1,4 @@
-"""One Linear or Conv1D layer with its low-rank paths (Eq. 1 of the paper), by PEFT's conventions."""
+"""One Linear or Conv1D layer with the low-rank paths of its adapters (path.py), by PEFT's conventions."""
 
 from __future__ import annotations
 
@@ -9,143 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .eq1 import Down, Up, cast_once
-from .folding import Folded, KeptCast, compute_dtype, fold, is_traced, lies_whole, promoted
+from ..compat.peft import in_out_features
+from ..compat.torch import has_hooks, is_traced, keeps_all_for_backward
+from .casts import KeptCast, compute_dtype, lies_whole
 from .guard import FreezingGuard
-from .private import has_hooks, in_backward, keeps_all_for_backward
-
-
-class AFLoRAPath(nn.Module):
-    """The low-rank path of one adapter at one layer: A (r, in), B (out, r), s_d (r,), s_b (out,).
-
-    A module of its own, so that engines which gather parameters per module (ZeRO-3) hold all four
-    for exactly as long as they are needed.
-
-    Attributes:
-        frozen: The projection matrices ("A", "B") that must not train, whatever PEFT switches on.
-        adaptive: The others are to freeze by score while they train.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, r: int, dropout: float, frozen: set[str], adaptive: bool = False
-    ) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.empty(r, in_features))
-        self.B = nn.Parameter(torch.empty(out_features, r))
-        self.s_d = nn.Parameter(torch.empty(r))
-        self.s_b = nn.Parameter(torch.empty(out_features))
-        self.dropout = dropout
-        self.frozen = set(frozen)
-        self.adaptive = adaptive
-        self._folded: Folded | None = None  # while the model's forward runs
-        self._recomputed: Folded | None = None  # what a recomputation in backward (gradient checkpointing) needs again
-        self._frozen_A = KeptCast()
-
-    @torch.no_grad()
-    def reset_parameters(self, d_initial: float, identity: bool = True) -> None:
-        """Kaiming uniform (a=0) for A and B, s_d = d_initial, s_b = 0; without `identity` s_b is drawn, too."""
-        nn.init.kaiming_uniform_(self.A, a=0)
-        nn.init.kaiming_uniform_(self.B, a=0)
-        self.s_d.fill_(d_initial)
-        if identity:
-            self.s_b.zero_()
-        else:
-            self.s_b.normal_(0, 0.1)
-
-    def to_freeze(self) -> list[str]:
-        """The projection matrices ("A", "B") that are to freeze by score and have not yet."""
-        return [name for name in ("A", "B") if self.adaptive and name not in self.frozen]
-
-    def hold_frozen(self) -> None:
-        """Switch the gradient of the frozen matrices off."""
-        for name in self.frozen:
-            self.get_parameter(name).requires_grad_(False)
-
-    def delta_weight(self) -> Tensor:
-        """diag(s_b) B diag(s_d) A, shape (out, in), computed in float32 or better."""
-        A, B, s_d, s_b = (
-            p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (self.A, self.B, self.s_d, self.s_b)
-        )
-        return (s_b.unsqueeze(1) * B * s_d) @ A
-
-    def cast_A(self, dtype: torch.dtype) -> Tensor:  # noqa: N802  # the paper's A
-        """A in `dtype`; one that does not train is cast once."""
-        if self.A.dtype == dtype or self.A.requires_grad or not lies_whole(self.A):
-            return self.A.to(dtype)
-        return self._frozen_A(self.A, dtype)
-
-    def keep(self, folded: Folded | None) -> None:
-        """What `Folding` found for this layer; None ends it."""
-        # Past nn.Module's __setattr__, which is slow and would look for parameters.
-        self.__dict__["_folded"] = folded
-        if folded is not None and folded.with_graph:
-            self.__dict__["_recomputed"] = folded
-
-    def _fold(self, x: Tensor) -> Folded:
-        """What the model's forward has folded for this layer, if it suits; else folded here and now."""
-        folded = self._folded
-        if folded is None and in_backward():
-            folded = self._recomputed
-        dtype = compute_dtype(x.device.type, promoted(x.dtype, self.A.dtype))
-        with_graph = torch.is_grad_enabled()
-        if folded is not None and folded.A.dtype == dtype and (folded.with_graph or not with_graph):
-            return folded
-        return Folded(self.cast_A(dtype), fold([self], dtype)[0], with_graph)
-
-    def _traced(self, x: Tensor, base: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        """Eq. 1 in plain operators, for a compiler to fuse. It sees the parameters only if nothing is folded."""
-        if self._folded is not None:
-            A, up = self._folded.A, self._folded.up
-        else:
-            wide = compute_dtype(x.device.type, torch.promote_types(x.dtype, self.A.dtype))
-            A, up = self.A.to(wide), (self.s_b.unsqueeze(1) * self.B * self.s_d).to(wide).T
-        h = F.linear(F.dropout(x, self.dropout, self.training).to(A.dtype), A)
-        y = base(x.to(dtype))
-        return (y + h @ up).to(y.dtype)
-
-    def forward(self, x: Tensor, base: Callable[[Tensor], Tensor], dtype: torch.dtype, plain: bool) -> Tensor:
-        """Eq. 1: base(x) plus the low-rank path.
-
-        Args:
-            x: (..., in).
-            base: Computes W0 x, (..., out).
-            dtype: In which base is given x.
-            plain: base ends in a Linear or Conv1D, whose output and input gradient are fresh tensors
-                that nobody else reads, so they may be added to in place, if it is given rows (tokens, in).
-        """
-        if is_traced():
-            return self._traced(x, base, dtype)
-        folded = self._fold(x)
-        shape, drops = x.shape, self.dropout and self.training
-        if torch.is_grad_enabled() and x.requires_grad and not drops:
-            x, h = Down.apply(x, folded.A, dtype, plain)
-        else:
-            if x.dtype != dtype:
-                x = x.to(dtype) if x.requires_grad else cast_once(x, dtype)
-            if plain:
-                x = x.reshape(-1, shape[-1])
-            h = F.linear((F.dropout(x, self.dropout) if drops else x).to(folded.A.dtype), folded.A)
-        y = base(x)
-        # A view's in-place change would make autograd copy the whole gradient.
-        in_place = plain and y.is_contiguous() and not y._is_view()
-        y = Up.apply(y, h, folded.up, in_place)
-        return y.view(*shape[:-1], y.shape[-1]) if plain else y
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AFLoRAPath:
-        self._frozen_A.forget()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None, "_recomputed": None, "_frozen_A": KeptCast()}
-
-    def extra_repr(self) -> str:
-        frozen = "".join(sorted(self.frozen)) or "none"
-        return f"in={self.A.shape[-1]}, out={self.B.shape[0]}, r={self.B.shape[-1]}, frozen={frozen}"
+from .path import AFLoRAPath
 
 
 class AFLoRALayer(nn.Module, BaseTunerLayer):
@@ -165,7 +38,7 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        in_features, out_features = in_out_features(self.get_base_layer())
         if in_features is None or out_features is None:
             raise TypeError(f"AFLoRA adapts Linear and Conv1D layers; {type(base_layer).__name__} is neither.")
         self.in_features = in_features
@@ -202,6 +75,12 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         assert isinstance(path, AFLoRAPath)
         return path
 
+    def paths_in_use(self) -> list[AFLoRAPath]:
+        """Those that a forward pass now goes through."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [self.path(name) for name in self.active_adapters if name in self.aflora]
+
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         # PEFT calls this wherever it has switched gradients on (set_adapter, enable_adapters, ...).
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -227,10 +106,7 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.aflora:
                 continue
-            weight = self.get_base_weight()
-            merged = (
-                weight.to(torch.promote_types(weight.dtype, torch.float32)) + self._change(name).to(weight.device)
-            ).to(weight.dtype)
+            merged = self._changed(name, 1)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"The merged weight is not finite. The adapter {name} seems to be broken.")
             self.set_base_weight(merged)
@@ -243,9 +119,13 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.aflora:
-                weight = self.get_base_weight()
-                wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-                self.set_base_weight((wide - self._change(name).to(weight.device)).to(weight.dtype))
+                self.set_base_weight(self._changed(name, -1))
+
+    def _changed(self, adapter: str, sign: int) -> Tensor:
+        """The base weight with the adapter's change added or taken off, summed in float32 or better."""
+        weight = self.get_base_weight()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return torch.add(wide, self._change(adapter).to(weight.device), alpha=sign).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -17,12 +17,7 @@ from torch import Tensor
 from ..names import is_adapter, named_modules, of_base
 from .config import AFLoRAConfig
 from .layer import AFLoRALayer
-
-
-def lora_up(B: Tensor, s_d: Tensor, s_b: Tensor) -> Tensor:
-    """B' = diag(s_b) B diag(s_d), shape (out, r), in float32 or better."""
-    B, s_d, s_b = (p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (B, s_d, s_b))
-    return (s_b.unsqueeze(1) * B * s_d).contiguous()
+from .path import lora_up
 
 
 def lora_config(config: Mapping[str, Any], layers: Sequence[str]) -> LoraConfig:

@@ -9,21 +9,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel, TaskType, mapping
-from peft.tuners import tuners_utils
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft import TaskType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
-from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..compat.contract import require
+from ..compat import peft as compat_peft
+from ..compat import torch as compat_torch
+from ..compat.deepspeed import is_sharded
 from ..errors import AFLoRAError
 from ..names import unwrapped, without_wrappers
 from ..processes import refuse_lonely_processes
-from . import private
 from .architectures import ARCHITECTURES, default_targets, find_targets, kind_of
 from .config import AFLoRAConfig, AFLoRAPeftType
 from .folding import Folding
@@ -139,7 +138,7 @@ class AFLoRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AFLoRAConfig, model: nn.Module) -> None:
         """Changes nothing. Refuses what cannot be, while the model is still as it was."""
-        config: Any = _maybe_include_all_linear_layers(peft_config, model)
+        config: Any = compat_peft.with_all_linear(peft_config, model)
         adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = {
             name: module
@@ -194,7 +193,7 @@ class AFLoRAModel(BaseTuner):
         """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self._guard_compiled()  # it may have made new parameters
-        sharded = next((p for p in self.model.parameters() if private.is_sharded(p)), None)
+        sharded = next((p for p in self.model.parameters() if is_sharded(p)), None)
         if sharded is None:
             if autocast_adapter_dtype:
                 whole = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
@@ -329,24 +328,6 @@ def register() -> None:
 
     Called by aflora_dist/_registration.py, once PEFT has been imported.
     """
-    for owner, entries in (
-        (mapping, private.MAPPINGS),
-        (BaseTuner, private.TUNER + private.SAVING),
-        (BaseTunerLayer, private.LAYER),
-        (PeftModel, private.MODEL),
-        (tuners_utils, private.FUNCTIONS),
-    ):
-        require("peft", owner, entries)
-    for part, entries in (
-        (torch._C, private.BACKWARD),
-        (torch._C._autograd, private.SAVED),
-        (torch_module, private.GLOBAL_HOOKS),
-        (nn.Module(), private.HOOKS),
-    ):
-        require("torch", part, entries)
-    kind: Any = AFLoRAPeftType.AFLORA
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = AFLoRAConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = AFLoRAModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = AFLoRAModel.prefix
-    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
-        private.teach_saving(kind.value, check_complete)
+    compat_peft.look()
+    compat_torch.look()
+    compat_peft.register_tuner(AFLoRAPeftType.AFLORA, AFLoRAConfig, AFLoRAModel, check_complete)

@@ -16,9 +16,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..compat.deepspeed import is_sharded
 from ..errors import UnsupportedEngineError
 from ..names import named_modules, named_parameters
-from .private import is_sharded
 
 _HALF = (torch.float16, torch.bfloat16)
 

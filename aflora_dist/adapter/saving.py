@@ -5,20 +5,22 @@ Gathers nothing: values come whole, by name, from whoever knows where they lie.
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..compat.deepspeed import whole_shape
+from ..compat.torch import saved_buffers
+from ..compat.transformers import saves_adapters
 from ..errors import AFLoRAError
 from ..names import named_modules, named_parameters, without_wrappers
-from . import private
+from ..processes import rank
 from .layer import AFLoRALayer
 
 
@@ -31,7 +33,7 @@ def names_to_save(model: Any) -> list[str]:
     Raises:
         AFLoRAError: An adapter of ours is in a model that does not save adapters, or nothing of the model is saved.
     """
-    if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
+    if not isinstance(model, PeftModel) and not saves_adapters(model):
         if not hasattr(model, "save_pretrained"):
             raise AFLoRAError(
                 f"{type(model).__name__} has no save_pretrained(). Gather what it holds with "
@@ -43,7 +45,7 @@ def names_to_save(model: Any) -> list[str]:
             f"{type(model).__name__} holds an AFLoRA adapter, but does not save adapters. Put it in with "
             f"peft.get_peft_model(model, AFLoRAConfig(...)), or with the model's own add_adapter()."
         )
-    blank = {p: torch.empty(private.whole_shape(p), device="meta") for p in model.parameters()}
+    blank = {p: torch.empty(whole_shape(p), device="meta") for p in model.parameters()}
     named = named_parameters(model, remove_duplicate=False)
     state = buffers(model) | {name: blank[p] for name, p in named.items()}
     chosen: set[int] = set()
@@ -68,8 +70,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
         for prefix, module in named_modules(model, remove_duplicate=False).items()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
+        for name, buffer in saved_buffers(module)
     }
 
 
@@ -114,7 +115,7 @@ def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tens
 
 
 def _may_hold_a_part(value: Tensor | None) -> bool:
-    return isinstance(value, DTensor) or (dist.is_initialized() and dist.get_rank() > 0)
+    return isinstance(value, DTensor) or rank() > 0
 
 
 def _held(value: Tensor) -> int:
@@ -127,9 +128,9 @@ def _is_writing() -> bool:
 
     Neither tells a tuner so. Looked for only where an incomplete adapter has been found.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
+    frame = inspect.currentframe()
+    while frame is not None:
         if frame.f_code.co_name == "save_pretrained" and "is_main_process" in frame.f_locals:
             return bool(frame.f_locals["is_main_process"])
+        frame = frame.f_back
     return False

@@ -1,4 +1,4 @@
-"""What differs between the releases of other libraries that are supported: a file for each library.
+"""Other libraries' private interfaces and what differs between their supported releases: a file for each library.
 
-Of private interfaces the differences stand beside their lists (see aflora_dist/compat/contract.py).
+Each file lists what is used (`PRIVATE`, see compat/contract.py) and offers it as small functions.
 """

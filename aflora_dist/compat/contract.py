@@ -1,10 +1,8 @@
-"""Private interfaces of other libraries: where they are listed, and what happens when one is gone.
+"""Private interfaces of other libraries: what is said of each, and what happens when one is gone.
 
-Each library's are in one list: torch's and accelerate's in engines/private.py, DeepSpeed's in
-engines/deepspeed/private.py, PEFT's in adapter/private.py, transformers' in trainer.py, torch's recorder of CUDA memory
-(for --profile) in watch/memory.py. They are looked for before they are used, so that a newer release that lacks one is
-an error in the first second, which names the release to install, and not an exception at a first freeze hours later.
-`python -m aflora_dist.compat.contract` prints the lists.
+Each library's are in one list, in the file of this folder that is named after it. They are looked for before they are
+used, so that a newer release that lacks one is an error in the first second, which names the release to install, and
+not an exception at a first freeze hours later. `python -m aflora_dist.compat.contract` prints the lists.
 """
 
 from __future__ import annotations
@@ -19,15 +17,15 @@ from packaging.version import Version
 
 from ..errors import UnsupportedEngineError
 
-# The releases that everything was tried with.
-SEEN = {"torch": "2.13.0", "accelerate": "1.15.0", "deepspeed": "0.19.8", "peft": "0.21.2", "transformers": "5.23.0"}
-LISTS = (
-    "aflora_dist.engines.private",
-    "aflora_dist.engines.deepspeed.private",
-    "aflora_dist.adapter.private",
-    "aflora_dist.trainer",
-    "aflora_dist.watch.memory",
-)
+# The releases that everything was tried with, and the files of this folder.
+SEEN = {
+    "torch": "2.13.0",
+    "accelerate": "1.15.0",
+    "deepspeed": "0.19.8",
+    "peft": "0.21.2",
+    "transformers": "5.23.0",
+    "python": "3.11",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Private:
         why: What it is needed for.
         instead: The public way that would replace it.
         since: The first release that has it, where an older one that is supported does without.
+        anywhere: It is read, called or overridden where it is needed; all others are for compat alone.
     """
 
     owner: str
@@ -47,6 +46,14 @@ class Private:
     why: str
     instead: str
     since: str = ""
+    anywhere: bool = False
+
+
+def private(
+    owner: str, names: str, why: str, instead: str, *, since: str = "", anywhere: bool = False
+) -> list[Private]:
+    """Entries for interfaces of one owner that are needed to the same end; `names` has spaces between them."""
+    return [Private(owner, name, why, instead, since, anywhere) for name in names.split()]
 
 
 def is_older(library: str, release: str) -> bool:
@@ -76,14 +83,21 @@ def broken(library: str, what: str, error: Exception) -> UnsupportedEngineError:
     )
 
 
+def lists() -> dict[str, list[Private]]:
+    """Every library's list."""
+    return {library: import_module(f"aflora_dist.compat.{library}").PRIVATE for library in SEEN}
+
+
 def main() -> None:
-    """Print every list as a Markdown table."""
+    """Print every list as a Markdown table, a line for what one owner has to one end."""
     print("| library | seen on | interface | needed to | until there is |\n|---|---|---|---|---|")
-    for module in LISTS:
-        for library, entries in import_module(module).PRIVATE.items():
-            for e in entries:
-                seen = f"{e.since} to {SEEN[library]}" if e.since else SEEN[library]
-                print(f"| {library} | {seen} | `{e.owner}.{e.name}` | {e.why} | {e.instead} |")
+    for library, entries in lists().items():
+        rows: dict[tuple[str, str, str, str], list[str]] = {}
+        for e in entries:
+            rows.setdefault((e.since, e.owner, e.why, e.instead), []).append(f"`{e.name}`")
+        for (since, owner, why, instead), names in rows.items():
+            seen = f"{since} to {SEEN[library]}" if since else SEEN[library]
+            print(f"| {library} | {seen} | {', '.join(names)} of `{owner}` | {why} | {instead} |")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from ..engines.base import hang
+from ..compat.accelerate import models
+from ..compat.patch import patch_method
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
 
@@ -31,15 +32,15 @@ class AccelerateState:
     def __init__(self, accelerator: Accelerator, freezing: AdaptiveFreezing) -> None:
         self._accelerator = accelerator
         self._freezing = weakref.ref(freezing)
-        models = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in accelerator._models]
-        number = next((i for i, model in enumerate(models) if model is freezing.engine.model), 0)
+        unwrapped = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models(accelerator)]
+        number = next((i for i, model in enumerate(unwrapped) if model is freezing.engine.model), 0)
         self._file = _FILE.format(f"_{number}" if number else "")  # as accelerate numbers models
-        del models
+        del unwrapped
         self._handles = [
-            hang(accelerator, "save_state", self._save_state),
-            hang(accelerator, "load_state", self._load_state),
-            hang(accelerator, "end_training", self._end_training),
-            hang(accelerator, "free_memory", self._free_memory),
+            patch_method(accelerator, "save_state", self._save_state),
+            patch_method(accelerator, "load_state", self._load_state),
+            patch_method(accelerator, "end_training", self._end_training),
+            patch_method(accelerator, "free_memory", self._free_memory),
         ]
 
     def close(self) -> None:

@@ -103,7 +103,7 @@ class FreezingState:
         engine, trains = self._engine, self._engine.trainable
         values = [p for p in engine.pieces(trains, every_copy=True) if p.key.startswith("value/")]
         engine.fill(tensors, [f"value/{name}" for name in trains], values)
-        engine.publish(trains)
+        engine.synchronise(trains)
         fixed = self.fixed(trains)
         then = {name: key for name in fixed for key in (f"value/{name}", f"fixed/{name}") if key in tensors}
         engine.assign(Renamed(tensors, then), fixed)

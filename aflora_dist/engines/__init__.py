@@ -9,11 +9,26 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from ..errors import UnsupportedEngineError
-from .base import Engine, inner_optimizer
-from .native import Fsdp2Engine, ReplicatedEngine
-from .transfer import Move, Renamed, place
+from .base import Engine, Observer, Record
+from .ddp import ReplicatedEngine
+from .fsdp2 import Fsdp2Engine
+from .optimizers import inner_optimizer, plain
+from .rehearsal import rehearse
+from .transfer import Move, Piece, Renamed, place
 
-__all__ = ["Engine", "Move", "Renamed", "create_engine", "engine_kind", "place"]
+__all__ = [
+    "Engine",
+    "Move",
+    "Observer",
+    "Piece",
+    "Record",
+    "Renamed",
+    "create_engine",
+    "engine_kind",
+    "place",
+    "plain",
+    "rehearse",
+]
 
 
 def engine_kind(accelerator: Accelerator) -> str:

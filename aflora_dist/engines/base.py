@@ -7,24 +7,21 @@ nothing of what is trained or why.
 
 from __future__ import annotations
 
-import functools
-import types
-import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import AFLoRAError, UnsupportedEngineError
+from ..compat.patch import patch_method
+from ..errors import AFLoRAError
 from ..freezing import Fragment
 from ..names import named_parameters
-from ..processes.cpu_group import cpu_group
+from ..processes import cpu_group
+from .collectives import Collectives
 from .optimizers import OptimizerTraits, examine, plain
 from .transfer import Move, Piece, Placed, carry, collect, distribute
 
@@ -43,7 +40,7 @@ class Observer(Protocol):
     ) -> None: ...
 
 
-class Engine(ABC):
+class Engine(Collectives):
     """One training engine, bound to a prepared model and optimizer.
 
     Args:
@@ -134,7 +131,7 @@ class Engine(ABC):
 
     def carry(self, moves: Sequence[Move], source: Placed, target: Placed) -> None:
         """Bring state that lies like the survivors' gradients where it lies after a drop. A collective."""
-        carry(moves, source, target, self.rank, self.wire)
+        carry(moves, source, target, self.comm_device)
 
     # -- the whole state by name, for checkpoints ----------------------------------------------
 
@@ -166,7 +163,7 @@ class Engine(ABC):
         types = {key: str(held[key].dtype).removeprefix("torch.") for key in self.traits.moments if key in held}
         return {"moments": types, "scalars": {key: plain(held[key]) for key in self.traits.scalars if key in held}}
 
-    def publish(self, names: Sequence[str]) -> None:  # noqa: B027 - where master weights are the model's own
+    def synchronise(self, names: Sequence[str]) -> None:
         """Bring values that were written to master weights into the model's own weights. A collective."""
 
     def snapshot(self, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], Record]:
@@ -215,19 +212,19 @@ class Engine(ABC):
         self.fill(tensors, [key for name in names for key in self._keys(name)], self.pieces(names, every_copy=True))
         for group, changed in zip(self.optimizer.param_groups, record["groups"], strict=False):
             group.update(changed)
-        self.publish(names)
+        self.synchronise(names)
 
     def _keys(self, name: str) -> list[str]:
         return [f"value/{name}", *(f"moment/{moment}/{name}" for moment in self.traits.moments)]
 
     def fill(self, tensors: Mapping[str, Tensor], keys: Sequence[str], pieces: Sequence[Piece]) -> None:
         """Fill pieces on every rank from whole tensors on the main process. A collective."""
-        distribute(tensors, keys, pieces, self.wire)
+        distribute(tensors, keys, pieces, self.comm_device)
 
     def collect(self, pieces: Sequence[Piece], numels: Mapping[str, int]) -> dict[str, Tensor]:
         """Whole tensors on the main process from every rank's pieces. A collective."""
         group = cpu_group()  # the tensors are to be in CPU memory; NCCL would take them through the GPU twice
-        return collect(pieces, numels, torch.device("cpu") if group is not None else self.wire, group)
+        return collect(pieces, numels, torch.device("cpu") if group is not None else self.comm_device, group)
 
     def check(self, record: Record) -> None:
         """Look whether `restore` can go on from this record; nothing changes.
@@ -272,7 +269,7 @@ class Engine(ABC):
     def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
         """Give parameters that do not train the values that the main process holds, flat or shaped. A collective."""
 
-    def settle(self) -> None:  # noqa: B027 - most engines have nothing to do
+    def settle(self) -> None:
         """Drop what a resumed process would not have; called after a checkpoint, so that both go on alike."""
 
     @abstractmethod
@@ -283,10 +280,10 @@ class Engine(ABC):
     def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
         """Go on with a loss scale that an engine of this kind gave."""
 
-    def keep(self, names: Sequence[str]) -> None:  # noqa: B027 - most engines leave nothing out
+    def keep(self, names: Sequence[str]) -> None:
         """Have these parameters in all that is saved, frozen or not, from now on and after the training."""
 
-    def reload(self) -> None:  # noqa: B027 - most engines have nothing to do
+    def reload(self) -> None:
         """accelerate has loaded a checkpoint of its own: take note of what it replaced."""
 
     # -- numbers -----------------------------------------------------------------------------
@@ -313,37 +310,6 @@ class Engine(ABC):
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
-    # -- collectives -------------------------------------------------------------------------
-
-    @property
-    def world_size(self) -> int:
-        return dist.get_world_size() if dist.is_initialized() else 1
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank() if dist.is_initialized() else 0
-
-    @property
-    def wire(self) -> torch.device:
-        """Where the process group takes its tensors from."""
-        on_cpu = not dist.is_initialized() or "gloo" in str(dist.get_backend())
-        return torch.device("cpu") if on_cpu else self.device
-
-    def sum_over_ranks(self, vector: Tensor) -> Tensor:
-        """One all-reduce, in place; free where there is one rank."""
-        return self._all_reduce(vector, dist.ReduceOp.SUM)
-
-    def max_over_ranks(self, vector: Tensor) -> Tensor:
-        """One all-reduce, in place; free where there is one rank."""
-        return self._all_reduce(vector, dist.ReduceOp.MAX)
-
-    def _all_reduce(self, vector: Tensor, operation: Any) -> Tensor:
-        if self.world_size > 1:
-            wired = vector.to(self.wire)
-            dist.all_reduce(wired, op=operation)
-            vector.copy_(wired)
-        return vector
-
     # -- shared ------------------------------------------------------------------------------
 
     @abstractmethod
@@ -353,63 +319,5 @@ class Engine(ABC):
     def _state_device(self) -> torch.device:
         return self.device
 
-    def _hang(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        self._handles.append(hang(owner, name, replacement))
-
-
-def hang(owner: Any, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
-    """Put a bound method in the place of `owner.name`; it gets the original as its first argument.
-
-    The owner (an accelerator outlives many models) does not keep the method's object alive: once that is gone,
-    or what is returned has been called, the original is called as if nothing had been hung there.
-    """
-    original, held = getattr(owner, name), vars(owner).get(name)
-    reference = weakref.WeakMethod(replacement)
-    taken_down = False
-
-    @functools.wraps(original)  # a scheduler may have left a mark on it
-    def call(bound_to: Any, *args: Any, **kwargs: Any) -> Any:
-        if bound_to is not owner:  # a copy of the owner is nobody's business
-            return getattr(type(bound_to), name)(bound_to, *args, **kwargs)
-        method = None if taken_down else reference()
-        return original(*args, **kwargs) if method is None else method(original, *args, **kwargs)
-
-    # A method, not a function: a scheduler that is made later unwraps it, and copies bind it to themselves.
-    hung = types.MethodType(call, owner)
-
-    def take_down() -> None:
-        nonlocal taken_down
-        taken_down = True
-        if vars(owner).get(name) is hung:  # else somebody else has hung something over it
-            if held is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, held)
-
-    setattr(owner, name, hung)
-    return take_down
-
-
-def release(parameter: nn.Parameter) -> None:
-    """Stop a parameter's training: an optimizer looks at .grad, not at requires_grad."""
-    parameter.requires_grad_(False)
-    parameter.grad = None
-
-
-def inner_optimizer(optimizer: Any) -> Any:
-    """What accelerate has wrapped: a torch optimizer, or DeepSpeed's around one.
-
-    An optimizer that itself wraps another one stays whole: it has state of its own.
-
-    Raises:
-        UnsupportedEngineError: It is no optimizer.
-    """
-    inner = optimizer
-    while isinstance(inner, AcceleratedOptimizer):
-        inner = inner.optimizer
-    if not isinstance(inner, Optimizer) and "deepspeed" not in type(inner).__module__:
-        raise UnsupportedEngineError(
-            f"AdaptiveFreezing(accelerator, model, optimizer, ...) got {type(optimizer).__name__} as its optimizer. "
-            f"Pass the optimizer that accelerator.prepare() returned."
-        )
-    return inner
+    def _patch(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        self._handles.append(patch_method(owner, name, replacement))

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..compat.patch import patch_method
+from ..compat.torch import after_backward
 from ..errors import UnsupportedEngineError
-from .base import hang
 
 _CLIP_ONCE = (
     "Freezing scores are taken before clipping, which can only be undone where all gradients are clipped together: "
@@ -45,15 +46,15 @@ class Clipping:
         self._handles: list[Callable[[], None]] = []
 
     def watch(self) -> None:
-        """Hang the watches up."""
+        """Begin to look."""
         for name, replacement in (
             ("clip_grad_norm_", self._clip_grad_norm),
             ("clip_grad_value_", self._clip_grad_value),
             ("backward", self._backward),
         ):
-            self._handles.append(hang(self.accelerator, name, replacement))
+            self._handles.append(patch_method(self.accelerator, name, replacement))
         if self.accelerator.scaler is not None:
-            self._handles.append(hang(self.accelerator.scaler, "unscale_", self._unscale))
+            self._handles.append(patch_method(self.accelerator.scaler, "unscale_", self._unscale))
         self.follow()
 
     def unwatch(self) -> None:
@@ -97,7 +98,7 @@ class Clipping:
         self._clipped, self._clipped_gradients, self._versions = None, [], {}
         self._queued = False
 
-    # -- what is hung up ---------------------------------------------------------------------
+    # -- what is patched ----------------------------------------------------------------------
 
     def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -109,8 +110,7 @@ class Clipping:
         # queued by the time ours runs, so one more round comes after all of them.
         if not self._queued:
             self._queued = True
-            queue = torch.autograd.Variable._execution_engine.queue_callback
-            queue(lambda: queue(self._backward_ended))
+            after_backward(lambda: after_backward(self._backward_ended))
 
     def _backward_ended(self) -> None:
         self._queued = False

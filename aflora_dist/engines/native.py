@@ -1,8 +1,6 @@
-"""Plain PyTorch training: one process, DDP, and FSDP2. A drop moves no byte between ranks.
+"""Plain PyTorch training: what one process and DDP (ddp.py) and FSDP2 (fsdp2.py) have in common.
 
-With one process and DDP every rank holds all gradients and all optimizer state; scores are sharded all the same:
-each rank observes an equal share of every matrix, so that score memory and work fall with the number of ranks. With
-FSDP2 a rank holds its rows of every parameter, and observes them; of several replicas (HSDP) the first observes.
+A torch optimizer updates the model's own parameters. A drop moves no byte between ranks.
 """
 
 from __future__ import annotations
@@ -11,81 +9,42 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
-from torch.nn.parallel import DistributedDataParallel
 
+from ..compat.accelerate import ACCELERATOR, optimizers
 from ..compat.contract import require
+from ..compat.torch import AUTOGRAD, let_unscale, unscales_itself
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
 from ..names import named_parameters
 from ..notices import logger
-from . import private
-from .base import Engine, Record, inner_optimizer, release
+from .base import Engine, Observer, Record
 from .clipping import Clipping
+from .optimizers import inner_optimizer, release
 from .transfer import Move, Piece, plan
-
-_LOCAL_SGD = (
-    "The gradients of this update were not reduced over the ranks (model.no_sync(), as accelerate's LocalSGD does): "
-    "each rank would score its own. Train without it; gradient accumulation goes through accelerator.accumulate(model)."
-)
-_FUSED_SCALING = private.SCALING[0].name  # by it GradScaler tells who unscales by itself
 
 
 class NativeEngine(Engine):
     """What one process, DDP and FSDP2 have in common: a torch optimizer over the model's own parameters."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
-        require("accelerate", accelerator, private.ACCELERATOR)
-        require("torch", torch.autograd.Variable, private.AUTOGRAD)
+        require("accelerate", accelerator, ACCELERATOR)
+        require("torch", torch.autograd.Variable, AUTOGRAD)
         inner = inner_optimizer(optimizer)
-        wrappers = [optimizer, *accelerator._optimizers]
+        wrappers = [optimizer, *optimizers(accelerator)]
         self._wrapper = next(
             (w for w in wrappers if isinstance(w, AcceleratedOptimizer) and w.optimizer is inner), None
         )
         unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-        known = {id(p) for p in unwrapped.parameters()}
-        unknown = sum(id(p) not in known for group in inner.param_groups for p in group["params"])
-        if unknown:
-            raise UnsupportedEngineError(
-                f"The optimizer holds {unknown} tensors that are not parameters of the model. Create it from the PEFT "
-                f"model's own parameters, before accelerator.prepare()."
-            )
-        if accelerator.scaler is not None and self._wrapper is None:
-            raise UnsupportedEngineError(
-                "Under fp16 updates can be skipped, which only the optimizer that accelerator.prepare() returned knows "
-                "of: pass the optimizer to prepare(), and step it."
-            )
-        devices = sorted({str(p.device) for group in inner.param_groups for p in group["params"]})
-        if len(devices) > 1:
-            raise UnsupportedEngineError(
-                f"The trained parameters are spread over {', '.join(devices)} (device_map?). "
-                f"Load the model on one device, or spread it with ZeRO-3 or FSDP2."
-            )
-        named = named_parameters(unwrapped)
-        scattered = [n for n, p in named.items() if p.requires_grad and not p.is_contiguous()]
-        if scattered:
-            raise UnsupportedEngineError(
-                f"The trained parameter {scattered[0]} is not contiguous in memory, so it cannot be kept by element: "
-                f"replace it by nn.Parameter(parameter.contiguous()) before the optimizer is created."
-            )
-        half = [n for n, p in named.items() if p.requires_grad and p.dtype.itemsize < 4]
-        if half:
-            logger.warning(
-                f"{len(half)} trained parameters ({half[0]} is the first) are held in half precision: they and their "
-                f"moments are updated in it here, where ZeRO keeps float32 copies, so that engines differ. Hold what "
-                f"trains in float32; mixed_precision=bf16 computes in bfloat16 all the same."
-            )
+        _check(accelerator, unwrapped, inner, self._wrapper)
         self._fragments: list[Fragment] = []
         self._observed: list[nn.Parameter] = []
         self._applied = self._stepping = False
         self._originals = [(list(g["params"]), g.get("param_names")) for g in inner.param_groups]
-        self._order = {name: i for i, name in enumerate(named)}
         super().__init__(accelerator, unwrapped, inner)
+        self._order = {name: i for i, name in enumerate(self.parameters)}
         self.clipping = Clipping(accelerator, lambda: self._observed)
 
     def _grouped(self) -> list[list[str]]:
@@ -131,13 +90,13 @@ class NativeEngine(Engine):
         self._handles.append(self.optimizer.register_step_pre_hook(before).remove)
         self._handles.append(self.optimizer.register_step_post_hook(after).remove)
         if self._wrapper is not None:  # it knows of updates that are skipped
-            self._hang(self._wrapper, "step", self._step)
-        if self.accelerator.scaler is not None and getattr(self.optimizer, _FUSED_SCALING, False):
+            self._patch(self._wrapper, "step", self._step)
+        if self.accelerator.scaler is not None and unscales_itself(self.optimizer):
             # A fused optimizer would unscale gradients and skip an update inside its kernel, unseen: the scaler is to
             # do both, as for all others. Where gradients are clipped it unscales them in any case.
-            setattr(self.optimizer, _FUSED_SCALING, False)
-            self._handles.append(lambda: setattr(self.optimizer, _FUSED_SCALING, True))
-        self._hang(self._wrapper or self.optimizer, "zero_grad", self._zero_grad)
+            let_unscale(self.optimizer, False)
+            self._handles.append(lambda: let_unscale(self.optimizer, True))
+        self._patch(self._wrapper or self.optimizer, "zero_grad", self._zero_grad)
         self.clipping.watch()
         self._handles.append(self.clipping.unwatch)
 
@@ -279,142 +238,44 @@ class NativeEngine(Engine):
             self.accelerator.scaler.load_state_dict(dict(scaling))
 
 
-class ReplicatedEngine(NativeEngine):
-    """One process, or DistributedDataParallel."""
-
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
-        self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-        self.kind = "ddp" if self.ddp is not None else "single"
-        if self.ddp is None and self.world_size > 1:
-            raise UnsupportedEngineError(
-                f"There are {self.world_size} processes, but the model is not wrapped in DDP: pass the model that "
-                f"accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True)."
-            )
-        if self.ddp is not None:
-            require("torch", self.ddp, private.REDUCER)
-            _check_hooks(self.ddp)
-        super().__init__(accelerator, model, optimizer)
-
-    def _check_reduction(self) -> None:
-        if self.ddp is not None:
-            if not self.ddp.require_backward_grad_sync:
-                raise UnsupportedEngineError(_LOCAL_SGD)
-            _check_hooks(self.ddp)  # one may have been registered since
-
-    def _fragment(self, name: str) -> Fragment | None:
-        # An equal share of every matrix, so that a drop leaves the rest where it is; the remainders go round.
-        numel = self.parameters[name].numel()
-        share = -(-numel // self.world_size)
-        start = (self.rank + self._order[name]) % self.world_size * share
-        return Fragment(name, start, min(share, numel - start)) if start < numel else None
-
-    def _trained_set_changed(self) -> None:
-        if self.ddp is not None:
-            rebuild_reducer(self.ddp)
-
-    def _holds_first_copy(self, parameter: nn.Parameter) -> bool:
-        return self.rank == 0
-
-    def settle(self) -> None:
-        # A reducer reorders its buckets after its first backward, and with them the order of sums.
-        self._trained_set_changed()
-
-
-class Fsdp2Engine(NativeEngine):
-    """accelerate's FSDP with `fsdp_version: 2`, CPU offload and HSDP included."""
-
-    kind = "fsdp2"
-    sharded = True
-
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
-        super().__init__(accelerator, model, optimizer)
-        self._places = {p: _place(name, p) for name, p in self.parameters.items()}
-
-    def _local(self, tensor: Tensor) -> Tensor:
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-    def _offset(self, parameter: nn.Parameter) -> int:
-        return self._places[parameter][0]
-
-    def _holds_first_copy(self, parameter: nn.Parameter) -> bool:
-        return self._places[parameter][1]
-
-    def _fragment(self, name: str) -> Fragment | None:
-        parameter = self.parameters[name]
-        numel = self._local(parameter.detach()).numel()
-        return Fragment(name, self._offset(parameter), numel) if numel and self._holds_first_copy(parameter) else None
-
-    def publish(self, names: Sequence[str]) -> None:
-        """What a forward pass without a backward pass (an evaluation) has left gathered is of before."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-    def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        super().assign(tensors, names)
-        self.publish(names)
-
-    @torch.no_grad()
-    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        found = {}
-        for name in names:
-            parameter = self.parameters[name].detach()
-            found[name] = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).clone()
-        return found
-
-
-def _place(name: str, parameter: nn.Parameter) -> tuple[int, bool]:
-    """The first element of this rank's part, and whether this is the first rank that holds the part."""
-    if not isinstance(parameter, DTensor):  # left out of the sharding: the same on every rank
-        return 0, dist.get_rank() == 0
-    mesh, first, start = parameter.device_mesh, True, 0
-    for dimension, placement in enumerate(parameter.placements):
-        rank, size = mesh.get_local_rank(dimension), mesh.size(dimension)
-        if placement.is_replicate():
-            first = first and rank == 0
-        elif placement == Shard(0) and start == 0:
-            rows = parameter.shape[0]
-            start = min(rank * -(-rows // size), rows) * (parameter.numel() // max(rows, 1))
-        else:
-            raise UnsupportedEngineError(
-                f"{name} is laid out as {parameter.placements}: freezing is for data parallelism, where FSDP2 shards "
-                f"rows over one dimension of the mesh. Leave tensor, context and expert parallelism out."
-            )
-    return start, first
-
-
-def _check_hooks(ddp: DistributedDataParallel) -> None:
-    """Refuse communication hooks that no reducer made anew can take over, or that do not give the mean.
+def _check(accelerator: Accelerator, model: nn.Module, optimizer: Any, wrapper: AcceleratedOptimizer | None) -> None:
+    """Refuse what freezing would be wrong under; say what differs from other engines.
 
     Raises:
-        UnsupportedEngineError: Names the hook.
+        UnsupportedEngineError: Says what to do instead.
     """
-    for hook, state in ddp._comm_hooks:
-        name = getattr(hook, "__qualname__", type(hook).__name__)
-        if name == "noop_hook" or not (state is None or isinstance(state, dist.ProcessGroup)):
-            kept = "" if state is None else f", whose {type(state).__name__} is kept by the reducer's buckets"
-            raise UnsupportedEngineError(
-                f"Freezing does not support DDP's communication hook {name}{kept}: a freeze makes other buckets, and "
-                f"scores need the exact mean of the gradients. Leave it out, or use fp16_compress_hook or "
-                f"bf16_compress_hook."
-            )
-
-
-def rebuild_reducer(ddp: DistributedDataParallel) -> None:
-    """Give DDP a reducer over the parameters that still train, as its __init__ does.
-
-    The old reducer's destructor takes its autograd hooks away, so nothing may hold on to it.
-    """
-    static_graph = ddp.static_graph
-    ddp.reducer = ddp.logger = None  # type: ignore[assignment]
-    parameters, expect_sparse = ddp._build_params_for_reducer()
-    names = ddp._build_debug_param_to_name_mapping(parameters)
-    ddp._ddp_init_helper(parameters, expect_sparse, names, static_graph)
-    for hook, hook_state in ddp._comm_hooks:
-        dist._register_comm_hook(ddp.reducer, hook_state, hook)  # type: ignore[attr-defined]
-    ddp._has_rebuilt_buckets = False
-    if static_graph:
-        ddp._set_static_graph()
+    known = {id(p) for p in model.parameters()}
+    unknown = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
+    if unknown:
+        raise UnsupportedEngineError(
+            f"The optimizer holds {unknown} tensors that are not parameters of the model. Create it from the PEFT "
+            f"model's own parameters, before accelerator.prepare()."
+        )
+    if accelerator.scaler is not None and wrapper is None:
+        raise UnsupportedEngineError(
+            "Under fp16 updates can be skipped, which only the optimizer that accelerator.prepare() returned knows "
+            "of: pass the optimizer to prepare(), and step it."
+        )
+    devices = sorted({str(p.device) for group in optimizer.param_groups for p in group["params"]})
+    if len(devices) > 1:
+        raise UnsupportedEngineError(
+            f"The trained parameters are spread over {', '.join(devices)} (device_map?). "
+            f"Load the model on one device, or spread it with ZeRO-3 or FSDP2."
+        )
+    named = named_parameters(model)
+    scattered = [n for n, p in named.items() if p.requires_grad and not p.is_contiguous()]
+    if scattered:
+        raise UnsupportedEngineError(
+            f"The trained parameter {scattered[0]} is not contiguous in memory, so it cannot be kept by element: "
+            f"replace it by nn.Parameter(parameter.contiguous()) before the optimizer is created."
+        )
+    half = [n for n, p in named.items() if p.requires_grad and p.dtype.itemsize < 4]
+    if half:
+        logger.warning(
+            f"{len(half)} trained parameters ({half[0]} is the first) are held in half precision: they and their "
+            f"moments are updated in it here, where ZeRO keeps float32 copies, so that engines differ. Hold what "
+            f"trains in float32; mixed_precision=bf16 computes in bfloat16 all the same."
+        )
 
 
 def _flat(tensor: Tensor) -> Tensor:

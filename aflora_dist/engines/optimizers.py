@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..compat.torch import without_step_hooks
 from ..errors import UnsupportedEngineError
 
 _SHAPE = (64, 72)  # bitsandbytes keeps 8 bits from 4,096 elements on
@@ -44,6 +46,31 @@ class OptimizerTraits:
             beside = example.device.type == device.type
             return torch.full_like(example, number, device=device if beside else example.device)
         return number if number is None or example is None else type(example)(number)
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """What accelerate has wrapped: a torch optimizer, or DeepSpeed's around one.
+
+    An optimizer that itself wraps another one stays whole: it has state of its own.
+
+    Raises:
+        UnsupportedEngineError: It is no optimizer.
+    """
+    inner = optimizer
+    while isinstance(inner, AcceleratedOptimizer):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer) and "deepspeed" not in type(inner).__module__:
+        raise UnsupportedEngineError(
+            f"AdaptiveFreezing(accelerator, model, optimizer, ...) got {type(optimizer).__name__} as its optimizer. "
+            f"Pass the optimizer that accelerator.prepare() returned."
+        )
+    return inner
+
+
+def release(parameter: nn.Parameter) -> None:
+    """Stop a parameter's training: an optimizer looks at .grad, not at requires_grad."""
+    parameter.requires_grad_(False)
+    parameter.grad = None
 
 
 def plain(value: Any) -> Any:
@@ -86,73 +113,87 @@ def examine(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
         ) from error
 
 
+class _Trial:
+    """Small tensors, and optimizers like the given one to update them."""
+
+    def __init__(self, optimizer: Optimizer, given: Mapping[str, Any], device: torch.device) -> None:
+        self.optimizer, self.given, self.device = optimizer, given, device
+        generator = torch.Generator().manual_seed(0)
+        self.start = torch.randn(_SHAPE, generator=generator)
+        self.gradients = [torch.randn(_SHAPE, generator=generator) for _ in range(3)]
+
+    def parameter(self, values: Tensor) -> nn.Parameter:
+        return nn.Parameter(values.to(self.device).clone())
+
+    def optimizer_of(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        return _like(self.optimizer, self.given, parameters)
+
+    def step(self, made: Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.to(self.device).clone()
+        made.step()
+
+
 def _try(optimizer: Optimizer, given: Mapping[str, Any], device: torch.device) -> OptimizerTraits:
-    name = type(optimizer).__name__
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(_SHAPE, generator=generator)
-    gradients = [torch.randn(_SHAPE, generator=generator) for _ in range(3)]
-
-    def parameter(values: Tensor) -> nn.Parameter:
-        return nn.Parameter(values.to(device).clone())
-
-    def step(trial: Optimizer, parameters: Sequence[nn.Parameter], pieces: Sequence[Tensor]) -> None:
-        for each, gradient in zip(parameters, pieces, strict=True):
-            each.grad = gradient.to(device).clone()
-        trial.step()
-
-    # Undisturbed: the parameter and a companion, three updates.
-    kept, companion = parameter(start), parameter(-start)
-    undisturbed = _like(optimizer, given, [kept, companion])
-    options = _options(undisturbed)
-    for gradient in gradients:
-        step(undisturbed, [kept, companion], [gradient, gradient])
-    expected = kept.detach().clone()
-    limit = 1e-3 * (expected - start.to(device)).abs().max().item()
+    name, trial = type(optimizer).__name__, _Trial(optimizer, given, device)
+    expected, options = _undisturbed(trial)
+    limit = 1e-3 * (expected - trial.start.to(device)).abs().max().item()
     if not limit > 0:
         raise UnsupportedEngineError(
             f"Three updates of {name} on trial changed nothing, so nothing is known. {_INSTEAD}"
         )
-
-    # The companion leaves after two.
-    kept, companion = parameter(start), parameter(-start)
-    left = _like(optimizer, given, [kept, companion])
-    for gradient in gradients[:2]:
-        step(left, [kept, companion], [gradient, gradient])
-    traits = _traits(name, left, kept, options)
-    left.param_groups[0]["params"] = [kept]
-    left.state.pop(companion, None)
-    companion.grad = None
-
-    # Another one goes on from the state of the first.
-    resumed_parameter = parameter(kept.detach())
-    resumed = _like(optimizer, given, [resumed_parameter])
-    state = left.state.get(kept, {})
-    resumed.state[resumed_parameter] = {key: state[key].clone() for key in traits.moments} | {
-        key: traits.scalar(key, plain(state[key]), device) for key in traits.scalars
-    }
-    for key in traits.group_state:
-        resumed.param_groups[0][key] = copy.deepcopy(left.param_groups[0][key])
-    step(left, [kept], gradients[2:])
-    step(resumed, [resumed_parameter], gradients[2:])
-
-    # And the parameter in pieces, as a sharding engine holds it.
-    cuts = [5, 1000, start.numel() - 1005]
-    parts = [parameter(part) for part in start.flatten().split(cuts)]
-    sharded = _like(optimizer, given, parts)
-    for gradient in gradients:
-        step(sharded, parts, gradient.flatten().split(cuts))
-
+    kept, resumed, traits = _left_and_resumed(trial, options)
     for found, complaint in (
         (kept, "its updates of one parameter change when another one leaves it"),
-        (resumed_parameter, "it does not go on as before from its state by name"),
-        (
-            torch.cat([part.detach() for part in parts]).view(_SHAPE),
-            "its update of an element depends on other elements",
-        ),
+        (resumed, "it does not go on as before from its state by name"),
+        (_in_pieces(trial), "its update of an element depends on other elements"),
     ):
         if not (found.detach() - expected).abs().max().item() <= limit:
             raise UnsupportedEngineError(f"Freezing with {name} would not be exact: {complaint}. {_INSTEAD}")
     return traits
+
+
+def _undisturbed(trial: _Trial) -> tuple[Tensor, dict[str, Any]]:
+    """A parameter beside a companion after three updates, and the options of the group before them."""
+    kept, companion = trial.parameter(trial.start), trial.parameter(-trial.start)
+    made = trial.optimizer_of([kept, companion])
+    options = _options(made)
+    for gradient in trial.gradients:
+        trial.step(made, [kept, companion], [gradient, gradient])
+    return kept.detach().clone(), options
+
+
+def _left_and_resumed(trial: _Trial, options: Mapping[str, Any]) -> tuple[Tensor, Tensor, OptimizerTraits]:
+    """The parameter if its companion leaves after two updates; another one that goes on from its state by then."""
+    kept, companion = trial.parameter(trial.start), trial.parameter(-trial.start)
+    left = trial.optimizer_of([kept, companion])
+    for gradient in trial.gradients[:2]:
+        trial.step(left, [kept, companion], [gradient, gradient])
+    traits = _traits(type(trial.optimizer).__name__, left, kept, options)
+    left.param_groups[0]["params"] = [kept]
+    left.state.pop(companion, None)
+    companion.grad = None
+    successor = trial.parameter(kept.detach())
+    resumed = trial.optimizer_of([successor])
+    state = left.state.get(kept, {})
+    resumed.state[successor] = {key: state[key].clone() for key in traits.moments} | {
+        key: traits.scalar(key, plain(state[key]), trial.device) for key in traits.scalars
+    }
+    for key in traits.group_state:
+        resumed.param_groups[0][key] = copy.deepcopy(left.param_groups[0][key])
+    trial.step(left, [kept], trial.gradients[2:])
+    trial.step(resumed, [successor], trial.gradients[2:])
+    return kept, successor, traits
+
+
+def _in_pieces(trial: _Trial) -> Tensor:
+    """The parameter after three updates of its pieces, as a sharding engine holds it."""
+    cuts = [5, 1000, trial.start.numel() - 1005]
+    parts = [trial.parameter(part) for part in trial.start.flatten().split(cuts)]
+    made = trial.optimizer_of(parts)
+    for gradient in trial.gradients:
+        trial.step(made, parts, gradient.flatten().split(cuts))
+    return torch.cat([part.detach() for part in parts]).view(_SHAPE)
 
 
 def _traits(name: str, trial: Optimizer, parameter: nn.Parameter, options: Mapping[str, Any]) -> OptimizerTraits:
@@ -212,8 +253,7 @@ def _like(optimizer: Optimizer, given: Mapping[str, Any], parameters: Sequence[n
         made.__dict__.update(vars(optimizer) | containers)
         made.state = type(optimizer.state)(dict)
         made.param_groups = [{}]
-        made._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
-        made._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
+        without_step_hooks(made)
         made.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the original
     made.param_groups[0].update(copy.deepcopy(options))
     made.param_groups[0]["params"] = list(parameters)

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..freezing import Fragment
-from ..processes.meeting import meet
+from ..processes import meet, rank, world_size
 
 CHUNK_BYTES = 64 * 2**20  # the most that one message carries
 
@@ -52,9 +52,9 @@ def plan(before: Mapping[int, Iterable[Fragment]], after: Mapping[int, Iterable[
     Elements that nobody holds afterwards go nowhere. The order is the same on every rank that is told the same.
     """
     held: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-    for rank, fragments in before.items():
+    for source, fragments in before.items():
         for fragment in fragments:
-            held[fragment.name].append((fragment.start, fragment.start + fragment.numel, rank))
+            held[fragment.name].append((fragment.start, fragment.start + fragment.numel, source))
     moves = []
     for target, fragments in after.items():
         for fragment in fragments:
@@ -82,7 +82,7 @@ def _view(placed: Placed, fragment: Fragment) -> Tensor:
 
 
 @torch.no_grad()
-def carry(moves: Sequence[Move], source: Placed, target: Placed, rank: int, device: torch.device) -> None:
+def carry(moves: Sequence[Move], source: Placed, target: Placed, device: torch.device) -> None:
     """Copy what stays on this rank and exchange what does not, one message for each pair of ranks. A collective.
 
     Args:
@@ -90,14 +90,15 @@ def carry(moves: Sequence[Move], source: Placed, target: Placed, rank: int, devi
         source, target: Views to read and to write, of one kind of state (values, or one of Adam's moments).
         device: Where the process group takes its tensors from.
     """
+    here = rank()
     away: dict[int, list[Tensor]] = defaultdict(list)
     home: dict[int, list[Tensor]] = defaultdict(list)
     for move in moves:
-        if move.source == rank == move.target:
+        if move.source == here == move.target:
             _view(target, move.fragment).copy_(_view(source, move.fragment))
-        elif move.source == rank:
+        elif move.source == here:
             away[move.target].append(_view(source, move.fragment))
-        elif move.target == rank:
+        elif move.target == here:
             home[move.source].append(_view(target, move.fragment))
     outgoing = {peer: torch.cat([view.to(device) for view in views]) for peer, views in away.items()}
     incoming = {
@@ -155,13 +156,13 @@ def collect(
         device: Where the process group takes its tensors from.
         group: All ranks; the default group if not given.
     """
-    rank, world_size = _rank(), _world_size()
+    me, ranks = rank(), world_size()
     mine = [(piece.key, piece.start, piece.data.numel(), piece.data.dtype) for piece in pieces]
     lists: list[Any] = [mine]
-    if world_size > 1:
-        lists = [None] * world_size
-        dist.gather_object(mine, lists if rank == 0 else None, group=group)
-    if rank != 0:
+    if ranks > 1:
+        lists = [None] * ranks
+        dist.gather_object(mine, lists if me == 0 else None, group=group)
+    if me != 0:
         for part in _packed([piece.data for piece in pieces]):
             _pass(dist.isend, part.to(device), 0, group)
         return {}
@@ -189,19 +190,19 @@ def distribute(whole: Mapping[str, Tensor], keys: Sequence[str], pieces: Sequenc
     for piece in pieces:
         wanted[piece.key].append(piece)
     index: list[Any] = [None]
-    if _rank() == 0:
+    if rank() == 0:
         index = [[(key, whole[key].numel(), whole[key].dtype) for key in keys if key in whole]]
     meet()  # `whole` may have read a large file to know that
     (known,) = broadcast_object_list(index)
     for key, numel, dtype in known:
-        source = whole[key].reshape(-1) if _rank() == 0 else None
+        source = whole[key].reshape(-1) if rank() == 0 else None
         step = CHUNK_BYTES // dtype.itemsize
         for low in range(0, numel, step):
             high = min(low + step, numel)
             part = (
                 source[low:high].to(device) if source is not None else torch.empty(high - low, dtype=dtype).to(device)
             )
-            if _world_size() > 1:
+            if world_size() > 1:
                 part = part.contiguous()
                 dist.broadcast(part.view(torch.uint8), 0)
             for piece in wanted[key]:
@@ -250,11 +251,3 @@ def _groups(sizes: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
                 group, room = [], CHUNK_BYTES
     if group:
         yield group
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

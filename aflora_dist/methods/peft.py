@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..adapter.architectures import ARCHITECTURES, default_targets, find_targets
 from ..adapter.precision import widen
-from ..adapter.private import is_sharded
 from ..adapter.saving import save_peft
+from ..compat.deepspeed import is_sharded
 from ..control import Progress
 from ..errors import AFLoRAError, UnsupportedEngineError
 from ..names import is_head

@@ -1,6 +1,6 @@
 """Which elements of what trains each rank of an engine will hold. Arithmetic over sizes; no tensor is made.
 
-Follows the engines' own layouts: engines/native.py, deepspeed/zero12.py and zero3.py. The tests compare.
+Follows the engines' own layouts: engines/ddp.py, fsdp2.py, deepspeed/zero12.py and zero3.py. The tests compare.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ..notices import logger
 from .meeting import meet
+from .ranks import world_size
 
 _made: tuple[object, dist.ProcessGroup | None] | None = None  # beside which group, and what came of it
 
@@ -21,7 +22,7 @@ def cpu_group() -> dist.ProcessGroup | None:
     with what to set; whoever asks then sends device tensors through the default group.
     """
     global _made
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or world_size() == 1:
         return None
     if _made is None or _made[0] is not dist.group.WORLD:
         _made = (dist.group.WORLD, _make())

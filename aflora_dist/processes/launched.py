@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
+from ..compat.accelerate import has_state
 from ..errors import AFLoRAError, LaunchError, one_line
 from ..notices import logger
 from . import meeting
 from .cpu_group import cpu_group
+from .ranks import rank
 
 T = TypeVar("T")
 
@@ -31,7 +33,7 @@ def refuse_lonely_processes() -> None:
     Raises:
         AFLoRAError: On every rank; the message says how to create the accelerator.
     """
-    if not PartialState._shared_state:
+    if not has_state():
         return
     launched, known = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
     if launched != known:
@@ -266,7 +268,7 @@ def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 def _settle(failure: Exception | None, who: str | None = None) -> None:
     """Wait for all ranks; raise this rank's own failure as it is, or what the first other one complains of."""
-    heard = meeting.meet(complaint(failure, who or f"Rank {meeting.rank()}") if failure is not None else None)
+    heard = meeting.meet(complaint(failure, who or f"Rank {rank()}") if failure is not None else None)
     if failure is not None:
         raise failure
     for said in heard:

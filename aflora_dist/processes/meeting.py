@@ -18,9 +18,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from ..compat.torch import default_store
 from ..errors import AFLoRAError
+from .ranks import rank, world_size
 
 PATIENCE = 30.0  # seconds of waiting before a line says for whom; then every ten minutes
 PULSE = 30.0  # seconds after which each process says again that it lives
@@ -43,11 +45,13 @@ def connect(**options: Any) -> None:
         RuntimeError: torch's, if it cannot be found.
     """
     global _own
-    if world() > 1 and not dist.is_initialized() and (_own is None or _own[0] != _place()):
+    if world_size() > 1 and not dist.is_initialized() and (_own is None or _own[0] != _place()):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # As torch's own rendezvous, whose store will be the same one; but nobody is waited for yet.
         hosts = rank() == 0 and not _of_launcher()
-        store = TCPStore(address, port, world(), is_master=hosts, wait_for_workers=False, multi_tenant=True, **options)
+        store = TCPStore(
+            address, port, world_size(), is_master=hosts, wait_for_workers=False, multi_tenant=True, **options
+        )
         _own = (_place(), store)
 
 
@@ -63,7 +67,7 @@ def meet(said: str | None = None) -> list[str | None]:
     global _meetings
     number, me = _meetings, rank()
     _meetings += 1
-    if world() == 1:
+    if world_size() == 1:
         return [said]
     connect()
     store = _store()
@@ -72,12 +76,12 @@ def meet(said: str | None = None) -> list[str | None]:
         store.set(f"{number}/{me}", json.dumps((socket.gethostname(), said and said[:_LENGTH])))
         if me == 0:
             found = []
-            for other in range(world()):
+            for other in range(world_size()):
                 _wait(store, number, str(other), other)
                 host, heard = json.loads(store.get(f"{number}/{other}"))
                 _hosts[other] = host
                 found.append(heard)
-            for other in range(world()):
+            for other in range(world_size()):
                 store.delete_key(f"{number}/{other}")
             store.delete_key(f"{number - 1}/all")  # everybody has read it, or would not be here
             store.set(f"{number}/all", json.dumps(found))
@@ -102,7 +106,7 @@ def part(reason: str, *, stay: bool) -> None:
     Args:
         stay: Return once they know, or a few seconds later: a launcher may end them when this rank has ended.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
     with suppress(RuntimeError):  # nobody can be told
         connect(timeout=timedelta(seconds=LINGER))
@@ -176,7 +180,7 @@ def _linger(store: Any, key: str) -> None:
     """Stay until all ranks are here: where one's end ends the others, or the store, they would not learn the reason."""
     store.add(key, 1)
     end = time.monotonic() + LINGER
-    while store.add(key, 0) < world() and time.monotonic() < end:
+    while store.add(key, 0) < world_size() and time.monotonic() < end:
         time.sleep(0.05)
 
 
@@ -187,7 +191,7 @@ def _of_launcher() -> bool:
 
 def _store() -> Any:
     global _ours
-    store = _own[1] if _own is not None and _own[0] == _place() else distributed_c10d._get_default_store()
+    store = _own[1] if _own is not None and _own[0] == _place() else default_store()
     if _ours is None or _ours[0] is not store:
         # torchrun's outlives ranks that it starts anew (--max_restarts), and has what those before them said.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -197,13 +201,3 @@ def _store() -> Any:
 
 def _place() -> tuple[str, ...]:
     return tuple(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
-
-
-def rank() -> int:
-    """This process's, by the process group or, before there is one, by the launcher."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-
-
-def world() -> int:
-    """How many ranks there are."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

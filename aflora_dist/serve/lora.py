@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..adapter.lora import lora_config, lora_up
+from ..adapter import lora_config, lora_up
 from ..names import of_base
 from .card import write_card
 from .source import new_folder, read

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter.lora import lora_up
+from ..adapter import lora_up
 from ..errors import AFLoRAError
 from ..foreign import read_object, reading
 from ..names import of_base

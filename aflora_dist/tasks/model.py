@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from ..adapter.private import is_sharded
+from ..compat.deepspeed import is_sharded
 from ..errors import AFLoRAError, one_line
 from ..extras import installed, require
 from ..foreign import read_object, refuse_endless

@@ -313,7 +313,7 @@ def _taken_by_deepspeed(settings: Mapping[str, Any]) -> Iterator[str]:
     """What DeepSpeed itself has against them, or else the engines: features that they refuse."""
     from deepspeed import DeepSpeedConfig
 
-    from ..engines.deepspeed.zero import check_settings
+    from ..engines.deepspeed import check_settings
 
     stage = settings.get("zero_optimization", {}).get("stage")
     if stage == "auto":

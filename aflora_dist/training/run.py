@@ -87,10 +87,10 @@ def _tell_the_others(error: BaseException) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1" or over:
         return
     with suppress(AFLoRAError, ImportError):
-        from ..processes import complaint, launched_processes, meeting
+        from ..processes import complaint, launched_processes, part, rank
 
         launched_processes()  # who cannot be found cannot be told
-        meeting.part(complaint(error, f"Rank {meeting.rank()}"), stay=isinstance(error, AFLoRAError))
+        part(complaint(error, f"Rank {rank()}"), stay=isinstance(error, AFLoRAError))
 
 
 def leave(status: int) -> NoReturn:

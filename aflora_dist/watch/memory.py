@@ -6,13 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..compat.contract import Private, broken, require
-
-SNAPSHOT = [
-    Private("torch.cuda.memory", name, "show CUDA memory around a freeze", "a public recorder of CUDA memory")
-    for name in ("_record_memory_history", "_dump_snapshot")
-]
-PRIVATE = {"torch": SNAPSHOT}
+from ..compat.contract import broken, require
+from ..compat.torch import MEMORY
 
 _MOST = 100_000  # allocations and frees that are kept, the newest; the file grows by some hundred bytes with each
 
@@ -25,7 +20,7 @@ class MemoryHistory:
     """
 
     def __init__(self) -> None:
-        require("torch", torch.cuda.memory, SNAPSHOT)
+        require("torch", torch.cuda.memory, MEMORY)
         try:
             self.start()
             self.stop()

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..adapter.private import whole_shape
+from ..compat.deepspeed import whole_shape
 from .peaks import peak_flops
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from aflora_dist import AFLoRAConfig
 from aflora_dist.adapter import AFLoRALayer
-from aflora_dist.adapter.eq1 import cast_once
+from aflora_dist.adapter.casts import cast_once
 
 SIZES = (6, 5, 6, 7)
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from aflora_dist.adapter import AFLoRALayer, AFLoRAPath
+from aflora_dist.adapter.path import equation_1
 
 IN, OUT, R = 6, 5, 3
 BASES = {
@@ -47,6 +48,28 @@ def plain(layer: AFLoRALayer, x: Tensor) -> Tensor:
 
 def leaves(layer: AFLoRALayer, x: Tensor) -> list[Tensor]:
     return [p for p in (x, *layer.parameters()) if p.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_path_computes_the_paper_s_equation(dtype: torch.dtype, plain: bool) -> None:
+    """In values and gradients, up to the error of its dtype: against Eq. 1 in float64."""
+    torch.manual_seed(0)
+    x, W0 = torch.randn(3, 8, 64, dtype=dtype), torch.randn(48, 64, dtype=dtype)
+    path = AFLoRAPath(in_features=64, out_features=48, r=4, dropout=0.0, frozen=set())
+    for parameter in path.parameters():
+        nn.init.normal_(parameter)
+    path.to(dtype)
+    leaves = {"x": x.requires_grad_(), **dict(path.named_parameters())}
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in leaves.items()}
+    ours = path(x, base=lambda rows: rows @ W0.T, dtype=dtype, plain=plain)
+    expected = equation_1(W0=W0.double(), **exact)
+    upstream = torch.randn_like(ours)
+    found = [ours, *torch.autograd.grad(ours, list(leaves.values()), upstream)]
+    wanted = [expected, *torch.autograd.grad(expected, list(exact.values()), upstream.double())]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - theirs).norm() <= 4 * torch.finfo(dtype).eps * theirs.norm()
 
 
 @pytest.mark.parametrize(

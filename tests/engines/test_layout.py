@@ -9,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 
 from aflora_dist.engines import create_engine
-from aflora_dist.engines.native import ReplicatedEngine
+from aflora_dist.engines.ddp import ReplicatedEngine
 from aflora_dist.engines.transfer import Fragment, plan
 from tests.workers.tiny import build_model, build_optimizer
 

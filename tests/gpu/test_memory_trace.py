@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import get_peft_model
 from torch import nn
 
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
-from aflora_dist.adapter import kernels
+from profiling import kernels
 from tests.tensorboard import PROFILER, TensorBoard
 from tests.workers.rebuild import tensor_bytes
 
@@ -110,22 +111,20 @@ def test_a_snapshot_of_memory_lies_beside_the_trace_of_the_freeze(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_with_the_triton_kernels_a_layer_computes_the_same(
-    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_the_triton_kernels_a_layer_computes_the_same(dtype: torch.dtype, device: str) -> None:
     if not kernels.available():
         pytest.skip("needs triton and a CUDA device, or its interpreter (TRITON_INTERPRET=1)")
     x = torch.randn(70, 2048, device=device, dtype=dtype)
     seen = []
-    for switch in ("0", "1"):
-        monkeypatch.setenv("AFLORA_TRITON", switch)
+    for use in (nullcontext, kernels.used):
         model = adapted(device, dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("s_b"):
                     parameter.fill_(0.5)  # at its start of 0 the path gives nothing
-        y = model(x)
-        y.float().square().mean().backward()
+        with use():
+            y = model(x)
+            y.float().square().mean().backward()
         gradients = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
         seen.append({"y": y.detach().double(), **gradients})
     room = 1e-5 if dtype == torch.float32 else 3e-2

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from aflora_dist import AFLoRAConfig
-from aflora_dist.adapter.lora import lora_up
+from aflora_dist.adapter import lora_up
 from tests.adapter.test_peft import randomise
 from tests.small_lm import make_small_language_model, make_small_tokenizer
 from tests.test_export import TOKENS, adapter_for, aflora, change_json, logits, refused

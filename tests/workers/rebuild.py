@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     # what was loaded is there before DeepSpeed gathers it on a stream of its own
     waited = calls["synchronize"]
     if engine.kind == "zero3":
-        engine.publish(engine.trainable)
+        engine.synchronise(engine.trainable)
         assert calls["synchronize"] == waited + 1
 
     # the state that is held is that of the vectors, the head and the remaining matrices

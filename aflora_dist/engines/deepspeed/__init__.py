@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: the only folder that names its private interfaces."""
+"""DeepSpeed's ZeRO: the only folder that uses its private interfaces, which compat/deepspeed.py lists."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ...compat.accelerate import schedulers
 from ...errors import UnsupportedEngineError
+from .supported import check_settings
 from .zero import ZeroEngine
+
+__all__ = ["check_settings", "create_zero_engine"]
 
 
 def create_zero_engine(accelerator: Accelerator, optimizer: Any) -> ZeroEngine:
@@ -30,7 +34,7 @@ def create_zero_engine(accelerator: Accelerator, optimizer: Any) -> ZeroEngine:
 def _check_schedule(accelerator: Accelerator, ds: Any) -> None:
     """Refuse a schedule of DeepSpeed's that nobody holds: it sets every learning rate, whatever else sets them."""
     own = None if ds.client_lr_scheduler is not None else ds.lr_scheduler
-    if own is not None and not any(scheduler.scheduler is own for scheduler in accelerator._schedulers):
+    if own is not None and not any(scheduler.scheduler is own for scheduler in schedulers(accelerator)):
         raise UnsupportedEngineError(
             f"DeepSpeed's configuration has a scheduler section ({type(own).__name__}), by which DeepSpeed sets the "
             f"learning rates of all param groups itself. Remove it, or pass accelerate.utils.DummyScheduler(optimizer) "

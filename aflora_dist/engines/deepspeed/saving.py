@@ -8,8 +8,8 @@ from typing import Any
 import deepspeed
 from torch import Tensor
 
+from ...compat.patch import patch_method
 from ...names import named_parameters
-from ..base import hang
 
 
 class KeptWhole:
@@ -26,8 +26,8 @@ class KeptWhole:
     def __init__(self, ds: Any, names: Sequence[str]) -> None:
         parameters = named_parameters(ds.module)
         self._kept = {name: parameters[name] for name in names}
-        hang(ds, "_zero3_consolidated_16bit_state_dict", self._consolidated)
-        hang(ds, "module_state_dict", self._module_state)
+        patch_method(ds, "_zero3_consolidated_16bit_state_dict", self._consolidated)
+        patch_method(ds, "module_state_dict", self._module_state)
         ds.__dict__["_kept_whole"] = self
 
     def _frozen(self) -> dict[str, Any]:

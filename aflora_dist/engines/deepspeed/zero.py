@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +13,17 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...compat.accelerate import optimizers
 from ...compat.contract import Private, require
+from ...compat.deepspeed import BOTH, ENGINE, divide_once
 from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
-from ..base import Engine, Record, release
+from ..base import Engine, Observer, Record
+from ..optimizers import release
 from ..transfer import Move, Piece, place, plan
-from . import device, private
+from . import device
 from .saving import KeptWhole
+from .supported import check_supported
 
 Span = tuple[Fragment, int]  # a fragment, and where in its partition it begins
 
@@ -41,10 +43,10 @@ class ZeroEngine(Engine):
         wrapper = accelerator.deepspeed_engine_wrapped
         assert wrapper is not None
         self.ds: Any = wrapper.engine
-        require("deepspeed", self.ds, private.ENGINE)
+        require("deepspeed", self.ds, ENGINE)
         check_supported(self.ds)
-        require("deepspeed", self.zero, [*private.BOTH, *self.interfaces])
-        private.divide_once(self.ds)
+        require("deepspeed", self.zero, [*BOTH, *self.interfaces])
+        divide_once(self.ds)
         self.kind = f"zero{self.ds.zero_optimization_stage()}"
         self._wrapper = optimizer if isinstance(optimizer, AcceleratedOptimizer) else None
         self._stand_in: Optimizer | None = None
@@ -130,7 +132,7 @@ class ZeroEngine(Engine):
         self._handles.append(lambda: self.ds.__dict__.pop("step", None))
         self._handles.append(self.optimizer.register_step_pre_hook(before).remove)
         if self._wrapper is not None:
-            self._hang(self._wrapper, "step", self._check_stepped)
+            self._patch(self._wrapper, "step", self._check_stepped)
 
     def _check_stepped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.sync_gradients and not self._stepped:
@@ -164,12 +166,12 @@ class ZeroEngine(Engine):
         self._groups = [[name for name in group if name in wanted] for group in self.members]
         for group, members in zip(self.optimizer.param_groups, self._groups, strict=True):
             group["params"] = [self.parameters[name].requires_grad_(True) for name in members]
-        with _no_garbage_collection():
+        with device.no_garbage_collection():
             device.synchronize()  # nothing is gathered any more out of buffers that are about to go
             with device.allocator_left_alone():
                 self._replace(dropped)
             self._keep_positions()
-            for wrapped in self.accelerator._optimizers:
+            for wrapped in optimizers(self.accelerator):
                 if isinstance(wrapped, AcceleratedOptimizer):
                     wrapped.optimizer = self.zero
             moves = plan(before, self._fragments())
@@ -310,109 +312,3 @@ class ZeroEngine(Engine):
         if self.zero.optimizer is not inner:
             shown = property(lambda zero: inner.param_groups)
             self.zero.__class__ = type(kind.__name__, (kind,), {"param_groups": shown})
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A new ZeRO optimizer is thousands of objects that take the place of as many, which go by themselves.
-
-    Before they do, Python would think that the heap has grown, and look through all of it: 0.3 s with transformers
-    imported, several times what the rest of a drop takes.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def check_settings(settings: Any) -> None:
-    """Refuse what a DeepSpeed configuration asks for and freezing would be wrong under.
-
-    Args:
-        settings: A `DeepSpeedConfig`.
-
-    Raises:
-        UnsupportedEngineError: Names the feature and what to use instead.
-    """
-    zero = settings.zero_config
-    offload, offload_param = zero.offload_optimizer, zero.offload_param
-    fp16, bf16 = settings.float16_config, settings.bfloat16_config
-    _refuse(
-        {
-            "ZeRO stage 0": (zero.stage == 0, "use stage 1, 2 or 3, or plain DDP without DeepSpeed"),
-            "optimizer offload to NVMe": (offload is not None and offload.device == "nvme", 'set "device": "cpu"'),
-            "parameter offload to NVMe": (
-                offload_param is not None and offload_param.device == "nvme",
-                'set "device": "cpu"',
-            ),
-            "partial optimizer offload (ratio < 1)": (offload is not None and offload.ratio < 1.0, 'set "ratio": 1.0'),
-            "super_offload": (offload is not None and bool(getattr(offload, "super_offload", False)), "remove it"),
-            "ZenFlow": (getattr(zero, "zenflow", None) is not None, "remove zero_optimization.zenflow"),
-            "round_robin_gradients": (bool(zero.round_robin_gradients), 'set "round_robin_gradients": false'),
-            "ZeRO++ (hpz, quantized weights or gradients)": (
-                zero.zero_hpz_partition_size > 1
-                or bool(zero.zero_quantized_weights)
-                or bool(zero.zero_quantized_nontrainable_weights)
-                or bool(zero.zero_quantized_gradients),
-                "remove these keys",
-            ),
-            "MiCS": (getattr(zero, "mics_shard_size", -1) > 0, "remove mics_shard_size"),
-            "tensor parallelism": (
-                getattr(getattr(settings, "tensor_parallel_config", None), "autotp_size", 0) > 1,
-                "use data parallelism: remove tensor_parallel",
-            ),
-            "16-bit master weights or optimizer states": (
-                bool(fp16.fp16_master_weights_and_grads)
-                or bool(bf16.bf16_master_weights_and_grads)
-                or bool(bf16.bf16_optimizer_states),
-                "remove these keys",
-            ),
-            "torch_autocast": (bool(settings.torch_autocast_enabled), 'use "bf16": {"enabled": true}'),
-            "gradient_allreduce_op: sum": (
-                getattr(settings, "gradient_allreduce_op", "mean") != "mean",
-                "gradients are means over the ranks: remove it",
-            ),
-            "managed_gradient_accumulation: false": (
-                not getattr(settings, "managed_gradient_accumulation", True),
-                "let accelerate manage the accumulation",
-            ),
-        }
-    )
-
-
-def check_supported(ds: Any) -> None:
-    """Refuse DeepSpeed features under which freezing would be wrong, before any step is taken.
-
-    Raises:
-        UnsupportedEngineError: Names the feature and what to use instead.
-    """
-    check_settings(ds._config)
-    optimizer = type(ds.basic_optimizer).__name__
-    _refuse(
-        {
-            "mixture-of-experts layers": (bool(ds.has_moe_layers), "train them without DeepSpeed-MoE"),
-            "pipeline parallelism": (bool(ds.pipeline_parallelism), "use data parallelism"),
-            "sequence parallelism": (getattr(ds, "sequence_parallel_size", 1) > 1, "use data parallelism"),
-            f"the {optimizer} optimizer": (
-                "Muon" in optimizer or "OneBit" in optimizer or "ZeroOne" in optimizer,
-                "use an element-wise optimizer such as AdamW",
-            ),
-            f"own {type(getattr(ds.optimizer, 'optimizer', None)).__name__} in place of the {optimizer} it was given": (
-                getattr(ds.optimizer, "optimizer", ds.basic_optimizer) is not ds.basic_optimizer,
-                "use torch.optim.AdamW",
-            ),
-            f"ZeRO stage {ds.zero_optimization_stage()} as {type(ds.optimizer).__name__}": (
-                type(ds.optimizer).__name__ not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"),
-                "use ZeRO-2, or remove data_types.grad_accum_dtype",
-            ),
-        }
-    )
-
-
-def _refuse(problems: Mapping[str, tuple[bool, str]]) -> None:
-    """Raise for the features that are there, each with its remedy."""
-    if found := [f"{feature}: {remedy}" for feature, (present, remedy) in problems.items() if present]:
-        raise UnsupportedEngineError(f"Freezing does not support DeepSpeed's {'; nor '.join(found)}.")

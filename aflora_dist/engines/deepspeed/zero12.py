@@ -10,16 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...compat.deepspeed import ZERO12, offsets
 from ...freezing import Fragment
 from ..transfer import Piece
-from . import private
 from .zero import Span, ZeroEngine
 
 
 class Zero12Engine(ZeroEngine):
     """DeepSpeedZeroOptimizer (stages 1 and 2), optimizer offload to CPU included."""
 
-    interfaces = private.ZERO12
+    interfaces = ZERO12
 
     def _group_parameters(self) -> list[tuple[int, list[nn.Parameter]]]:
         return list(zip(self._positions(), self.zero.bit16_groups, strict=True))
@@ -30,13 +30,13 @@ class Zero12Engine(ZeroEngine):
     def _layouts(self) -> dict[int, list[list[Span]]]:
         zero = self.zero
         sizes = map(int, zero.partition_size)  # floats in DeepSpeed 0.19.0
-        groups = list(zip(zero.round_robin_bit16_groups, private.offsets(zero), sizes, strict=True))
+        groups = list(zip(zero.round_robin_bit16_groups, offsets(zero), sizes, strict=True))
         return {rank: [self._cut(*group, rank) for group in groups] for rank in range(self.world_size)}
 
-    def _cut(self, parameters: Sequence[nn.Parameter], offsets: Sequence[int], size: int, rank: int) -> list[Span]:
+    def _cut(self, parameters: Sequence[nn.Parameter], starts: Sequence[int], size: int, rank: int) -> list[Span]:
         """What of a group's buffer lies in the partition of one rank."""
         low, spans = rank * size, []
-        for parameter, offset in zip(parameters, offsets, strict=True):
+        for parameter, offset in zip(parameters, starts, strict=True):
             start, stop = max(offset, low), min(offset + parameter.numel(), low + size)
             if start < stop:
                 spans.append((Fragment(self.names[parameter], start - offset, stop - start), start - low))
@@ -66,7 +66,7 @@ class Zero12Engine(ZeroEngine):
         for name, value in kept.items():
             setattr(self.zero, name, value)
 
-    def publish(self, names: Sequence[str]) -> None:
+    def synchronise(self, names: Sequence[str]) -> None:
         self.zero.update_lp_params()
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -16,15 +16,17 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
+from ...compat.deepspeed import ZERO3, unpin
+from ...compat.patch import patch
 from ...freezing import Fragment
-from . import device, private
+from . import device
 from .zero import Span, ZeroEngine
 
 
 class Zero3Engine(ZeroEngine):
     """DeepSpeedZeroOptimizer_Stage3, with optimizer and parameter offload to CPU."""
 
-    interfaces = private.ZERO3
+    interfaces = ZERO3
     sharded = True
 
     def _group_parameters(self) -> list[tuple[int, list[nn.Parameter]]]:
@@ -66,7 +68,7 @@ class Zero3Engine(ZeroEngine):
         for hook in old._grad_acc_hooks + old._leaf_module_hooks:
             hook.remove()
         old.ipg_buckets.clear()
-        private.unpin(old)
+        unpin(old)
         for parameter in dropped:
             # Its piece is a view of the old group's flat buffer, which would stay alive through it.
             parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
@@ -75,14 +77,14 @@ class Zero3Engine(ZeroEngine):
         with ExitStack() as stack:
 
             def instead(owner: Any, name: str, value: Any) -> None:
-                stack.enter_context(device.replaced(owner, name, value))
+                stack.callback(patch(owner, name, value))
 
             instead(DeepSpeedZeroOptimizer_Stage3, "initialize_ds_offload", lambda self, **kwargs: offload)
             # DeepSpeed would also collect garbage per flat buffer (0.3 s each; there is none, see above),
             instead(gc, "collect", lambda *args: 0)
             # format every parameter of the model, numbers and all, for a message that it does not print,
             instead(nn.Parameter, "__repr__", object.__repr__)
-            # and gather every parameter to hang a hook on it, one by one; torch's hooks need no values.
+            # and gather every parameter to put a hook on it, one by one; torch's hooks need no values.
             for name in self.trainable:
                 instead(self.parameters[name], "all_gather", lambda *args: None)
                 instead(self.parameters[name], "partition", lambda *args: None)
@@ -90,7 +92,7 @@ class Zero3Engine(ZeroEngine):
         for name, value in kept.items():
             setattr(self.zero, name, value)
 
-    def publish(self, names: Sequence[str]) -> None:
+    def synchronise(self, names: Sequence[str]) -> None:
         for index in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(index)
         # Small parameters stay whole on every rank: have them gathered again, from the new pieces.

@@ -1,12 +1,14 @@
 """Two Triton kernels for the upper half of Eq. 1, s_b * (B (s_d * h)) with the vectors folded into B.
 
-Off unless AFLORA_TRITON=1: what they gain is for a GPU to say (`make gpu`). Importing this module does not import
-triton. In all of it T is the number of rows (tokens) and r the rank.
+The package does without them: what they gain is for a GPU to say (`make gpu`). `used` has AFLoRA's layers go through
+them. Importing this module does not import triton. In all of it T is the number of rows (tokens) and r the rank.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, reduce
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import AFLoRAError
+from aflora_dist.adapter import path
+from aflora_dist.adapter.eq1 import Up, outside_autocast, rows_of
+from aflora_dist.compat.patch import patch
 
 if TYPE_CHECKING:
     import triton.language as tl  # when running: from the first launch on (see _jitted)
@@ -38,22 +42,54 @@ def available() -> bool:
     return _installed() and (_interpreted() or torch.cuda.is_available())
 
 
-def enabled(rows: Tensor, r: int) -> bool:
-    """Whether AFLORA_TRITON=1 asks for the kernels and they take such rows, (T, out), at rank r.
+def fit(rows: Tensor, r: int) -> bool:
+    """Whether the kernels take such rows, (T, out), at rank r.
 
-    False, so that plain products are used, for ranks above 64, float64, tensors on a CPU (unless interpreted) and
-    inside torch.compile, which makes kernels of its own.
+    Not for ranks above 64, float64, tensors on a CPU (unless interpreted) and inside torch.compile, which makes
+    kernels of its own.
+    """
+    known = r <= MAX_RANK and rows.dtype in _DTYPES and (rows.is_cuda or _interpreted())
+    return known and not torch.compiler.is_compiling()
+
+
+class TritonUp(Up):
+    """`Up` through the kernels, where they take what they are given."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, folded: Tensor, in_place: bool) -> Tensor:
+        if not in_place or y.dtype != h.dtype or not fit(rows_of(y), h.shape[-1]):
+            return Up.forward(ctx, y, h, folded, in_place)
+        ctx.save_for_backward(h, folded)
+        ctx.mark_dirty(y)
+        up_forward_(rows_of(y), rows_of(h), folded.T)
+        return y
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, folded = ctx.saved_tensors
+        _, needs_h, needs_folded, _ = ctx.needs_input_grad
+        g, rows = rows_of(grad).to(h.dtype), rows_of(h)
+        if not (needs_h and needs_folded) or torch.is_grad_enabled() or not fit(g, rows.shape[1]):
+            return Up.backward(ctx, grad)
+        grad_rows, M = up_backward(g, rows, folded.T)
+        return grad, grad_rows.view(h.shape), M.T, None
+
+
+@contextmanager
+def used() -> Iterator[None]:
+    """While entered, AFLoRA's layers go through the kernels.
 
     Raises:
-        AFLoRAError: They are asked for and cannot run on this machine.
+        SystemExit: They cannot run on this machine.
     """
-    if os.environ.get("AFLORA_TRITON", "0") in ("", "0") or torch.compiler.is_compiling():
-        return False
     if not available():
-        raise AFLoRAError(
-            "AFLORA_TRITON=1 needs a GPU and triton (pip install triton); without them leave the variable away."
-        )
-    return r <= MAX_RANK and rows.dtype in _DTYPES and (rows.is_cuda or _interpreted())
+        raise SystemExit("The Triton kernels need a GPU and triton (pip install triton).")
+    take_back = patch(path, "Up", TritonUp)
+    try:
+        yield
+    finally:
+        take_back()
 
 
 def up_backward(g: Tensor, h: Tensor, folded: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The Triton kernels against float64 products, and compiled. Without a GPU this takes two runs, as in .ci/run:
 
-TRITON_INTERPRET=1 pytest tests/adapter/test_kernels.py; pytest tests/adapter/test_kernels.py -k compile
+TRITON_INTERPRET=1 pytest tests/test_kernels.py; pytest tests/test_kernels.py -k compile
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aflora_dist import AFLoRAError
-from aflora_dist.adapter import kernels
+from aflora_dist.adapter import path
+from profiling import kernels
 
 
 def interpreted(test: Any) -> Any:
@@ -111,23 +111,22 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
 
 
 @interpreted
-def test_they_are_used_only_where_they_are_asked_for_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_used_only_where_they_fit() -> None:
     rows = torch.zeros(2, 3, device=DEVICE)
-    monkeypatch.delenv("AFLORA_TRITON", raising=False)
-    assert not kernels.enabled(rows, 4)
-    monkeypatch.setenv("AFLORA_TRITON", "1")
-    assert kernels.enabled(rows, 4)
-    assert not kernels.enabled(rows, 65)
-    assert not kernels.enabled(rows.double(), 4)
+    assert kernels.fit(rows, 4)
+    assert not kernels.fit(rows, 65)
+    assert not kernels.fit(rows.double(), 4)
 
 
-def test_asked_for_where_they_cannot_run_they_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_go_through_them_only_when_asked_and_where_they_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = path.Up
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    with kernels.used():
+        assert path.Up is kernels.TritonUp
+    assert path.Up is plain
     monkeypatch.setattr(kernels, "available", lambda: False)
-    monkeypatch.setenv("AFLORA_TRITON", "1")
-    with pytest.raises(AFLoRAError, match="AFLORA_TRITON=1 needs a GPU and triton"):
-        kernels.enabled(torch.zeros(2, 3), 4)
-    monkeypatch.setenv("AFLORA_TRITON", "0")
-    assert not kernels.enabled(torch.zeros(2, 3), 4)
+    with pytest.raises(SystemExit, match="need a GPU and triton"), kernels.used():
+        pass
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,45 @@
+"""accelerate 1.12 and later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import PartialState
+
+from .contract import private
+
+_LISTS = "public lists of what prepare() has returned"
+_accelerator = partial(private, "Accelerator", instead=_LISTS)
+
+ACCELERATOR = [
+    *_accelerator("_optimizers", "find the wrapper that knows of skipped updates"),
+    *_accelerator("_models", "number the state of several models as accelerate does"),
+    *_accelerator("_schedulers", "know whether DeepSpeed's schedule was asked for"),
+]
+PRIVATE = [
+    *ACCELERATOR,
+    *private("PartialState", "_shared_state", "know whether there is one, without making one", "a public query"),
+]
+
+
+def has_state() -> bool:
+    """Whether an Accelerator, or a PartialState, has been made in this process."""
+    return bool(PartialState._shared_state)
+
+
+def optimizers(accelerator: Accelerator) -> Sequence[Any]:
+    """The optimizers that `prepare` has returned."""
+    return accelerator._optimizers
+
+
+def models(accelerator: Accelerator) -> Sequence[Any]:
+    """The models that `prepare` has returned."""
+    return accelerator._models
+
+
+def schedulers(accelerator: Accelerator) -> Sequence[Any]:
+    """The schedulers that `prepare` has returned."""
+    return accelerator._schedulers

@@ -1,0 +1,98 @@
+"""Refuses features of DeepSpeed under which freezing would be wrong, each with what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import UnsupportedEngineError
+
+
+def check_settings(settings: Any) -> None:
+    """Refuse what a DeepSpeed configuration asks for and freezing would be wrong under.
+
+    Args:
+        settings: A `DeepSpeedConfig`.
+
+    Raises:
+        UnsupportedEngineError: Names the feature and what to use instead.
+    """
+    config = settings.zero_config
+    offload, offload_param = config.offload_optimizer, config.offload_param
+    fp16, bf16 = settings.float16_config, settings.bfloat16_config
+    _refuse(
+        {
+            "ZeRO stage 0": (config.stage == 0, "use stage 1, 2 or 3, or plain DDP without DeepSpeed"),
+            "optimizer offload to NVMe": (offload is not None and offload.device == "nvme", 'set "device": "cpu"'),
+            "parameter offload to NVMe": (
+                offload_param is not None and offload_param.device == "nvme",
+                'set "device": "cpu"',
+            ),
+            "partial optimizer offload (ratio < 1)": (offload is not None and offload.ratio < 1.0, 'set "ratio": 1.0'),
+            "super_offload": (offload is not None and bool(getattr(offload, "super_offload", False)), "remove it"),
+            "ZenFlow": (getattr(config, "zenflow", None) is not None, "remove zero_optimization.zenflow"),
+            "round_robin_gradients": (bool(config.round_robin_gradients), 'set "round_robin_gradients": false'),
+            "ZeRO++ (hpz, quantized weights or gradients)": (
+                config.zero_hpz_partition_size > 1
+                or bool(config.zero_quantized_weights)
+                or bool(config.zero_quantized_nontrainable_weights)
+                or bool(config.zero_quantized_gradients),
+                "remove these keys",
+            ),
+            "MiCS": (getattr(config, "mics_shard_size", -1) > 0, "remove mics_shard_size"),
+            "tensor parallelism": (
+                getattr(getattr(settings, "tensor_parallel_config", None), "autotp_size", 0) > 1,
+                "use data parallelism: remove tensor_parallel",
+            ),
+            "16-bit master weights or optimizer states": (
+                bool(fp16.fp16_master_weights_and_grads)
+                or bool(bf16.bf16_master_weights_and_grads)
+                or bool(bf16.bf16_optimizer_states),
+                "remove these keys",
+            ),
+            "torch_autocast": (bool(settings.torch_autocast_enabled), 'use "bf16": {"enabled": true}'),
+            "gradient_allreduce_op: sum": (
+                getattr(settings, "gradient_allreduce_op", "mean") != "mean",
+                "gradients are means over the ranks: remove it",
+            ),
+            "managed_gradient_accumulation: false": (
+                not getattr(settings, "managed_gradient_accumulation", True),
+                "let accelerate manage the accumulation",
+            ),
+        }
+    )
+
+
+def check_supported(ds: Any) -> None:
+    """Refuse DeepSpeed features under which freezing would be wrong, before any step is taken.
+
+    Raises:
+        UnsupportedEngineError: Names the feature and what to use instead.
+    """
+    check_settings(ds._config)
+    optimizer = type(ds.basic_optimizer).__name__
+    _refuse(
+        {
+            "mixture-of-experts layers": (bool(ds.has_moe_layers), "train them without DeepSpeed-MoE"),
+            "pipeline parallelism": (bool(ds.pipeline_parallelism), "use data parallelism"),
+            "sequence parallelism": (getattr(ds, "sequence_parallel_size", 1) > 1, "use data parallelism"),
+            f"the {optimizer} optimizer": (
+                "Muon" in optimizer or "OneBit" in optimizer or "ZeroOne" in optimizer,
+                "use an element-wise optimizer such as AdamW",
+            ),
+            f"own {type(getattr(ds.optimizer, 'optimizer', None)).__name__} in place of the {optimizer} it was given": (
+                getattr(ds.optimizer, "optimizer", ds.basic_optimizer) is not ds.basic_optimizer,
+                "use torch.optim.AdamW",
+            ),
+            f"ZeRO stage {ds.zero_optimization_stage()} as {type(ds.optimizer).__name__}": (
+                type(ds.optimizer).__name__ not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"),
+                "use ZeRO-2, or remove data_types.grad_accum_dtype",
+            ),
+        }
+    )
+
+
+def _refuse(problems: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise for the features that are there, each with its remedy."""
+    if found := [f"{feature}: {remedy}" for feature, (present, remedy) in problems.items() if present]:
+        raise UnsupportedEngineError(f"Freezing does not support DeepSpeed's {'; nor '.join(found)}.")
