@@ -20,7 +20,7 @@ from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
 from ..names import named_parameters
 from ..notices import logger
-from .base import Engine, Observer, Record
+from .base import Engine, Record
 from .clipping import Clipping
 from .optimizers import inner_optimizer, release
 from .transfer import Move, Piece, plan

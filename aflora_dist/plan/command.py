@@ -16,8 +16,8 @@ from ..notices import quiet_libraries
 from ..options import Config
 from ..store.resume import find, finished
 from ..store.rundir import RunDirectory, refuse_taken
+from ..training.build import create_accelerator
 from ..training.command_line import parse
-from ..training.loop import create_accelerator
 from .launches import ENGINES, Launch
 from .plan import make_plan
 from .report import print_plan

@@ -17,7 +17,7 @@ from ..methods import Method
 from ..methods.aflora import AFLoRA
 from ..names import is_adapter
 from ..options import Config
-from ..training.loop import create_optimizer
+from ..training.build import create_optimizer
 from . import layout
 from .events import Freezes
 from .launches import Launch

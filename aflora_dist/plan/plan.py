@@ -15,17 +15,9 @@ from ..store.rundir import refuse_taken, written
 from ..tasks.batches import Place, create_sampler, enough
 from ..tasks.data import unknown_task
 from ..tasks.glue import TASKS
+from ..tasks.limits import Limits
 from ..tasks.model import check_weights, outline_base, outline_language_model
-from ..training.loop import (
-    check_batch,
-    check_length,
-    check_ranks,
-    check_seed,
-    create_task,
-    create_windows,
-    hold,
-    warm_up,
-)
+from ..training.build import check_launch, create_task, create_windows, hold, warm_up
 from .events import Elements, Freezes
 from .launches import Launch
 from .memory import micro_batch_tokens
@@ -45,9 +37,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     """
     method = create_method(config)
     able = _Able(launches)
-    able.check(lambda launch: check_batch(config, launch.num_processes))
-    able.check(lambda launch: check_ranks(config, launch.num_processes))
-    able.check(lambda launch: check_seed(config, launch.num_processes))
+    able.check(lambda launch: check_launch(config, launch.num_processes))
     able.check(lambda launch: check_weights(config.model, launch))
     task = create_task(config) if examples is None else None
     assumptions: list[str] = []
@@ -59,7 +49,8 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
             raise
     else:
         base, head = _outline(config, assumptions)
-    check_length(config, base)
+    limits = Limits.of(base, config.model.name) if task is None else task.limits
+    limits.check_length("data.max_length", config.data.max_length)
     model = method.adapt(base, head)
     held = hold(model, head, config.model.train_new, method)
     if task is not None:
@@ -78,7 +69,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     what = PlannedModel(config, method, model, held)
     able.check(lambda launch: method.check_engine(launch.engine, launch.mixed_precision))
     control = NoControl(freezable=list(what.numels), schedule=what.schedule)
-    create_windows(config, control, total, able.first)  # may refuse
+    create_windows(config, control, total)  # may refuse
     freezes = Freezes(what.schedule, what.policy, what.numels, what.start) if what.schedule else None
     average = freezes.average if freezes else Elements(what.start, what.start, what.start)
     if freezes and not what.certain:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .batches import Batch
+from .limits import Limits
 from .sampler import GlobalBatchSampler
 
 
@@ -32,10 +33,12 @@ class Task(Protocol):
     Attributes:
         name: What result.json calls it.
         train_examples: How many there are to train on, once they are loaded.
+        limits: What the model can take, once it is loaded.
     """
 
     name: str
     train_examples: int
+    limits: Limits
 
     def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:
         """Load data and pretrained model. A collective.

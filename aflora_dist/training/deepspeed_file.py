@@ -6,8 +6,6 @@ know, sets learning rates by a scheduler of its own, and tells of other mistakes
 
 from __future__ import annotations
 
-import base64
-import binascii
 import copy
 import json
 import os
@@ -60,11 +58,6 @@ _FILLED = {
     "zero_optimization.offload_param.device",
     "zero_optimization.offload_param.nvme_path",
 }
-# What accelerate's own configuration may not say beside a file.
-_IN_FILE = {
-    *("mixed_precision", "zero_stage", "gradient_accumulation_steps", "gradient_clipping", "zero3_save_16bit_model"),
-    *("offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path"),
-}
 # Top-level keys that DeepSpeed or accelerate reads.
 _KNOWN = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -106,7 +99,7 @@ def check(config: Config, processes: int) -> None:
         [
             *_keys(settings),
             *_contradictions(config, processes, config.train.accumulation, settings),
-            *_precision(where, settings),
+            *_precision(settings),
             *_taken_by_deepspeed(settings),
         ],
     )
@@ -189,57 +182,35 @@ def _number(variable: str, default: str) -> Any:
 def _read(source: str) -> tuple[str, dict[str, Any]]:
     """The settings in a file; accelerate takes JSON, or JSON in base64, in place of a file's name, too."""
     where = f"DeepSpeed's file {source}"
+    if not os.path.exists(source):
+        from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+        try:
+            return f"DeepSpeed's configuration in {_FILE}", HfDeepSpeedConfig(source).config
+        except ValueError:
+            raise AFLoRAError(
+                f"There is no file {source}, which the launcher names as DeepSpeed's (deepspeed_config_file). A "
+                f"relative name starts at the folder that the job is started in, here {Path.cwd()}."
+            ) from None
     try:
-        text = Path(source).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise AFLoRAError(f"{where} is not text in UTF-8 (byte {error.start}).") from None
+        settings = nested.loads(Path(source).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
-        embedded = _embedded(source)
-        if embedded is None:
-            if isinstance(error, FileNotFoundError):
-                raise AFLoRAError(
-                    f"There is no file {source}, which the launcher names as DeepSpeed's (deepspeed_config_file). A "
-                    f"relative name starts at the folder that the job is started in, here {Path.cwd()}."
-                ) from None
-            raise AFLoRAError(f"{where} could not be read: {error.strerror or error}.") from None
-        where, text = f"DeepSpeed's configuration in {_FILE}", embedded
-    try:
-        settings = nested.loads(text, object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise AFLoRAError(
-            f"{where} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}. (Comments and trailing "
-            f"commas are not allowed.)"
-        ) from None
-    except _DuplicateKeyError as error:
-        raise AFLoRAError(f'{where} gives "{error}" twice: keep one.') from None
-    except ValueError as error:  # a number of thousands of digits
+        raise AFLoRAError(f"{where} could not be read: {error.strerror or error}.") from None
+    except ValueError as error:  # no UTF-8, or no JSON
         raise AFLoRAError(f"{where} cannot be taken as JSON: {str(error)[:100]}.") from None
     if not isinstance(settings, dict):
         raise AFLoRAError(f"{where} must hold an object, {{...}}, not {json.dumps(settings)[:40]}.")
     return where, settings
 
 
-class _DuplicateKeyError(Exception):
-    """A key that stands twice in an object; of the two, accelerate would take the last."""
-
-
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that stands twice, accelerate would take the last."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise _DuplicateKeyError(key)
+            raise ValueError(f'it gives "{key}" twice: keep one')
         found[key] = value
     return found
-
-
-def _embedded(source: str) -> str | None:
-    if source.lstrip().startswith("{"):
-        return source
-    try:
-        text = base64.b64decode(source, altchars=b"-_", validate=True).decode("utf-8")
-    except (binascii.Error, ValueError):
-        return None
-    return text if text.lstrip().startswith("{") else None
 
 
 def _raise_all(where: str, complaints: Iterable[str]) -> None:
@@ -277,40 +248,33 @@ def _keys(settings: Mapping[str, Any]) -> Iterator[str]:
             yield f'nothing can be filled in for {key}="auto". Give a value, or remove the key.'
 
 
-def _precision(where: str, settings: Mapping[str, Any]) -> Iterator[str]:
-    """bf16 and fp16 come from the file or from --mixed_precision, and must agree."""
+def _mixed_precision(settings: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether fp16 and bf16 are asked for, by the file or by --mixed_precision."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    asked = {kind: settings.get(kind, {}).get("enabled", kind not in settings and "auto") for kind in ("fp16", "bf16")}
+    return {kind: launched == kind if enabled == "auto" else enabled for kind, enabled in asked.items()}
+
+
+def _precision(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What accelerate and DeepSpeed take silently, or refuse when the model is there; that both agree they see to."""
     from deepspeed.accelerator import get_accelerator  # takes seconds; needed in a moment anyhow
 
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    fields = set(os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","))
-    if (twice := sorted(fields & _IN_FILE)) and os.environ.get(_FILE, "none") != "none":
-        yield f"the launcher's own configuration gives {', '.join(twice)}, too: remove that there."
-        if "mixed_precision" in twice:
-            yield f"mixed_precision can be given as --mixed_precision {launched}, or in the file (bf16, fp16)."
-    asked = {}
-    for kind in ("fp16", "bf16"):
-        enabled = settings.get(kind, {}).get("enabled", "auto" if kind not in settings else False)
-        asked[kind] = launched == kind if enabled == "auto" else enabled
-        if not isinstance(asked[kind], bool):
+    launched, device = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower(), get_accelerator()
+    supported = {"fp16": device.is_fp16_supported, "bf16": device.is_bf16_supported}
+    for kind, enabled in _mixed_precision(settings).items():
+        if not isinstance(enabled, bool):
             yield f'{kind}.enabled must be true, false or "auto", not {json.dumps(enabled)}.'
-            return
-        if asked[kind] is False and launched == kind:
+        elif launched == kind and not enabled:
             yield f'it switches {kind} off, but --mixed_precision {kind} asks for it: write "auto".'
-    if asked["fp16"] and asked["bf16"]:
-        said = f" (--mixed_precision {launched})" if launched in asked else ""
-        yield f"fp16 and bf16 are both asked for{said}: choose one."
-        return
-    supported = {"fp16": "is_fp16_supported", "bf16": "is_bf16_supported"}
-    for kind, enabled in asked.items():
-        if enabled and not getattr(get_accelerator(), supported[kind])():
+        elif enabled and not supported[kind]():
             yield (
                 f"it, or --mixed_precision, asks for {kind}, which DeepSpeed does not do on this device "
-                f"({get_accelerator().device_name()}). Use --mixed_precision {'bf16' if kind == 'fp16' else 'no'}."
+                f"({device.device_name()}). Use --mixed_precision {'bf16' if kind == 'fp16' else 'no'}."
             )
 
 
 def _taken_by_deepspeed(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What DeepSpeed itself has against them, or else the engines: features that they refuse."""
+    """What DeepSpeed itself has against them, which it would say later, or else the engines."""
     from deepspeed import DeepSpeedConfig
 
     from ..engines.deepspeed import check_settings
@@ -318,7 +282,7 @@ def _taken_by_deepspeed(settings: Mapping[str, Any]) -> Iterator[str]:
     stage = settings.get("zero_optimization", {}).get("stage")
     if stage == "auto":
         stage = _number("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if isinstance(stage, bool) or stage not in (1, 2, 3):
+    if isinstance(stage, bool) or stage not in (1, 2, 3):  # DeepSpeed takes "3", which to accelerate is none
         yield (
             f"zero_optimization.stage is {json.dumps(stage)}; it must be 1, 2 or 3. Without DeepSpeed: launch/ddp.yaml."
         )
@@ -328,7 +292,8 @@ def _taken_by_deepspeed(settings: Mapping[str, Any]) -> Iterator[str]:
     # Without train_batch_size: it would have to be that of all ranks, once DeepSpeed knows of them.
     filled |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     filled.pop("train_batch_size", None)
-    filled |= {kind: {**settings.get(kind, {}), "enabled": False} for kind in ("fp16", "bf16")}  # looked at before
+    for kind, enabled in _mixed_precision(settings).items():
+        filled[kind] = {**filled.get(kind, {}), "enabled": enabled}
     try:
         check_settings(DeepSpeedConfig(filled))
     except AFLoRAError as error:
@@ -347,19 +312,14 @@ def _without_autos(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _complaints(error: Exception) -> Iterator[str]:
     """What DeepSpeed has against a configuration, each in a line."""
+    if not hasattr(error, "errors"):  # pydantic's ValidationError has them
+        yield f"DeepSpeed cannot take it: {(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}."
+        return
     sections = {
         "DeepSpeedZeroConfig": "zero_optimization",
         "DeepSpeedFP16Config": "fp16",
         "DeepSpeedBF16Config": "bf16",
     }
-    if not (hasattr(error, "errors") and hasattr(error, "title")):  # pydantic's ValidationError has both
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        yield f"DeepSpeed cannot take it: {lines[0].rstrip('.')}."
-        return
     for found in error.errors():
         place = ".".join([sections.get(error.title, error.title), *map(str, found["loc"])])
-        if found["type"] == "extra_forbidden":
-            yield f"DeepSpeed knows no key {place}. Remove it, or mend its spelling."
-        else:
-            given = "" if isinstance(found["input"], dict) else f"={json.dumps(found['input'], default=str)[:40]}"
-            yield f"{place}{given}: {found['msg'].rstrip('.')}."
+        yield f"{place}={json.dumps(found['input'], default=str)[:40]}: {found['msg'].rstrip('.')}."

@@ -21,9 +21,8 @@ from aflora_dist import AFLoRAError, extras
 from aflora_dist.options import ModelConfig
 from aflora_dist.serve.base import find_base
 from aflora_dist.tasks import model as models
+from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.model import check_weights, load_base, load_language_model, outline_base
-from aflora_dist.training.command_line import parse
-from aflora_dist.training.loop import check_length
 from tests.hub_layouts import LAYOUTS
 
 HALF = {"deberta_v3": torch.float32, "llama_7b": torch.float32, "opt": torch.float32, "qwen2_5": torch.bfloat16}
@@ -130,13 +129,12 @@ def test_deepspeed_without_mixed_precision_is_given_float32(lying: Callable[[str
 def test_roberta_has_two_positions_less_than_it_says(lying: Callable[[str], Path]) -> None:
     for name, positions in (("roberta", 512), ("bert", 512), ("deberta_v3", 512), ("opt", 512)):
         loaded, _, _ = load_base(ModelConfig(name=str(lying(name))), ["no", "yes"])
-        config, _ = parse([f"--model.name={name}", f"--data.max_length={positions}"])
-        check_length(config, loaded)
+        limits = Limits.of(loaded, name)
+        limits.check_length("data.max_length", positions)
         if name != "deberta_v3":  # which counts differences
             loaded(input_ids=torch.full((1, positions), 7))  # it has them
-        config, _ = parse([f"--model.name={name}", f"--data.max_length={positions + 1}"])
         with pytest.raises(AFLoRAError, match=rf"max_length={positions + 1} is more than the {positions} positions"):
-            check_length(config, loaded)
+            limits.check_length("data.max_length", positions + 1)
 
 
 @pytest.mark.parametrize("gone", [["sentencepiece"], ["protobuf"], ["sentencepiece", "protobuf"]])

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification, DebertaV2Config
 from aflora_dist.errors import AFLoRAError
 from aflora_dist.methods.choose import create_method
 from aflora_dist.options import FreezingKeywords, FreezingOptions
+from aflora_dist.training.build import create_optimizer, hold
 from aflora_dist.training.command_line import OPTIONS, parse
-from aflora_dist.training.loop import create_optimizer, hold
 
 # Paper, Table 5: epochs, the classifier's rate, the learning rate, t_i, t_f; batch 64, length 256.
 TABLE_5 = {

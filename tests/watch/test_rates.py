@@ -17,7 +17,7 @@ from aflora_dist.adapter import AFLoRAConfig
 from aflora_dist.names import is_head
 from aflora_dist.tasks.classification import Classification
 from aflora_dist.tasks.sft import LanguageModelling
-from aflora_dist.training import loop
+from aflora_dist.training import build
 from aflora_dist.training.run import main
 from aflora_dist.watch import log
 from aflora_dist.watch.peaks import peak_flops
@@ -89,7 +89,7 @@ def test_the_share_of_the_peak_is_where_the_peak_is_known(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "peak", lambda accelerator, model: 1e9)
-    monkeypatch.setattr(loop, "flops_per_token", lambda model, is_head: 500)
+    monkeypatch.setattr(build, "flops_per_token", lambda model, is_head: 500)
     assert main([*arguments, "--run.trackers", "[]"]) == 0
     records = [*lines(tmp_path / "run", "metrics.jsonl"), json.loads((tmp_path / "run" / "result.json").read_text())]
     assert [record["mfu"] for record in records] == [pytest.approx(r["tokens_per_second"] * 5e-7) for r in records]

@@ -18,7 +18,7 @@ from ...compat.contract import Private, require
 from ...compat.deepspeed import BOTH, ENGINE, divide_once
 from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
-from ..base import Engine, Observer, Record
+from ..base import Engine, Record
 from ..optimizers import release
 from ..transfer import Move, Piece, place, plan
 from . import device

@@ -1,0 +1,270 @@
+"""Everything of a training that is set up, and can be refused, before its first update."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+from ..adapter.precision import check_precision
+from ..compat.transformers import checkpoint_activations
+from ..control import Progress
+from ..engines import create_engine, engine_kind
+from ..errors import AFLoRAError
+from ..freezing import CubicSchedule
+from ..methods import Control, Method
+from ..methods.choose import lora_parameters
+from ..options import Config
+from ..processes import launched_accelerator, launched_processes, on_main
+from ..processes.meeting import meet
+from ..store import fingerprint
+from ..store.best import BestEpoch, check_metric
+from ..store.held import Held
+from ..store.resume import Checkpointer, find
+from ..store.rundir import RunDirectory
+from ..tasks.base import Task
+from ..tasks.classification import Classification
+from ..tasks.model import fetch, resolve_name
+from ..tasks.sft import LanguageModelling
+from ..watch.log import TrainingLog
+from ..watch.memory import MemoryHistory
+from ..watch.rates import flops_per_token
+from ..watch.traces import TraceRecorder, Window, windows
+from . import compile_lock, deepspeed_file
+
+
+class Training:
+    """A training that is about to begin. Setting it up is a collective.
+
+    Args:
+        resolved: `config` as YAML, to keep beside the results.
+
+    Attributes:
+        model, optimizer: Prepared by the accelerator.
+        sampler, batches: Deal this rank its micro-batches.
+        best: Keeps the best epoch, if that is asked for.
+        resumed: The checkpoint to go on from, if there is one.
+        first_step: Updates that have been done before.
+
+    Raises:
+        AFLoRAError: What was asked for cannot be done; on every rank, and before anything of an earlier run is gone.
+    """
+
+    def __init__(
+        self, config: Config, resolved: str, method: Method, accelerator: Accelerator, run: RunDirectory
+    ) -> None:
+        self.config, self.method, self.accelerator, self.run = config, method, accelerator, run
+        self.resumed = find(run, resolved, accelerator)
+        set_seed(config.train.seed)
+        self.task = task = create_task(config)
+        fetch(config.model, language_model=config.data.task == "sft")
+        base, head = task.load(accelerator)
+        meet()  # who could not load it has said so
+        task.limits.check_length("data.max_length", config.data.max_length)
+        if config.train.gradient_checkpointing:
+            checkpoint_activations(base)
+        model = method.adapt(base, head)
+        check_precision(model, accelerator)
+        held = hold(model, head, config.model.train_new, method)
+        self.sampler, self.batches = task.batches(accelerator)
+        check_metric(config.run.keep_best, task.metrics())
+        self.total_steps = config.train.epochs * self.sampler.updates_per_epoch
+        method.check(self.sampler.updates_per_epoch)  # may refuse: before time is spent
+        method.check_engine(engine_kind(accelerator), str(accelerator.mixed_precision))
+        optimizer = create_optimizer(config, model, method)
+        head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and method.is_head(n))
+        lora_r8 = lora_parameters(model)
+        flops = flops_per_token(model, method.is_head)
+        accumulate(config, accelerator, self.sampler.micro_batches)
+        shard_by_block(accelerator, model)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.progress = progress = Progress(create_engine(accelerator, self.model, self.optimizer))
+        self.control = method.attach(
+            accelerator,
+            self.model,
+            self.optimizer,
+            progress,
+            lambda event: run.append("freeze_log.jsonl", asdict(event)),
+        )
+        if held:
+            progress.parts["model.train_new"] = Held(progress.engine, held)
+        self.best: BestEpoch | None = None
+        if config.run.keep_best is not None:
+            self.best = BestEpoch(config.run.keep_best, config.run.patience, self.adapter)
+            progress.parts["run.keep_best"] = self.best
+        task.rehearse(self.model, accelerator)
+        self._windows = create_windows(config, self.control, self.total_steps)
+        snapshots = config.profile.memory and any(window.freezes for window in self._windows)
+        self._history = MemoryHistory() if snapshots and accelerator.device.type == "cuda" else None
+        self.scheduler = create_scheduler(config, progress, self.total_steps)
+        data = on_main(accelerator, lambda: trained_on(config, task))
+        self.log = TrainingLog(
+            config, run, accelerator, progress, self.control, self.total_steps, head_params, lora_r8, flops
+        )
+        self.checkpointer = Checkpointer(run, accelerator, progress, self.scheduler, data, resolved)
+        self.first_step = self.checkpointer.claim(self.resumed)  # all that can be refused has been
+
+    def adapter(self) -> dict[str, Tensor]:
+        """What adapter/ would hold now, by name, on the main process. A collective.
+
+        Raises:
+            DivergedError: On every rank: it is not finite.
+        """
+        self.progress.check_finite()
+        engine = self.progress.engine
+        return engine.gather([n for n, p in engine.parameters.items() if self.method.saved(n, p.requires_grad)])
+
+    def traces(self) -> TraceRecorder:
+        return TraceRecorder(
+            self._windows,
+            self.first_step,
+            self.run.tensorboard,
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            self.config.profile.ranks,
+            self.config.profile.memory,
+            self._history,
+        )
+
+
+def create_task(config: Config) -> Task:
+    return LanguageModelling(config) if config.data.task == "sft" else Classification(config)
+
+
+def trained_on(config: Config, task: Task) -> dict[str, str | None]:
+    """What must not have changed where a run goes on, by what a person calls it."""
+    trained, measured = task.tokens()
+    name = resolve_name(config.model.name, config.data.task == "sft")
+    found = {
+        "training data": fingerprint.of_examples(trained),
+        "base weights": fingerprint.of_weights(name, config.model.revision),
+        "settings of the base model (config.json)": fingerprint.of_settings(name, config.model.revision),
+    }
+    if config.run.keep_best is not None:  # what is kept hangs on it
+        found["validation data"] = fingerprint.of_examples(measured)
+    return found
+
+
+def create_accelerator(config: Config) -> Accelerator:
+    """The accelerator that the launcher asks for; DeepSpeed's batch and clipping settings are ours."""
+    processes = launched_processes()
+    check_launch(config, processes)
+    deepspeed_file.check(config, processes)
+    compile_lock.check(deepspeed_file.compiled_ops())
+    accelerator = launched_accelerator(step_scheduler_with_optimizer=False)
+    accumulate(config, accelerator, config.train.accumulation)  # zero.Init wants to know before the data is known
+    return accelerator
+
+
+def check_launch(config: Config, processes: int) -> None:
+    """Raise if a configuration is not one for so many processes."""
+    train, needed = config.train, processes * config.train.accumulation
+    if train.batch_size < needed:
+        raise AFLoRAError(
+            f"train.batch_size={train.batch_size} cannot be split: {processes} processes x "
+            f"train.accumulation={train.accumulation} = {needed} micro-batches, each with an example at least."
+        )
+    unknown = [rank for rank in config.profile.ranks or [] if rank >= processes]
+    if unknown and config.profile.enabled:
+        raise AFLoRAError(f"profile.ranks names rank {unknown[0]}; there are {processes}, from 0 on.")
+    if train.seed + processes > 2**32:  # a rank's seed is train.seed and its number
+        raise AFLoRAError(
+            f"train.seed={train.seed} is too large for {processes} processes, whose last one's would be "
+            f"{train.seed + processes - 1}: NumPy's are below 2^32."
+        )
+
+
+def accumulate(config: Config, accelerator: Accelerator, micro_batches: int) -> None:
+    """Have the accelerator, and DeepSpeed, take so many micro-batches for an update."""
+    accelerator.gradient_accumulation_steps = micro_batches  # whatever the environment says
+    if (plugin := accelerator.state.deepspeed_plugin) is None:
+        return
+    deepspeed_file.contradicted(config, accelerator.num_processes, micro_batches)
+    plugin.deepspeed_config.update(deepspeed_file.values(config, accelerator.num_processes, micro_batches))
+    plugin.deepspeed_config.pop("train_batch_size", None)
+
+
+def shard_by_block(accelerator: Accelerator, model: Any) -> None:
+    """Have FSDP2 shard by transformer blocks alone, unless the launcher names classes.
+
+    transformers lists BERT's embeddings among them, whose matrix accelerate then shards a second time, and fails.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
+        return
+    embedding = model.get_input_embeddings()
+    holding = {type(m).__name__ for m in model.modules() if any(inner is embedding for inner in m.modules())}
+    there = {type(m).__name__ for m in model.modules()} - holding
+    if blocks := [name for name in getattr(model, "_no_split_modules", None) or () if name in there]:
+        plugin.transformer_cls_names_to_wrap = blocks
+
+
+def hold(model: nn.Module, new: Sequence[str], train_new: Sequence[str] | None, method: Method) -> list[str]:
+    """Have those of the new modules that are not to train keep their random start.
+
+    Returns:
+        The names of their parameters.
+
+    Raises:
+        AFLoRAError: `train_new` names what is not new.
+    """
+    if train_new is None:
+        return []
+    if unknown := sorted(set(train_new) - set(new)):
+        raise AFLoRAError(
+            f"model.train_new names {unknown[0]!r}, which is no new module of this model. New are: "
+            f"{', '.join(new) or 'none, all come from the checkpoint'}."
+        )
+    still = [f".{module}." for module in new if module not in train_new]
+    held = [n for n, p in model.named_parameters() if method.is_head(n) and any(s in f".{n}" for s in still)]
+    for name in held:
+        model.get_parameter(name).requires_grad_(False)
+    return held
+
+
+def create_optimizer(config: Config, model: nn.Module, method: Method) -> torch.optim.Optimizer:
+    """AdamW over param groups: the adapter, and the head (if it trains) with its own learning rate, its biases last."""
+    train = config.train
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = name.endswith("bias") and not train.decay_biases
+            groups.setdefault((method.is_head(name), spared), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": groups[in_head, spared],
+                "lr": train.head_learning_rate if in_head else train.learning_rate,
+                "weight_decay": 0.0 if spared else train.weight_decay,
+            }
+            for in_head, spared in sorted(groups)
+        ]
+    )
+
+
+def create_scheduler(config: Config, progress: Progress, total_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up and decay over t: a skipped update moves it, too."""
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first one was skipped
+    return get_linear_schedule_with_warmup(progress.engine.optimizer, warm_up(config, total_steps), total_steps)
+
+
+def warm_up(config: Config, total_steps: int) -> int:
+    """Updates in which the learning rate rises."""
+    return round(config.train.warmup_ratio * total_steps)
+
+
+def create_windows(config: Config, control: Control, total_steps: int) -> tuple[Window, ...]:
+    """What of the training the profiler records; may refuse."""
+    profile = config.profile
+    if not profile.enabled:
+        return ()
+    never = CubicSchedule(total_steps=total_steps, initial_steps=0, final_steps=0)
+    return windows(control.schedule or never, len(control.freezable), profile.steps, profile.starts)
