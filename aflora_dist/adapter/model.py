@@ -30,7 +30,7 @@ from .folding import Folding
 from .guard import FreezingGuard
 from .layer import AFLoRALayer, AFLoRALinear
 from .precision import widen
-from .saving import check_complete
+from .saving import check_complete, know_who_writes
 
 _SHORTHANDS = ("ffn", "attention", "all", "none")
 _HEADS = {"lm_head", *SEQ_CLS_HEAD_NAMES}
@@ -345,5 +345,6 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = AFLoRAConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = AFLoRAModel
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = AFLoRAModel.prefix
+    know_who_writes(PeftModel, PreTrainedModel)
     if not hasattr(BaseTuner, "_get_adapter_state_dict"):
         private.teach_saving(kind.value, check_complete)
