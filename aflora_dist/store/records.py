@@ -122,8 +122,8 @@ def as_result(record: Any) -> Result:
     """
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         raise ValueError("it holds no metrics")
-    best = record.get("best") if isinstance(record.get("best"), dict) else {}
-    best = {f"best_{key}": value for key, value in best.items()}
+    best = record.get("best")
+    best = {f"best_{key}": value for key, value in best.items()} if isinstance(best, dict) else {}
     return typed(Result, {**record, **best, "task": record.get("task", "?")})
 
 
