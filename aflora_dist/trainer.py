@@ -228,10 +228,8 @@ def _find(trainer: Trainer, folder: Path) -> Checkpoint | None:
     Raises:
         AFLoRAError: On every rank: it is damaged, or of another format.
     """
-    chosen: Checkpoint | None = None
 
-    def read() -> tuple[Path, dict[str, Any]] | None:
-        nonlocal chosen
+    def choose() -> Checkpoint | None:
         chosen, complaints = checkpoint.newest_good(folder / _STATE)
         if chosen is None:
             if complaints:
@@ -241,10 +239,9 @@ def _find(trainer: Trainer, folder: Path) -> Checkpoint | None:
         if scheduler["state"] is None:
             file = folder / "scheduler.pt"
             scheduler["state"] = torch.load(file, weights_only=True) if file.exists() else None
-        return chosen.path, chosen.training
+        return chosen
 
-    found = on_main(trainer.accelerator, read)
-    return chosen if chosen is not None or found is None else Checkpoint(found[0], {}, found[1])
+    return checkpoint.read_on_main(trainer.accelerator, choose)
 
 
 def _introduce() -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import TaskType
+from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -29,7 +29,7 @@ from .folding import Folding
 from .guard import FreezingGuard
 from .layer import AFLoRALayer, AFLoRALinear
 from .precision import widen
-from .saving import check_complete
+from .saving import check_complete, know_who_writes
 
 _SHORTHANDS = ("ffn", "attention", "all", "none")
 _HEADS = {"lm_head", *SEQ_CLS_HEAD_NAMES}
@@ -330,4 +330,5 @@ def register() -> None:
     """
     compat_peft.look()
     compat_torch.look()
+    know_who_writes(PeftModel, PreTrainedModel)
     compat_peft.register_tuner(AFLoRAPeftType.AFLORA, AFLoRAConfig, AFLoRAModel, check_complete)

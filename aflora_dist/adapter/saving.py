@@ -5,8 +5,10 @@ Gathers nothing: values come whole, by name, from whoever knows where they lie.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,7 @@ def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tens
             key = f"{name}.aflora.{adapter_name}.{tensor}"
             value = found.get(key)
             there = None if value is None else _held(value)
-            if there == numel or (_may_hold_a_part(value) and not _is_writing()):
+            if there == numel or (_may_hold_a_part(value) and not _WRITES.get()):
                 continue
             raise AFLoRAError(
                 f"The adapter would be saved without all of {key} "
@@ -123,14 +125,32 @@ def _held(value: Tensor) -> int:
     return (value.to_local() if isinstance(value, DTensor) else value).numel()
 
 
-def _is_writing() -> bool:
-    """Whether PEFT's or transformers' save_pretrained is at work, to write: told is_main_process=False it only asks.
+_WRITES: ContextVar[bool] = ContextVar("writes", default=False)
 
-    Neither tells a tuner so. Looked for only where an incomplete adapter has been found.
+
+def know_who_writes(*owners: Any) -> None:
+    """Have classes' save_pretrained say whether it writes: told is_main_process=False it only asks for what it would.
+
+    PEFT's and transformers' do not tell a tuner, which they ask for its tensors.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "save_pretrained" and "is_main_process" in frame.f_locals:
-            return bool(frame.f_locals["is_main_process"])
-        frame = frame.f_back
-    return False
+    for owner in owners:
+        _say_who_writes(owner)
+
+
+def _say_who_writes(owner: Any) -> None:
+    original = owner.save_pretrained
+    if getattr(original, "_says_who_writes", False):
+        return
+    arguments = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = arguments.bind(self, *args, **kwargs).arguments
+        token = _WRITES.set(bool(given.get("is_main_process", True)))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _WRITES.reset(token)
+
+    save_pretrained._says_who_writes = True  # type: ignore[attr-defined]
+    owner.save_pretrained = save_pretrained

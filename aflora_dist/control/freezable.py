@@ -45,6 +45,11 @@ class Chosen:
         for name, parameter in named_parameters(engine.model, remove_duplicate=False).items():
             self._aliases[known[id(parameter)]].append(name)
         chosen = self._matching(choice) if isinstance(choice, str | re.Pattern) or callable(choice) else set(choice)
+        if not chosen:
+            raise AFLoRAError(
+                f"freezable={choice!r} chooses none of the {len(engine.trainable)} parameters that train: "
+                f"{', '.join(engine.trainable[:3])}, ... A regular expression has to match whole names."
+            )
         self._names = [name for name in engine.trainable if chosen & set(self._aliases[name])]
         self._check(chosen)
 
@@ -61,11 +66,6 @@ class Chosen:
             chosen = {alias for _, alias in trained if pattern.fullmatch(alias)}
         else:
             chosen = {alias for name, alias in trained if choice(alias, self._engine.parameters[name])}
-        if not chosen:
-            raise AFLoRAError(
-                f"freezable={choice!r} chooses none of the {len(self._engine.trainable)} parameters that train: "
-                f"{', '.join(self._engine.trainable[:3])}, ... A regular expression has to match whole names."
-            )
         return chosen
 
     def _check(self, chosen: Collection[str]) -> None:

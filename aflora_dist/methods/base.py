@@ -25,9 +25,11 @@ class Control(Protocol):
     """
 
     freezable: list[str]
-    frozen: dict[str, int]
     events: list[Any]
     seconds: float
+
+    @property
+    def frozen(self) -> dict[str, int]: ...
 
     @property
     def schedule(self) -> CubicSchedule | None: ...

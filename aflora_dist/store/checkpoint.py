@@ -13,17 +13,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import nested
 from ..errors import AFLoRAError, DamagedError, DivergedError
+from ..processes import on_main
 
 FORMAT = 3
 _STATE, _TRAINING, _MANIFEST = "state.safetensors", "training.json", "manifest.json"
@@ -141,6 +143,19 @@ def _upgraded(training: dict[str, Any]) -> dict[str, Any]:
     if "scheduler" in told:
         parts["scheduler"] = told.pop("scheduler")
     return told
+
+
+def read_on_main(accelerator: Accelerator, choose: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """What `choose` reads on the main process; the other ranks have an empty `tensors`. A collective."""
+    chosen: Checkpoint | None = None
+
+    def read() -> tuple[Path, dict[str, Any]] | None:
+        nonlocal chosen
+        chosen = choose()
+        return None if chosen is None else (chosen.path, chosen.training)
+
+    found = on_main(accelerator, read)
+    return chosen if chosen is not None or found is None else Checkpoint(found[0], {}, found[1])
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:

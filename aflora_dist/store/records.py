@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from .. import nested
 from ..errors import AFLoRAError
+from .typed import as_json, finite, integer, number, text, typed
 
 CONFIG, METRICS, FREEZE_LOG, RESULT = "config.yaml", "metrics.jsonl", "freeze_log.jsonl", "result.json"
 _NOT_SETTING = ("run", "profile")  # sections of config.yaml that say nothing about the training
 _LONGEST_CONFIG = 200_000  # bytes; of a run it has a few thousand
 _MOST_NODES = 10_000
 _LONGEST_RECORD = 2**30  # bytes of a log
-_LARGEST = 1e150  # its square is a number, too
-
-T = TypeVar("T")
 
 
 def dumps(record: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: a number that is not finite, which JSON does not have, becomes null."""
-    return json.dumps(_finite(record), indent=indent, allow_nan=False)
+    return json.dumps(finite(record), indent=indent, allow_nan=False)
 
 
 def loads(text: str | bytes) -> Any:
@@ -40,7 +37,7 @@ def loads(text: str | bytes) -> Any:
     Raises:
         ValueError: It is not JSON, or not UTF-8.
     """
-    return nested.loads(text, parse_constant=lambda _: None, parse_float=lambda digits: _number(float(digits)))
+    return nested.loads(text, parse_constant=lambda _: None, parse_float=lambda digits: number(float(digits)))
 
 
 @dataclass(frozen=True)
@@ -125,9 +122,9 @@ def as_result(record: Any) -> Result:
     """
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         raise ValueError("it holds no metrics")
-    best = record.get("best") if isinstance(record.get("best"), dict) else {}
-    best = {f"best_{key}": value for key, value in best.items()}
-    return _typed(Result, {**record, **best, "task": record.get("task", "?")})
+    best = record.get("best")
+    best = {f"best_{key}": value for key, value in best.items()} if isinstance(best, dict) else {}
+    return typed(Result, {**record, **best, "task": record.get("task", "?")})
 
 
 class Run:
@@ -147,9 +144,9 @@ class Run:
         self.metrics: list[Update] = []
         self.events: list[Event] = []
         for at, line in self._lines(METRICS):
-            self.metrics.append(_typed(Update, {**line, "step": at}))
+            self.metrics.append(typed(Update, {**line, "step": at}))
         for at, line in self._lines(FREEZE_LOG):
-            self.events.append(_typed(Event, {**line, "step": at}))
+            self.events.append(typed(Event, {**line, "step": at}))
         self.result = read_result(path, self.problems)
 
     def _settings(self) -> Settings:
@@ -171,18 +168,18 @@ class Run:
         path = self.path / name
         lines = _bytes(path, self.problems).split(b"\n")
         damaged = []
-        for number, line in enumerate(lines, 1):
+        for row, line in enumerate(lines, 1):
             try:
                 record = loads(line) if line.strip() else None
             except ValueError:
-                if number < len(lines):  # it ended with a line break: it was written whole
-                    damaged.append(number)
+                if row < len(lines):  # it ended with a line break: it was written whole
+                    damaged.append(row)
                 continue
             if record is None:
                 continue
-            step = _integer(record.get("step")) if isinstance(record, dict) else None
+            step = integer(record.get("step")) if isinstance(record, dict) else None
             if step is None or step < 0:
-                damaged.append(number)
+                damaged.append(row)
             else:
                 yield step, record
         if damaged:
@@ -298,15 +295,15 @@ def read_settings(path: Path) -> Settings | None:
     config = read_config(path)
     if not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in ("model", "data", "train")):
         return None
-    model, task, train = _text(config["model"].get("name")), _text(config["data"].get("task")), config["train"]
+    model, task, train = text(config["model"].get("name")), text(config["data"].get("task")), config["train"]
     if model is None or task is None:
         return None
     try:
-        values = _plain({key: value for key, value in config.items() if key not in _NOT_SETTING}, [_MOST_NODES])
+        values = as_json({key: value for key, value in config.items() if key not in _NOT_SETTING}, [_MOST_NODES])
     except ValueError:
         return None
     values["train"].pop("seed", None)
-    return Settings(model, task, _number(train.get("epochs")), _integer(train.get("seed")), values)
+    return Settings(model, task, number(train.get("epochs")), integer(train.get("seed")), values)
 
 
 def read_result(path: Path, problems: list[str]) -> Result | None:
@@ -351,76 +348,3 @@ def _bytes(path: Path, problems: list[str], most: int = -1) -> bytes:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _finite(record: Any) -> Any:
-    if isinstance(record, float):
-        return record if math.isfinite(record) else None
-    if isinstance(record, Mapping):
-        return {key: _finite(value) for key, value in record.items()}
-    return [_finite(value) for value in record] if isinstance(record, list | tuple) else record
-
-
-def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
-    """Of YAML what JSON has, everything else as text. `left`: how many values it may still hold, aliases included.
-
-    Raises:
-        ValueError: It holds more, or is nested too deeply.
-    """
-    left[0] -= 1
-    if left[0] < 0 or depth > nested.DEEPEST:
-        raise ValueError
-    if isinstance(value, dict):
-        return {str(key): _plain(item, left, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item, left, depth + 1) for item in value]
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)  # 2.0 epochs are 2
-    if value is None or isinstance(value, bool) or _number(value) is not None:
-        return value
-    return hex(value) if isinstance(value, int) else _text(str(value))
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        return None
-    return value
-
-
-def _integer(value: Any) -> int | None:
-    number = _number(value)
-    return int(number) if number is not None and abs(number) < 2**53 and number == int(number) else None
-
-
-def _text(value: Any) -> str | None:
-    """A text in one line that every terminal shows."""
-    return "".join(c if c.isprintable() else "?" for c in value) if isinstance(value, str) else None
-
-
-def _texts(value: Any) -> list[str]:
-    return [text for item in value if (text := _text(item)) is not None] if isinstance(value, list) else []
-
-
-def _numbers(value: Any) -> dict[str, float | None]:
-    return {_text(key) or "?": _number(number) for key, number in value.items()} if isinstance(value, dict) else {}
-
-
-_AS: dict[str, Callable[[Any], Any]] = {  # by a field's annotation: the value if it is of that type, else None or empty
-    "int": _integer,
-    "int | None": _integer,
-    "float | None": _number,
-    "str": lambda value: _text(value) or "?",
-    "str | None": _text,
-    "list[str]": _texts,
-    "dict[str, float]": lambda value: {name: n for name, n in _numbers(value).items() if n is not None},
-    "dict[str, float | None]": _numbers,
-    "list[dict[str, float | None]]": lambda value: [
-        _numbers(one) for one in (value if isinstance(value, list) else []) if isinstance(one, dict)
-    ],
-}
-
-
-def _typed(kind: type[T], record: Mapping[str, Any]) -> T:
-    """What a record holds of a dataclass's fields, and nothing that is of another type."""
-    known: Any = fields(kind)  # type: ignore[arg-type]
-    return kind(**{field.name: _AS[field.type](record.get(field.name)) for field in known})

@@ -52,18 +52,13 @@ def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoi
     """
     if run.config.resume is None:
         return None
-    chosen: Checkpoint | None = None
 
-    def choose() -> tuple[Path, dict[str, Any]] | None:
-        nonlocal chosen
-        chosen = _choose(run)
-        if chosen is None:
-            return None
-        refuse_differences(chosen.training["config"], yaml.safe_load(resolved), str(chosen.path), RATES)
-        return chosen.path, chosen.training
+    def choose() -> Checkpoint | None:
+        if (chosen := _choose(run)) is not None:
+            refuse_differences(chosen.training["config"], yaml.safe_load(resolved), str(chosen.path), RATES)
+        return chosen
 
-    found = on_main(accelerator, choose)
-    return chosen if chosen is not None or found is None else Checkpoint(found[0], {}, found[1])
+    return checkpoint.read_on_main(accelerator, choose)
 
 
 def finished(run: RunDirectory, resolved: str) -> dict[str, Any] | None:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingConfig
+from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, FreezingConfig
 from aflora_dist.compat.transformers import checkpoint_activations
 from tests.launch import launch_series
 from tests.loop import Loop
-from tests.workers.anything import Training
+from tests.workers.anything import Training, build
+from tests.workers.tiny import global_batch
 
 KINDS: dict[str, list[str]] = {
     "lora": ["lora"],
@@ -167,6 +168,43 @@ def test_accelerate_s_own_checkpoint_holds_it(tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+def test_a_model_without_an_adapter_is_saved_whole(tmp_path: Path) -> None:
+    training = Training("full")
+    training.train(0, 6)
+    training.freezing.save_pretrained(tmp_path / "model")
+    loaded = dict(BertForSequenceClassification.from_pretrained(tmp_path / "model").named_parameters())
+    assert training.freezing.events != []
+    for name, value in training.model.named_parameters():
+        assert torch.equal(value, loaded[name]), name
+
+
+def test_trainer_freezes_lora_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    examples = [{k: v[i] for k, v in global_batch(step).items()} for step in range(4) for i in range(12)]
+
+    def train(resume: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+        settings = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=12,
+            num_train_epochs=3,
+            learning_rate=1e-2,
+            report_to=[],
+            save_steps=6,
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=build("lora"), args=settings, train_dataset=examples)
+        trainer.add_callback(callback := FreezingCallback())
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6") if resume else None)
+        assert callback.freezing is not None
+        return callback.freezing, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+    whole, expected = train(resume=False)
+    again, values = train(resume=True)
+    assert whole.freezable == again.freezable
+    assert whole.frozen == again.frozen != {}
+    assert all(torch.equal(value, expected[name]) for name, value in values.items())
+
+
 def test_a_vector_of_an_aflora_model_may_be_named_too() -> None:
     loop = Loop()
     loop.freezing.release()
@@ -200,6 +238,7 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         "pooler.dense.weight', which does not train",
     ),
     "no match": ("full", "LayerNorm", {}, "chooses none of the .* parameters that train"),
+    "no name": ("full", [], {}, "chooses none of"),
     "no pattern": ("full", "(", {}, "no regular expression"),
     "all": ("full", ".*", {}, "All that trains may freeze"),
     "no pairs": ("lora", None, {"pairwise": True}, "has no such partner"),
