@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from .. import nested
+from .. import untrusted
 from ..errors import AFLoRAError
 
 CONFIG, METRICS, FREEZE_LOG, RESULT = "config.yaml", "metrics.jsonl", "freeze_log.jsonl", "result.json"
@@ -38,7 +38,7 @@ def loads(text: str | bytes) -> Any:
     Raises:
         ValueError: It is not JSON, or not UTF-8.
     """
-    return nested.loads(text, parse_constant=lambda _: None, parse_float=lambda digits: _number(float(digits)))
+    return untrusted.load_json(text, parse_constant=lambda _: None, parse_float=lambda digits: _number(float(digits)))
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def read_config(path: Path) -> Any:
         if not file.is_file() and _exists(file):
             raise AFLoRAError(f"{file} is not a file.")
         content, loader = file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        nested.refuse_deep_yaml(content, loader)
+        untrusted.refuse_deep_yaml(content, loader)
         return yaml.load(content, loader)
     except AFLoRAError:
         raise
@@ -391,7 +391,7 @@ def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
         ValueError: It holds more, or is nested too deeply.
     """
     left[0] -= 1
-    if left[0] < 0 or depth > nested.DEEPEST:
+    if left[0] < 0 or depth > untrusted.DEEPEST:
         raise ValueError
     if isinstance(value, dict):
         return {str(key): _plain(item, left, depth + 1) for key, item in value.items()}

@@ -24,7 +24,7 @@ from ..options import DataConfig
 from ..processes import first_on_node
 from .glue import TASKS, GlueTask
 from .labels import encode_labels, is_spelled_not_finite, number
-from .reading import Table, is_text, listed, plain_rows, positions, read_table, shown
+from .reading import Table, listed, plain_rows, positions, read_table, shown
 
 _DEMO_HELD_OUT = 1000
 
@@ -254,14 +254,7 @@ def _check_texts(table: Table, config: DataConfig) -> None:
         if column not in table.columns:
             raise table.lacks(column)
     for column in config.text_columns:
-        missing, kind = table.first_null(column), table.type(column)
-        if missing is not None:
-            raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
-        if not is_text(kind):
-            row, value = next((row, v) for row, v in enumerate(table.rows[column][:]) if not isinstance(v, str))
-            raise AFLoRAError(
-                f"{table.where(row)}: it has {shown(str(value))} in column {column!r}, which is not text."
-            )
+        table.check_text(column)
     if table.name.lower().endswith(".csv"):
         _refuse_swallowed_rows(table, config)
 

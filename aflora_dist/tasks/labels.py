@@ -27,7 +27,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from ..errors import AFLoRAError
-from .reading import Table, is_text, listed, shown
+from .reading import Table, listed, shown
 
 _WHOLE = re.compile("0|[1-9][0-9]{0,17}")
 _SIGNED = re.compile("[+-]?(?:0|[1-9][0-9]*)")
@@ -113,13 +113,11 @@ def is_spelled_not_finite(cell: str) -> bool:
 
 
 def _column(table: Table, column: str) -> _Column:
-    missing, kind = table.first_null(column), table.type(column)
-    if missing is None and is_text(kind):
-        missing = next((row for row, label in enumerate(table.rows[column][:]) if not label.strip()), None)
-    if missing is not None:
-        raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
-    values = table.rows[column][:]
-    if is_text(kind):
+    table.check_filled(column)
+    kind, values = table.type(column), table.rows[column][:]
+    if table.is_text(column):
+        if (blank := next((row for row, label in enumerate(values) if not label.strip()), None)) is not None:
+            raise AFLoRAError(f"{table.where(blank)}: it has nothing in column {column!r}.")
         return _Column(table, column, "cells" if table.untyped else "names", values)
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
         return _Column(table, column, "class numbers", [str(int(value)) for value in values])

@@ -27,10 +27,10 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from ..adapter.private import is_sharded
 from ..errors import AFLoRAError, one_line
 from ..extras import installed, require
-from ..foreign import read_object, refuse_endless
 from ..hub import refusal
 from ..options import ModelConfig
 from ..processes import first_on_node
+from ..untrusted import read_object, refuse_endless
 
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import AFLoRAError
-from ..nested import refuse_deep_yaml
+from ..untrusted import refuse_deep_yaml
 
 Places = dict[str, str]
 

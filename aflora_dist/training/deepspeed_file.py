@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .. import nested
+from .. import untrusted
 from ..errors import AFLoRAError
 from ..extras import require
 from ..options import Config
@@ -204,7 +204,7 @@ def _read(source: str) -> tuple[str, dict[str, Any]]:
             raise AFLoRAError(f"{where} could not be read: {error.strerror or error}.") from None
         where, text = f"DeepSpeed's configuration in {_FILE}", embedded
     try:
-        settings = nested.loads(text, object_pairs_hook=_without_duplicates)
+        settings = untrusted.load_json(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise AFLoRAError(
             f"{where} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}. (Comments and trailing "

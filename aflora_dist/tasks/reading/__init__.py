@@ -7,16 +7,6 @@ is guessed from values, no row is left out, and what cannot be read is an error 
 from .delimited import plain_rows, positions
 from .json_values import exact, told_apart
 from .lines import listed, shown
-from .table import Table, is_text, read_table
+from .table import Table, read_table
 
-__all__ = [
-    "Table",
-    "exact",
-    "is_text",
-    "listed",
-    "plain_rows",
-    "positions",
-    "read_table",
-    "shown",
-    "told_apart",
-]
+__all__ = ["Table", "exact", "listed", "plain_rows", "positions", "read_table", "shown", "told_apart"]

@@ -8,11 +8,11 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ... import nested
 from ...errors import AFLoRAError, one_line
 from ...options import DataConfig
 from ...processes import first_on_node
-from ..reading import exact, is_text, listed, read_table, shown, told_apart
+from ...untrusted import load_json
+from ..reading import exact, listed, read_table, told_apart
 from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
@@ -113,13 +113,11 @@ def _from_file(name: str, trained: bool) -> datasets.Dataset:
     table = read_table(name, _COLUMNS)
     chosen = [column for column in _choose(table.columns, table.name, trained) if column != "answer"]
     for column in chosen:
-        missing, kind = table.first_null(column), table.type(column)
-        if missing is not None and column not in ("input", "completion", "output", "tools"):
-            raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
-        if column == "text" and not is_text(kind):
-            row, value = next((row, v) for row, v in enumerate(table.rows[column][:]) if not isinstance(v, str))
-            raise AFLoRAError(f"{table.where(row)}: it has {shown(str(value))} in column 'text', which is not text.")
-    if "messages" in chosen or not all(is_text(table.type(column)) for column in chosen):
+        if column == "text":
+            table.check_text(column)
+        elif column not in ("input", "completion", "output", "tools"):
+            table.check_filled(column)
+    if "messages" in chosen or not all(map(table.is_text, chosen)):
         for place, row in enumerate(table.rows.select_columns(chosen)):
             try:
                 turns(row, None)
@@ -185,7 +183,7 @@ def tools(row: Mapping[str, Any]) -> list[Any] | None:
     found = row.get("tools")
     if isinstance(found, str):  # as JSON, for Arrow would give one the keys of the others
         try:
-            found = nested.loads(found) if found.strip() else None
+            found = load_json(found) if found.strip() else None
         except ValueError:
             raise ValueError("column tools holds no JSON") from None
     if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
