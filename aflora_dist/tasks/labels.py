@@ -107,7 +107,7 @@ def number(cell: str) -> float | None:
     return float(cell) if _NUMBER.fullmatch(cell.strip()) else None
 
 
-def is_spelled_not_finite(cell: str) -> bool:
+def _is_spelled_not_finite(cell: str) -> bool:
     """NaN and infinity, as programs write them."""
     return cell.strip().lower().lstrip("+-") in _NOT_FINITE
 
@@ -164,28 +164,23 @@ def _are_numbers(labels: _Column) -> bool:
     cells = labels.values
     if all(_SIGNED.fullmatch(cell.strip()) for cell in cells):
         return False
-    odd = [row for row, cell in enumerate(cells) if number(cell) is None]
+    values = [number(cell) for cell in cells]
+    odd = [row for row, value in enumerate(values) if value is None]
     if not odd:
         return True
-    first = odd[0]
-    if len(odd) < len(cells):
-        strange = set(odd)
-        decimals = (r for r, cell in enumerate(cells) if r not in strange and not _SIGNED.fullmatch(cell.strip()))
-        example = next((row for row in decimals if "." in cells[row]), None)
-        if example is None and all(cells[row].strip().lower().lstrip("+-") in _MISSING for row in odd):
-            example = next(row for row in range(len(cells)) if row not in strange)
-        if example is not None:
-            raise AFLoRAError(
-                f"{labels.where(first)}: the label {shown(cells[first])} is no number, but {shown(cells[example])} "
-                f"(line {labels.table.lines[example]}) is one. Leave rows without a label out, write numbers "
-                f"as 0.5, and class names so that none is a number."
-            )
-    if all(_ALMOST.fullmatch(cells[row].strip()) and set(cells[row]) & set(",%' ") for row in odd):
-        raise AFLoRAError(
-            f"{labels.where(first)}: the label {shown(cells[first])} is almost a number. Write numbers as 0.5, and "
-            f"class names so that they do not look like numbers."
-        )
-    return False
+    missing = all(cells[row].strip().lower().lstrip("+-") in _MISSING for row in odd)
+    numbers = [row for row, value in enumerate(values) if value is not None]
+    example = next((row for row in numbers if missing or "." in cells[row]), None)
+    if example is not None:
+        said = f"is no number, but {shown(cells[example])} (line {labels.table.lines[example]}) is one"
+    elif all(_ALMOST.fullmatch(cells[row].strip()) and set(cells[row]) & set(",%' ") for row in odd):
+        said = "is almost a number"
+    else:
+        return False
+    raise AFLoRAError(
+        f"{labels.where(odd[0])}: the label {shown(cells[odd[0]])} {said}. Write numbers as 0.5, name classes so that "
+        f"no name looks like a number, and leave rows without a label out."
+    )
 
 
 def _floats(labels: _Column) -> list[float]:
@@ -193,7 +188,7 @@ def _floats(labels: _Column) -> list[float]:
     found = []
     for row, value in enumerate(labels.values):
         wanted = number(value) if isinstance(value, str) else value
-        if wanted is None and not is_spelled_not_finite(value):
+        if wanted is None and not _is_spelled_not_finite(value):
             raise AFLoRAError(f"{labels.where(row)}: the label {shown(value)} is no number to regress to.")
         if wanted is None or not math.isfinite(wanted):
             raise AFLoRAError(f"{labels.where(row)}: the label {str(value)!r} is not finite.")

@@ -69,6 +69,10 @@ def made_once(
     bar = tqdm(total=len(dataset), desc=f"tokenizing {name}", unit=" examples", delay=_PATIENCE, disable=not watched)
     datasets.disable_progress_bars()  # they come at once, in every process and in files
 
+    def mapped(part: datasets.Dataset, **options: Any) -> datasets.Dataset:
+        options |= {"batched": True, "remove_columns": dataset.column_names, "load_from_cache_file": False}
+        return part.map(tokenize, **options)
+
     def found_or_tokenized() -> datasets.Dataset:
         probed = sorted(tokenize(dataset[:_PROBED]).items())
         stem = key(_content(dataset, tokenizer), dataset.column_names, probed, settings)
@@ -79,48 +83,24 @@ def made_once(
             parts[cache_folder() / file] = range(start, min(start + _PART, len(dataset)))
 
         def make(missing: list[Path], folder: Path) -> None:
-            bar.update(sum(len(rows) for file, rows in parts.items() if file not in missing))
-
-            def make_one(file: Path, told: Callable[[int], Any]) -> None:
+            def make_one(file: Path) -> Path:
                 part = dataset if len(parts) == 1 else dataset.select(parts[file])
-                _mapped(part, tokenize, told, new_fingerprint=file.stem, cache_file_name=str(folder / file.name))
+                mapped(part, new_fingerprint=file.stem, cache_file_name=str(folder / file.name))
                 publish(folder / file.name, file)
+                return file
 
-            if min(len(missing), _cores()) == 1:
-                for file in missing:
-                    make_one(file, bar.update)
-                return
-            for file in _made_beside(missing, lambda file: make_one(file, lambda rows: None)):
+            bar.update(sum(len(rows) for file, rows in parts.items() if file not in missing))
+            several = min(len(missing), _cores()) > 1
+            for file in _by_processes(make_one, missing) if several else map(make_one, missing):
                 bar.update(len(parts[file]))
 
+        lengths = {file: len(rows) for file, rows in parts.items()}
         return found_or_made(
-            f"tokens of {name}",
-            {file: len(rows) for file, rows in parts.items()},
-            make,
-            lambda: _mapped(dataset, tokenize, bar.update, new_fingerprint=stem, keep_in_memory=True),
+            f"tokens of {name}", lengths, make, lambda: mapped(dataset, new_fingerprint=stem, keep_in_memory=True)
         )
 
     with bar, _all_cores():
         return first_on_node(found_or_tokenized)
-
-
-def _mapped(
-    part: datasets.Dataset, tokenize: Callable[[Columns], Columns], told: Callable[[int], Any], **options: Any
-) -> datasets.Dataset:
-    """The tokens of a part; `told` is called with the number of examples of each batch."""
-
-    def tokenize_and_tell(examples: Columns) -> Columns:
-        tokens = tokenize(examples)
-        told(len(tokens["labels"]))
-        return tokens
-
-    return part.map(
-        tokenize_and_tell,
-        batched=True,
-        remove_columns=part.column_names,
-        load_from_cache_file=False,
-        **options,
-    )
 
 
 def _content(dataset: datasets.Dataset, tokenizer: Any) -> str:
@@ -136,15 +116,12 @@ def _content(dataset: datasets.Dataset, tokenizer: Any) -> str:
     return content.hexdigest()
 
 
-_make: Callable[[Path], None]  # in a forked process
-
-
 def _cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _made_beside(files: Sequence[Path], make: Callable[[Path], None]) -> Iterator[Path]:
+def _by_processes(make: Callable[[Path], Path], files: Sequence[Path]) -> Iterator[Path]:
     """Have files made by as many forked processes as there are cores, and give each that is done.
 
     Raises:
@@ -152,11 +129,9 @@ def _made_beside(files: Sequence[Path], make: Callable[[Path], None]) -> Iterato
     """
     forked = multiprocessing.get_context("fork")  # tokenizer and data need not be pickled
     with ProcessPoolExecutor(min(len(files), _cores()), forked, initializer=_begin, initargs=(make,)) as pool:
-        begun = {pool.submit(_make_here, file): file for file in files}
         try:
-            for made in as_completed(begun):
-                made.result()
-                yield begun[made]
+            for made in as_completed([pool.submit(_make_here, file) for file in files]):
+                yield made.result()
         except BrokenProcessPool:
             raise AFLoRAError(
                 "A process that tokenised was ended from outside, by lack of memory, perhaps. What is done is kept: "
@@ -166,15 +141,18 @@ def _made_beside(files: Sequence[Path], make: Callable[[Path], None]) -> Iterato
             pool.shutdown(cancel_futures=True)
 
 
-def _begin(make: Callable[[Path], None]) -> None:
+_make: Callable[[Path], Path]  # in a forked process
+
+
+def _begin(make: Callable[[Path], Path]) -> None:
     """In a forked process: the tokenizer has none of the threads that it had, and every core has a process."""
     global _make
     _make = make
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _make_here(file: Path) -> None:
-    _make(file)
+def _make_here(file: Path) -> Path:
+    return _make(file)
 
 
 @contextmanager

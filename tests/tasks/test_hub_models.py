@@ -21,7 +21,8 @@ from aflora_dist import AFLoRAError, extras
 from aflora_dist.options import ModelConfig
 from aflora_dist.serve.base import find_base
 from aflora_dist.tasks import model as models
-from aflora_dist.tasks.model import check_weights, load_base, load_language_model, outline_base
+from aflora_dist.tasks.model import load_base, load_language_model, outline_base
+from aflora_dist.tasks.weights import check_weights
 from aflora_dist.training.command_line import parse
 from aflora_dist.training.loop import check_length
 from tests.hub_layouts import LAYOUTS

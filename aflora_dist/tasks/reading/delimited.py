@@ -17,6 +17,7 @@ from ...errors import AFLoRAError
 from .lines import LINE, shown, text_lines
 
 _MAX_CELL = 2**31 - 1  # characters; more than the csv module's 131,072
+_COMMA = " A cell that holds a comma has to be in quotes, and none ends a line."
 Row = tuple[int, list[str]]  # the line in which it begins, its cells
 
 
@@ -27,14 +28,14 @@ def read_csv(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
         AFLoRAError: A row that has not as many cells as the header; a quote out of place; a wanted column's name that
             stands there twice; an empty file. With the line.
     """
-    return _read(path, _quoted_rows(path, ","), wanted, "comma")
+    return read_columns(path, _quoted_rows(path, ","), wanted, "comma")
 
 
 def read_tsv(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
     """As `read_csv`; raises as well where it cannot be told whether cells are quoted."""
     _, header = next(plain_rows(path), (0, [""]))
     quoted = any(name.startswith('"') for name in header)
-    return _read(path, _quoted_rows(path, "\t") if quoted else _unquoted_rows(path), wanted, "tab")
+    return read_columns(path, _quoted_rows(path, "\t") if quoted else _unquoted_rows(path), wanted, "tab")
 
 
 def plain_rows(path: Path) -> Iterator[Row]:
@@ -47,15 +48,10 @@ def plain_rows(path: Path) -> Iterator[Row]:
             yield line, body.split("\t")
 
 
-def positions(path: Path, header: list[str], wanted: Collection[str]) -> dict[str, int]:
-    """Where the wanted columns are that a header names."""
-    for name in wanted:
-        if header.count(name) > 1:
-            raise AFLoRAError(f"{path}, line 1: the header names column {name!r} {header.count(name)} times.")
-    return {name: place for place, name in enumerate(header) if name in wanted}
-
-
-def _read(path: Path, rows: Iterator[Row], wanted: Collection[str], separator: str) -> tuple[list[str], pa.Table]:
+def read_columns(
+    path: Path, rows: Iterator[Row], wanted: Collection[str], separator: str
+) -> tuple[list[str], pa.Table]:
+    """What `read_csv` gives, of rows whose first is the header; `separator` is what errors call it."""
     _, header = next(rows, (0, None))
     if header is None:
         raise AFLoRAError(f"{path} is empty. Its first line has to name the columns, separated by {separator}s.")
@@ -65,15 +61,16 @@ def _read(path: Path, rows: Iterator[Row], wanted: Collection[str], separator: s
             f"{path}, line 1: {shown(header[0])} is one name, for columns are separated by {separator}s in "
             f"{path.suffix}. Save it with {separator}s{other_name}."
         )
-    places = positions(path, header, wanted)
+    for name in wanted:
+        if header.count(name) > 1:
+            raise AFLoRAError(f"{path}, line 1: the header names column {name!r} {header.count(name)} times.")
+    places = {name: place for place, name in enumerate(header) if name in wanted}
     lines: list[int] = []
     values: dict[str, list[str]] = {name: [] for name in places}
     for line, cells in rows:
         if len(cells) != len(header):
-            raise AFLoRAError(
-                f"{path}, line {line}: {len(cells)} fields, the header has {len(header)}. A cell that holds a "
-                f"{separator} has to be in quotes, and none ends a line."
-            )
+            hint = _COMMA if separator == "comma" else ""
+            raise AFLoRAError(f"{path}, line {line}: {len(cells)} fields, expected {len(header)}.{hint}")
         if len(header) > 1 and [cells[0].removeprefix("\ufeff"), *cells[1:]] == header:
             raise AFLoRAError(f"{path}, line {line}: the header again, as between two files. Leave it out.")
         lines.append(line)

@@ -8,11 +8,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ...errors import AFLoRAError, one_line
+from ...errors import AFLoRAError
 from ...options import DataConfig
 from ...processes import first_on_node
 from ...untrusted import load_json
 from ..reading import exact, listed, read_table, told_apart
+from ..splits import at_most, load_from_hub
 from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
@@ -65,28 +66,14 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
         raise AFLoRAError("data.hold_out is for data without a part for evaluation; there is one. Leave it out.")
     train = _understood(train, f"{where}", trained=True)
     held = _understood(held, f"{config.validation_file or where} (evaluation)", trained=False)
-    if config.max_train_examples is not None:
-        train = train.shuffle(seed=seed).select(range(min(config.max_train_examples, len(train))))
-    if config.max_eval_examples is not None:
-        held = held.select(range(min(config.max_eval_examples, len(held))))
-    return train, held
+    return at_most(config.max_train_examples, train, seed), at_most(config.max_eval_examples, held)
 
 
 def _by_name(name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     if name == "demo":
         return word_problems(512, seed=0), word_problems(64, seed=1)
 
-    def load() -> Any:
-        try:
-            return datasets.load_dataset(name)
-        except Exception as error:  # offline, a proxy, the hub's own errors
-            reason = one_line(error)
-            raise AFLoRAError(
-                f"The data set {name!r} could not be loaded from the hub ({reason}). Without a network, use "
-                f"data.train_file and data.validation_file."
-            ) from error
-
-    loaded = first_on_node(load)
+    loaded = load_from_hub(name, otherwise="use data.train_file and data.validation_file")
     if "train" not in loaded:
         raise AFLoRAError(f"The data set {name!r} has no split named train; it has: {', '.join(loaded)}.")
     held = next((loaded[split] for split in ("validation", "test") if split in loaded), None)
