@@ -89,7 +89,7 @@ def bitsandbytes_config(config: ModelConfig, storage: torch.dtype | None = None)
     )
 
 
-def keep_trainable_on_cpu(model: nn.Module) -> None:
+def keep_trainable_on_cpu(model: Any) -> None:
     """bitsandbytes lays 4-bit weights out anew for a CPU's evaluation, and has no gradients for them any more."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
