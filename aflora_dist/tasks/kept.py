@@ -53,7 +53,7 @@ def found_or_made(
     Args:
         what: What a warning calls them.
         files: How many rows each has; None: any number.
-        make: Makes those that are missing; in a folder, from where each is published when it is whole.
+        make: Makes those that are missing; in a folder, from which each is put in place when it is whole.
         make_in_memory: Where files cannot be kept there.
 
     Raises:
@@ -83,7 +83,7 @@ def found_or_made(
         return make_in_memory()
 
 
-def publish(made: Path, kept: Path) -> None:
+def put_in_place(made: Path, kept: Path) -> None:
     """Have a whole file where others look for it."""
     try:
         os.link(made, kept)  # unlike a rename, it takes no file away from another run that was faster and reads it

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..errors import AFLoRAError
 from ..processes import first_on_node
-from .kept import cache_folder, found_or_made, key, publish
+from .kept import cache_folder, found_or_made, key, put_in_place
 
 _PROBED = 64  # texts by whose tokens a tokenizer is known that changes without its files: its code, its library
 _PART = 10_000  # examples in a file
@@ -86,7 +86,7 @@ def made_once(
             def make_one(file: Path) -> Path:
                 part = dataset if len(parts) == 1 else dataset.select(parts[file])
                 mapped(part, new_fingerprint=file.stem, cache_file_name=str(folder / file.name))
-                publish(folder / file.name, file)
+                put_in_place(folder / file.name, file)
                 return file
 
             bar.update(sum(len(rows) for file, rows in parts.items() if file not in missing))

@@ -22,7 +22,7 @@ from aflora_dist.options import Config
 from aflora_dist.tasks import kept, tokens
 from aflora_dist.tasks.batches import create_loaders, lengths, loader
 from aflora_dist.tasks.data import Data
-from aflora_dist.tasks.kept import publish
+from aflora_dist.tasks.kept import put_in_place
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.sampler import GlobalBatchSampler
 from aflora_dist.tasks.tokens import tokenized
@@ -238,7 +238,7 @@ def test_a_file_that_another_run_reads_is_never_taken_away(
     if links:
         kept.write_text("tokens")
         number = kept.stat().st_ino
-        publish(made, kept)
+        put_in_place(made, kept)
         assert kept.stat().st_ino == number
     else:
 
@@ -246,7 +246,7 @@ def test_a_file_that_another_run_reads_is_never_taken_away(
             raise OSError(95, "Operation not supported")
 
         monkeypatch.setattr(os, "link", link)
-        publish(made, kept)
+        put_in_place(made, kept)
         assert kept.read_text() == "tokens"
 
 

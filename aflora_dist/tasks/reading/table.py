@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from ...errors import AFLoRAError
 from ...processes import first_on_node
-from ..kept import cache_folder, found_or_made, key, publish
+from ..kept import cache_folder, found_or_made, key, put_in_place
 from .delimited import read_csv, read_tsv
 from .json_rows import read_json
 from .json_values import exact
@@ -145,7 +145,7 @@ def _kept(path: Path, wanted: Collection[str]) -> Table:
         table = read_rows(path, wanted)
         with pa.ipc.new_stream(str(folder / kept.name), table.schema) as stream:
             stream.write_table(table, max_chunksize=10_000)
-        publish(folder / kept.name, kept)
+        put_in_place(folder / kept.name, kept)
 
     rows = found_or_made(
         f"rows of {path}",
