@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..adapter.saving import save_peft
 from ..control import Progress
 from ..engines.transfer import Piece
 from ..errors import AFLoRAError, UnsupportedEngineError
@@ -89,7 +88,7 @@ class AdaLora(Peft):
         model.peft_config["default"].rank_pattern = {
             of_base(name): (value.flatten() != 0).tolist() for name, value in values.items() if ".lora_E." in name
         }
-        save_peft(model, folder, values, save_embedding_layers=False)
+        super().save(model, folder, values)
 
 
 class RankAllocation(NoControl):

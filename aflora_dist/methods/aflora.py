@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from peft import PeftModel, TaskType, get_peft_model
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
 
 from ..adapter import AFLoRAConfig
-from ..adapter.saving import save_peft
 from ..control import AdaptiveFreezing, FreezeEvent, FreezingConfig, Progress
-from ..errors import AFLoRAError
 from ..freezing import whole_steps
 from ..names import is_adapter, is_head
 from ..options import Config
+from .peft import PeftMethod
 
 
-class AFLoRA:
+class AFLoRA(PeftMethod):
     """Low-rank paths whose projection matrices freeze one after the other (Eq. 1-5)."""
 
     name = "aflora"
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.freezing: FreezingConfig | None = None  # once check() knows how long the training is
 
     def adapt(self, model: Any, head: Sequence[str]) -> PeftModel:
@@ -36,31 +33,19 @@ class AFLoRA:
             AFLoRAError: No module matched, nothing is freezable, or the rank is not positive.
         """
         options = self.config.adapter
-        adapter = AFLoRAConfig(
+        tuning = AFLoRAConfig(
             r=options.r,
             target_modules=options.target_modules,
             freezable=options.freezable,
             freezing=options.freezing,
             aflora_dropout=options.dropout,
-            # PEFT adds the usual heads of classifiers itself.
-            modules_to_save=[name for name in head if name not in SEQ_CLS_HEAD_NAMES] or None,
-            task_type=TaskType.CAUSAL_LM if self.config.data.task == "sft" else TaskType.SEQ_CLS,
+            modules_to_save=self.whole(head) or None,
+            task_type=self.task_type,
         )
-        try:
-            return get_peft_model(model, adapter)
-        except AFLoRAError:
-            raise
-        except ValueError as error:  # PEFT's own: no target module matched
-            raise AFLoRAError(f"The adapter could not be put in: {' '.join(str(error).split())}") from error
-
-    def is_head(self, name: str) -> bool:
-        return is_head(name)
+        return self.put_in(model, lambda: tuning)
 
     def check(self, updates_per_epoch: int) -> None:
         self.freezing = self._schedule(updates_per_epoch)
-
-    def check_engine(self, kind: str, precision: str) -> None:
-        return
 
     def attach(
         self,
@@ -75,9 +60,6 @@ class AFLoRA:
 
     def saved(self, name: str, trains: bool) -> bool:
         return is_adapter(name) or is_head(name) or trains  # a frozen A or B was learned like the rest
-
-    def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
-        save_peft(model, folder, values, save_embedding_layers=False)
 
     def _schedule(self, updates_per_epoch: int) -> FreezingConfig:
         epochs, freezing = self.config.train.epochs, self.config.freezing

@@ -69,7 +69,7 @@ class NoControl:
 
 
 class Method(Protocol):
-    """A way of fine-tuning.
+    """A way of fine-tuning. Who derives from it refuses nothing, and does nothing while training goes on.
 
     Attributes:
         name: What result.json calls it.
@@ -102,6 +102,7 @@ class Method(Protocol):
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:
         """What it does while training; `log` takes each of its events. A collective."""
+        return NoControl()
 
     def saved(self, name: str, trains: bool) -> bool:
         """Whether the adapter's folder holds this parameter."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter.precision import widen
 from ..adapter.saving import state_dict_of
-from ..control import Progress
 from ..errors import AFLoRAError
 from ..options import Config
-from .base import Control, NoControl
+from .base import Method
 
 
-class Full:
+class Full(Method):
     """The whole model; what is saved is a model's folder, for from_pretrained of transformers."""
 
     name = "full"
@@ -42,17 +40,6 @@ class Full:
 
     def is_head(self, name: str) -> bool:
         return name.startswith(self._head)
-
-    def check(self, updates_per_epoch: int) -> None:
-        return
-
-    def check_engine(self, kind: str, precision: str) -> None:
-        return
-
-    def attach(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
-    ) -> Control:
-        return NoControl()
 
     def saved(self, name: str, trains: bool) -> bool:
         return True

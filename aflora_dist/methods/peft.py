@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from peft import PeftModel, PromptLearningConfig, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, PromptLearningConfig, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
@@ -17,12 +16,11 @@ from ..adapter.architectures import ARCHITECTURES, default_targets, find_targets
 from ..adapter.precision import widen
 from ..adapter.saving import save_peft
 from ..compat.deepspeed import is_sharded
-from ..control import Progress
-from ..errors import AFLoRAError, UnsupportedEngineError
+from ..errors import AFLoRAError, UnsupportedEngineError, one_line
 from ..names import is_head
 from ..options import Config
 from .autocast import match_autocast
-from .base import Control, NoControl
+from .base import Method
 
 # What the main job or PEFT itself sets, and no option.
 _OURS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -43,7 +41,41 @@ def known_methods() -> dict[str, Any]:
     return kinds
 
 
-class Peft:
+class PeftMethod(Method):
+    """What trains by PEFT, AFLoRA too, beside a head that trains whole."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def task_type(self) -> TaskType:
+        return TaskType.CAUSAL_LM if self.config.data.task == "sft" else TaskType.SEQ_CLS
+
+    def whole(self, head: Sequence[str]) -> list[str]:
+        """The modules to save: PEFT adds the usual heads of classifiers itself."""
+        return [name for name in head if name not in SEQ_CLS_HEAD_NAMES]
+
+    def put_in(self, model: Any, tuning: Callable[[], PeftConfig], **options: Any) -> PeftModel:
+        """The model with an adapter.
+
+        Raises:
+            AFLoRAError: PEFT cannot put it in: no module matched, an option has no such value.
+        """
+        try:
+            return get_peft_model(model, tuning(), **options)
+        except AFLoRAError:
+            raise
+        except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, AssertionError) as error:
+            raise AFLoRAError(f"PEFT cannot put {self.name} into this model: {one_line(error)}") from error
+
+    def is_head(self, name: str) -> bool:
+        return is_head(name)
+
+    def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+        save_peft(model, folder, values, save_embedding_layers=False)
+
+
+class Peft(PeftMethod):
     """A method of PEFT on the layers that AFLoRA adapts: nothing happens to it while it trains.
 
     Raises:
@@ -51,7 +83,7 @@ class Peft:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.name = config.method.name
         self.options = dict(config.method.options)
         kinds = known_methods()
@@ -89,15 +121,9 @@ class Peft:
     def adapt(self, model: Any, head: Sequence[str]) -> PeftModel:
         # DeepSpeed has what trains in one dtype, the model's, where `from_pretrained` sharded it for ZeRO-3.
         sharded = any(is_sharded(parameter) for parameter in model.parameters())
-        try:
-            adapted = get_peft_model(
-                model, self.kind(**self._arguments(model, head)), autocast_adapter_dtype=not sharded
-            )
-        except AFLoRAError:
-            raise
-        except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, AssertionError) as error:
-            reason = " ".join((str(error).strip() or type(error).__name__).split())
-            raise AFLoRAError(f"PEFT cannot put {self.name} into this model: {reason}") from error
+        adapted = self.put_in(
+            model, lambda: self.kind(**self._arguments(model, head)), autocast_adapter_dtype=not sharded
+        )
         self._prefix = str(getattr(adapted.base_model, "prefix", "")) or f"{self.name}_"
         self._shared = _shared(adapted)
         widen(adapted.get_base_model(), [p for p in adapted.parameters() if p.requires_grad])
@@ -107,10 +133,8 @@ class Peft:
     def _arguments(self, model: Any, head: Sequence[str]) -> dict[str, Any]:
         """What the method's configuration is made of."""
         fields = {field.name for field in dataclasses.fields(self.kind)}
-        arguments = dict(self.options)
-        arguments["task_type"] = TaskType.CAUSAL_LM if self.config.data.task == "sft" else TaskType.SEQ_CLS
-        # PEFT adds the usual heads of classifiers itself.
-        whole = [name for name in head if name not in SEQ_CLS_HEAD_NAMES]
+        arguments = {**self.options, "task_type": self.task_type}
+        whole = self.whole(head)
         whole += [name for name in arguments.get("modules_to_save") or [] if name not in whole]
         if "modules_to_save" in fields:
             arguments["modules_to_save"] = whole or None
@@ -135,12 +159,6 @@ class Peft:
             chosen["feedforward_modules"] = list(found["ffn"] if found else ARCHITECTURES[model_type].ffn)
         return chosen
 
-    def is_head(self, name: str) -> bool:
-        return is_head(name)
-
-    def check(self, updates_per_epoch: int) -> None:
-        return
-
     def check_engine(self, kind: str, precision: str) -> None:
         if kind == "fsdp2" and self._shared:
             raise UnsupportedEngineError(
@@ -148,16 +166,8 @@ class Peft:
                 f"layer's own. Use launch/ddp.yaml or launch/zero2.yaml, or method.name=lora."
             )
 
-    def attach(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
-    ) -> Control:
-        return NoControl()
-
     def saved(self, name: str, trains: bool) -> bool:
         return trains or is_head(name) or self._prefix in name  # PEFT leaves out what it does not need
-
-    def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
-        save_peft(model, folder, values, save_embedding_layers=False)
 
 
 def _shared(model: nn.Module) -> list[str]:

@@ -12,11 +12,12 @@ from ..methods.choose import create_method, lora_parameters
 from ..options import Config
 from ..store.best import check_metric
 from ..store.rundir import refuse_taken, written
-from ..tasks.batches import Place, create_sampler, enough
+from ..tasks.batches import BatchShape, create_sampler, enough
 from ..tasks.data import unknown_task
 from ..tasks.glue import TASKS
 from ..tasks.limits import Limits
-from ..tasks.model import check_weights, outline_base, outline_language_model
+from ..tasks.model import outline_base, outline_language_model
+from ..tasks.weights import check_weights
 from ..training.build import check_launch, create_task, create_windows, hold, warm_up
 from .events import Elements, Freezes
 from .launches import Launch
@@ -82,9 +83,9 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     def planned(launch: Launch) -> EnginePlan:
         if (reason := able.refused.get(launch)) is not None:
             return EnginePlan(launch.engine, launch.num_processes, launch.mixed_precision, reason)
-        place = Place(launch)
-        micro_batches = create_sampler(config, lengths, place, packed=packed).micro_batches
-        at_once = config.data.tokens_per_micro_batch or place.tokens
+        shape = BatchShape(launch)
+        micro_batches = create_sampler(config, lengths, shape, packed=packed).micro_batches
+        at_once = config.data.tokens_per_micro_batch or shape.tokens
         return what.on(launch, micro_batches, micro_batch_tokens(config, launch, at_once, micro_batches), freezes)
 
     return Plan(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import AFLoRAError, one_line
-from ..foreign import check_copied, read_object, reading, refuse_endless
 from ..hub import refusal
+from ..untrusted import check_copied, read_object, reading, refuse_endless
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter import lora_up
 from ..errors import AFLoRAError
-from ..foreign import read_object, reading
 from ..names import of_base
 from ..tasks.glue import TASKS
+from ..untrusted import read_object, reading
 from .base import Shards, Skeleton, beside_weights, find_base, load_config
 from .card import write_card
 from .source import TOKENIZER, Source, new_folder, read

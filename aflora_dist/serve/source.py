@@ -18,10 +18,10 @@ from peft import TaskType
 from torch import Tensor
 
 from ..errors import AFLoRAError, writing
-from ..foreign import check_copied, read_object, reading
 from ..names import of_base
 from ..store.checkpoint import StoredTensors
 from ..store.records import CONFIG, Result, Settings, read_result, read_settings
+from ..untrusted import check_copied, read_object, reading
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TENSORS = ("A", "B", "s_d", "s_b")

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import nested
+from .. import untrusted
 from ..errors import AFLoRAError, DamagedError, DivergedError
 from ..processes import on_main
 
@@ -121,7 +121,7 @@ def load(path: Path) -> Checkpoint:
     tensors = StoredTensors(path / _STATE)
     if broken := _not_finite(tensors):  # earlier releases wrote such
         raise DamagedError(f"The checkpoint {path} is of a training that had diverged: {broken} is not finite.")
-    training = nested.loads((path / _TRAINING).read_text(encoding="utf-8"))
+    training = untrusted.load_json((path / _TRAINING).read_text(encoding="utf-8"))
     if training.get("format") == 2:
         training = _upgraded(training)
     if training.get("format") != FORMAT:
@@ -175,7 +175,7 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _damage(path: Path) -> str | None:
     try:
-        manifest = nested.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = untrusted.load_json((path / _MANIFEST).read_text(encoding="utf-8"))
         for name in (_STATE, _TRAINING):
             expected = manifest[name]
             size = (path / name).stat().st_size

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from .. import nested
+from .. import untrusted
 from ..errors import AFLoRAError
 from .typed import as_json, finite, integer, number, text, typed
 
@@ -37,7 +37,7 @@ def loads(text: str | bytes) -> Any:
     Raises:
         ValueError: It is not JSON, or not UTF-8.
     """
-    return nested.loads(text, parse_constant=lambda _: None, parse_float=lambda digits: number(float(digits)))
+    return untrusted.load_json(text, parse_constant=lambda _: None, parse_float=lambda digits: number(float(digits)))
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def read_config(path: Path) -> Any:
         if not file.is_file() and _exists(file):
             raise AFLoRAError(f"{file} is not a file.")
         content, loader = file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        nested.refuse_deep_yaml(content, loader)
+        untrusted.refuse_deep_yaml(content, loader)
         return yaml.load(content, loader)
     except AFLoRAError:
         raise

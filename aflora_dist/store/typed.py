@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from .. import nested
+from .. import untrusted
 
 _LARGEST = 1e150  # its square is a number, too
 
@@ -30,7 +30,7 @@ def as_json(value: Any, left: list[int], depth: int = 0) -> Any:
         ValueError: It holds more, or is nested too deeply.
     """
     left[0] -= 1
-    if left[0] < 0 or depth > nested.DEEPEST:
+    if left[0] < 0 or depth > untrusted.DEEPEST:
         raise ValueError
     if isinstance(value, dict):
         return {str(key): as_json(item, left, depth + 1) for key, item in value.items()}

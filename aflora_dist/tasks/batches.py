@@ -34,10 +34,10 @@ def create_loaders(
         AFLoRAError: On every rank: there is less than one batch of training examples, a token of which the model knows
             nothing, or a rank failed.
     """
-    place = Place(accelerator, limits.positions, config.data.max_length)
+    shape = BatchShape(accelerator, limits.positions, config.data.max_length)
     if config.data.pad_to_max_length:
-        place.multiple = config.data.max_length
-    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=place.multiple)
+        shape.multiple = config.data.max_length
+    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=shape.multiple)
     enough(config, len(data.train))  # before time is spent
     limits.check_padding(tokenizer)
     _check_room(tokenizer, config.data.max_length, "text_pair" in data.train.column_names)
@@ -52,15 +52,12 @@ def create_loaders(
         return tokens
 
     train_set = made(data.train, "the training split")
-    sampler = create_sampler(config, lengths(train_set, place.multiple), place, sizes=lengths(train_set, 1))
+    sampler = create_sampler(config, lengths(train_set, shape.multiple), shape, sizes=lengths(train_set, 1))
     evaluation = {}
     for split, dataset in data.evaluation.items():
         tokens = made(dataset, f"the {split} split")
-        order = EvaluationSampler(
-            lengths(tokens, place.multiple), config.train.eval_batch_size, rank=place.rank, world_size=place.world_size
-        )
-        evaluation[split] = loader(tokens, order, collate, place.on_gpu)
-    return sampler, loader(train_set, sampler, collate, place.on_gpu), evaluation
+        evaluation[split] = evaluation_loader(config, tokens, lengths(tokens, shape.multiple), collate, shape)
+    return sampler, loader(train_set, sampler, collate, shape.on_gpu), evaluation
 
 
 def _check_room(tokenizer: Any, length: int, pair: bool) -> None:
@@ -72,7 +69,7 @@ def _check_room(tokenizer: Any, length: int, pair: bool) -> None:
         )
 
 
-class Place:
+class BatchShape:
     """Which rank this is, and what batches must look like there.
 
     Args:
@@ -99,17 +96,17 @@ def enough(config: Config, examples: int) -> None:
         )
 
 
-def create_sampler(config: Config, lengths: Sequence[int], place: Place, **options: Any) -> GlobalBatchSampler:
+def create_sampler(config: Config, lengths: Sequence[int], shape: BatchShape, **options: Any) -> GlobalBatchSampler:
     """This rank's hand of every global batch, as the configuration has it."""
     return GlobalBatchSampler(
         lengths,
         config.train.batch_size,
         micro_batches=config.train.accumulation,
-        tokens=config.data.tokens_per_micro_batch or place.tokens,
+        tokens=config.data.tokens_per_micro_batch or shape.tokens,
         epochs=config.train.epochs,
         seed=config.train.seed,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=shape.rank,
+        world_size=shape.world_size,
         **options,
     )
 
@@ -129,9 +126,18 @@ def loader(dataset: Any, sampler: Sampler[list[int]], collate: Any, beside: bool
     )
 
 
-def lengths(dataset: Any, multiple: int) -> list[int]:
+def evaluation_loader(
+    config: Config, dataset: Any, lengths: Sequence[int], collate: Any, shape: BatchShape
+) -> DataLoader[Batch]:
+    """This rank's share of an evaluation split, whose examples have so many tokens."""
+    size = config.train.eval_batch_size
+    order = EvaluationSampler(lengths, size, rank=shape.rank, world_size=shape.world_size)
+    return loader(dataset, order, collate, shape.on_gpu)
+
+
+def lengths(dataset: Any, multiple: int, column: str = "input_ids") -> list[int]:
     """Tokens of each example, rounded up as a batch is."""
-    parts = dataset.with_format("arrow")[:]["input_ids"].chunks
+    parts = dataset.with_format("arrow")[:][column].chunks
     return [padded(count, multiple) for part in parts for count in part.value_lengths().to_pylist()]
 
 

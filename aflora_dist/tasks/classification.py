@@ -19,8 +19,9 @@ from .batches import Batch, create_loaders, move
 from .data import load_data
 from .evaluation import evaluate, measured
 from .limits import Limits
-from .model import check_weights, load_base, load_tokenizer, outline_base, unadapted
+from .model import load_base, load_tokenizer, outline_base, unadapted
 from .sampler import GlobalBatchSampler
+from .weights import check_weights
 
 
 class Classification:

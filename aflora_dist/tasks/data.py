@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.state import PartialState
 
-from ..errors import AFLoRAError, one_line
+from ..errors import AFLoRAError
 from ..extras import require
 from ..options import DataConfig
 from ..processes import first_on_node
 from .glue import TASKS, GlueTask
-from .labels import encode_labels, is_spelled_not_finite, number
-from .reading import Table, is_text, listed, plain_rows, positions, read_table, shown
+from .labels import encode_labels, number
+from .reading import LINE, Row, Table, listed, plain_rows, read_columns, read_table, shown
+from .splits import at_most, load_from_hub
 
 _DEMO_HELD_OUT = 1000
 
@@ -76,14 +78,11 @@ def load_data(config: DataConfig, seed: int) -> Data:
         raise unknown_task(config.task)
     for split, dataset in {"train": data.train, **data.evaluation}.items():
         _check_split(data, split, dataset)
-    train = data.train
-    if config.max_train_examples is not None:
-        train = train.shuffle(seed=seed).select(range(min(config.max_train_examples, len(train))))
-    evaluation = {
-        split: dataset.select(range(min(config.max_eval_examples or len(dataset), len(dataset))))
-        for split, dataset in data.evaluation.items()
-    }
-    return dataclasses.replace(data, train=train, evaluation=evaluation)
+    return dataclasses.replace(
+        data,
+        train=at_most(config.max_train_examples, data.train, seed),
+        evaluation={name: at_most(config.max_eval_examples, split) for name, split in data.evaluation.items()},
+    )
 
 
 def unknown_task(name: str) -> AFLoRAError:
@@ -110,17 +109,9 @@ def _standard(dataset: datasets.Dataset, text_columns: tuple[str, ...], label_co
 
 
 def _glue_from_hub(task: GlueTask) -> dict[str, datasets.Dataset]:
-    def load() -> Any:
-        try:
-            return datasets.load_dataset("nyu-mll/glue", task.name)
-        except Exception as error:  # offline, a proxy, the hub's own errors
-            reason = one_line(error)
-            raise AFLoRAError(
-                f"GLUE's {task.name} could not be loaded from the hub ({reason}). Without a network, give a folder of "
-                f"GLUE's TSV files: data.path=FOLDER, holding {task.folder}/{task.files[0][1]}."
-            ) from error
-
-    loaded = first_on_node(load)
+    files = f"{task.folder}/{task.files[0][1]}"
+    otherwise = f"give a folder of GLUE's TSV files: data.path=FOLDER, holding {files}"
+    loaded = load_from_hub("nyu-mll/glue", task.name, otherwise=otherwise)
     return {split: _standard(loaded[split], task.text_columns, "label") for split, _ in task.files}
 
 
@@ -136,54 +127,50 @@ def _read_glue(task: GlueTask, path: Path) -> tuple[datasets.Dataset, list[str]]
     """GLUE's TSV files, tab-separated without quoting, most with a header; and what is said of lines left out."""
     if not path.is_file():
         raise AFLoRAError(f"There is no file {path}. data.path is the folder that holds GLUE's {task.folder}/.")
-    *text_columns, label_column = task.tsv_columns
-    labels = task.tsv_labels or (tuple(str(i) for i in range(len(task.labels))) if task.labels else None)
-    columns: dict[str, list[Any]] = {name: [] for name in ("text", "text_pair")[: len(text_columns)]} | {"label": []}
+    *text_columns, label_column = map(str, task.tsv_columns)
+    with_header = isinstance(task.tsv_columns[0], str)
     cut, disputed = [], []  # lines
-    try:
-        rows = plain_rows(path)
-        if isinstance(label_column, int):
-            places, width = list(task.tsv_columns), max(map(int, task.tsv_columns)) + 1
-        else:
-            _, header = next(rows, (0, []))
-            found, width = positions(path, header, [str(column) for column in task.tsv_columns]), len(header)
-            for column in task.tsv_columns:
-                if column not in found:
-                    raise AFLoRAError(f"{path} has no column {column!r}; its columns are: {listed(header)}.")
-            places = [found[str(column)] for column in task.tsv_columns]
-        for line, cells in rows:
-            if len(cells) < width and task.name == "qqp":
+
+    def rows() -> Iterator[Row]:
+        width = 0 if with_header else max(map(int, task.tsv_columns)) + 1
+        if not with_header:
+            yield 0, list(map(str, range(width)))
+        for line, cells in plain_rows(path):
+            width = width or len(cells)
+            if task.name == "qqp" and len(cells) < width:
                 cut.append(line)  # a few lines of GLUE's file are cut short; the reference reader leaves them out too
-                continue
-            if len(cells) != width:
-                raise AFLoRAError(f"{path}, line {line}: {len(cells)} columns, expected {width}.")
-            *texts, label = [cells[int(place)] for place in places]
-            if label == "-" and task.name == "mnli":
+            elif task.name == "mnli" and cells[-1] == "-":
                 disputed.append(line)  # annotators did not agree; the hub leaves these out as well
-                continue
-            columns["label"].append(_label(label, labels, f"{path}, line {line}"))
-            for name, text in zip(columns, texts, strict=False):
-                columns[name].append(text)
+            else:
+                yield line, cells
+
+    try:
+        header, table = read_columns(path, rows(), (*text_columns, label_column), "tab")
     except OSError as error:
         raise AFLoRAError(f"{path} could not be read: {error.strerror or error}.") from None
+    for column in (*text_columns, label_column):
+        if column not in header:
+            raise AFLoRAError(f"{path} has no column {column!r}; its columns are: {listed(header)}.")
+    texts = dict(zip(("text", "text_pair"), map(table.column, text_columns), strict=False))
+    lines, cells = table.column(LINE).to_pylist(), table.column(label_column).to_pylist()
+    labels = [_label(task, cell, f"{path}, line {line}") for line, cell in zip(lines, cells, strict=True)]
     left_out = [
         f"{path}: {len(lines):,} lines {reason} are left out, the first of them line {lines[0]}.\n"
         for lines, reason in ((cut, "that are cut short"), (disputed, "without a gold label"))
         if lines
     ]
-    return datasets.Dataset.from_dict(columns), left_out
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.table({**texts, "label": labels}))), left_out
 
 
-def _label(text: str, labels: tuple[str, ...] | None, where: str) -> int | float:
-    if labels is not None:
-        if text not in labels:
-            raise AFLoRAError(f"{where}: the label {shown(text)} is none of {', '.join(labels)}.")
-        return labels.index(text)
+def _label(task: GlueTask, text: str, where: str) -> int | float:
+    if task.labels is not None:
+        names = task.tsv_labels or tuple(str(i) for i in range(len(task.labels)))
+        if text not in names:
+            raise AFLoRAError(f"{where}: the label {shown(text)} is none of {', '.join(names)}.")
+        return names.index(text)
     value = number(text)
-    if is_spelled_not_finite(text) or (value is not None and not math.isfinite(value)):
-        raise AFLoRAError(f"{where}: the label {text!r} is not finite.")
-    if value is None:
-        raise AFLoRAError(f"{where}: the label {shown(text)} is not a number.")
+    if value is None or not math.isfinite(value):
+        raise AFLoRAError(f"{where}: the label {shown(text)} is not a finite number.")
     return value
 
 
@@ -254,14 +241,7 @@ def _check_texts(table: Table, config: DataConfig) -> None:
         if column not in table.columns:
             raise table.lacks(column)
     for column in config.text_columns:
-        missing, kind = table.first_null(column), table.type(column)
-        if missing is not None:
-            raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
-        if not is_text(kind):
-            row, value = next((row, v) for row, v in enumerate(table.rows[column][:]) if not isinstance(v, str))
-            raise AFLoRAError(
-                f"{table.where(row)}: it has {shown(str(value))} in column {column!r}, which is not text."
-            )
+        table.check_text(column)
     if table.name.lower().endswith(".csv"):
         _refuse_swallowed_rows(table, config)
 

@@ -27,14 +27,29 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from ..errors import AFLoRAError
-from .reading import Table, is_text, listed, shown
+from .reading import Table, listed, shown
 
 _WHOLE = re.compile("0|[1-9][0-9]{0,17}")
 _SIGNED = re.compile("[+-]?(?:0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ALMOST = re.compile(r"[+-]?[0-9][0-9.,' ]*\s?%?")
-_NOT_FINITE = {"nan", "inf", "infinity"}
-_MISSING = _NOT_FINITE | {"na", "n/a", "<na>", "null", "nil", "none", "-", "?", ".", "\\n", "#n/a", "#null!"}
+_MISSING = {
+    "nan",
+    "inf",
+    "infinity",
+    "na",
+    "n/a",
+    "<na>",
+    "null",
+    "nil",
+    "none",
+    "-",
+    "?",
+    ".",
+    "\\n",
+    "#n/a",
+    "#null!",
+}
 
 
 @dataclass(frozen=True)
@@ -78,14 +93,11 @@ def encode_labels(
             )
     if numbers:
         return None, {split: _floats(labels) for split, labels in columns.items()}
-    if train.kind == "cells":
-        train = columns["train"] = _Column(train.table, column, "names", _texts(train))
     names = _class_names(columns, column)
     place = {name: number for number, name in enumerate(names)}
     numbered = {}
     for split, labels in columns.items():
-        texts = _texts(labels) if labels.kind == "cells" else labels.values
-        for row, label in enumerate(texts):
+        for row, label in enumerate(labels.values):
             if label not in place:
                 value = number(label)
                 meant = None if value is None else _class_of(value)
@@ -94,7 +106,7 @@ def encode_labels(
                     f"{labels.where(row)}: it has the label {shown(label)}, which the training file "
                     f"{train.table.name} does not have. Its labels are: {listed(names)}.{hint}"
                 )
-        numbered[split] = [place[label] for label in texts]
+        numbered[split] = [place[label] for label in labels.values]
     return names, numbered
 
 
@@ -107,20 +119,16 @@ def number(cell: str) -> float | None:
     return float(cell) if _NUMBER.fullmatch(cell.strip()) else None
 
 
-def is_spelled_not_finite(cell: str) -> bool:
-    """NaN and infinity, as programs write them."""
-    return cell.strip().lower().lstrip("+-") in _NOT_FINITE
-
-
 def _column(table: Table, column: str) -> _Column:
-    missing, kind = table.first_null(column), table.type(column)
-    if missing is None and is_text(kind):
-        missing = next((row for row, label in enumerate(table.rows[column][:]) if not label.strip()), None)
-    if missing is not None:
-        raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
-    values = table.rows[column][:]
-    if is_text(kind):
-        return _Column(table, column, "cells" if table.untyped else "names", values)
+    table.check_filled(column)
+    kind, values = table.type(column), table.rows[column][:]
+    if table.is_text(column):
+        if (blank := next((row for row, label in enumerate(values) if not label.strip()), None)) is not None:
+            raise AFLoRAError(f"{table.where(blank)}: it has nothing in column {column!r}.")
+        if not table.untyped:
+            return _Column(table, column, "names", values)
+        cells = [cell.strip() if _WHOLE.fullmatch(cell.strip()) else cell for cell in values]
+        return _Column(table, column, "cells", cells)
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
         return _Column(table, column, "class numbers", [str(int(value)) for value in values])
     if pa.types.is_floating(kind):
@@ -166,28 +174,23 @@ def _are_numbers(labels: _Column) -> bool:
     cells = labels.values
     if all(_SIGNED.fullmatch(cell.strip()) for cell in cells):
         return False
-    odd = [row for row, cell in enumerate(cells) if number(cell) is None]
+    values = [number(cell) for cell in cells]
+    odd = [row for row, value in enumerate(values) if value is None]
     if not odd:
         return True
-    first = odd[0]
-    if len(odd) < len(cells):
-        strange = set(odd)
-        decimals = (r for r, cell in enumerate(cells) if r not in strange and not _SIGNED.fullmatch(cell.strip()))
-        example = next((row for row in decimals if "." in cells[row]), None)
-        if example is None and all(cells[row].strip().lower().lstrip("+-") in _MISSING for row in odd):
-            example = next(row for row in range(len(cells)) if row not in strange)
-        if example is not None:
-            raise AFLoRAError(
-                f"{labels.where(first)}: the label {shown(cells[first])} is no number, but {shown(cells[example])} "
-                f"(line {labels.table.lines[example]}) is one. Leave rows without a label out, write numbers "
-                f"as 0.5, and class names so that none is a number."
-            )
-    if all(_ALMOST.fullmatch(cells[row].strip()) and set(cells[row]) & set(",%' ") for row in odd):
-        raise AFLoRAError(
-            f"{labels.where(first)}: the label {shown(cells[first])} is almost a number. Write numbers as 0.5, and "
-            f"class names so that they do not look like numbers."
-        )
-    return False
+    missing = all(cells[row].strip().lower().lstrip("+-") in _MISSING for row in odd)
+    numbers = [row for row, value in enumerate(values) if value is not None]
+    example = next((row for row in numbers if missing or "." in cells[row]), None)
+    if example is not None:
+        said = f"is no number, but {shown(cells[example])} (line {labels.table.lines[example]}) is one"
+    elif all(_ALMOST.fullmatch(cells[row].strip()) and set(cells[row]) & set(",%' ") for row in odd):
+        said = "is almost a number"
+    else:
+        return False
+    raise AFLoRAError(
+        f"{labels.where(odd[0])}: the label {shown(cells[odd[0]])} {said}. Write numbers as 0.5, name classes so that "
+        f"no name looks like a number, and leave rows without a label out."
+    )
 
 
 def _floats(labels: _Column) -> list[float]:
@@ -195,17 +198,10 @@ def _floats(labels: _Column) -> list[float]:
     found = []
     for row, value in enumerate(labels.values):
         wanted = number(value) if isinstance(value, str) else value
-        if wanted is None and not is_spelled_not_finite(value):
-            raise AFLoRAError(f"{labels.where(row)}: the label {shown(value)} is no number to regress to.")
         if wanted is None or not math.isfinite(wanted):
-            raise AFLoRAError(f"{labels.where(row)}: the label {str(value)!r} is not finite.")
+            raise AFLoRAError(f"{labels.where(row)}: the label {shown(str(value))} is no finite number to regress to.")
         found.append(float(wanted))
     return found
-
-
-def _texts(labels: _Column) -> list[str]:
-    """Cells; where they are whole numbers, without the blanks around them."""
-    return [cell.strip() if _WHOLE.fullmatch(cell.strip()) else cell for cell in labels.values]
 
 
 def _class_names(columns: dict[str, _Column], column: str) -> list[str]:
@@ -216,7 +212,7 @@ def _class_names(columns: dict[str, _Column], column: str) -> list[str]:
     numbered = train.table.untyped or train.kind == "class numbers"
     if numbered and all(_WHOLE.fullmatch(name) for name in names):
         count = max(map(int, names)) + 1
-        others = {text.strip() for labels in columns.values() for text in labels.values}
+        others = {text for labels in columns.values() for text in labels.values}
         seen = {int(text) for text in names | others if _WHOLE.fullmatch(text) and int(text) < count}
         if len(seen) * 2 >= count:
             return [str(i) for i in range(count)]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
@@ -18,19 +17,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from ..compat.deepspeed import is_sharded
 from ..errors import AFLoRAError, one_line
 from ..extras import installed, require
-from ..foreign import read_object, refuse_endless
 from ..hub import refusal
 from ..options import ModelConfig
 from ..processes import first_on_node
+from ..untrusted import read_object, refuse_endless
+from .weights import bitsandbytes_config, holds_float32, keep_trainable_on_cpu, storage_dtype, without_float16
 
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
@@ -65,12 +63,7 @@ def load_base(
         AFLoRAError: The model is not there, or is no text classifier.
     """
     model, tokenizer, info = _load(
-        AutoModelForSequenceClassification,
-        resolve_name(config.name),
-        config,
-        _labels(labels),
-        accelerator,
-        ignore_mismatched_sizes=True,
+        AutoModelForSequenceClassification, config, accelerator, _labels(labels), ignore_mismatched_sizes=True
     )
     # A head for another number of labels is replaced by a new one.
     resized = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
@@ -86,7 +79,7 @@ def load_language_model(config: ModelConfig, accelerator: Accelerator | None = N
     Raises:
         AFLoRAError: The model is not there, or is no causal language model.
     """
-    model, tokenizer, info = _load(AutoModelForCausalLM, resolve_name(config.name, True), config, {}, accelerator)
+    model, tokenizer, info = _load(AutoModelForCausalLM, config, accelerator, {})
     if info["missing_keys"]:
         raise AFLoRAError(
             f"The model {config.name!r} is no causal language model: its checkpoint lacks "
@@ -103,7 +96,7 @@ def outline_base(config: ModelConfig, labels: list[str] | None) -> tuple[Any, li
     Raises:
         AFLoRAError: The model's configuration is not there, or is of no text classifier.
     """
-    model = _outline(AutoModelForSequenceClassification, resolve_name(config.name), config, _labels(labels))
+    model = _outline(AutoModelForSequenceClassification, config, _labels(labels))
     base = f"{model.base_model_prefix}."
     return model, _new_modules(model, {name for name, _ in model.named_parameters() if not name.startswith(base)})
 
@@ -114,7 +107,7 @@ def outline_language_model(config: ModelConfig) -> Any:
     Raises:
         AFLoRAError: The model's configuration is not there, or is of no causal language model.
     """
-    return _outline(AutoModelForCausalLM, resolve_name(config.name, True), config, {})
+    return _outline(AutoModelForCausalLM, config, {})
 
 
 def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
@@ -123,7 +116,7 @@ def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
     Raises:
         AFLoRAError: It is not there.
     """
-    name, hub, _ = _source(resolve_name(config.name, language_model), config)
+    name, hub, _ = _source(config, language_model)
     with _readable(config):
         return _padding(AutoTokenizer.from_pretrained(name, **hub))
 
@@ -141,7 +134,7 @@ def fetch(config: ModelConfig, *, language_model: bool) -> None:
     Raises:
         AFLoRAError: On every rank, if they cannot be had on one node.
     """
-    name, hub, _ = _source(resolve_name(config.name, language_model), config)
+    name, hub, _ = _source(config, language_model)
 
     def download() -> None:
         with _readable(config):
@@ -178,13 +171,13 @@ def _labels(labels: list[str] | None) -> dict[str, Any]:
     return {**head, "problem_type": "single_label_classification"}
 
 
-def _outline(kind: Any, name: str, config: ModelConfig, head: dict[str, Any]) -> Any:
-    name, hub, options = _source(name, config)
-    _quantization(config)  # nothing is quantised here, but what a run would lack is refused
+def _outline(kind: Any, config: ModelConfig, head: dict[str, Any]) -> Any:
+    name, hub, options = _source(config, kind is AutoModelForCausalLM)
+    bitsandbytes_config(config)  # nothing is quantised here, but what a run would lack is refused
     with _readable(config, RuntimeError), torch.device("meta"):
         model_config = _config(name, config, {**head, **hub})
         model = kind.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
-    return model if config.dtype else _without_float16(model)
+    return model if config.dtype else without_float16(model)
 
 
 def _config(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
@@ -206,8 +199,9 @@ def _config(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
     return AutoConfig.from_pretrained(name, **options)
 
 
-def _source(name: str, config: ModelConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _source(config: ModelConfig, language_model: bool) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Where a model is, how it is fetched from there, and how it is made of what is found."""
+    name = resolve_name(config.name, language_model)
     hub: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options: dict[str, Any] = {}
     if name.endswith(".gguf"):  # FOLDER/FILE.gguf, or OWNER/NAME/FILE.gguf of the hub
@@ -262,13 +256,13 @@ def _padding(tokenizer: Any) -> Any:
 
 
 def _load(
-    kind: Any, name: str, config: ModelConfig, head: dict[str, Any], accelerator: Accelerator | None, **more: Any
+    kind: Any, config: ModelConfig, accelerator: Accelerator | None, head: dict[str, Any], **more: Any
 ) -> tuple[Any, Any, Any]:
-    name, hub, options = _source(name, config)
+    name, hub, options = _source(config, kind is AutoModelForCausalLM)
     storage = None if accelerator is None else storage_dtype(config, accelerator)
-    if (quantization := _quantization(config, storage)) is not None:
+    if (quantization := bitsandbytes_config(config, storage)) is not None:
         options["quantization_config"] = quantization
-    if accelerator is not None and _all_in_float32(accelerator):
+    if accelerator is not None and holds_float32(accelerator):
         options["dtype"] = torch.float32
     with _readable(config):
         model_config = _config(name, config, {**head, **hub})
@@ -277,28 +271,10 @@ def _load(
             name, config=model_config, output_loading_info=True, **options, **more, **hub
         )
     if config.dtype is None:
-        _without_float16(model)
+        without_float16(model)
     model.config.pad_token_id = tokenizer.pad_token_id
-    for module in model.modules():
-        # bitsandbytes lays 4-bit weights out anew for a CPU's evaluation, and has no gradients for them any more.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_trainable_on_cpu(model)
     return model, tokenizer, info
-
-
-@torch.no_grad()
-def _without_float16(model: Any) -> Any:
-    """Weights that happen to be stored in float16 as the same numbers in float32; quantised ones stay as they are.
-
-    transformers takes a checkpoint's dtype where none is named. In float16, gradients are lost without a loss scale;
-    bfloat16 has float32's range.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype == torch.float16 and type(tensor) in (nn.Parameter, torch.Tensor) and not is_sharded(tensor):
-            tensor.data = tensor.data.float()
-    if model.config.dtype == torch.float16:
-        model.config.dtype = torch.float32
-    return model
 
 
 def _check_gguf(config: ModelConfig) -> None:
@@ -308,64 +284,6 @@ def _check_gguf(config: ModelConfig) -> None:
             f"{config.name} is a GGUF file, whose weights are dequantised when loaded: model.quantize="
             f"{config.quantize} would round them again. Name another checkpoint, or drop model.quantize."
         )
-
-
-def _quantization(config: ModelConfig, storage: torch.dtype | None = None) -> Any:
-    """bitsandbytes' settings: nf4 as QLoRA has it (double quantisation), or int8."""
-    if config.quantize is None:
-        return None
-    require("quantized", f"model.quantize={config.quantize}")
-    if config.quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype or "bfloat16"),
-        bnb_4bit_quant_storage=storage,
-    )
-
-
-def storage_dtype(config: ModelConfig, accelerator: Accelerator) -> torch.dtype | None:
-    """As numbers of which dtype 4-bit weights are packed where the engine shards them; None: as bytes.
-
-    ZeRO-3 and FSDP2 cast what is floating to the dtype that they compute in, and must find the packed weights in it.
-    """
-    if config.quantize != "nf4" or not _sharded(accelerator):
-        return None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision), torch.float32)
-
-
-def _all_in_float32(accelerator: Accelerator) -> bool:
-    """Whether the engine holds all weights in float32: DeepSpeed has them in the dtype that it computes in."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision == "no"
-
-
-def check_weights(config: ModelConfig, accelerator: Accelerator) -> None:
-    """Refuse weights that the engine would hold in another dtype than was named, or would cut and lose the scales of.
-
-    Raises:
-        AFLoRAError: On every rank.
-    """
-    if config.dtype in ("bfloat16", "float16") and _all_in_float32(accelerator):
-        precision = {"bfloat16": "bf16", "float16": "fp16"}[config.dtype]
-        raise AFLoRAError(
-            f"model.dtype={config.dtype} does not work with DeepSpeed and --mixed_precision no: it holds all weights "
-            f"in what it computes in, float32. Use --mixed_precision {precision}, or --model.dtype float32."
-        )
-    if config.quantize == "int8" and (sharded := _sharded(accelerator)):
-        raise AFLoRAError(
-            f"model.quantize=int8 does not work with {sharded}, which loses the scales of the weights that it shards. "
-            f"Use model.quantize=nf4, or launch/ddp.yaml, launch/zero1.yaml or launch/zero2.yaml."
-        )
-
-
-def _sharded(accelerator: Accelerator) -> str | None:
-    """Which engine shards frozen weights, if one does."""
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        return "ZeRO-3"
-    return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else None
 
 
 def _new_modules(model: nn.Module, missing: set[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import yaml
 
 from ..errors import AFLoRAError
-from ..nested import refuse_deep_yaml
+from ..untrusted import refuse_deep_yaml
 
 
 class Entry(NamedTuple):

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .. import nested
+from .. import untrusted
 from ..errors import AFLoRAError
 from ..extras import require
 from ..options import Config
@@ -193,7 +193,7 @@ def _read(source: str) -> tuple[str, dict[str, Any]]:
                 f"relative name starts at the folder that the job is started in, here {Path.cwd()}."
             ) from None
     try:
-        settings = nested.loads(Path(source).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        settings = untrusted.load_json(Path(source).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise AFLoRAError(f"{where} could not be read: {error.strerror or error}.") from None
     except ValueError as error:  # no UTF-8, or no JSON

@@ -22,7 +22,8 @@ from aflora_dist.options import ModelConfig
 from aflora_dist.serve.base import find_base
 from aflora_dist.tasks import model as models
 from aflora_dist.tasks.limits import Limits
-from aflora_dist.tasks.model import check_weights, load_base, load_language_model, outline_base
+from aflora_dist.tasks.model import load_base, load_language_model, outline_base
+from aflora_dist.tasks.weights import check_weights
 from tests.hub_layouts import LAYOUTS
 
 HALF = {"deberta_v3": torch.float32, "llama_7b": torch.float32, "opt": torch.float32, "qwen2_5": torch.bfloat16}

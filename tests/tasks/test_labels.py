@@ -103,7 +103,7 @@ REFUSED_CELLS: dict[str, tuple[list[str], str]] = {
     "blanks": (["a", "  ", "b"], r"line 3: it has nothing in column 'label'"),
     "NaN": (["0.5", "NaN", "1.5"], r"line 3, column 'label': the label 'NaN' is no number, but '0.5'"),
     "infinity": (["0.5", "-inf", "1.5"], r"line 3, column 'label': the label '-inf' is no number"),
-    "too large": (["0.5", "1e999"], r"line 3, column 'label': the label '1e999' is not finite"),
+    "too large": (["0.5", "1e999"], r"line 3, column 'label': the label '1e999' is no finite number"),
     "NA among class numbers": (
         ["0", "1", "NA"],
         r"line 4, column 'label': the label 'NA' is no number, but '0' \(line 2\) is one",
@@ -179,8 +179,8 @@ REFUSED_TYPES: dict[str, tuple[pa.Array, str]] = {
     "no text": (pa.array(["a", "", "b"]), r"row 2: it has nothing in column 'label'"),
     "nulls": (pa.nulls(2), r"row 1: it has nothing in column 'label'"),
     "a null float": (pa.array([0.5, None]), r"row 2: it has nothing in column 'label'"),
-    "NaN": (pa.array([0.5, float("nan")]), r"row 2, column 'label': the label 'nan' is not finite"),
-    "infinity": (pa.array([0.5, float("-inf")]), r"row 2, column 'label': the label '-inf' is not finite"),
+    "NaN": (pa.array([0.5, float("nan")]), r"row 2, column 'label': the label 'nan' is no finite number"),
+    "infinity": (pa.array([0.5, float("-inf")]), r"row 2, column 'label': the label '-inf' is no finite number"),
 }
 
 
@@ -196,7 +196,7 @@ def test_types_that_are_no_labels_are_refused(case: str, tmp_path: Path) -> None
     [
         ([0, 1, [2]], r"line 3, column 'label': '\[2\]' .* is no label"),
         ([{"a": 1}, {"a": "b"}], r"line 1, column 'label': .* is no label"),
-        ([0.5, float("nan")], r"line 2, column 'label': the label 'nan' is not finite"),
+        ([0.5, float("nan")], r"line 2, column 'label': the label 'nan' is no finite number"),
         ([0, None], r"line 2: it has nothing in column 'label'"),
         ([0, "1"], r"line 2, column 'label': text \('1'\), where line 1 has a number"),
     ],
@@ -214,8 +214,8 @@ def test_json_values_that_are_no_labels_are_refused(labels: list[Any], expected:
         (["0", "1"], ["0", "2"], r"line 3, .* the label '2', .* Its labels are: 0, 1\."),
         (["0", "1"], ["0", "01"], r"line 3, .* the label '01'"),
         (["0", "1"], ["0.0", "1.0"], r"line 2, .* the label '0.0'.* data.regression=false takes 1.0 for 1\."),
-        (["0.5", "1"], ["0", "good"], r"line 3, column 'label': the label 'good' is no number"),
-        (["0.5", "1"], ["0", "nan"], r"line 3, column 'label': the label 'nan' is not finite"),
+        (["0.5", "1"], ["0", "good"], r"line 3, column 'label': the label 'good' is no finite number"),
+        (["0.5", "1"], ["0", "nan"], r"line 3, column 'label': the label 'nan' is no finite number"),
         ([f"n{i}" for i in range(500)], ["x"], r"Its labels are: n0, n1, .*\.\.\. \(500 in all\)"),
         ([1, 0], ["1", "0"], "different kinds: class numbers in .*train.jsonl, names in .*dev.jsonl"),
         ([1, 0], [0.5], "different kinds: class numbers in .*, numbers in"),
@@ -292,9 +292,9 @@ def test_what_labels_are_can_be_said(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("regression", "labels", "expected"),
     [
-        (True, ["1", "good"], r"line 3, column 'label': the label 'good' is no number to regress to"),
-        (True, ["1", "1,5"], r"line 3, column 'label': the label '1,5' is no number to regress to"),
-        (True, ["1", "nan"], r"line 3, column 'label': the label 'nan' is not finite"),
+        (True, ["1", "good"], r"line 3, column 'label': the label 'good' is no finite number to regress to"),
+        (True, ["1", "1,5"], r"line 3, column 'label': the label '1,5' is no finite number to regress to"),
+        (True, ["1", "nan"], r"line 3, column 'label': the label 'nan' is no finite number"),
         (False, ["0.0", "NA", "1.0"], r"line 3, column 'label': the label 'NA' is no number, but '0'"),
     ],
 )

@@ -14,7 +14,8 @@ from accelerate.utils import DistributedType
 from aflora_dist import AFLoRAError
 from aflora_dist.options import ModelConfig
 from aflora_dist.tasks import model
-from aflora_dist.tasks.model import check_weights, load_base, load_language_model, resolve_name, storage_dtype
+from aflora_dist.tasks.model import load_base, load_language_model, resolve_name
+from aflora_dist.tasks.weights import bitsandbytes_config, check_weights, storage_dtype
 from tests.small_lm import make_small_language_model
 
 
@@ -81,11 +82,11 @@ def test_weights_are_not_quantised_twice(folder: str, monkeypatch: pytest.Monkey
 
 def test_nf4_is_quantised_doubly(monkeypatch: pytest.MonkeyPatch) -> None:
     found(monkeypatch, bitsandbytes=True)
-    four = model._quantization(ModelConfig(quantize="nf4"))
+    four = bitsandbytes_config(ModelConfig(quantize="nf4"))
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
     assert four.bnb_4bit_compute_dtype is torch.bfloat16
-    assert model._quantization(ModelConfig(quantize="int8")).load_in_8bit
-    assert model._quantization(ModelConfig()) is None
+    assert bitsandbytes_config(ModelConfig(quantize="int8")).load_in_8bit
+    assert bitsandbytes_config(ModelConfig()) is None
 
 
 @pytest.mark.parametrize(("engine", "stage"), [("ZeRO-3", 3), ("FSDP2", None), (None, 2), (None, None)])

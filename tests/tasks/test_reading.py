@@ -63,24 +63,18 @@ READ: dict[str, tuple[str, str | bytes, list[tuple[Any, ...]]]] = {
     "other columns twice": ("csv", "label,x,x,text\n1,,,a\n", [("a", "1")]),
     "other separators of lines in texts": ("csv", "text,label\na\u2028b\x85c\x0bd,1\n", [("a\u2028b\x85c\x0bd", "1")]),
     "blanks are kept": ("csv", "text,label\n a , 1\n", [(" a ", " 1")]),
-    "lone quotes": (
+    "quotes within": (
         "tsv",
-        'text\tlabel\n"a\tpos\nb\tneg\n"c" d\tpos\ne"\tneg\n"f"\tpos\n',
-        [('"a', "pos"), ("b", "neg"), ('"c" d', "pos"), ('e"', "neg"), ('"f"', "pos")],
+        'text\tlabel\na "b" c\tpos\ne"\tneg\n',
+        [('a "b" c', "pos"), ('e"', "neg")],
     ),
-    "a quote to the end": ("tsv", 'text\tlabel\n"a\tpos\nb\tneg\n', [('"a', "pos"), ("b", "neg")]),
-    "a sentence in quotes": ("tsv", 'text\tlabel\n"a, b"\tpos\nc, d\tneg\n', [('"a, b"', "pos"), ("c, d", "neg")]),
-    "pandas' quotes": (
+    "pandas' quotes, of all texts": (
         "tsv",
-        'text\tlabel\n"a ""b"""\tpos\n"c\td"\tneg\n"e\nf"\tpos\ng, h\tneg\n',
-        [('a "b"', "pos"), ("c\td", "neg"), ("e\nf", "pos"), ("g, h", "neg")],
-    ),
-    "Excel's quotes": (
-        "tsv",
-        'text\tlabel\r\n"a, b"\tpos\r\nc\tneg\r\n"d ""e"""\tpos\r\n',
-        [("a, b", "pos"), ("c", "neg"), ('d "e"', "pos")],
+        '"text"\t"label"\n"a ""b"""\t"pos"\n"c\td"\t"neg"\n"e\nf"\t1\n',
+        [('a "b"', "pos"), ("c\td", "neg"), ("e\nf", "1")],
     ),
     "R's quotes": ("tsv", '"text"\t"label"\n"a"\t1\n"b\nc"\t2\n', [("a", "1"), ("b\nc", "2")]),
+    "a quote within an unquoted cell": ("csv", 'text,label\nb "c",2\n', [('b "c"', "2")]),
     "long cells between tabs": ("tsv", f"text\tlabel\n{LONG}\t1\n", [(LONG, "1")]),
     "lines": ("jsonl", '{"text": "a", "label": 1}\n\n{"label": 2, "text": "b", "x": [1, "y"]}', [("a", 1), ("b", 2)]),
     "lines of CR LF": ("json", b'\xef\xbb\xbf{"text": "a", "label": 1}\r\n', [("a", 1)]),
@@ -120,12 +114,11 @@ def test_what_is_read_is_what_was_written(case: str, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, str | bytes, str]] = {
-    "one field more": ("csv", "text,label\na,1\nb, c,2\n", r"line 3: 3 fields, the header has 2\. A cell that holds a"),
-    "one field fewer": ("csv", 'text,label\n"a\nb",1\nc\n', r"line 4: 1 fields, the header has 2"),
-    "a comma at the end": ("csv", "text,label\na,1,\n", r"line 2: 3 fields, the header has 2\. The last one is empty"),
-    "an unclosed quote": ("csv", 'text,label\n"a,1\nb,2\n', r"lines 2 to 3: a quote is out of place near '\"a,1"),
+    "one field more": ("csv", "text,label\na,1\nb, c,2\n", r"line 3: 3 fields, expected 2\. A cell that holds a"),
+    "one field fewer": ("csv", 'text,label\n"a\nb",1\nc\n', r"line 4: 1 fields, expected 2"),
+    "a comma at the end": ("csv", "text,label\na,1,\n", r"line 2: 3 fields, expected 2\..* none ends a line"),
+    "an unclosed quote": ("csv", 'text,label\n"a,1\nb,2\n', r"lines 2 to 3: a quote is out of place"),
     "text behind a quote": ("csv", 'text,label\na,1\n"b" c,2\n', r"line 3: a quote is out of place"),
-    "a quote within": ("csv", 'text,label\na,1\nb "c",2\n', r"line 3: a quote is out of place"),
     "a column twice": ("csv", "text,label,text\na,1,b\n", r"line 1: the header names column 'text' 2 times"),
     "bare carriage returns": ("csv", "text,label\ra,1\rb,2\r", r"line 1: a carriage return without a line feed"),
     "a bare carriage return": ("csv", "text,label\na\rb,1\n", r"line 2: a carriage return without a line feed"),
@@ -144,8 +137,6 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
         r"line 1: .* is one name, .* Save it with commas, or name it \.tsv",
     ),
     "commas in a TSV": ("tsv", "text,label\na,1\n", r"line 1: 'text,label' is one name, .* by tabs in \.tsv\."),
-    "Excel's first line": ("csv", "sep=,\ntext,label\na,1\n", r"line 1: 'sep=' is for Excel alone. Remove the line"),
-    "Excel's in other countries": ("csv", "sep=;\ntext;label\na;1\n", r"line 1: 'sep=;' is for Excel alone"),
     "two files in one": (
         "csv",
         "text,label\na,1\ntext,label\nb,2\n",
@@ -167,8 +158,18 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "nothing": ("csv", "", r"is empty\. Its first line has to name the columns"),
     "nothing but a mark": ("tsv", b"\xef\xbb\xbf", r"is empty"),
     "a header only": ("csv", "text,label\n", r"is empty: it names columns, but has no rows"),
-    "rows between quotes": ("tsv", 'text\tlabel\n"a\tpos\nb\tneg\nc"\tpos\nd\tneg\n', r"lines 2 to 4: .* whole rows"),
-    "fields in a TSV": ("tsv", 'text\tlabel\n"a\tb\tpos\n', r"line 2: 3 fields, the header has 2"),
+    "a lone quote": (
+        "tsv",
+        'text\tlabel\na\tpos\n"b\tneg\n',
+        r"line 3: whether the quote at the start of '\"b' is text",
+    ),
+    "a sentence in quotes": (
+        "tsv",
+        'text\tlabel\n"a, b"\tpos\n',
+        r"line 2: whether the quote .* Save the file as CSV",
+    ),
+    "rows between quotes": ("tsv", 'text\tlabel\n"a\tpos\nb\tneg\nc"\tpos\nd\tneg\n', r"line 2: whether the quote"),
+    "fields in a TSV": ("tsv", "text\tlabel\na\tb\tpos\n", r"line 2: 3 fields, expected 2"),
     "a broken line": ("jsonl", '{"text": "a"}\n{"text": "b\n{"text": "c"}\n', r"line 2: no JSON: .*\(character 12\)"),
     "two objects in a line": ("jsonl", '{"text": "a"} {"text": "b"}\n', r"line 1: no JSON: Extra data"),
     "a key twice": (
@@ -186,7 +187,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "one object": (
         "json",
         '{\n "text": ["a"]\n}\n',
-        r"line 1: one object over several lines\. Wanted is an object in each",
+        r"line 1: no JSON: .*Wanted is an object in each",
     ),
     "kinds": (
         "jsonl",
@@ -203,7 +204,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "half a character": (
         "jsonl",
         '{"text": "a"}\n{"text": "\\ud800"}\n',
-        r"line 2, column 'text': half of a surrogate",
+        r"line 2, column 'text': .*half of a surrogate",
     ),
     "not finite within": ("jsonl", '{"text": [NaN]}\n', r"line 1, column 'text': a number in it is not finite"),
     "too deep": ("jsonl", '{"text": ' + "[" * 100_000, r"line 1: no JSON: nested too deeply"),
@@ -325,7 +326,7 @@ def test_a_file_is_read_once_and_anew_when_it_has_changed(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(table, "read", lambda *args, read=table.read: calls.append(args) or read(*args))
+    monkeypatch.setattr(table, "read_rows", lambda *args, read=table.read_rows: calls.append(args) or read(*args))
     path = written(tmp_path, "csv", "text,label\na,1\n")
     time = path.stat().st_mtime_ns
     assert rows(path) == rows(path) == [("a", "1")]
@@ -348,12 +349,12 @@ def test_a_damaged_or_impossible_cache_is_told_and_goes_unused(
     (kept,) = cache.iterdir()
     kept.write_bytes(kept.read_bytes()[:100])
     assert rows(path) == [("a", "1")]
-    assert f"{kept} cannot be used" in capsys.readouterr().err
+    assert f"The rows of {path} are not kept: {kept} cannot be used" in capsys.readouterr().err
     kept.unlink()
     cache.rmdir()
     cache.write_text("no folder")
     assert rows(path) == [("a", "1")]
-    assert "every process reads" in capsys.readouterr().err
+    assert "Every process makes them for itself" in capsys.readouterr().err
 
 
 @pytest.mark.distributed
@@ -363,7 +364,7 @@ def test_one_process_reads_and_all_have_the_rows_or_the_reason(tmp_path: Path) -
     done = launch("ddp", 2, str(ROOT / "tests" / "workers" / "reading.py"), str(tmp_path), timeout=120)
     assert done.returncode == 0, done.stderr
     said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
-    refused = f"{tmp_path / 'file.tsv'}, line 2: 1 fields, the header has 2."
+    refused = f"{tmp_path / 'file.tsv'}, line 2: 1 fields, expected 2."
     assert said == [
         f"rank 0 read 1, has ['a', 'b'], then {refused}",
         f"rank 1 read 0, has ['a', 'b'], then {refused}",
@@ -376,7 +377,7 @@ def test_pandas_own_files_of_every_quoting(tmp_path: Path) -> None:
     expected = list(frame.itertuples(index=False, name=None))
     for quoting in (0, 1, 2):
         for end in ("\n", "\r\n"):
-            for suffix, sep in (("csv", ","), ("tsv", "\t")):
+            for suffix, sep in (("csv", ","), ("tsv", "\t"))[: 2 if quoting else 1]:
                 path = tmp_path / f"{quoting}.{suffix}"
                 frame.to_csv(path, sep=sep, index=quoting == 1, quoting=quoting, lineterminator=end)
                 assert rows(path) == expected, (quoting, end, suffix)

@@ -230,7 +230,7 @@ def test_what_is_not_understood_is_refused_with_what_is(
         ("csv", "prompt,completion\na,b\nprompt,completion\nc,d\n", r"line 3: the header again"),
         ("csv", 'messages\n"[]"\n', r"line 2: column messages holds neither text nor a list"),
         ("csv", "prompt,reply\na,b\n", r"has the columns prompt, reply, which are none"),
-        ("csv", "prompt,completion\na, b,c\n", r"line 2: 3 fields, the header has 2"),
+        ("csv", "prompt,completion\na, b,c\n", r"line 2: 3 fields, expected 2"),
     ],
 )
 def test_a_file_s_example_that_is_none_is_named_with_its_line(

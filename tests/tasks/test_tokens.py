@@ -19,9 +19,10 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from aflora_dist import AFLoRAError
 from aflora_dist.options import Config
-from aflora_dist.tasks import tokens
+from aflora_dist.tasks import kept, tokens
 from aflora_dist.tasks.batches import create_loaders, lengths, loader
 from aflora_dist.tasks.data import Data
+from aflora_dist.tasks.kept import put_in_place
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.sampler import GlobalBatchSampler
 from aflora_dist.tasks.tokens import tokenized
@@ -161,20 +162,20 @@ def test_tokens_that_other_code_made_are_not_used(
     tiny_model: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    other = shutil.copytree(Path(tokens.__file__).parent, tmp_path / "tasks")
+    other = shutil.copytree(Path(kept.__file__).parent, tmp_path / "tasks")
     files = []
     for _ in range(2):  # as they are, and after a line has changed in what encodes chats
-        monkeypatch.setattr(tokens, "__file__", str(other / "tokens.py"))
-        tokens._code.cache_clear()
+        monkeypatch.setattr(kept, "__file__", str(other / "kept.py"))
+        kept.code.cache_clear()
         tokenized(data(), tokenizer, 64, "texts")
         files.append(len(list(cache.iterdir())))
         with (other / "sft" / "encode.py").open("a") as file:
             file.write("# mended\n")
-    tokens._code.cache_clear()
+    kept.code.cache_clear()
     assert files == [1, 2]
-    monkeypatch.setattr(tokens, "version", lambda name: "another release")
+    monkeypatch.setattr(kept, "version", lambda name: "another release")
     tokenized(data(), tokenizer, 64, "texts")
-    tokens._code.cache_clear()
+    kept.code.cache_clear()
     assert len(list(cache.iterdir())) == 3
 
 
@@ -237,7 +238,7 @@ def test_a_file_that_another_run_reads_is_never_taken_away(
     if links:
         kept.write_text("tokens")
         number = kept.stat().st_ino
-        tokens._publish(made, kept)
+        put_in_place(made, kept)
         assert kept.stat().st_ino == number
     else:
 
@@ -245,7 +246,7 @@ def test_a_file_that_another_run_reads_is_never_taken_away(
             raise OSError(95, "Operation not supported")
 
         monkeypatch.setattr(os, "link", link)
-        tokens._publish(made, kept)
+        put_in_place(made, kept)
         assert kept.read_text() == "tokens"
 
 

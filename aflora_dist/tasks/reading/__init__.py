@@ -4,19 +4,9 @@ What comes out is what the file holds: cells of CSV and TSV are text, JSON and p
 is guessed from values, no row is left out, and what cannot be read is an error that names the line.
 """
 
-from .delimited import plain_rows, positions
+from .delimited import Row, plain_rows, read_columns
 from .json_values import exact, told_apart
-from .lines import listed, shown
-from .table import Table, is_text, read_table
+from .lines import LINE, listed, shown
+from .table import Table, read_table
 
-__all__ = [
-    "Table",
-    "exact",
-    "is_text",
-    "listed",
-    "plain_rows",
-    "positions",
-    "read_table",
-    "shown",
-    "told_apart",
-]
+__all__ = ["LINE", "Row", "Table", "exact", "listed", "plain_rows", "read_columns", "read_table", "shown", "told_apart"]

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from ... import nested
 from ...errors import AFLoRAError
-from .found import Found
-from .json_values import as_text
-from .lines import shown, text_lines
+from ...untrusted import refuse_deep_json
+from .json_values import as_json
+from .lines import LINE, shown, text_lines
 
 _BLANK = " \t\r\n"
+_MARK = re.compile(rf"[{_BLANK}]*(\[[{_BLANK}]*\]|[\[,\]]?)[{_BLANK}]*")  # between the elements of a list
 _WANTED = "Wanted is an object in each line, or one list of objects (pandas: to_json(orient='records'))."
-_SCALARS = {str: "text", bool: "true or false", int: "a number", float: "a number"}
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number"}
 _TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 
 
-class _Nested(str):
-    """The JSON text of a list or an object: less memory than its values."""
+class _JSONText(str):
+    """That of a list or an object: less memory than its values."""
 
 
-def read_json(path: Path, wanted: Collection[str]) -> Found:
-    """Columns of text, whole numbers, floats, booleans, or of any JSON values, where lists or objects are among them.
+def read_json(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
+    """The names of all columns; and of the wanted ones the values, behind a column of lines, see `Table`.
 
+    A column is of text, whole numbers, floats, booleans, or of any JSON values, where lists or objects are among them.
     What a row lacks is null; whole numbers among floats are floats, but not within lists and objects.
 
     Raises:
@@ -44,13 +46,17 @@ def read_json(path: Path, wanted: Collection[str]) -> Found:
         lines.append(line)
         for name, column in values.items():
             value = row.get(name)
-            column.append(
-                _text(value, f"{path}, line {line}, column {name!r}") if isinstance(value, list | dict) else value
-            )
+            if isinstance(value, list | dict):
+                try:
+                    value = _JSONText(json.dumps(value, ensure_ascii=False, allow_nan=False))
+                except ValueError:
+                    said = f"{path}, line {line}, column {name!r}: a number in it is not finite."
+                    raise AFLoRAError(said) from None
+            column.append(value)
     if not lines:
         raise AFLoRAError(f"{path} is empty. {_WANTED}")
     arrays = {name: _array(path, name, lines, values[name]) for name in columns if name in values}
-    return Found(list(columns), arrays, pa.array(lines, pa.int64()))
+    return list(columns), pa.table({LINE: pa.array(lines, pa.int64()), **arrays})
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -59,56 +65,40 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     begun = False
     for line, text in enumerate(text_lines(path), start=1):
         body = text.strip(_BLANK)
-        if not body:
-            continue
         if not begun and body.startswith("["):
             yield from _elements(path, decoder)
             return
-        begun = True
-        try:
-            nested.refuse_deep_json(text)
-            value = decoder.decode(text)
-        except (ValueError, RecursionError) as error:
-            whole = isinstance(error, json.JSONDecodeError) and _is_one_object(path)
-            reason = f"one object over several lines. {_WANTED}" if whole else f"no JSON: {_reason(error)} {_WANTED}"
-            raise AFLoRAError(f"{path}, line {line}: {reason}") from None
-        yield line, value
+        if body:
+            begun = True
+            try:
+                refuse_deep_json(text)
+                value = decoder.decode(text)
+            except ValueError as error:
+                raise AFLoRAError(f"{path}, line {line}: no JSON: {_reason(error)} {_WANTED}") from None
+            yield line, value
 
 
 def _elements(path: Path, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
     """Those of a file's one list."""
-    text = "".join(text_lines(path))
-    place, line, counted = text.index("[") + 1, 1, 0
-
-    def skip_blanks(place: int) -> int:
-        nonlocal line, counted
-        while place < len(text) and text[place] in _BLANK:
-            place += 1
-        line, counted = line + text.count("\n", counted, place), place
-        return place
-
-    place = skip_blanks(place)
-    if text[place : place + 1] == "]":
-        end = place + 1
-    else:
-        while True:
-            try:
-                value, end = _decoded(decoder, text, place)
-            except ValueError as error:
-                at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-                raise AFLoRAError(f"{path}, line {at}: no JSON: {_reason(error)}") from None
-            yield line, value
-            place = skip_blanks(end)
-            end = place + 1
-            if text[place:end] == "]":
-                break
-            if text[place:end] != ",":
-                found = shown(text[place : place + 20]) if text[place:end] else "the end of the file"
-                raise AFLoRAError(f"{path}, line {line}: no JSON: {found} instead of a comma or ] in its list.")
-            place = skip_blanks(end)
-    end = skip_blanks(end)
-    if end < len(text):
-        raise AFLoRAError(f"{path}, line {line}: {shown(text[end : end + 20])} after the end of its list.")
+    text, place, line, expected = "".join(text_lines(path)), 0, 1, "["
+    while True:
+        mark = _MARK.match(text, place)
+        assert mark is not None
+        line, place = line + mark[0].count("\n"), mark.end()
+        if mark[1].endswith("]"):
+            break
+        if mark[1] != expected:
+            found = shown(text[mark.start(1) :][:20]) if mark.end() < len(text) else "the end of the file"
+            raise AFLoRAError(f"{path}, line {line}: no JSON: {found} instead of a comma or ] in its list.")
+        try:
+            value, end = _decoded(decoder, text, place)
+        except ValueError as error:
+            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            raise AFLoRAError(f"{path}, line {at}: no JSON: {_reason(error)}") from None
+        yield line, value
+        line, place, expected = line + text.count("\n", place, end), end, ","
+    if place < len(text):
+        raise AFLoRAError(f"{path}, line {line}: {shown(text[place : place + 20])} after the end of its list.")
 
 
 def _decoded(decoder: json.JSONDecoder, text: str, place: int) -> tuple[Any, int]:
@@ -116,24 +106,10 @@ def _decoded(decoder: json.JSONDecoder, text: str, place: int) -> tuple[Any, int
     try:
         value, end = decoder.raw_decode(text, place)
     except RecursionError:  # too deep for Python's stack, too
-        nested.refuse_deep_json(text, place)
+        refuse_deep_json(text, place)
         raise
-    nested.refuse_deep_json(text, place, end)
+    refuse_deep_json(text, place, end)
     return value, end
-
-
-def _text(value: Any, where: str) -> _Nested:
-    try:
-        return _Nested(json.dumps(value, ensure_ascii=False, allow_nan=False))
-    except ValueError:
-        raise AFLoRAError(f"{where}: a number in it is not finite.") from None
-
-
-def _is_one_object(path: Path) -> bool:
-    try:
-        return isinstance(nested.loads("".join(text_lines(path))), dict)
-    except ValueError:
-        return False
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -144,44 +120,41 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} (character {error.colno})."
     return f"{str(error).split(';')[0]}."
 
 
 def _array(path: Path, name: str, lines: list[int], values: list[Any]) -> pa.Array | pa.ChunkedArray:
-    kinds: dict[type, int] = {}  # kind -> index of the first of it
-    for index, value in enumerate(values):
+    """A column; the least common type of its values."""
+    firsts: dict[type, int] = {}  # kind -> the first row that has one
+    for row, value in enumerate(values):
         if value is not None:
-            kinds.setdefault(type(value), index)
-    if _Nested in kinds:
-        texts = [v if v is None or isinstance(v, _Nested) else json.dumps(v, ensure_ascii=False) for v in values]
-        return as_text(_converted(path, name, lines, texts, pa.string()))
-    (first, *others) = sorted(kinds, key=kinds.__getitem__) or [str]
+            firsts.setdefault(type(value), row)
+    if _JSONText in firsts:
+        texts = [v if v is None or isinstance(v, _JSONText) else json.dumps(v, ensure_ascii=False) for v in values]
+        return as_json(_converted(path, name, lines, texts, pa.string()))
+    (first, *others) = firsts or [str]
     for other in others:
-        if _SCALARS[other] != _SCALARS[first]:
+        if _KINDS[other] != _KINDS[first]:
             raise AFLoRAError(
-                f"{path}, line {lines[kinds[other]]}, column {name!r}: {_SCALARS[other]} "
-                f"({shown(str(values[kinds[other]]))}), where line {lines[kinds[first]]} has {_SCALARS[first]}. A "
+                f"{path}, line {lines[firsts[other]]}, column {name!r}: {_KINDS[other]} "
+                f"({shown(str(values[firsts[other]]))}), where line {lines[firsts[first]]} has {_KINDS[first]}. A "
                 f"column holds values of one kind."
             )
-    return _converted(path, name, lines, values, _TYPES[float if float in kinds else first])
+    return _converted(path, name, lines, values, _TYPES[float if float in firsts else first])
 
 
-def _converted(path: Path, name: str, lines: list[int], values: list[Any], kind: pa.DataType) -> Any:
+def _converted(path: Path, name: str, lines: list[int], values: list[Any], kind: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, kind)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, OverflowError):
         for line, value in zip(lines, values, strict=True):
             try:
                 pa.array([value], kind)
-            except UnicodeEncodeError:
-                raise AFLoRAError(
-                    f"{path}, line {line}, column {name!r}: half of a surrogate pair (\\ud800 to \\udfff) is no text."
-                ) from None
-            except (ValueError, TypeError, OverflowError):
-                raise AFLoRAError(
-                    f"{path}, line {line}, column {name!r}: {shown(str(value))} is too large. Write it as text."
-                ) from None
+            except (ValueError, OverflowError) as error:
+                text = isinstance(error, UnicodeEncodeError)
+                reason = "holds half of a surrogate pair" if text else "is too large. Write it as text"
+                raise AFLoRAError(f"{path}, line {line}, column {name!r}: {shown(str(value))} {reason}.") from None
         raise

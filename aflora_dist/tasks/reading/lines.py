@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...errors import AFLoRAError
 
-# What other files begin with.
-_SIGNATURES = {
-    b"\xff\xfe": "UTF-16 (or 32) text. Save it as UTF-8",
+LINE = "\n"  # the column of lines; none that anybody wants
+# What other files begin with, in lower case, and what was downloaded in place of a file.
+_OTHER_FILES = {
+    b"\xff\xfe": "UTF-16 text. Save it as UTF-8",
     b"\xfe\xff": "UTF-16 text. Save it as UTF-8",
     b"\x1f\x8b": "compressed by gzip. Unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd. Unpack it first",
-    b"BZh": "compressed by bzip2. Unpack it first",
-    b"\xfd7zXZ": "compressed by xz. Unpack it first",
-    b"PK\x03\x04": "a zip archive, or a workbook. Unpack it first, or save the sheet as CSV",
-    b"PAR1": "parquet. Name it .parquet",
+    b"pk\x03\x04": "a zip archive, or a workbook. Unpack it first, or save the sheet as CSV",
+    b"version https://git-lfs.github.com/": "only Git LFS's pointer to the file. Get the file: git lfs pull",
+    b"<!doctype html": "a web page. Download the file itself",
+    b"<html": "a web page. Download the file itself",
 }
+
+
+def refuse_other_files(path: Path) -> None:
+    """Raise an AFLoRAError for a file that begins as one of quite another kind does."""
+    with path.open("rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, kind in _OTHER_FILES.items():
+        if start.startswith(beginning):
+            raise AFLoRAError(f"{path} is {kind}.")
 
 
 def text_lines(path: Path) -> Iterator[str]:
@@ -27,29 +37,27 @@ def text_lines(path: Path) -> Iterator[str]:
         AFLoRAError: A byte that is not UTF-8, or a NUL; with its line.
     """
     with path.open("rb") as file:
-        start = b""
         for number, raw in enumerate(file, start=1):
-            start = start or raw[:8]
             try:
                 line = raw.decode()
             except UnicodeDecodeError as error:
-                found = f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8. Save the file as UTF-8"
-                raise _no_text(path, number, start, found) from None
+                raise AFLoRAError(
+                    f"{path}, line {number}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8. Save the "
+                    f"file as UTF-8."
+                ) from None
             if "\0" in line:
-                raise _no_text(path, number, start, "it holds a NUL, which no text does. Save the file as UTF-8 text")
+                raise AFLoRAError(
+                    f"{path}, line {number}: it holds a NUL, which no text does. Save the file as UTF-8 text."
+                )
             yield line.removeprefix("\ufeff") if number == 1 else line
 
 
-def _no_text(path: Path, number: int, start: bytes, found: str) -> AFLoRAError:
-    for signature, kind in _SIGNATURES.items():
-        if start.startswith(signature):
-            return AFLoRAError(f"{path} is {kind}.")
-    return AFLoRAError(f"{path}, line {number}: {found}.")
-
-
-def shown(text: str) -> str:
-    """The beginning of a text, for an error of one line."""
-    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+def shown(value: Any, most: int = 60) -> str:
+    """The beginning of a value as Python writes it, for an error of one line."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= most else f"{value[:most]}...")
+    said = repr(value)
+    return said if len(said) <= most else f"{said[:most]} ..."
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:

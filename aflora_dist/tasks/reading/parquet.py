@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...errors import AFLoRAError, one_line
-from .found import Found
 from .json_values import told_apart
+from .lines import LINE
 
 
-def read_parquet(path: Path, wanted: Collection[str]) -> Found:
-    """Columns of the file's types; categories are what they stand for, lists and structs any JSON values.
+def read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
+    """The names of all columns; and the wanted ones, behind a column of row numbers, see `Table`.
+
+    Types are the file's; categories are what they stand for, lists and structs any JSON values.
 
     Raises:
         AFLoRAError: It is no parquet file, or a broken one.
@@ -28,20 +30,21 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Found:
                     raise AFLoRAError(f"{path} has {columns.count(name)} columns of the name {name!r}.")
             table = opened.read(columns=[name for name in columns if name in wanted])
             table.validate(full=True)  # or bytes that are not UTF-8 would be found later, one by one
-            values = {name: _plain(path, name, table.column(name)) for name in table.column_names if name in wanted}
+            chosen = [name for name in table.column_names if name in wanted]  # not what a.b may stand for, too
+            values = {name: _of_known_type(path, name, table.column(name)) for name in chosen}
     except AFLoRAError:
         raise
     except Exception as error:  # Arrow's errors are of many kinds
         reason = one_line(error)
         raise AFLoRAError(f"{path} could not be read as parquet: {reason.rstrip('.')}. Write it anew.") from None
-    return Found(columns, values, pa.array(range(1, rows + 1), pa.int64()))
+    return columns, pa.table({LINE: pa.array(range(1, rows + 1), pa.int64()), **values})
 
 
-def _plain(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _of_known_type(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """As a type that the library datasets knows."""
     kind = column.type
     if pa.types.is_dictionary(kind):
-        return _plain(path, name, column.cast(kind.value_type))
+        return _of_known_type(path, name, column.cast(kind.value_type))
     if pa.types.is_string_view(kind):
         return column.cast(pa.string())
     try:

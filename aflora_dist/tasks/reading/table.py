@@ -1,12 +1,10 @@
-"""A file is read once on each node, into a file that all its ranks map into memory; later runs find it there."""
+"""A file is read once on each node, see `kept`, and all its ranks map its rows into memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
-import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,33 +12,23 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-from accelerate.state import PartialState
 
-from ...errors import AFLoRAError, one_line
+from ...errors import AFLoRAError
 from ...processes import first_on_node
-from ..tokens import cache_folder
+from ..kept import cache_folder, found_or_made, key, put_in_place
 from .delimited import read_csv, read_tsv
-from .found import Found
 from .json_rows import read_json
 from .json_values import exact
-from .lines import listed
+from .lines import LINE, listed, refuse_other_files, shown
 from .parquet import read_parquet
 
-_READERS: dict[str, Callable[[Path, Collection[str]], Found]] = {
+_READERS: dict[str, Callable[[Path, Collection[str]], tuple[list[str], pa.Table]]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".json": read_json,
     ".jsonl": read_json,
     ".parquet": read_parquet,
 }
-_VERSION = 3  # of what the readers make of a file: raise it when that changes
-# What was downloaded in place of a file.
-_STANDS_FOR = {
-    b"version https://git-lfs.github.com/": "only Git LFS's pointer to the file. Get the file: git lfs pull",
-    b"<!doctype html": "a web page. Download the file itself",
-    b"<html": "a web page. Download the file itself",
-}
-_LINE = "\n"  # no column that anybody wants
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,7 @@ class Table:
 
     def lacks(self, column: str) -> AFLoRAError:
         """The error that says so, with the columns that it has."""
-        near = next((name for name in self.columns if _plain(name) == _plain(column)), None)
+        near = next((name for name in self.columns if _bare(name) == _bare(column)), None)
         hint = f" {near!r} is written otherwise." if near is not None else ""
         return AFLoRAError(f"{self.name} has no column {column!r}; its columns are: {listed(self.columns)}.{hint}")
 
@@ -75,15 +63,23 @@ class Table:
         """A column's type."""
         return self.rows.data.column(column).type
 
-    def first_null(self, column: str) -> int | None:
-        """The first row that has nothing in a column."""
+    def is_text(self, column: str) -> bool:
+        """Whether a column holds texts."""
+        kind = self.type(column)
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+    def check_filled(self, column: str) -> None:
+        """Raise an AFLoRAError if a row has nothing in a column."""
         place: int = self.rows.data.column(column).is_null().index(True).as_py()
-        return None if place < 0 else place
+        if place >= 0:
+            raise AFLoRAError(f"{self.where(place)}: it has nothing in column {column!r}.")
 
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds texts."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    def check_text(self, column: str) -> None:
+        """Raise an AFLoRAError if a row has something else than a text in a column."""
+        self.check_filled(column)
+        if not self.is_text(column):
+            row, value = next((row, v) for row, v in enumerate(self.rows[column][:]) if not isinstance(v, str))
+            raise AFLoRAError(f"{self.where(row)}: it has {shown(str(value))} in column {column!r}, which is not text.")
 
 
 def read_table(name: str, wanted: Collection[str]) -> Table:
@@ -107,25 +103,21 @@ def read_table(name: str, wanted: Collection[str]) -> Table:
     return first_on_node(load)
 
 
-def read(path: Path, wanted: Collection[str]) -> pa.Table:
-    """As it is kept: the wanted columns and the lines, and the names of all columns as metadata.
+def read_rows(path: Path, wanted: Collection[str]) -> pa.Table:
+    """As it is kept: the lines, with the names of all columns as metadata, and the wanted columns.
 
     Raises:
         AFLoRAError: It cannot be read, or holds no row.
     """
-    with path.open("rb") as file:
-        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for beginning, kind in _STANDS_FOR.items():
-        if start.startswith(beginning):
-            raise AFLoRAError(f"{path} is {kind}.")
-    found = _READERS[path.suffix.lower()](path, wanted)
-    if len(found.lines) == 0:
+    refuse_other_files(path)
+    columns, table = _READERS[path.suffix.lower()](path, wanted)
+    if len(table) == 0:
         raise AFLoRAError(f"{path} is empty: it names columns, but has no rows.")
-    table = pa.table({_LINE: found.lines, **found.values})
-    return table.replace_schema_metadata({"columns": json.dumps(found.columns)})
+    lines = table.schema.field(LINE).with_metadata({"columns": json.dumps(columns)})  # a table's own is overwritten
+    return table.set_column(0, lines, table.column(LINE))
 
 
-def _plain(name: str) -> str:
+def _bare(name: str) -> str:
     return "".join(character for character in name if character.isprintable()).strip().casefold()
 
 
@@ -147,39 +139,24 @@ def _existing(name: str) -> Path:
 def _kept(path: Path, wanted: Collection[str]) -> Table:
     with path.open("rb") as file:  # a file that was changed is another one, whatever its name and time
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = json.dumps([_VERSION, content, path.suffix.lower(), sorted(wanted)])
-    kept = cache_folder() / f"{hashlib.sha256(settings.encode()).hexdigest()[:40]}.arrow"
-    table = None if kept.exists() else read(path, wanted)
-    try:
-        if table is not None:
-            _write(table, kept)
-        with pa.memory_map(str(kept)) as source, pa.ipc.open_stream(source) as stream:
-            metadata = stream.schema.metadata
-        rows = datasets.Dataset.from_file(str(kept))
-    except (OSError, ValueError) as error:  # read-only, full, or damaged: Arrow's errors are of both kinds
-        if PartialState().is_local_main_process:
-            reason = getattr(error, "strerror", None) or one_line(error)
-            print(
-                f"{kept} cannot be used ({reason}): every process reads {path} for itself. HF_DATASETS_CACHE names "
-                f"another folder.",
-                file=sys.stderr,
-                flush=True,
-            )
-        table = read(path, wanted) if table is None else table
-        metadata, rows = table.schema.metadata, datasets.Dataset(datasets.table.InMemoryTable(table))
+    kept = cache_folder() / f"{key(content, path.suffix.lower(), sorted(wanted))}.arrow"
+
+    def make(missing: list[Path], folder: Path) -> None:
+        table = read_rows(path, wanted)
+        with pa.ipc.new_stream(str(folder / kept.name), table.schema) as stream:
+            stream.write_table(table, max_chunksize=10_000)
+        put_in_place(folder / kept.name, kept)
+
+    rows = found_or_made(
+        f"rows of {path}",
+        {kept: None},
+        make,
+        lambda: datasets.Dataset(datasets.table.InMemoryTable(read_rows(path, wanted))),
+    )
     return Table(
         name=str(path),
-        columns=json.loads(metadata[b"columns"]),
-        rows=exact(rows).remove_columns(_LINE),
+        columns=json.loads(rows.data.schema.field(LINE).metadata[b"columns"]),
+        rows=exact(rows).remove_columns(LINE),
         untyped=path.suffix.lower() in (".csv", ".tsv"),
-        lines=rows.data.column(_LINE).to_numpy(),
+        lines=rows.data.column(LINE).to_numpy(),
     )
-
-
-def _write(table: pa.Table, kept: Path) -> None:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="making-", dir=kept.parent) as folder:
-        made = Path(folder) / kept.name
-        with pa.OSFile(str(made), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table, max_chunksize=10_000)
-        made.replace(kept)  # who has mapped the one that was there keeps it

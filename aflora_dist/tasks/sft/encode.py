@@ -9,11 +9,12 @@ from enum import IntFlag
 from typing import Any
 
 from ...errors import AFLoRAError
+from ..reading import shown
 from ..tokens import Columns
 from .batching import IGNORED
 from .examples import Turn, tools, turns
-from .offsets import check, with_whole_offsets, within
-from .template import Template, Tools, excerpt
+from .offsets import carried_by, check_offsets, with_whole_offsets
+from .template import Template, Tools
 
 
 class Note(IntFlag):
@@ -123,25 +124,21 @@ class Encoder:
         try:
             return [self.template.fitted(turn) for turn in turns(row, self.system)], tools(row)
         except ValueError as error:
-            raise AFLoRAError(f"{self.name}: {error}: {excerpt(row)}") from None
+            raise AFLoRAError(f"{self.name}: {error}: {shown(row, 200)}") from None
 
     def _chats(self, chats: Sequence[list[Turn]], may_call: Sequence[Tools]) -> list[Marked]:
-        both = list(zip(chats, may_call, strict=True))
-        if self.loss_on == "all":
-            texts = [self.template.render(chat, tools=tools) for chat, tools in both]
-            return [
-                (ids, [True] * len(ids), self._noted(*one, text))
-                for ids, one, text in zip(self._tokens(texts)["input_ids"], both, texts, strict=True)
-            ]
-        told = [self.template.spoken(*one) for one in both]
-        tokens = self._tokens([text for text, _ in told], return_offsets_mapping=True)
+        texts = [self.template.render(chat, tools=named) for chat, named in zip(chats, may_call, strict=True)]
+        tokens = self._tokens(texts, return_offsets_mapping=True)
         found = []
-        for one, (text, spoken), ids, places in zip(
-            both, told, tokens["input_ids"], tokens["offset_mapping"], strict=True
+        for chat, named, text, ids, offsets in zip(
+            chats, may_call, texts, tokens["input_ids"], tokens["offset_mapping"], strict=True
         ):
-            carries, joined = within(text, places, spoken)
-            check(self.tokenizer, text, ids, places, carries)
-            found.append((ids, carries, self._noted(*one, text) | (Note.JOINED if joined else Note(0))))
+            carries, note = [True] * len(ids), self._noted(chat, named, text)
+            if self.loss_on == "completions":
+                carries, joined = carried_by(text, offsets, self.template.spoken(chat, named, text))
+                check_offsets(self.tokenizer, text, ids, offsets, carries)
+                note |= Note.JOINED if joined else Note(0)
+            found.append((ids, carries, note))
         return found
 
     def _tokens(self, texts: list[str], **options: Any) -> Any:
@@ -164,7 +161,7 @@ class Encoder:
         """A conversation up to where the assistant is to say its last."""
         asked = chat[:-1] if chat[-1]["role"] == "assistant" else chat
         if not asked:
-            raise AFLoRAError(f"{self.name}: an example has an answer, and nothing that is asked: {excerpt(chat)}")
+            raise AFLoRAError(f"{self.name}: an example has an answer, and nothing that is asked: {shown(chat, 200)}")
         return asked
 
     def end_of_turn(self) -> End:

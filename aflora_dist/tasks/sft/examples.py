@@ -8,11 +8,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ... import nested
-from ...errors import AFLoRAError, one_line
+from ...errors import AFLoRAError
 from ...options import DataConfig
 from ...processes import first_on_node
-from ..reading import exact, is_text, listed, read_table, shown, told_apart
+from ...untrusted import load_json
+from ..reading import exact, listed, read_table, told_apart
+from ..splits import at_most, load_from_hub
 from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
@@ -65,28 +66,14 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
         raise AFLoRAError("data.hold_out is for data without a part for evaluation; there is one. Leave it out.")
     train = _understood(train, f"{where}", trained=True)
     held = _understood(held, f"{config.validation_file or where} (evaluation)", trained=False)
-    if config.max_train_examples is not None:
-        train = train.shuffle(seed=seed).select(range(min(config.max_train_examples, len(train))))
-    if config.max_eval_examples is not None:
-        held = held.select(range(min(config.max_eval_examples, len(held))))
-    return train, held
+    return at_most(config.max_train_examples, train, seed), at_most(config.max_eval_examples, held)
 
 
 def _by_name(name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     if name == "demo":
         return word_problems(512, seed=0), word_problems(64, seed=1)
 
-    def load() -> Any:
-        try:
-            return datasets.load_dataset(name)
-        except Exception as error:  # offline, a proxy, the hub's own errors
-            reason = one_line(error)
-            raise AFLoRAError(
-                f"The data set {name!r} could not be loaded from the hub ({reason}). Without a network, use "
-                f"data.train_file and data.validation_file."
-            ) from error
-
-    loaded = first_on_node(load)
+    loaded = load_from_hub(name, otherwise="use data.train_file and data.validation_file")
     if "train" not in loaded:
         raise AFLoRAError(f"The data set {name!r} has no split named train; it has: {', '.join(loaded)}.")
     held = next((loaded[split] for split in ("validation", "test") if split in loaded), None)
@@ -113,13 +100,11 @@ def _from_file(name: str, trained: bool) -> datasets.Dataset:
     table = read_table(name, _COLUMNS)
     chosen = [column for column in _choose(table.columns, table.name, trained) if column != "answer"]
     for column in chosen:
-        missing, kind = table.first_null(column), table.type(column)
-        if missing is not None and column not in ("input", "completion", "output", "tools"):
-            raise AFLoRAError(f"{table.where(missing)}: it has nothing in column {column!r}.")
-        if column == "text" and not is_text(kind):
-            row, value = next((row, v) for row, v in enumerate(table.rows[column][:]) if not isinstance(v, str))
-            raise AFLoRAError(f"{table.where(row)}: it has {shown(str(value))} in column 'text', which is not text.")
-    if "messages" in chosen or not all(is_text(table.type(column)) for column in chosen):
+        if column == "text":
+            table.check_text(column)
+        elif column not in ("input", "completion", "output", "tools"):
+            table.check_filled(column)
+    if "messages" in chosen or not all(map(table.is_text, chosen)):
         for place, row in enumerate(table.rows.select_columns(chosen)):
             try:
                 turns(row, None)
@@ -185,7 +170,7 @@ def tools(row: Mapping[str, Any]) -> list[Any] | None:
     found = row.get("tools")
     if isinstance(found, str):  # as JSON, for Arrow would give one the keys of the others
         try:
-            found = nested.loads(found) if found.strip() else None
+            found = load_json(found) if found.strip() else None
         except ValueError:
             raise ValueError("column tools holds no JSON") from None
     if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import AFLoRAError
-from .template import Span, excerpt
+from ..reading import shown
+from .template import Span
 
 
 def with_whole_offsets(tokenizer: Any) -> Any:
@@ -27,7 +28,7 @@ def with_whole_offsets(tokenizer: Any) -> Any:
     return whole
 
 
-def within(text: str, offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[bool], bool]:
+def carried_by(text: str, offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[bool], bool]:
     """Which tokens begin in one of the spans, and end there but for blanks; and whether a span begins within a token.
 
     Args:
@@ -46,7 +47,9 @@ def within(text: str, offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[l
     return carries, joined
 
 
-def check(tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[Span], carries: Sequence[bool]) -> None:
+def check_offsets(
+    tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[Span], carries: Sequence[bool]
+) -> None:
     """Hold what offsets say against what tokens are decoded to, in all but blanks.
 
     Raises:
@@ -68,7 +71,7 @@ def check(tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[Span]
         if _bare(said) != _bare(tokenizer.decode(alone)):
             raise AFLoRAError(
                 f"The tokenizer does not tell which tokens stand for what the assistant says: those for "
-                f"{excerpt(part)!r} would be {excerpt(said)!r}. Use data.loss_on=all, or another tokenizer."
+                f"{shown(part)} would be {shown(said)}. Use data.loss_on=all, or another tokenizer."
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import AFLoRAError
 from ..batches import Batch
+from ..model import unadapted
 from .batching import IGNORED, Collator
 
 _SAMPLED = 128  # tokens of an example: the model's own loss holds all logits
@@ -63,7 +64,6 @@ def check_own_loss(
         )
 
 
-@torch.no_grad()
 def check_no_future(model: nn.Module, base: Any, tokens: Tensor, tolerance: float) -> None:
     """See that what the model says depends on nothing that comes later. A collective on sharded engines.
 
@@ -75,10 +75,42 @@ def check_no_future(model: nn.Module, base: Any, tokens: Tensor, tolerance: floa
         AFLoRAError: It does: it would see what it is to say.
     """
     half = tokens.shape[1] // 2
-    other = torch.cat([tokens[:, :half], tokens[:, half:].flip(1)], dim=1)
-    one, another = [model(input_ids=row, use_cache=False).logits[:, :half].float() for row in (tokens, other)]
-    if not torch.allclose(one, another, rtol=0, atol=tolerance * float(one.abs().max())):
+    if _depends(model, tokens, slice(half, None), slice(half), tolerance):
         raise _sees_the_future(base)
+
+
+def check_packing(model: nn.Module, base: Any, tokens: Tensor) -> None:
+    """See that what one example says does not depend on the one before it in its row. As `check_no_future`.
+
+    Raises:
+        AFLoRAError: It does, or with this attention it may.
+    """
+    attention = str(base.config._attn_implementation)
+    if attention.startswith(("flash", "paged")):  # they tell examples apart in batches of one row only
+        raise AFLoRAError(
+            f"data.packing does not work with model.attn_implementation={attention} here. Use sdpa, eager or "
+            f"flex_attention, or leave packing out."
+        )
+    half = tokens.shape[1] // 2
+    places = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0) % half
+    if _depends(model, tokens, slice(half), slice(half, None), 1e-3, position_ids=places):
+        raise AFLoRAError(
+            f"data.packing does not work with {type(unadapted(base)).__name__} and its attention {attention}: examples "
+            f"attend to those before them in the same row. Leave packing out."
+        )
+
+
+@torch.no_grad()
+def _depends(
+    model: nn.Module, tokens: Tensor, changed: slice, watched: slice, tolerance: float, **inputs: Tensor
+) -> bool:
+    """Whether what the model says at some places depends on tokens at others, which are turned round."""
+    other = tokens.clone()
+    other[:, changed] = tokens[:, changed].flip(1)
+    one, another = [
+        model(input_ids=row, use_cache=False, **inputs).logits[:, watched].float() for row in (tokens, other)
+    ]
+    return not torch.allclose(one, another, rtol=0, atol=tolerance * float(one.abs().max()))
 
 
 def _sees_the_future(model: Any) -> AFLoRAError:

@@ -14,17 +14,18 @@ from torch.utils.data import DataLoader
 from ...errors import AFLoRAError
 from ...options import Config
 from ..base import Evaluation
-from ..batches import Batch, Place, create_sampler, enough, lengths, loader, move
+from ..batches import Batch, BatchShape, create_sampler, enough, evaluation_loader, lengths, loader, move
 from ..limits import Limits
-from ..model import check_weights, load_language_model, load_tokenizer, outline_language_model, unadapted
-from ..sampler import EvaluationSampler, GlobalBatchSampler
+from ..model import load_language_model, load_tokenizer, outline_language_model, unadapted
+from ..sampler import GlobalBatchSampler
 from ..tokens import made_once
+from ..weights import check_weights
 from .answers import answer, last_number
 from .batching import Collator, PromptCollator
 from .encode import SAID, Encoder
 from .examples import load_examples, question
 from .loss import ChunkedCrossEntropy
-from .rehearsal import beginnings, check_kind, check_no_future, check_own_loss
+from .rehearsal import beginnings, check_kind, check_no_future, check_own_loss, check_packing
 
 
 class LanguageModelling:
@@ -70,26 +71,26 @@ class LanguageModelling:
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
         data = self.config.data
-        place = Place(accelerator, self.limits.positions, data.max_length)
+        shape = BatchShape(accelerator, self.limits.positions, data.max_length)
         enough(self.config, len(self.train))  # before time is spent
         self.limits.check_padding(self.tokenizer)
         train = self._tokens(self.train, "the training split", accelerator)
         self.train_examples = len(train)
         enough(self.config, len(train))
-        self._load_evaluation(place, accelerator)
+        self._load_evaluation(shape, accelerator)
         pad = self.tokenizer.pad_token_id
         sampler = create_sampler(
             self.config,
-            lengths(train, 1 if data.packing else place.multiple),
-            place,
+            lengths(train, 1 if data.packing else shape.multiple),
+            shape,
             counts=train["count"][:],
             packed=data.packing,
             sizes=lengths(train, 1),
         )
-        collate = Collator(pad, place.multiple, data.max_length if data.packing else None)
+        collate = Collator(pad, shape.multiple, data.max_length if data.packing else None)
         self.trained = train.select_columns(["input_ids", "labels"])
-        self.sample = beginnings(self.trained, Collator(pad, place.multiple))
-        return sampler, loader(self.trained, sampler, collate, place.on_gpu)
+        self.sample = beginnings(self.trained, Collator(pad, shape.multiple))
+        return sampler, loader(self.trained, sampler, collate, shape.on_gpu)
 
     def _tokens(self, dataset: datasets.Dataset, name: str, accelerator: Accelerator) -> datasets.Dataset:
         """Tokens of the examples; those without loss are left out, unless they are asked for an answer."""
@@ -118,22 +119,20 @@ class LanguageModelling:
             )
         return tokens
 
-    def _load_evaluation(self, place: Place, accelerator: Accelerator) -> None:
+    def _load_evaluation(self, shape: BatchShape, accelerator: Accelerator) -> None:
         tokens = self._tokens(self.held, "the evaluation split", accelerator)
-        pad, where = self.tokenizer.pad_token_id, {"rank": place.rank, "world_size": place.world_size}
-        size = self.config.train.eval_batch_size
+        pad = self.tokenizer.pad_token_id
         carrying = tokens.select([i for i, count in enumerate(tokens["count"][:]) if count])
+        carrying = carrying.select_columns(["input_ids", "labels"])
         self.loss_batches = self.prompt_batches = None
         if len(carrying):
-            order = EvaluationSampler(lengths(carrying, place.multiple), size, **where)
-            columns = carrying.select_columns(["input_ids", "labels"])
-            self.loss_batches = loader(columns, order, Collator(pad, place.multiple), place.on_gpu)
+            counts, collate = lengths(carrying, shape.multiple), Collator(pad, shape.multiple)
+            self.loss_batches = evaluation_loader(self.config, carrying, counts, collate, shape)
         if self.asked:
-            columns = tokens.select(self.asked).select_columns(["prompt_ids"])
-            asked = [len(prompt) for prompt in columns["prompt_ids"]]
-            self._check_room(asked)
-            order = EvaluationSampler(asked, size, **where)
-            self.prompt_batches = loader(columns, order, PromptCollator(pad), place.on_gpu)
+            prompts = tokens.select(self.asked).select_columns(["prompt_ids"])
+            counts = lengths(prompts, 1, "prompt_ids")
+            self._check_room(counts)
+            self.prompt_batches = evaluation_loader(self.config, prompts, counts, PromptCollator(pad), shape)
 
     def _check_room(self, asked: list[int]) -> None:
         """Raise if a prompt of so many tokens leaves the model no room for its answer."""
@@ -164,28 +163,7 @@ class LanguageModelling:
         sample = move(self.sample, accelerator.device)
         check_own_loss(model, unadapted(inner), sample, self.loss, 1e-3 if exact else 3e-2)
         if self.config.data.packing:
-            self._rehearse_packing(model, inner, tokens)
-
-    @torch.no_grad()
-    def _rehearse_packing(self, model: nn.Module, inner: Any, tokens: Tensor) -> None:
-        """What one example says must not depend on the one before it in its row."""
-        attention = str(inner.config._attn_implementation)
-        if attention.startswith(("flash", "paged")):  # they tell examples apart in batches of one row only
-            raise AFLoRAError(
-                f"data.packing does not work with model.attn_implementation={attention} here. Use sdpa, eager or "
-                f"flex_attention, or leave packing out."
-            )
-        places = torch.arange(8, device=tokens.device).unsqueeze(0) % 4
-        other = tokens.clone()
-        other[:, :4] = tokens[:, :4].flip(1)
-        one, another = [
-            model(input_ids=row, position_ids=places, use_cache=False).logits[:, 4:].float() for row in (tokens, other)
-        ]
-        if not torch.allclose(one, another, atol=1e-3, rtol=1e-3):
-            raise AFLoRAError(
-                f"data.packing does not work with {type(unadapted(inner)).__name__} and its attention "
-                f"{attention}: examples attend to those before them in the same row. Leave packing out."
-            )
+            check_packing(model, inner, tokens)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}

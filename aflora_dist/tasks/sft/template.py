@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import AFLoRAError, one_line
+from ..reading import shown
 from .examples import Turn
 
 # What instruction-tuned models without a template of their own are commonly trained on.
@@ -66,18 +67,17 @@ class Template:
         except Exception as error:  # of the template's own code, which may do anything
             reason = one_line(error)
             raise AFLoRAError(
-                f"{self.name}: the chat template refuses an example ({reason}): {excerpt(chat)}"
+                f"{self.name}: the chat template refuses an example ({reason}): {shown(chat, 200)}"
             ) from None
         return text
 
-    def spoken(self, chat: Sequence[Turn], tools: Tools = None) -> tuple[str, list[Span]]:
-        """The text of a conversation, and where in it the assistant speaks, with the end of its turn.
+    def spoken(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
+        """Where in the text of a conversation the assistant speaks, with the end of its turn.
 
         Raises:
             AFLoRAError: The template does not tell.
         """
-        text = self.render(chat, tools=tools)
-        return text, (self._between_marks if self._marked else self._added)(chat, tools, text)
+        return (self._between_marks if self._marked else self._added)(chat, tools, text)
 
     def _between_marks(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
         start, end = [c for c in _UNUSED if c not in text and c not in self.source][:2]
@@ -97,7 +97,7 @@ class Template:
             raise AFLoRAError(
                 f"{self.name}: the chat template changes what it has written between its {{% generation %}} marks, so "
                 f"they do not tell what the assistant says. Put them where the text is written, or use "
-                f"data.loss_on=all. The example: {excerpt(chat)}"
+                f"data.loss_on=all. The example: {shown(chat, 200)}"
             )
         return spans
 
@@ -112,7 +112,7 @@ class Template:
                 raise AFLoRAError(
                     f"{self.name}: the tokenizer's chat template writes earlier turns anew when another is added, or "
                     f"begins a turn otherwise than it asks for it: it does not tell what the assistant says. Use a "
-                    f"template with {{% generation %}} markers, or data.loss_on=all. The example: {excerpt(chat)}"
+                    f"template with {{% generation %}} markers, or data.loss_on=all. The example: {shown(chat, 200)}"
                 )
             spans.append((len(before), len(through)))
         return spans
@@ -143,7 +143,7 @@ class Template:
         said = [part.get("text") if isinstance(part, dict) else part for part in content]
         strange = next((part for part, text in zip(content, said, strict=True) if not isinstance(text, str)), None)
         if strange is not None:
-            raise ValueError(f"the chat template writes texts alone, and a turn has the part {excerpt(strange)}")
+            raise ValueError(f"the chat template writes texts alone, and a turn has the part {shown(strange, 200)}")
         return {**turn, "content": "".join(map(str, said))}
 
     def _written(self, role: str) -> tuple[bool, bool]:
@@ -189,9 +189,3 @@ def _with_marks(source: str, start: str, end: str) -> str:
     # The line's end belongs to the macro: templates are rendered with trim_blocks.
     macro = f"{{% macro {_MACRO}() %}}{start}{{{{ caller() }}}}{end}{{% endmacro %}}\n"
     return macro + _MARK.sub(call, source)
-
-
-def excerpt(value: Any) -> str:
-    """The beginning of a value, for an error of one line."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else f"{text[:200]} ..."

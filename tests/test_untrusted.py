@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from aflora_dist.nested import DEEPEST, loads, refuse_deep_json, refuse_deep_yaml
 from aflora_dist.serve import source
 from aflora_dist.store import records
 from aflora_dist.training import deepspeed_file
 from aflora_dist.training.config_file import look_through
+from aflora_dist.untrusted import DEEPEST, load_json, refuse_deep_json, refuse_deep_yaml
 
 
 def within(levels: int) -> str:
@@ -33,11 +33,11 @@ def stack(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.usefixtures("stack")
 def test_one_level_more_than_the_deepest_is_refused_with_its_place() -> None:
-    assert loads(within(DEEPEST)) == loads(within(DEEPEST).encode("utf-16")) == json.loads(within(DEEPEST))
+    assert load_json(within(DEEPEST)) == load_json(within(DEEPEST).encode("utf-16")) == json.loads(within(DEEPEST))
     refuse_deep_yaml(within(DEEPEST), yaml.SafeLoader)
     for levels in (DEEPEST + 1, 20_000):
         with pytest.raises(json.JSONDecodeError, match="nested too deeply") as found:
-            loads(f"\n\n {within(levels)}")
+            load_json(f"\n\n {within(levels)}")
         assert (found.value.lineno, found.value.colno) == (3, DEEPEST + 2)
         with pytest.raises(yaml.MarkedYAMLError, match="nested too deeply"):
             refuse_deep_yaml(within(levels), yaml.SafeLoader)

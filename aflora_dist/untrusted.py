@@ -1,19 +1,62 @@
-"""Folders that anyone may have made: read as data, never waited for, and never left."""
+"""Files and folders that anyone may have made: read as data, no deeper than a bound of our own, never waited for.
+
+Python's own bound on depth is the stack's: it depends on who calls, and libraries change it.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import nested
+import yaml
+
 from .errors import AFLoRAError, one_line
 
+DEEPEST = 50  # levels; a dataset's deepest columns are Arrow's, which writes 64 at most
+_TOO_DEEP = f"nested too deeply: more than {DEEPEST} levels"
+_BRACKET_OR_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 _LARGEST = 64 * 2**20  # bytes of a JSON file; the index of the largest models has a few million
 _COUNTED = re.compile(r"(?:labels|layers?|experts|blocks|depths?|stages)$")
 _MOST = 10_000  # of what a model is built of one by one
+
+
+def load_json(text: str | bytes, **options: Any) -> Any:
+    """As json.loads.
+
+    Raises:
+        json.JSONDecodeError: It is not JSON, or too deep.
+        UnicodeDecodeError: It is no text.
+    """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text))
+    refuse_deep_json(text)
+    return json.loads(text, **options)
+
+
+def refuse_deep_json(text: str, start: int = 0, end: int | None = None) -> None:
+    """Raise json.JSONDecodeError, with the place, if what stands there is too deep. Nearly free where it cannot be."""
+    end = len(text) if end is None else end
+    if text.count("[", start, end) + text.count("{", start, end) <= DEEPEST:
+        return
+    depth = 0
+    for token in _BRACKET_OR_STRING.finditer(text, start, end):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if depth > DEEPEST:
+            raise json.JSONDecodeError(_TOO_DEEP, text, token.start())
+
+
+def refuse_deep_yaml(text: str | bytes, loader: Any) -> None:
+    """Raise yaml.MarkedYAMLError, with the place, if a document is too deep, or no YAML; `loader` is one of yaml's."""
+    depth = 0
+    event: Any
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=event.start_mark)
 
 
 @contextmanager
@@ -45,7 +88,7 @@ def read_object(path: Path) -> dict[str, Any]:
     with reading(path):
         if path.stat().st_size > _LARGEST:
             raise AFLoRAError(f"{path} cannot be read: it has more than {_LARGEST >> 20} MiB.")
-        content = nested.loads(path.read_bytes())
+        content = load_json(path.read_bytes())
     if not isinstance(content, dict):
         raise AFLoRAError(f"{path} holds no JSON object.")
     return content
