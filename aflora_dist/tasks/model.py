@@ -21,8 +21,6 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedConfig,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..adapter.private import is_sharded
 from ..errors import AFLoRAError, one_line
@@ -31,6 +29,7 @@ from ..foreign import read_object, refuse_endless
 from ..hub import refusal
 from ..options import ModelConfig
 from ..processes import first_on_node
+from ..weights import download_weights
 
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
@@ -147,26 +146,9 @@ def fetch(config: ModelConfig, *, language_model: bool) -> None:
         with _readable(config):
             _config(name, config, hub)
             if not Path(name).is_dir():
-                _download_weights(name, config.revision, hub.get("gguf_file"))
+                download_weights(name, config.revision, hub.get("gguf_file"))
 
     first_on_node(download)
-
-
-def _download_weights(name: str, revision: str | None, gguf_file: str | None) -> None:
-    """The files that from_pretrained takes, of those that a repository of the hub may have."""
-    stored = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    missing: OSError | None = None
-    for file in stored if gguf_file is None else (gguf_file,):
-        try:
-            found = cached_file(name, file, revision=revision)
-        except OSError as error:
-            missing = missing or error
-            continue
-        if file.endswith(".index.json"):
-            get_checkpoint_shard_files(name, found, revision=revision)
-        return
-    assert missing is not None
-    raise missing
 
 
 def _labels(labels: list[str] | None) -> dict[str, Any]:
