@@ -40,7 +40,7 @@ from ..tasks.sft import LanguageModelling
 from ..watch.log import TrainingLog
 from ..watch.memory import MemoryHistory
 from ..watch.rates import flops_per_token
-from ..watch.stopping import StopWish
+from ..watch.stopping import StopRequest
 from ..watch.traces import TraceRecorder, Window, windows
 from . import compile_lock, deepspeed_file
 
@@ -126,7 +126,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                 history,
             )
         ) as traces,
-        closing(StopWish(run.stop_file, run.writes)) as wish,
+        closing(StopRequest(run.stop_file, run.writes)) as stop_request,
     ):
         evaluations = checkpointer.restore(resumed, log) if resumed else []
         log.describe(resolved)
@@ -147,7 +147,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                     log.update(loss, norm, trained, tokens, [float(rate) for rate in scheduler.get_last_lr()])
                     scheduler.step()
                     traces.advance(step)
-                    stop = wish.agreed(run.failure)
+                    stop = stop_request.agreed(run.failure)
                     if stop or save_is_due(config, progress.step, per_epoch):
                         with record_function("aflora.save"):
                             checkpointer.save(log, evaluations)
@@ -157,7 +157,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                         accelerator.wait_for_everyone()
                         accelerator.end_training()
                         return None
-                wish.settle(run.failure)
+                stop_request.settle(run.failure)
             with record_function("aflora.evaluate"):
                 evaluation = task.evaluate(model, accelerator)
             evaluations.append(evaluation.metrics)
