@@ -16,8 +16,7 @@ from jsonargparse import ArgumentParser
 from ..errors import AFLoRAError
 from ..options import Config, ProfileConfig
 from ..tasks.glue import TASKS
-from ..watch.trackers import TENSORBOARD
-from ..watch.trackers import check as check_trackers
+from ..watch.trackers import TENSORBOARD, check_trackers
 from .config_file import Places, look_through
 from .presets import PRESETS
 
