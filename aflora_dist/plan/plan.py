@@ -45,9 +45,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     """
     method = create_method(config)
     able = _Able(launches)
-    for check in (check_batch, check_ranks, check_seed):
-        able.check(lambda launch, check=check: check(config, launch.num_processes))
-    able.check(lambda launch: check_weights(config.model, launch))
+    able.check(lambda launch: _check_launch(config, launch))
     task = create_task(config) if examples is None else None
     assumptions: list[str] = []
     base, head = _outline(config, assumptions) if task is None else _load(task, able.first)
@@ -144,6 +142,12 @@ def _parameters(planned: PlannedModel, model: Any, model_bytes: int) -> Paramete
         model=sum(p.numel() for p in model.parameters()),
         model_bytes=model_bytes,
     )
+
+
+def _check_launch(config: Config, launch: Launch) -> None:
+    for check in (check_batch, check_ranks, check_seed):
+        check(config, launch.num_processes)
+    check_weights(config.model, launch)
 
 
 class _Able:

@@ -95,7 +95,8 @@ class Telemetry:
         known = {**result, "metric": next(iter(result["metrics"].values()), None)}  # without data to evaluate on
         values = {f"result/{name}": known[name] for name in _RESULTS if known[name] is not None}
         self.scalars(values, step)
-        if self.board not in self.watchers:
+        board = self.board
+        if board is None:
             return
         columns = {
             "task": config.data.task,
@@ -114,7 +115,7 @@ class Telemetry:
             "pairwise": str(config.freezing.pairwise),
             "seed": config.train.seed,
         }
-        self._tell(lambda watcher: watcher is self.board and watcher.row(columns, values))
+        self._tell(lambda watcher: watcher is board and board.row(columns, values))
 
     def close(self) -> None:
         self._tell(lambda watcher: watcher.close())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import tracking
+from accelerate import PartialState, tracking
 from accelerate.tracking import GeneralTracker
 
 from aflora_dist.errors import AFLoRAError
@@ -211,6 +211,7 @@ def test_a_server_that_does_not_answer_is_given_up_by_the_trackers_own_limits(
     for name in ("WANDB_FINISH_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
         monkeypatch.setenv(name, "")  # to be taken back afterwards
         del os.environ[name]
+    PartialState(cpu=True)
     tracker = Tracker("wandb", tmp_path, {})
     try:
         assert tracker._tracker.tracker.settings.finish_timeout == 60
