@@ -12,7 +12,7 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
        aflora plan [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...] [--ranks N ...]
        aflora launch-files FOLDER
        aflora show RUN [--figures FOLDER]
-       aflora trace RUN [--ranks N ...] [--html FILE] [--json FILE]
+       aflora trace RUN [--ranks N ...] [--json FILE]
        aflora collect FOLDER [--json FILE]
        aflora to-lora RUN OUT
        aflora merge RUN OUT [--base MODEL] [--max-shard-size SIZE] [--trust_remote_code]
@@ -61,7 +61,7 @@ def _run(line: list[str]) -> int:
 
             return show(arguments)
         case ["trace", *arguments]:
-            from .view.trace.main import main as trace
+            from .view.trace import main as trace
 
             return trace(arguments)
         case ["collect", *arguments]:

@@ -1,4 +1,4 @@
-"""A run in pictures: the paper's Fig. 5, the curves of a training, the scores. No display, no global state."""
+"""A run in pictures: the paper's Fig. 5, curves, scores, where a step's time goes. No display, no global state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from .names import Place as Place
-from .names import grid
-from .names import place as place
+from .names import grid, matrix_position
 from .store.records import Event, Update
+from .traces import WindowReport, range_paths, short_name
 
-_BLUE, _GOLD, _GREY = "#1f5a96", "#c9a227", "#d9d9d9"
+_BLUE, _GOLD, _GREY, _ORANGE = "#1f5a96", "#c9a227", "#d9d9d9", "#e8833a"
+_MOST_RANGES = 40  # rows of bars; a training has a dozen
 _MAP = "viridis"
 
 
@@ -31,7 +31,7 @@ def freeze_map(names: Sequence[str], frozen: Mapping[str, int], total_steps: int
     columns, rows = grid(names)
     at: dict[tuple[int, int], int | None] = {}
     for name in names:
-        where = place(name)
+        where = matrix_position(name)
         at[rows.index(where.kind), columns.index((where.stack, where.layer))] = frozen.get(name)
     figure = Figure(figsize=(max(5.0, 2.6 + 0.5 * len(columns)), 1.7 + 0.34 * len(rows)), layout="constrained")
     axis = figure.add_subplot()
@@ -104,7 +104,7 @@ def score_curves(events: Sequence[Event], total_steps: int) -> Figure:
     scale: Any = ScalarMappable(Normalize(0, max(len(columns) - 1, 1)), _MAP)
     for name in names:
         points = [(event.step, event.scores[name]) for event in events if name in event.scores]
-        where = place(name)
+        where = matrix_position(name)
         colour = scale.to_rgba(position[where.stack, where.layer])
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.8)
         axis.plot(*points[-1], color=colour, marker="o", markersize=3)
@@ -113,6 +113,50 @@ def score_curves(events: Sequence[Event], total_steps: int) -> Figure:
     axis.set_title("a dot: the matrix froze", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     bar = figure.colorbar(scale, ax=axis, label="layer", pad=0.02)
-    shown = range(0, len(columns), max(1, len(columns) // 12))
-    bar.set_ticks(list(shown), labels=[str(columns[i][1]) for i in shown])
+    labelled = range(0, len(columns), max(1, len(columns) // 12))
+    bar.set_ticks(list(labelled), labels=[str(columns[i][1]) for i in labelled])
+    return figure
+
+
+def window_bars(windows: Sequence[WindowReport]) -> Figure:
+    """The windows of a profiled run side by side: the step of each rank, and a bar for each range and rank.
+
+    Above what a step consists of (see `RankReport`), below the ranges on the host, the inner ones indented.
+    """
+    paths = range_paths(windows)[:_MOST_RANGES]
+    ranks = sorted({r.rank for window in windows for r in window.ranks})
+    bar = 0.8 / len(ranks)
+    rows = max(len(paths) * max(1.0, len(ranks) / 2), 1.0)
+    figure = Figure(figsize=(2.2 + 3.2 * len(windows), 1.6 + 0.3 * len(ranks) + 0.3 * rows), layout="constrained")
+    heights = [0.5 + len(ranks), 0.5 + rows]
+    axes = figure.subplots(2, len(windows), sharex=True, sharey="row", height_ratios=heights, squeeze=False)
+    parts = {
+        "computing": (_BLUE, "computing_ms"),
+        "exposed communication": (_ORANGE, "exposed_ms"),
+        "idle": (_GREY, "idle_ms"),
+    }
+    for (step, ranges), window in zip(axes.T, windows, strict=True):
+        step.set_title(short_name(window.name), fontsize=10, parse_math=False)
+        for r in window.ranks:
+            row, start = ranks.index(r.rank), 0.0
+            for name, (colour, attribute) in parts.items():
+                width = getattr(r, attribute)
+                step.barh(
+                    row, width, left=start, height=0.8, color=colour, label=name if r is window.ranks[0] else None
+                )
+                start += width
+            times = {t.path: t.host_ms for t in r.ranges}
+            at = [i - 0.4 + (row + 0.5) * bar for i in range(len(paths))]
+            shade = 1 - 0.6 * row / len(ranks)
+            ranges.barh(at, [times.get(path, 0.0) for path in paths], height=bar, color=_BLUE, alpha=shade)
+        for axis in (step, ranges):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+        ranges.set_xlabel("ms per step; of each range a bar for each rank", fontsize=8)
+    first, below = axes[0, 0], axes[1, 0]
+    first.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks], fontsize=8)
+    below.set_yticks(range(len(paths)), ["    " * (len(p) - 1) + p[-1] for p in paths], fontsize=8, parse_math=False)
+    for axis in (first, below):
+        axis.invert_yaxis()
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure

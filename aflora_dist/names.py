@@ -46,12 +46,12 @@ class AdapterTensor:
         return f"{self.module}.aflora.{self.adapter}.{self.tensor}"
 
 
-def parse(name: str) -> AdapterTensor | None:
+def adapter_tensor(name: str) -> AdapterTensor | None:
     """Take the name of an adapter's tensor apart; None if it is not one. `str` puts it together again.
 
-    >>> parse("base_model.model.layers.0.up_proj.aflora.default.s_b")
+    >>> adapter_tensor("base_model.model.layers.0.up_proj.aflora.default.s_b")
     AdapterTensor(module='base_model.model.layers.0.up_proj', adapter='default', tensor='s_b')
-    >>> parse("base_model.model.layers.0.up_proj.base_layer.weight") is None
+    >>> adapter_tensor("base_model.model.layers.0.up_proj.base_layer.weight") is None
     True
     """
     found = _TENSOR.fullmatch(name)
@@ -74,7 +74,7 @@ def module_of(name: str) -> str:
     >>> module_of("layers.0.up_proj.weight")
     'layers.0.up_proj'
     """
-    if (tensor := parse(name)) is not None:
+    if (tensor := adapter_tensor(name)) is not None:
         return tensor.module
     tuned = _TUNED.fullmatch(name)
     return tuned["module"] if tuned else name.rpartition(".")[0]
@@ -177,7 +177,7 @@ def _unwrapped(model: Any, remove_duplicate: bool) -> dict[str, str]:
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class MatrixPosition:
     """Where a projection matrix sits.
 
     Attributes:
@@ -191,21 +191,21 @@ class Place:
     kind: str
 
 
-def place(name: str) -> Place:
+def matrix_position(name: str) -> MatrixPosition:
     """Where a matrix of freeze_log.jsonl sits.
 
-    >>> place("base_model.model.model.layers.11.mlp.up_proj.aflora.default.B")
-    Place(stack='model.layers', layer=11, kind='mlp.up_proj B')
-    >>> place("base_model.model.up.aflora.default.A")
-    Place(stack='', layer=-1, kind='up A')
+    >>> matrix_position("base_model.model.model.layers.11.mlp.up_proj.aflora.default.B")
+    MatrixPosition(stack='model.layers', layer=11, kind='mlp.up_proj B')
+    >>> matrix_position("base_model.model.up.aflora.default.A")
+    MatrixPosition(stack='', layer=-1, kind='up A')
     """
-    parsed = parse(name)
+    parsed = adapter_tensor(name)
     module, tensor = (parsed.module, parsed.tensor) if parsed else name.rpartition(".")[::2]
     module = of_base(module)
     numbered = _NUMBERED.fullmatch(module)
     if numbered is None:
-        return Place("", -1, f"{module} {tensor}")
-    return Place(numbered["stack"], int(numbered["layer"]), f"{numbered['module']} {tensor}")
+        return MatrixPosition("", -1, f"{module} {tensor}")
+    return MatrixPosition(numbered["stack"], int(numbered["layer"]), f"{numbered['module']} {tensor}")
 
 
 def grid(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
@@ -214,5 +214,5 @@ def grid(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
     >>> grid(f"base_model.model.layers.{i}.up_proj.aflora.default.{m}" for i in (0, 1) for m in "AB")
     ([('layers', 0), ('layers', 1)], ['up_proj A', 'up_proj B'])
     """
-    places = [place(name) for name in names]
-    return sorted({(p.stack, p.layer) for p in places}), sorted({p.kind for p in places})
+    positions = [matrix_position(name) for name in names]
+    return sorted({(p.stack, p.layer) for p in positions}), sorted({p.kind for p in positions})

@@ -365,7 +365,7 @@ def commands(run: Path, out: Path) -> list[list[str]]:
         ["plan", str(run / "config.yaml"), "--examples", "100", "--ranks", "1"],
         ["show", str(run)],
         ["collect", str(run)],
-        ["trace", str(run), "--html", str(out / "page.html"), "--json", str(out / "numbers.json")],
+        ["trace", str(run), "--json", str(out / "numbers.json")],
     ]
 
 

@@ -34,7 +34,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGE = ROOT / "aflora_dist"
 # What a user of the library imports or runs without an extra, as modules.
 CORE = ("__init__", "adapter", "control", "engines", "trainer", "compat.contract", "cli", "launch_files")
-CORE += ("view.show", "view.trace.main", "view.collect", "serve.main", "serve.lora", "serve.merge")
+CORE += ("view.show", "view.trace", "view.collect", "serve.main", "serve.lora", "serve.merge")
 
 
 def distributions(requirements: list[str], extras: tuple[str, ...] = ()) -> Iterator[str]:

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from aflora_dist import AFLoRAConfig, names
 from aflora_dist.adapter import AFLoRALayer
-from aflora_dist.names import Place, grid, is_adapter, is_head, of_base, parse, place
+from aflora_dist.names import MatrixPosition, adapter_tensor, grid, is_adapter, is_head, matrix_position, of_base
 
 
 def test_the_examples_hold() -> None:
@@ -32,7 +32,7 @@ def test_every_name_of_a_real_model_is_told_right() -> None:
     assert {of_base(name).removeprefix("bert.") for name in layers} == linear - {"pooler.dense"}
     found = []
     for name, _ in model.named_parameters():
-        parsed = parse(name)
+        parsed = adapter_tensor(name)
         assert is_adapter(name) == (parsed is not None)
         assert is_head(name) == ("classifier.modules_to_save" in name)
         if parsed is None:
@@ -53,19 +53,22 @@ def test_every_name_of_a_real_model_is_told_right() -> None:
     [
         (
             "base_model.model.bert.encoder.layer.3.output.dense.aflora.default.A",
-            Place("bert.encoder.layer", 3, "output.dense A"),
+            MatrixPosition("bert.encoder.layer", 3, "output.dense A"),
         ),
-        ("base_model.model.model.layers.11.mlp.up_proj.aflora.other.B", Place("model.layers", 11, "mlp.up_proj B")),
-        ("base_model.model.up.aflora.other.A", Place("", -1, "up A")),
+        (
+            "base_model.model.model.layers.11.mlp.up_proj.aflora.other.B",
+            MatrixPosition("model.layers", 11, "mlp.up_proj B"),
+        ),
+        ("base_model.model.up.aflora.other.A", MatrixPosition("", -1, "up A")),
         # Experts: the first number is the layer's.
-        ("base_model.model.layers.2.experts.10.up.aflora.default.A", Place("layers", 2, "experts.10.up A")),
+        ("base_model.model.layers.2.experts.10.up.aflora.default.A", MatrixPosition("layers", 2, "experts.10.up A")),
         # Of no adapter: shown all the same, whatever wrote the log.
-        ("layer.0.inter.A", Place("layer", 0, "inter A")),
-        ("weight", Place("", -1, " weight")),
+        ("layer.0.inter.A", MatrixPosition("layer", 0, "inter A")),
+        ("weight", MatrixPosition("", -1, " weight")),
     ],
 )
-def test_a_matrix_has_a_place(name: str, expected: Place) -> None:
-    assert place(name) == expected
+def test_a_matrix_has_a_place(name: str, expected: MatrixPosition) -> None:
+    assert matrix_position(name) == expected
 
 
 def test_layers_are_ordered_as_numbers() -> None:

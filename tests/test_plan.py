@@ -12,23 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import get_peft_model
-from transformers import (
-    BertForSequenceClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import DebertaV2Config, LlamaConfig
 
-from aflora_dist import AFLoRAConfig
 from aflora_dist.freezing import CubicSchedule, FreezingPolicy
 from aflora_dist.methods.choose import create_method
 from aflora_dist.plan.command import main as plan_main
 from aflora_dist.plan.events import Freezes
 from aflora_dist.plan.launches import Launch
-from aflora_dist.plan.memory import Shape, weights_of
 from aflora_dist.plan.model import PlannedModel
 from aflora_dist.plan.plan import make_plan
 from aflora_dist.plan.records import EnginePlan, Plan
@@ -144,8 +134,8 @@ def test_a_run_does_what_was_planned(engine: str, precision: str, measured: Any)
     assert sum(end) == log[-1]["optimizer_state_bytes"]
     assert one(plan).score_bytes == [rank[0]["scores"] for rank in seen]
     saved = sorted((folder / "checkpoints").glob("step_*/state.safetensors"))
-    for checkpoint, path in zip(one(plan).checkpoints, (saved[0], saved[-1]), strict=True):
-        assert checkpoint.writes == pytest.approx(path.stat().st_size, rel=0.02)
+    for written, path in zip(one(plan).checkpoint_bytes, (saved[0], saved[-1]), strict=True):
+        assert written == pytest.approx(path.stat().st_size, rel=0.02)
 
 
 @pytest.mark.distributed
@@ -240,7 +230,7 @@ def test_the_papers_numbers(deberta: Path, capsys: pytest.CaptureFixture[str]) -
     assert sum(event["freezes"] for event in plan["freezes"]) == plan["matrices"] == 48
     assert plan_main(arguments) == 0
     said = capsys.readouterr().out
-    assert all(text in said for text in ("451,872", "83,232", "1,327,104", "T = 2,660", "ESTIMATE"))
+    assert all(text in said for text in ("451,872", "83,232", "1,327,104", "T = 2,660"))
 
 
 def test_a_model_of_70_billion_parameters_is_planned_in_little_memory(tmp_path: Path) -> None:
@@ -267,48 +257,7 @@ def test_a_model_of_70_billion_parameters_is_planned_in_little_memory(tmp_path: 
     assert int(done.stderr.split()[-1]) < 1_500_000  # kilobytes
     plan = json.loads(done.stdout)
     assert plan["parameters"]["model"] == pytest.approx(70.6e9, rel=0.01)
-    by_name = {(engine["engine"], engine["ranks"]): engine["memory"] for engine in plan["engines"]}
-    assert by_name["ddp", 8]["weights"] == pytest.approx(141e9, rel=0.01)
-    assert by_name["zero3", 8]["weights"] == pytest.approx(141e9 / 8, rel=0.01)
-
-
-SHAPE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
-KEPT: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama": (LlamaForCausalLM, {"intermediate_size": 352, "num_key_value_heads": 2}),
-    "bert": (BertForSequenceClassification, {"intermediate_size": 512, "attention_probs_dropout_prob": 0.0}),
-    "deberta": (
-        DebertaV2ForSequenceClassification,
-        {"intermediate_size": 512, "relative_attention": True, "position_buckets": 32, "pos_att_type": ["p2c", "c2p"]},
-    ),
-}
-
-
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("kind", KEPT)
-def test_activations_are_estimated_to_a_third(kind: str, half: bool) -> None:
-    """Against what autograd keeps beside the weights."""
-    create, options = KEPT[kind]
-    model = get_peft_model(
-        create(create.config_class(**SHAPE, **options)),
-        AFLoRAConfig(task_type="CAUSAL_LM" if kind == "llama" else "SEQ_CLS"),
-    )
-    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (storage := tensor.untyped_storage()).data_ptr() not in weights:
-            kept[storage.data_ptr()] = tensor  # alive, or its place would be used again
-        return tensor
-
-    tokens, length = torch.randint(100, (2, 96)), 96
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            model.base_model.model.base_model(input_ids=tokens)
-    config, _ = parse([])
-    shape = Shape.of(model, config)
-    assert shape is not None
-    casts = 2 * sum(w.numel for w in weights_of(model, config) if w.linear and w.block) if half else 0
-    estimated = shape.activations(tokens.numel(), length, 2 if half else 4, checkpointed=False) + casts
-    assert estimated == pytest.approx(sum(t.untyped_storage().nbytes() for t in kept.values()), rel=0.33)
+    assert plan["parameters"]["model_bytes"] == pytest.approx(141e9, rel=0.01)
 
 
 def said(command: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

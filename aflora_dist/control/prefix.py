@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..engines import Engine
 from ..errors import AFLoRAError
 from ..freezing import CubicSchedule, FreezingConfig
-from ..names import named_parameters, place
+from ..names import matrix_position, named_parameters
 
 
 class Prefix:
@@ -49,8 +49,8 @@ class Prefix:
         self._refuse(engine.model, order)
 
     def _find(self, order: Sequence[str]) -> list[list[str]]:
-        stacks = {place(name).stack for name in self._freezable} - {""}
-        if len(stacks) != 1 or any(place(name).layer < 0 for name in self._freezable):
+        stacks = {matrix_position(name).stack for name in self._freezable} - {""}
+        if len(stacks) != 1 or any(matrix_position(name).layer < 0 for name in self._freezable):
             where = f"in {len(stacks)} stacks" if len(stacks) > 1 else "outside of numbered blocks"
             raise AFLoRAError(
                 f"FreezingConfig(prefix=True) freezes a model's blocks from the bottom, and what may freeze here lies "
@@ -60,7 +60,7 @@ class Prefix:
         blocks: dict[int, list[str]] = {}
         below: list[str] = []
         for name in order:
-            found = place(name)
+            found = matrix_position(name)
             if found.stack == stack and found.layer >= 0:
                 blocks.setdefault(found.layer, []).append(name)
             elif not blocks:

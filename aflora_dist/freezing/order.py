@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import get_args
 
-from ..names import module_of, place
+from ..names import matrix_position, module_of
 from ..options import ScoreKind, Unit
 
 
@@ -28,7 +28,7 @@ def fixed_scores(kind: ScoreKind, numels: Mapping[str, int], seed: int = 0) -> d
         drawn = {name: hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8] for name in numels}
         return {name: int.from_bytes(bits, "big") / 2**64 for name, bits in drawn.items()}
     if kind == "front_to_back":
-        return {name: float(place(name).layer) for name in numels}
+        return {name: float(matrix_position(name).layer) for name in numels}
     assert kind == "smallest_first", kind
     return {name: float(numel) for name, numel in numels.items()}
 
@@ -48,5 +48,5 @@ def unit_of(name: str, unit: Unit) -> str:
         return name
     if unit == "layer":
         return module_of(name)
-    found = place(name)
+    found = matrix_position(name)
     return f"{found.stack}.{found.layer}" if found.layer >= 0 else module_of(name)

@@ -33,7 +33,7 @@ class Checked:
     def __post_init__(self) -> None:
         for option in fields(self):
             name, value = f"{self.label}{option.name}", getattr(self, option.name)
-            choices = _choices(type(self))[option.name]
+            choices = _choices(type(self))[option.name]  # type: ignore[arg-type]  # classes are hashable
             if choices and value is not None and value not in choices:
                 raise AFLoRAError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
             if isinstance(value, int | float):

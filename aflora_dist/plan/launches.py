@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +14,6 @@ from ..engines import engine_kind
 
 EngineKind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
-# As in ds_configs/: elements.
-_REDUCE_BUCKET, _LIVE_PARAMETERS = 50_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +26,6 @@ class Launch:
         mixed_precision: "no", "bf16" or "fp16".
         on_gpu: Whether batches are made for GPUs.
         process_index: The rank that asks.
-        reduce_bucket: Elements of DeepSpeed's buffers for gradients.
-        live_parameters: Elements that ZeRO-3 may hold gathered.
-        offloaded_optimizer, offloaded_weights: Whether they are in the memory of the CPU.
     """
 
     engine: EngineKind
@@ -38,31 +33,17 @@ class Launch:
     mixed_precision: str = "bf16"
     on_gpu: bool = True
     process_index: int = 0
-    reduce_bucket: int = _REDUCE_BUCKET
-    live_parameters: int = _LIVE_PARAMETERS
-    offloaded_optimizer: bool = False
-    offloaded_weights: bool = False
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> Launch:
         """The launch that this process is part of."""
-        common: dict[str, Any] = {
-            "engine": engine_kind(accelerator),
-            "num_processes": accelerator.num_processes,
-            "mixed_precision": str(accelerator.mixed_precision),
-            "on_gpu": accelerator.device.type == "cuda",
-            "process_index": accelerator.process_index,
-        }
-        if (plugin := accelerator.state.deepspeed_plugin) is not None:
-            zero = plugin.deepspeed_config.get("zero_optimization", {})
-            return cls(
-                reduce_bucket=_number(zero.get("reduce_bucket_size"), 500_000_000),
-                live_parameters=_number(zero.get("stage3_max_live_parameters"), _LIVE_PARAMETERS),
-                offloaded_optimizer=_elsewhere(zero.get("offload_optimizer")),
-                offloaded_weights=_elsewhere(zero.get("offload_param")),
-                **common,
-            )
-        return cls(**common)
+        return cls(
+            engine=cast("EngineKind", engine_kind(accelerator)),
+            num_processes=accelerator.num_processes,
+            mixed_precision=str(accelerator.mixed_precision),
+            on_gpu=accelerator.device.type == "cuda",
+            process_index=accelerator.process_index,
+        )
 
     @property
     def is_main_process(self) -> bool:
@@ -90,11 +71,3 @@ class Launch:
 
     def __str__(self) -> str:
         return f"{self.num_processes} x {self.engine}"
-
-
-def _number(said: Any, otherwise: int) -> int:
-    return int(said) if isinstance(said, int | float) else otherwise  # "auto", or nothing
-
-
-def _elsewhere(said: Any) -> bool:
-    return isinstance(said, dict) and said.get("device", "none") != "none"

@@ -87,11 +87,6 @@ def moment_bytes(engine: EngineKind, trained: Trained, ranks: int) -> Counts:
     return MOMENTS * held(engine, trained, ranks) @ state_itemsizes(engine, trained)
 
 
-def master_bytes(engine: EngineKind, trained: Trained, ranks: int) -> Counts:
-    """(ranks,): bytes of the float32 values that ZeRO keeps beside the model's, whatever the precision."""
-    return held(engine, trained, ranks).sum(1) * (FLOAT32 if engine.startswith("zero") else 0)
-
-
 def score_bytes(engine: EngineKind, trained: Trained, ranks: int) -> Counts:
     """(ranks,): bytes of Ibar, Ubar and the buffer in which importances are made, float32."""
     return observed(engine, trained, ranks).sum(1) * (trained.averages + 1) * FLOAT32

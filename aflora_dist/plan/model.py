@@ -19,11 +19,10 @@ from ..names import is_adapter
 from ..options import Config
 from ..training.build import create_optimizer
 from . import layout
-from .events import Freezes
+from .events import Elements, Freezes
 from .launches import Launch
 from .layout import FLOAT32, Trained
-from .memory import Shape, estimate, weights_of
-from .records import Checkpoint, EnginePlan
+from .records import EnginePlan
 
 _ORDERS = 4  # in which matrices might freeze: random ones, tried to see what moves
 # Bytes in state.safetensors: a rank's random states (PyTorch's, numpy's and Python's) with their entries, and what the
@@ -41,7 +40,7 @@ class PlannedModel:
 
     Attributes:
         numels: Elements of each matrix that will freeze.
-        schedule: When; None if none will.
+        freezes: When; None if none will.
         certain: Whether the schedule says how many freeze, and not the scores.
         trained: What trains at the start.
         start, head: Elements of it, and of what trains whole beside the method.
@@ -58,13 +57,14 @@ class PlannedModel:
         matrices = {id(matrix) for matrix in Adapted(model).freezable_matrices().values()} if freezing else set()
         self.numels = {name: p.numel() for name, p in named if id(p) in matrices}
         self.policy = FreezingPolicy(list(self.numels), unit=freezing.unit if freezing else "matrix")
-        self.schedule = freezing.schedule() if freezing and self.numels else None
-        self.certain = freezing is None or freezing.rule == "rank"
+        schedule = freezing.schedule() if freezing and self.numels else None
         self.trained = Trained.of(
             [(p, group, positions[name], name in self.numels) for name, p, group in members],
             averages=3 if freezing and freezing.window > 1 else 2,
         )
         self.start = int(self.trained.numels.sum())
+        self.freezes = Freezes(schedule, self.policy, self.numels, self.start) if schedule else None
+        self.certain = freezing is None or not self.freezes or freezing.rule == "rank"
         self.head = sum(p.numel() for name, p, _ in members if method.is_head(name))
         self.learning_rates = {
             "head" if method.is_head(names[id(group["params"][0])]) else "adapter": float(group["lr"])
@@ -73,43 +73,45 @@ class PlannedModel:
         self._at = {name: i for i, (name, _, _) in enumerate(members)}
         kept = {*held}
         self._fixed = {n: p for n, p in named if n in kept or (is_adapter(n) and not p.requires_grad)}
-        self._weights, self._shape = weights_of(model, config), Shape.of(model, config)
-        self._length, self._checkpointed = config.data.max_length, config.train.gradient_checkpointing
 
-    def on(self, launch: Launch, micro_batches: int, tokens: int, freezes: Freezes | None) -> EnginePlan:
-        """What it takes there.
+    @property
+    def average(self) -> Elements:
+        """Elements that train, over the updates."""
+        if self.freezes is None:
+            return Elements(self.start, self.start, self.start)
+        average = self.freezes.average
+        return average if self.certain else Elements(self.freezes.end.least, average.expected, self.start)
 
-        Args:
-            tokens: Of a micro-batch.
-        """
+    @property
+    def end(self) -> int:
+        """Elements that train after the last freeze."""
+        return self.start if self.freezes is None else round(self.freezes.end.expected)
+
+    def on(self, launch: Launch, micro_batches: int) -> EnginePlan:
+        """What it takes there."""
         engine, ranks, trained = launch.engine, launch.num_processes, self.trained
         if engine == "fsdp2" and launch.half:  # accelerate has what trains in float32 then
             trained = dataclasses.replace(trained, itemsizes=np.full_like(trained.itemsizes, FLOAT32))
         left = ~trained.freezable
-        both = (trained, trained.only(left))
-        moments = [layout.moment_bytes(engine, each, ranks).tolist() for each in both]
-        masters = [layout.master_bytes(engine, each, ranks).tolist() for each in both]
         return EnginePlan(
             engine=engine,
             ranks=ranks,
             precision=launch.mixed_precision,
             micro_batches=micro_batches,
-            micro_batch_tokens=tokens,
-            optimizer_bytes=moments,
-            master_bytes=masters,
+            optimizer_bytes=[
+                layout.moment_bytes(engine, each, ranks).tolist() for each in (trained, trained.only(left))
+            ],
             score_bytes=layout.score_bytes(engine, trained, ranks).tolist(),
-            freeze_moves=self._moves(launch, freezes),
-            checkpoints=[self._checkpoint(launch, trained, trains) for trains in (np.ones_like(left), left)],
-            checkpointed=self._checkpointed,
-            memory=estimate(launch, self._weights, trained, self._shape, tokens, self._length),
+            freeze_moves=self._moves(launch),
+            checkpoint_bytes=[self._checkpoint(launch, trained, trains) for trains in (np.ones_like(left), left)],
         )
 
-    def _moves(self, launch: Launch, freezes: Freezes | None) -> list[int]:
+    def _moves(self, launch: Launch) -> list[int]:
         """Bytes that freezes send between ranks: the most of one, and the mean of all together."""
-        if freezes is None or launch.engine not in ("zero1", "zero2"):
+        if self.freezes is None or launch.engine not in ("zero1", "zero2"):
             return [0, 0]
         chance, found = random.Random(0), []
-        counts = [0, *(count for _, count in freezes.counts)]
+        counts = [0, *(count for _, count in self.freezes.counts)]
         for _ in range(_ORDERS):
             order = list(self.policy.units.values())
             chance.shuffle(order)
@@ -128,8 +130,8 @@ class PlannedModel:
             trains = stays
         return found
 
-    def _checkpoint(self, launch: Launch, trained: Trained, trains: NDArray[np.bool_]) -> Checkpoint:
-        """Values, moments and scores of what trains, what else was drawn or learned, and random states."""
+    def _checkpoint(self, launch: Launch, trained: Trained, trains: NDArray[np.bool_]) -> int:
+        """Bytes: values, moments and scores of what trains, what else was drawn or learned, and random states."""
         engine, ranks = launch.engine, launch.num_processes
         names = [name for name, chosen in zip(self._at, trains, strict=True) if chosen]
         stopped = trained.only(~trains)
@@ -145,8 +147,4 @@ class PlannedModel:
         header = sum(len(name) + _ENTRY for name in names) * (1 + layout.MOMENTS)
         header += sum(len(name) + _ENTRY for name in scored) * trained.averages
         header += sum(len(name) + _ENTRY for name in {*self._fixed, *self._at} - {*names})
-        gathered = fixed * (ranks - 1) // ranks if engine in ("zero3", "fsdp2") else 0
-        return Checkpoint(
-            writes=int(held.sum() + scores.sum()) + fixed + header + ranks * _RANDOM_STATES,
-            moves=int(held[1:].sum() + scores[1:].sum()) + gathered,
-        )
+        return int(held.sum() + scores.sum()) + fixed + header + ranks * _RANDOM_STATES

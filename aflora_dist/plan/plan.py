@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AFLoRAError
@@ -12,6 +13,7 @@ from ..methods.choose import create_method, lora_parameters
 from ..options import Config
 from ..store.best import check_metric
 from ..store.rundir import refuse_taken, written
+from ..tasks.base import Task
 from ..tasks.batches import BatchShape, create_sampler, enough
 from ..tasks.data import unknown_task
 from ..tasks.glue import TASKS
@@ -19,9 +21,7 @@ from ..tasks.limits import Limits
 from ..tasks.model import outline_base, outline_language_model
 from ..tasks.weights import check_weights
 from ..training.build import check_launch, create_task, create_windows, hold, warm_up
-from .events import Elements, Freezes
 from .launches import Launch
-from .memory import micro_batch_tokens
 from .model import PlannedModel
 from .records import EnginePlan, Parameters, Plan, Steps
 
@@ -42,82 +42,100 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     able.check(lambda launch: check_weights(config.model, launch))
     task = create_task(config) if examples is None else None
     assumptions: list[str] = []
-    if task is not None:
-        try:
-            base, head = task.load(able.first, weights=False)
-        except AFLoRAError as error:
-            error.add_note("A plan can do without data and tokenizer: --examples N says how many examples there are.")
-            raise
-    else:
-        base, head = _outline(config, assumptions)
+    base, head = _outline(config, assumptions) if task is None else _load(task, able.first)
     limits = Limits.of(base, config.model.name) if task is None else task.limits
     limits.check_length("data.max_length", config.data.max_length)
+    model_bytes = base.get_memory_footprint()
     model = method.adapt(base, head)
     held = hold(model, head, config.model.train_new, method)
-    if task is not None:
-        sampler, _ = task.batches(able.first)
-        check_metric(config.run.keep_best, task.metrics())
-        count, lengths, packed = len(sampler.lengths), sampler.lengths, sampler.packed
-        tokens = round(sum(lengths) / count * sampler.updates_per_epoch * sampler.batch_size)
-    else:
-        count = min(examples or 0, config.data.max_train_examples or sys.maxsize)
-        enough(config, count)
-        lengths, packed, tokens = [config.data.max_length] * config.train.batch_size, False, None
-        assumptions.append("micro-batches are counted as if every example had data.max_length tokens")
-    per_epoch = count // config.train.batch_size
-    method.check(per_epoch)
-    total = per_epoch * config.train.epochs
-    what = PlannedModel(config, method, model, held)
+    data = _assumed(config, examples or 0, assumptions) if task is None else _read(config, task, able.first)
+    method.check(data.examples // config.train.batch_size)
+    planned = PlannedModel(config, method, model, held)
     able.check(lambda launch: method.check_engine(launch.engine, launch.mixed_precision))
-    control = NoControl(freezable=list(what.numels), schedule=what.schedule)
-    create_windows(config, control, total)  # may refuse
-    freezes = Freezes(what.schedule, what.policy, what.numels, what.start) if what.schedule else None
-    average = freezes.average if freezes else Elements(what.start, what.start, what.start)
-    if freezes and not what.certain:
-        average = Elements(freezes.end.least, average.expected, what.start)
+    steps = _steps(config, data, planned)
+    schedule = planned.freezes.schedule if planned.freezes else None
+    control = NoControl(freezable=list(planned.numels), schedule=schedule)
+    create_windows(config, control, steps.total)  # may refuse
+    if not planned.certain:
         assumptions.append(
             f"with freezing.rule=quantile the scores decide how many matrices freeze, every {config.freezing.every} "
             f"updates; what is said of the average and the end is so by the paper's rule"
         )
 
-    def planned(launch: Launch) -> EnginePlan:
-        if (reason := able.refused.get(launch)) is not None:
-            return EnginePlan(launch.engine, launch.num_processes, launch.mixed_precision, reason)
-        shape = BatchShape(launch)
-        micro_batches = create_sampler(config, lengths, shape, packed=packed).micro_batches
-        at_once = config.data.tokens_per_micro_batch or shape.tokens
-        return what.on(launch, micro_batches, micro_batch_tokens(config, launch, at_once, micro_batches), freezes)
-
     return Plan(
         model=config.model.name,
         task=config.data.task,
         method=method.name,
-        steps=Steps(
-            examples=count,
-            left_out=count - per_epoch * config.train.batch_size,
-            per_epoch=per_epoch,
-            total=total,
-            tokens=tokens,
-            initial=what.schedule.initial_steps if what.schedule else None,
-            final=what.schedule.final_steps if what.schedule else None,
-            warm_up=warm_up(config, total),
-            learning_rates=what.learning_rates,
-        ),
-        parameters=Parameters(
-            start=what.start - what.head,
-            average=average.less(what.head),
-            end=round((freezes.end if freezes else average).expected) - what.head,
-            head=what.head,
-            lora_r8=lora_parameters(model),
-            model=sum(p.numel() for p in model.parameters()),
-        ),
-        freezes=freezes.events if freezes and what.certain else [],
-        matrices=len(what.numels),
-        engines=[planned(launch) for launch in launches],
+        steps=steps,
+        parameters=_parameters(planned, model, model_bytes),
+        freezes=planned.freezes.events if planned.freezes and planned.certain else [],
+        matrices=len(planned.numels),
+        engines=[_engine(config, launch, able.refused.get(launch), data, planned) for launch in launches],
         directory=config.run.dir,
         writes=written(config.run),
         directory_taken=_complaint(refuse_taken, config.run),
         assumptions=assumptions,
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The training data: how many examples, how long they are, and tokens in an epoch (None: not known)."""
+
+    examples: int
+    lengths: Sequence[int]
+    packed: bool
+    tokens: int | None
+
+
+def _read(config: Config, task: Task, launch: Launch) -> _Data:
+    sampler, _ = task.batches(launch)
+    check_metric(config.run.keep_best, task.metrics())
+    count = len(sampler.lengths)
+    tokens = round(sum(sampler.lengths) / count * sampler.updates_per_epoch * sampler.batch_size)
+    return _Data(count, sampler.lengths, sampler.packed, tokens)
+
+
+def _assumed(config: Config, examples: int, assumptions: list[str]) -> _Data:
+    count = min(examples, config.data.max_train_examples or sys.maxsize)
+    enough(config, count)
+    assumptions.append("micro-batches are counted as if every example had data.max_length tokens")
+    return _Data(count, [config.data.max_length] * config.train.batch_size, False, None)
+
+
+def _steps(config: Config, data: _Data, planned: PlannedModel) -> Steps:
+    per_epoch = data.examples // config.train.batch_size
+    total = per_epoch * config.train.epochs
+    schedule = planned.freezes.schedule if planned.freezes else None
+    return Steps(
+        examples=data.examples,
+        left_out=data.examples - per_epoch * config.train.batch_size,
+        per_epoch=per_epoch,
+        total=total,
+        tokens=data.tokens,
+        initial=schedule.initial_steps if schedule else None,
+        final=schedule.final_steps if schedule else None,
+        warm_up=warm_up(config, total),
+        learning_rates=planned.learning_rates,
+    )
+
+
+def _engine(config: Config, launch: Launch, refused: str | None, data: _Data, planned: PlannedModel) -> EnginePlan:
+    if refused is not None:
+        return EnginePlan(launch.engine, launch.num_processes, launch.mixed_precision, refused)
+    sampler = create_sampler(config, data.lengths, BatchShape(launch), packed=data.packed)
+    return planned.on(launch, sampler.micro_batches)
+
+
+def _parameters(planned: PlannedModel, model: Any, model_bytes: int) -> Parameters:
+    return Parameters(
+        start=planned.start - planned.head,
+        average=planned.average.less(planned.head),
+        end=planned.end - planned.head,
+        head=planned.head,
+        lora_r8=lora_parameters(model),
+        model=sum(p.numel() for p in model.parameters()),
+        model_bytes=model_bytes,
     )
 
 
@@ -147,6 +165,15 @@ def _complaint(check: Callable[[Any], Any], argument: Any) -> str | None:
     except AFLoRAError as error:
         return str(error)
     return None
+
+
+def _load(task: Task, launch: Launch) -> tuple[Any, list[str]]:
+    """The model on the meta device, with the head that the data want."""
+    try:
+        return task.load(launch, weights=False)
+    except AFLoRAError as error:
+        error.add_note("A plan can do without data and tokenizer: --examples N says how many examples there are.")
+        raise
 
 
 def _outline(config: Config, assumptions: list[str]) -> tuple[Any, list[str]]:

@@ -41,6 +41,7 @@ class Parameters:
         head: What trains whole beside the method, to the end.
         lora_r8: What LoRA r=8 trains on the same layers.
         model: All elements of the model, trained or not.
+        model_bytes: Of the model that is adapted, in the dtype in which it is loaded, unquantised.
     """
 
     start: int
@@ -49,31 +50,21 @@ class Parameters:
     head: int
     lora_r8: int
     model: int
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Bytes that a checkpoint writes (state.safetensors), and that come to the main process for it."""
-
-    writes: int
-    moves: int
+    model_bytes: int
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """What one launch comes to. Bytes are lists with a number for each rank, or two of them: at the start, at the end.
+    """What one launch comes to. Bytes are of each rank.
 
     Attributes:
         refused: Why the run would be; nothing else is known then.
         micro_batches: An update's, on each rank; at least so many where the data were not read.
-        micro_batch_tokens: The most that one is likely to have.
-        optimizer_bytes: AdamW's moments: optimizer_state_bytes of freeze_log.jsonl is the sum over the ranks.
-        master_bytes: The float32 values that ZeRO keeps beside the model's, likewise.
+        optimizer_bytes: AdamW's moments at the start and at the end: optimizer_state_bytes of freeze_log.jsonl is the
+            sum over the ranks.
         score_bytes: Ibar, Ubar and a buffer; none at the end.
         freeze_moves: Bytes that freezes send between ranks, tried in random orders: the most of one, all together.
-        checkpoints: At the start and at the end.
-        memory: The estimate, by what the bytes are for, with and without gradient checkpointing.
-        checkpointed: Whether the run has gradient checkpointing.
+        checkpoint_bytes: Of state.safetensors, at the start and at the end.
     """
 
     engine: str
@@ -81,14 +72,10 @@ class EnginePlan:
     precision: str
     refused: str | None = None
     micro_batches: int = 0
-    micro_batch_tokens: int = 0
     optimizer_bytes: list[list[int]] = field(default_factory=list)
-    master_bytes: list[list[int]] = field(default_factory=list)
     score_bytes: list[int] = field(default_factory=list)
     freeze_moves: list[int] = field(default_factory=list)
-    checkpoints: list[Checkpoint] = field(default_factory=list)
-    memory: dict[str, int | None] = field(default_factory=dict)
-    checkpointed: bool = False
+    checkpoint_bytes: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

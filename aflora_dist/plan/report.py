@@ -31,7 +31,6 @@ def _parts(plan: Plan) -> Iterator[Table | str]:
     yield from _freezes(plan)
     able = [engine for engine in plan.engines if engine.refused is None]
     yield from _engines(able)
-    yield from _memory(able)
     for engine in plan.engines:
         if engine.refused is not None:
             yield f"Refused on {engine.ranks} x {engine.engine}: {engine.refused}"
@@ -66,7 +65,10 @@ def _parameters(plan: Plan) -> Iterator[Table | str]:
     table.add_row("LoRA r=8, same layers", *[f"{found.lora_r8:,}"] * 3)
     yield table
     times = found.lora_r8 / max(found.average.expected, 1)
-    yield f"On average LoRA r=8 has {times:.1f} times as many. The whole model has {found.model:,} parameters.\n"
+    yield (
+        f"On average LoRA r=8 has {times:.1f} times as many. The whole model has {found.model:,} parameters, "
+        f"{size(found.model_bytes)} as it is loaded, unquantised.\n"
+    )
 
 
 def _freezes(plan: Plan) -> Iterator[Table | str]:
@@ -90,47 +92,22 @@ def _freezes(plan: Plan) -> Iterator[Table | str]:
 
 
 def _engines(plans: list[EnginePlan]) -> Iterator[Table | str]:
-    columns = ["", "moments", "master weights", "scores", "freezes send", "checkpoint", "to the main process"]
+    columns = ["", "micro-batches", "moments", "scores", "freezes send", "checkpoint"]
     table = _table("What the fullest rank holds, and what moves, from the start to the end", columns)
     for plan in plans:
-        start, end = plan.checkpoints
         most, together = plan.freeze_moves
         table.add_row(
             f"{plan.ranks} x {plan.engine}",
+            f"{plan.micro_batches}",
             _both(*(max(each) for each in plan.optimizer_bytes)),
-            _both(*(max(each) for each in plan.master_bytes)),
             _both(max(plan.score_bytes), 0),
             f"{size(most)}, {size(together)}" if most else "0",
-            _both(start.writes, end.writes),
-            _both(start.moves, end.moves),
+            _both(*plan.checkpoint_bytes),
         )
     yield table
     yield (
-        "Freezes send: the most of one, and all together, tried in random orders. Checkpoint: what it writes, and what "
-        "comes to the main process for it.\n"
-    )
-
-
-def _memory(plans: list[EnginePlan]) -> Iterator[Table | str]:
-    columns = ["", "micro-batches", "weights", "trained", "optimizer", "gathered", "activations", "or", "logits"]
-    table = _table("Memory of a rank at the height of a step: an ESTIMATE", [*columns, "total"])
-    for plan in plans:
-        parts = plan.memory
-        table.add_row(
-            f"{plan.ranks} x {plan.engine}",
-            f"{plan.micro_batches} x {plan.micro_batch_tokens:,}",
-            size(parts["weights"]),
-            size(_sum(parts["trained"], parts["gradients"])),
-            size(_sum(parts["optimizer"], parts["scores"])),
-            size(_sum(parts["gathered"], parts["buffers"])),
-            size(_sum(parts["activations"], parts["casts"])),
-            *(size(parts[part]) for part in ("activations_otherwise", "logits", "total")),
-        )
-    yield table
-    other = "without" if any(plan.checkpointed for plan in plans) else "with"
-    yield (
-        f"Micro-batches: how many an update has on a rank, and tokens of one. Trained: with gradients. Or: the "
-        f"activations {other} gradient checkpointing.\n"
+        "Micro-batches: of an update, on each rank. Freezes send: the most of one, and all together, tried in random "
+        "orders.\n"
     )
 
 
@@ -139,11 +116,6 @@ def _table(title: str, columns: list[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     return table
-
-
-def _sum(*numbers: int | None) -> int | None:
-    known = [number for number in numbers if number is not None]
-    return sum(known) if len(known) == len(numbers) else None
 
 
 def _range(elements: Elements) -> str:
@@ -159,14 +131,12 @@ def _both(start: int, end: int) -> str:
     return f"{first} to {last}" if last.endswith(f" {unit}") else f"{size(start)} to {last}"
 
 
-def size(number: int | None) -> str:
-    """Bytes as people say them; what is not known is a dash.
+def size(number: int) -> str:
+    """Bytes as people say them.
 
-    >>> size(0), size(999), size(1_234_567), size(2_500_000_000_000), size(None)
-    ('0', '999 B', '1.2 MB', '2500 GB', '-')
+    >>> size(0), size(999), size(1_234_567), size(2_500_000_000_000)
+    ('0', '999 B', '1.2 MB', '2500 GB')
     """
-    if number is None:
-        return "-"
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= factor:
             return f"{number / factor:.{0 if number >= 100 * factor else 1}f} {unit}"

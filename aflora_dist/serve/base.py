@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import AFLoRAError, one_line
 from ..hub import refusal
+from ..store.checkpoint import StoredTensors
 from ..untrusted import check_copied, read_object, reading, refuse_endless
+from ..weights import weight_files
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -38,28 +39,24 @@ class Shards(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path) -> None:
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (index := folder / f"{name}.index.json").is_file():
-                self._file = {key: _shard(folder, file) for key, file in _weight_map(index).items()}
-                break
-            if (single := folder / name).is_file():
-                with reading(single, _DAMAGED):
-                    self._file = dict.fromkeys(_opened(single).keys(), single)
-                break
-        else:
+        files, by_tensor = weight_files(folder)
+        if not files:
             raise AFLoRAError(
                 f"{folder} has no model.safetensors and no pytorch_model.bin, which is what is merged into. Save the "
                 f"model (model.save_pretrained), and name its folder with --base."
             )
-        self._open: tuple[Path, Any] | None = None
+        if by_tensor is None:
+            with reading(files[0], _DAMAGED):
+                by_tensor = dict.fromkeys(_opened(files[0]).keys(), files[0])
+        self._file = by_tensor
+        self._open: tuple[Path, Mapping[str, Tensor]] | None = None
 
     def __getitem__(self, key: str) -> Tensor:
         path = self._file[key]
         with reading(path, _DAMAGED):
             if self._open is None or self._open[0] != path:  # one at a time: what was read is not kept mapped
                 self._open = (path, _opened(path))
-            opened: Any = self._open[1]
-            return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
+            return self._open[1][key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._file, key=lambda key: (self._file[key].name, key)))
@@ -71,10 +68,10 @@ class Shards(Mapping[str, Tensor]):
 _DAMAGED = "The base model's file is damaged: fetch or save it again."
 
 
-def _opened(path: Path) -> Any:
-    """A file of tensors, mapped into memory: keys(), and each when it is asked for. A pickle has no code run."""
+def _opened(path: Path) -> Mapping[str, Tensor]:
+    """A file of tensors, mapped into memory, each read when it is asked for. A pickle has no code run."""
     if path.suffix == ".safetensors":
-        return safe_open(str(path), framework="pt")
+        return StoredTensors(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # written before torch 1.6: no zip file to be mapped
@@ -82,22 +79,6 @@ def _opened(path: Path) -> Any:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise AFLoRAError(f"{path} holds something else than tensors by name.")
     return found
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    files = read_object(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise AFLoRAError(f"{index} has no weight_map.")
-    return files
-
-
-def _shard(folder: Path, name: Any) -> Path:
-    """A file that the index names: one beside it."""
-    if not isinstance(name, str) or Path(name).name != name:
-        raise AFLoRAError(f"The index of {folder} names {name!r}, which is no file in that folder.")
-    if not (folder / name).is_file():  # a pipe would be waited for
-        raise AFLoRAError(f"{folder / name} is missing, which the model's index names: fetch or save the model again.")
-    return folder / name
 
 
 def find_base(name: str, revision: str | None) -> Path:

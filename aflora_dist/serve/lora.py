@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapter import lora_config, lora_up
 from ..names import of_base
 from .card import write_card
-from .source import new_folder, read
+from .source import new_folder, read_adapter
 
 
 def to_lora(run: Path, out: Path) -> list[str]:
@@ -27,7 +27,7 @@ def to_lora(run: Path, out: Path) -> list[str]:
     Raises:
         AFLoRAError: There is no AFLoRA adapter, or `out` holds something.
     """
-    source = read(run)
+    source = read_adapter(run)
     with new_folder(out, "The LoRA adapter") as folder:
         tensors: dict[str, Tensor] = {}
         for layer in source.layers:

@@ -20,7 +20,7 @@ from ..tasks.glue import TASKS
 from ..untrusted import read_object, reading
 from .base import Shards, Skeleton, beside_weights, find_base, load_config
 from .card import write_card
-from .source import TOKENIZER, Source, new_folder, read
+from .source import TOKENIZER, Source, new_folder, read_adapter
 
 
 def merge(
@@ -47,7 +47,7 @@ def merge(
     Raises:
         AFLoRAError: It cannot be merged exactly; the message says why.
     """
-    source = read(run)
+    source = read_adapter(run)
     name = base or source.config["base_model_name_or_path"]
     if not name:
         raise AFLoRAError(f"{source.folder} does not name its base model: name it with --base.")

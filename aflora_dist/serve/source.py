@@ -107,7 +107,7 @@ class Source:
         return any(path.name not in _TEMPLATES for path in self.tokenizer)
 
 
-def read(path: Path) -> Source:
+def read_adapter(path: Path) -> Source:
     """The adapter in a run's directory, or in an adapter's folder.
 
     Raises:
@@ -123,7 +123,7 @@ def read(path: Path) -> Source:
             f"{folder} holds an adapter of the method {config.get('peft_type')}, not of AFLoRA: PEFT itself loads it, "
             f"and its merge_and_unload merges it."
         )
-    _check(config, folder / _CONFIG)
+    _check_config(config, folder / _CONFIG)
     if not (folder / _WEIGHTS).is_file():
         raise AFLoRAError(f"{folder} has no {_WEIGHTS}: save the adapter in that format (PEFT's default).")
     with reading(folder / _WEIGHTS, "It is damaged."):
@@ -144,7 +144,7 @@ def read(path: Path) -> Source:
     return Source(folder, config, tensors, layers, whole, *_run(folder.parent))
 
 
-def _check(config: dict[str, Any], path: Path) -> None:
+def _check_config(config: dict[str, Any], path: Path) -> None:
     """Raise unless what is used of adapter_config.json is of the type that PEFT writes."""
     config.setdefault("bias", "none")
     for key in ("task_type", "base_model_name_or_path", "revision"):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import try_to_load_from_cache
+
+from ..weights import local_weight_files
 
 _WHOLE, _PIECE, _PIECES, _READS = 64 * 1024, 4 * 1024, 16, 8192
 _IDLE = {"transformers_version", "_name_or_path", "architectures"}  # change nothing that a model computes
@@ -50,7 +51,7 @@ def of_weights(name: str, revision: str | None) -> str | None:
 
     How a checkpoint is cut into files does not matter.
     """
-    files = _weight_files(name, revision)
+    files = local_weight_files(name, revision)
     if not files:
         return None
     found: dict[str, str] = {}
@@ -65,34 +66,13 @@ def of_weights(name: str, revision: str | None) -> str | None:
 
 def of_settings(name: str, revision: str | None) -> str | None:
     """Of what a pretrained model's config.json says: the same weights compute otherwise with another one."""
-    files = _weight_files(name, revision)
+    files = local_weight_files(name, revision)
     file = files[0].with_name("config.json") if files else None
     if file is None or not file.is_file():
         return None
     said = json.loads(file.read_text(encoding="utf-8"))
     told = sorted((key, value) for key, value in said.items() if key not in _IDLE)
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _weight_files(name: str, revision: str | None) -> list[Path]:
-    """As transformers looks for them."""
-    folder, one = Path(name), None
-    if name.endswith(".gguf"):
-        folder, one = folder.parent, folder.name
-    if not folder.is_dir():
-        known = try_to_load_from_cache(str(folder), one or "config.json", revision=revision)
-        if not isinstance(known, str):
-            return []
-        folder = Path(known).parent
-    if one is not None:
-        return [folder / one]
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / whole).is_file():
-            return [folder / whole]
-        if (index := folder / f"{whole}.index.json").is_file():
-            parts: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return [folder / part for part in sorted(set(parts.values()))]
-    return []
 
 
 def _header(file: Path) -> dict[str, tuple[str, int, int]]:

@@ -19,8 +19,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..errors import AFLoRAError, one_line
 from ..extras import installed, require
@@ -28,6 +26,7 @@ from ..hub import refusal
 from ..options import ModelConfig
 from ..processes import first_on_node
 from ..untrusted import read_object, refuse_endless
+from ..weights import download_weights
 from .weights import bitsandbytes_config, holds_float32, keep_trainable_on_cpu, storage_dtype, without_float16
 
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
@@ -140,26 +139,9 @@ def fetch(config: ModelConfig, *, language_model: bool) -> None:
         with _readable(config):
             _config(name, config, hub)
             if not Path(name).is_dir():
-                _download_weights(name, config.revision, hub.get("gguf_file"))
+                download_weights(name, config.revision, hub.get("gguf_file"))
 
     first_on_node(download)
-
-
-def _download_weights(name: str, revision: str | None, gguf_file: str | None) -> None:
-    """The files that from_pretrained takes, of those that a repository of the hub may have."""
-    stored = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    missing: OSError | None = None
-    for file in stored if gguf_file is None else (gguf_file,):
-        try:
-            found = cached_file(name, file, revision=revision)
-        except OSError as error:
-            missing = missing or error
-            continue
-        if file.endswith(".index.json"):
-            get_checkpoint_shard_files(name, found, revision=revision)
-        return
-    assert missing is not None
-    raise missing
 
 
 def _labels(labels: list[str] | None) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from jsonargparse import ArgumentParser
 
 from ..errors import AFLoRAError
 from ..options import Config
-from ..watch.trackers import TENSORBOARD
-from ..watch.trackers import check as check_trackers
+from ..watch.trackers import TENSORBOARD, check_trackers
 from .config_file import Entries, look_through
 from .presets import PRESETS
 

@@ -320,6 +320,7 @@ def _complaints(error: Exception) -> Iterator[str]:
         "DeepSpeedFP16Config": "fp16",
         "DeepSpeedBF16Config": "bf16",
     }
-    for found in error.errors():
-        place = ".".join([sections.get(error.title, error.title), *map(str, found["loc"])])
+    refused: Any = error
+    for found in refused.errors():
+        place = ".".join([sections.get(refused.title, refused.title), *map(str, found["loc"])])
         yield f"{place}={json.dumps(found['input'], default=str)[:40]}: {found['msg'].rstrip('.')}."

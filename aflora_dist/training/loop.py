@@ -19,7 +19,7 @@ from ..processes import on_main
 from ..store.resume import finished
 from ..store.rundir import RunDirectory
 from ..tasks.batches import Batch, move
-from ..watch.stopping import StopWish
+from ..watch.stopping import StopRequest
 from .build import Training, create_accelerator
 
 
@@ -51,7 +51,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
         checkpointer.guarding(training.control),
         closing(training.log) as log,
         closing(training.traces()) as traces,
-        closing(StopWish(run.stop_file, run.writes)) as wish,
+        closing(StopRequest(run.stop_file, run.writes)) as stop_request,
     ):
         log.open(training.first_step)
         if training.resumed:
@@ -72,7 +72,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                     log.update(loss, norm, trained, sampler.tokens(step - first), rates)
                     scheduler.step()
                     traces.advance(step)
-                    stop = wish.agreed(run.failure)
+                    stop = stop_request.agreed(run.failure)
                     if stop or save_is_due(training):
                         with record_function("aflora.save"):
                             log.save_seconds.append(checkpointer.save())
@@ -82,7 +82,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                         accelerator.wait_for_everyone()
                         accelerator.end_training()
                         return None
-                wish.settle(run.failure)
+                stop_request.settle(run.failure)
             with record_function("aflora.evaluate"):
                 evaluation = task.evaluate(model, accelerator)
             log.evaluated(evaluation)

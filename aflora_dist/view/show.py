@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..errors import AFLoRAError, writing
 from ..extras import require
-from ..names import grid, place
+from ..names import grid, matrix_position
 from ..store.records import Run as Run
 from .terminal import console as create_console
 from .terminal import warn
@@ -71,7 +71,7 @@ def print_freeze_map(run: Run, console: Console) -> None:
     if len(columns) * len(rows) > _LARGEST_MAP:
         console.print(f"{len(run.frozen)} of {len(run.names)} matrices frozen, in too many places for a map.")
         return
-    at = {(where.kind, (where.stack, where.layer)): name for name in run.names if (where := place(name))}
+    at = {(where.kind, (where.stack, where.layer)): name for name in run.names if (where := matrix_position(name))}
     width = len(str(run.total_steps))
     # As many layers side by side as fit.
     room = max(1, (console.width - max(map(len, rows)) - 4) // (width + 3))

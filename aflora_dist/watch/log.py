@@ -292,6 +292,8 @@ class TrainingLog:
             result["metrics"] = evaluations[best.epoch - 1]  # of what adapter/ holds
             result["best"] = {"metric": best.metric, "epoch": best.epoch, "metrics": result["metrics"]}
         self.telemetry.result(self.config, result, self.step - 1)
+        if traces:
+            self.telemetry.windows(self.run.path, self.step - 1)
         return result
 
     def _result(self, task: Task) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Leaving early and together: a wish to stop, or a failure, of any rank, agreed on by all at an update."""
+"""Leaving early and together: a stop request, or a failure, of any rank, agreed on by all at an update."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _SECONDS = 1.0  # between two exchanges, about
 
 
-class StopWish:
+class StopRequest:
     """Whether all ranks should save and leave after this update.
 
-    The wish comes as SIGUSR1 or SIGTERM to any rank, or as a file, for launchers do not pass signals on. About
+    The request comes as SIGUSR1 or SIGTERM to any rank, or as a file, for launchers do not pass signals on. About
     once a second the ranks exchange three numbers (over gloo if they can, which leaves a GPU's queue alone): whether
     one of them has been asked, whether one has failed, and after how many updates they exchange again. A rank that is
     gone cannot take part, so that the SIGTERM that a launcher sends to those it left behind saves nothing and ends
     them.
 
     Args:
-        file: Its existence is the wish; the main process looks for it.
+        file: Its existence is the request; the main process looks for it.
     """
 
     def __init__(self, file: Path, is_main: bool) -> None:
         self.file = file if is_main else None
-        self._wished = False
+        self._requested = False
         self._group = cpu_group()
         self._device = torch.device("cpu") if self._group is not None else PartialState().device
         self._updates = self._every = 1
@@ -45,7 +45,7 @@ class StopWish:
             self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._wished = True
+        self._requested = True
 
     def agreed(self, failure: str | None = None) -> bool:
         """Call it after each update: True after the same one on every rank. A collective.
@@ -60,16 +60,17 @@ class StopWish:
         if self._updates:
             return False
         took, self._began = time.monotonic() - self._began, time.monotonic()
-        wished = self._wished or (self.file is not None and self.file.exists())
+        requested = self._requested or (self.file is not None and self.file.exists())
         a_second = int(self._every * _SECONDS / max(took, 1e-3))
         following = max(1, min(a_second, 2 * self._every))
-        # The maximum: any wish, any failure, the fewest updates.
-        any_wish, any_failure, fewest = self._maximum(float(wished), float(failure is not None), -float(following))
+        # The maximum: any request, any failure, the fewest updates.
+        mine = float(requested), float(failure is not None), -float(following)
+        any_request, any_failure, fewest = self._maximum(*mine)
         self._updates = self._every = int(-fewest)
         self._raise(failure, any_failure)
-        if any_wish and self.file is not None:
+        if any_request and self.file is not None:
             self.file.unlink(missing_ok=True)  # it was about this process, not about the next
-        return bool(any_wish)
+        return bool(any_request)
 
     def settle(self, failure: str | None) -> None:
         """Raise on every rank if one of them cannot go on, without waiting for the next exchange. A collective.

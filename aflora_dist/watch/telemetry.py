@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..names import place
+from ..errors import AFLoRAError
+from ..names import matrix_position
+from ..notices import logger
 from ..options import Config
+from ..traces import read_run, tables
 from .trackers import TENSORBOARD, Tracker
 
 if TYPE_CHECKING:
     from .tensorboard import TensorBoard
 
+_COMPARED_RANKS = range(8)  # of a larger job `aflora trace` has all: reading takes seconds for each
 # The columns of the HPARAMS tab, the same for every run: TensorBoard takes one run's list for all of them.
 _RESULTS = ("metric", "train_seconds", "samples_per_second", "avg_trainable_params", "peak_memory_bytes")
 
 
 class Telemetry:
-    """Scalars, scores by layer, Fig. 5, the configuration, texts.
+    """Scalars, scores by layer, Fig. 5, profiler windows, texts. Who fails to take something is told nothing any more.
 
     Args:
         board: TensorBoard, which takes all of it.
@@ -33,18 +37,25 @@ class Telemetry:
         self.board = board
         self.watchers: list[TensorBoard | Tracker] = [*([] if board is None else [board]), *trackers]
 
+    def _tell(self, call: Callable[[Any], Any]) -> None:
+        for watcher in [*self.watchers]:
+            try:
+                call(watcher)
+            except watcher.survived as error:
+                self.watchers.remove(watcher)
+                logger.warning(watcher.complaint(error))
+
     def scalars(self, values: Mapping[str, float | None], step: int) -> None:
         found = {tag: value for tag, value in values.items() if value is not None}
-        for watcher in self.watchers:
-            watcher.scalars(found, step)
+        self._tell(lambda watcher: watcher.scalars(found, step))
 
     def scores(self, scores: Mapping[str, float], step: int) -> None:
         """The freezing score (Eq. 4) of each matrix that still trains: a group of charts per layer."""
-        places = {name: place(name) for name in scores}
-        several = len({where.stack for where in places.values()}) > 1
+        positions = {name: matrix_position(name) for name in scores}
+        several = len({where.stack for where in positions.values()}) > 1
         tags = {}
         for name, score in scores.items():
-            where = places[name]
+            where = positions[name]
             stack = f"{where.stack.split('.')[0]} " if several else ""
             tags[f"score {stack}layer {where.layer:02d}/{where.kind}"] = score
         if tags:
@@ -55,21 +66,37 @@ class Telemetry:
         if names and self.watchers:
             from ..figures import freeze_map  # matplotlib, only where something is drawn
 
-            for watcher in self.watchers:  # each its own: they draw it at their own time
-                figure = freeze_map(names, frozen, total_steps)
-                figure.set_dpi(120)
-                watcher.figure("freezing/Fig. 5", figure, step)
+            self.figure("freezing/Fig. 5", freeze_map(names, frozen, total_steps), step)
+
+    def windows(self, run: Path, step: int) -> None:
+        """The profiler's windows of a run side by side, as bars and as tables: what `aflora trace` says."""
+        if not self.watchers:
+            return
+        from ..figures import window_bars
+
+        try:
+            windows, notes = read_run(run, _COMPARED_RANKS)
+        except AFLoRAError as error:
+            logger.warning(f"the profiler's windows are not compared: {error}")
+            return
+        self.figure("profile/windows", window_bars(windows), step)
+        said = "\n".join(f"- {note}" for note in notes)
+        self.text("profile/tables", "\n\n".join([*(table.markdown() for table in tables(windows)), said]), step)
+
+    def figure(self, tag: str, figure: Any, step: int) -> None:
+        figure.set_dpi(120)
+        self._tell(lambda watcher: watcher.figure(tag, figure, step))
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        for watcher in self.watchers:
-            watcher.text(tag, markdown, step)
+        self._tell(lambda watcher: watcher.text(tag, markdown, step))
 
     def result(self, config: Config, result: Mapping[str, Any], step: int) -> None:
         """What the run came to, and its row in TensorBoard's HPARAMS tab."""
         known = {**result, "metric": next(iter(result["metrics"].values()), None)}  # without data to evaluate on
         values = {f"result/{name}": known[name] for name in _RESULTS if known[name] is not None}
         self.scalars(values, step)
-        if self.board is None:
+        board = self.board
+        if board is None:
             return
         columns = {
             "task": config.data.task,
@@ -88,11 +115,11 @@ class Telemetry:
             "pairwise": str(config.freezing.pairwise),
             "seed": config.train.seed,
         }
-        self.board.row(columns, values)
+        self._tell(lambda watcher: watcher is board and board.row(columns, values))
 
     def close(self) -> None:
-        for watcher in self.watchers:
-            watcher.close()
+        self._tell(lambda watcher: watcher.close())
+        self.watchers.clear()
 
 
 def open_telemetry(config: Config, run: Path, first_step: int, facts: Mapping[str, str]) -> Telemetry:

@@ -181,7 +181,7 @@ class TraceRecorder:
             self._write_memory(window)
             self._stop()
             self.windows.pop(0)
-            self._publish(window)
+            self._show(window)
         self._before(step + 1)
 
     def close(self) -> None:
@@ -236,11 +236,12 @@ class TraceRecorder:
         except OSError as error:
             self._failure = error.strerror or str(error)
 
-    def _publish(self, window: Window) -> None:
+    def _show(self, window: Window) -> None:
+        """Move what all ranks have written to where TensorBoard looks. A collective."""
         failures = [failure for failure in meet(self._failure) if failure is not None]
         target = self.folder / "profile" / window.name
 
-        def publish() -> str | None:
+        def move() -> str | None:
             if failures:
                 return failures[0]
             try:
@@ -251,7 +252,7 @@ class TraceRecorder:
                 return error.strerror or str(error)
             return None
 
-        failure = on_main(self.accelerator, publish)
+        failure = on_main(self.accelerator, move)
         if failure is None:
             return
         self.windows.clear()

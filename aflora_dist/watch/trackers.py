@@ -1,61 +1,48 @@
-"""Experiment trackers besides TensorBoard, as accelerate drives them. On the main process only.
-
-Each is fed from a thread of its own: what stalls or fails there holds up no rank and ends no training.
-"""
+"""Experiment trackers besides TensorBoard: accelerate's own, on the main process only."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import queue
 import secrets
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import AFLoRAError, writing
-from ..notices import logger
+from ..errors import AFLoRAError, one_line, writing
 
 TENSORBOARD = "tensorboard"
-# Name -> what pip installs; the names, which are those of the modules, are accelerate's.
-PACKAGES = {
-    TENSORBOARD: "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
-    "comet_ml": "comet_ml",
-    "aim": "aim",
-    "clearml": "clearml",
-    "dvclive": "dvclive",
-    "swanlab": "swanlab",
-}
+# As accelerate calls them, which are the names of the packages, too.
+NAMES = (TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 FOLDER = "trackers"  # in the run's directory
 _PROJECT = "aflora"
 _IDS = "ids.json"
-_MOST_WAITING = 10_000  # calls that a tracker has not taken yet
-_PATIENCE = 60.0  # seconds for what is left at the end
+# Trackers are called between updates: a server that does not answer is to be given up before other ranks lose patience,
+# which with NCCL is after ten minutes. Whoever sets these variables decides.
+_LIMITS = {
+    "WANDB_FINISH_TIMEOUT": "60",  # seconds
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}
 
-Call = Callable[[Any], Any]
 
-
-def check(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Raise for a tracker that there is not, that is named twice, or whose package is not installed."""
     for name in names:
         if names.count(name) > 1:
             raise AFLoRAError(f"run.trackers names {name} twice: name it once.")
-        if name not in PACKAGES:
-            raise AFLoRAError(f"run.trackers names {name!r}. Trackers: {', '.join(PACKAGES)}.")
+        if name not in NAMES:
+            raise AFLoRAError(f"run.trackers names {name!r}. Trackers: {', '.join(NAMES)}.")
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of that name, such as wandb makes, is no package
             raise AFLoRAError(
-                f"run.trackers names {name}, which is not installed. Install it (pip install {PACKAGES[name]}), or "
-                f"leave it out of run.trackers."
+                f"run.trackers names {name}, which is not installed. Install it (pip install {name}), or leave it out "
+                f"of run.trackers."
             )
 
 
 class Tracker:
-    """One of accelerate's trackers.
+    """One of accelerate's trackers. Its methods raise whatever its library and its network come to.
 
     Args:
         name: As accelerate calls it.
@@ -67,138 +54,99 @@ class Tracker:
         AFLoRAError: It does not start.
     """
 
+    survived = Exception  # what ends the tracker, and not the training
+
     def __init__(self, name: str, run: Path, hyperparameters: Mapping[str, bool | int | float | str]) -> None:
-        self.name = name
-        self._calls: queue.Queue[Call | None] = queue.Queue(_MOST_WAITING)
-        self._failed = False
-        started: queue.Queue[Exception | None] = queue.Queue()
-        self._thread = threading.Thread(
-            target=self._work, args=(run.absolute(), hyperparameters, started), name=f"tracker {name}", daemon=True
-        )
-        self._thread.start()
-        if (error := started.get()) is not None:
+        self.name, self._run = name, run.absolute()
+        try:
+            self._tracker = self._start(hyperparameters)
+        except Exception as error:
             raise AFLoRAError(
-                f"The tracker {name} did not start: {_short(error)}. Mend that, or leave {name} out of run.trackers; "
+                f"The tracker {name} did not start: {one_line(error)}. Mend that, or leave {name} out of run.trackers; "
                 f"the run goes on with --resume."
-            )
+            ) from error
+
+    def complaint(self, error: Exception) -> str:
+        return f"the tracker {self.name} has failed ({one_line(error)}); training goes on without it."
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._tell(lambda tracker: tracker.log(dict(values), step=step))
+        self._tracker.log(dict(values), step=step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """As a table of one cell, where accelerate knows a way."""
-
-        def write(tracker: Any) -> None:
-            if hasattr(tracker, "log_table"):
-                tracker.log_table(tag, columns=["text"], data=[[markdown]], step=step)
-
-        self._tell(write)
+        if hasattr(self._tracker, "log_table"):
+            self._tracker.log_table(tag, columns=["text"], data=[[markdown]], step=step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
-        """As an image, or as a file of the run, where accelerate knows a way."""
-        if self.name in ("wandb", "swanlab"):
-            pixels = _pixels(figure)
-            self._tell(lambda tracker: tracker.log_images({tag: [pixels]}, step=step))
+        """As an image, or as a file of the run: with those of which it is known that they take matplotlib's."""
+        if self.name == "wandb":
+            self._tracker.log_images({tag: [figure]}, step=step)
         elif self.name == "mlflow":
-            self._tell(lambda tracker: tracker.log_figure(figure, f"{tag}/step_{step:08d}.png"))
+            self._tracker.log_figure(figure, f"{tag}/step_{step:08d}.png")
 
     def close(self) -> None:
-        """Have it take in what it was told, for a minute at most."""
-        self._tell(None)
-        self._thread.join(_PATIENCE)
-        if self._thread.is_alive() and not self._failed:
-            self._give_up(f"has not taken in everything after {_PATIENCE:g} seconds")
-
-    def _tell(self, call: Call | None) -> None:
-        if self._failed:
-            return
         try:
-            self._calls.put_nowait(call)
-        except queue.Full:
-            self._give_up("takes nothing in any more")
-
-    def _give_up(self, why: str) -> None:
-        self._failed = True
-        logger.warning(f"the tracker {self.name} {why}; training goes on without it.")
-
-    def _work(self, run: Path, hyperparameters: Mapping[str, Any], started: queue.Queue[Exception | None]) -> None:
-        """The thread: all calls of a tracker, for some keep what is going on by thread."""
-        try:
-            tracker = _start(self.name, run, hyperparameters)
-        except Exception as error:  # whatever a library and its network come to
-            started.put(error)
-            return
-        started.put(None)
-        try:
-            while not self._failed and (call := self._calls.get()) is not None:
-                call(tracker)
-            tracker.finish()
-        except Exception as error:
-            self._give_up(f"has failed ({_short(error)})")
+            self._tracker.finish()
         finally:
             if self.name == "mlflow":
-                _release_mlflow(run)
+                self._release_mlflow()
 
+    def _start(self, hyperparameters: Mapping[str, Any]) -> Any:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-def _start(name: str, run: Path, hyperparameters: Mapping[str, Any]) -> Any:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+        folder = self._run / FOLDER
+        ids = _read_ids(folder)
+        with writing("What trackers keep", folder):
+            folder.mkdir(exist_ok=True)
+        project = os.environ.get("WANDB_PROJECT", _PROJECT) if self.name == "wandb" else _PROJECT
+        if self.name == "mlflow":
+            self._point_mlflow()
+        for variable, value in _LIMITS.items():
+            os.environ.setdefault(variable, value)
+        kind: Any = LOGGER_TYPE_TO_CLASS[self.name]
+        where = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
+        tracker = kind(project, **where, **self._options(ids.get(self.name)))
+        tracker.start()
+        if ids.get(self.name) is None:
+            tracker.store_init_configuration(dict(hyperparameters))
+            if (known_as := self._known_as(tracker)) is not None:
+                _write_ids(folder, {**ids, self.name: known_as})
+        return tracker
 
-    folder = run / FOLDER
-    ids = _read_ids(folder)
-    with writing("What trackers keep", folder):
-        folder.mkdir(exist_ok=True)
-    project = os.environ.get("WANDB_PROJECT", _PROJECT) if name == "wandb" else _PROJECT
-    if name == "mlflow":
-        _point_mlflow(folder / "mlflow")
-    tracker: Any = LOGGER_TYPE_TO_CLASS[name](project, **_options(name, run, ids.get(name)))
-    tracker.start()
-    if ids.get(name) is None:
-        tracker.store_init_configuration(dict(hyperparameters))
-        if (known_as := _known_as(name, tracker)) is not None:
-            _write_id(folder, name, known_as)
-    return tracker
+    def _options(self, known_as: str | None) -> dict[str, Any]:
+        """Where the tracker's files go, what it calls the run, and which run it goes on with."""
+        folder, run_name = self._run / FOLDER, self._run.name
+        if self.name == "wandb":
+            where = {} if "WANDB_DIR" in os.environ else {"dir": str(folder)}
+            return {**where, "name": run_name, **({"id": known_as, "resume": "allow"} if known_as else {})}
+        if self.name == "mlflow":
+            return {"run_name": run_name, "run_id": known_as}
+        if self.name == "trackio":  # knows a run by its name
+            return {"name": known_as or f"{run_name}-{secrets.token_hex(3)}", "resume": "allow"}
+        return {"dir": str(folder / self.name)} if self.name == "dvclive" else {}
 
+    def _known_as(self, tracker: Any) -> str | None:
+        """By which a later process finds the same run of the tracker; None: each process makes a new one."""
+        if self.name == "wandb":
+            return str(tracker.tracker.id)
+        if self.name == "mlflow":
+            return str(tracker.tracker.info.run_id)
+        return str(tracker.tracker.name) if self.name == "trackio" else None
 
-def _options(name: str, run: Path, known_as: str | None) -> dict[str, Any]:
-    """How accelerate's tracker is made: where its files go, what it calls the run, and which run it goes on with."""
-    folder = run / FOLDER
-    if name == "wandb":
-        where = {} if "WANDB_DIR" in os.environ else {"dir": str(folder)}
-        return {**where, "name": run.name, **({"id": known_as, "resume": "allow"} if known_as else {})}
-    if name == "mlflow":
-        return {"run_name": run.name, "run_id": known_as}
-    if name == "trackio":  # knows a run by its name
-        return {"name": known_as or f"{run.name}-{secrets.token_hex(3)}", "resume": "allow"}
-    if name == "aim":
-        return {"logging_dir": str(folder)}
-    return {"dir": str(folder / name)} if name == "dvclive" else {}
+    def _point_mlflow(self) -> None:
+        """Have MLflow write files into the run's directory, unless a server or another place is named."""
+        import mlflow
 
+        if not mlflow.is_tracking_uri_set():
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # since 3.11 it wants to be told
+            mlflow.set_tracking_uri((self._run / FOLDER / "mlflow").as_uri())
 
-def _known_as(name: str, tracker: Any) -> str | None:
-    """By which a later process finds the same run of the tracker; None: each process makes a new one."""
-    if name == "wandb":
-        return str(tracker.tracker.id)
-    if name == "mlflow":
-        return str(tracker.tracker.info.run_id)
-    return str(tracker.tracker.name) if name == "trackio" else None
+    def _release_mlflow(self) -> None:
+        """Let the next run in this process choose anew."""
+        import mlflow
 
-
-def _point_mlflow(folder: Path) -> None:
-    """Have MLflow write files into the run's directory, unless a server or another place is named."""
-    import mlflow
-
-    if mlflow.is_tracking_uri_set():
-        return
-    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # since 3.11 it wants to be told
-    mlflow.set_tracking_uri(folder.as_uri())
-
-
-def _release_mlflow(run: Path) -> None:
-    """Let the next run in this process choose anew."""
-    import mlflow
-
-    if mlflow.get_tracking_uri() == (run / FOLDER / "mlflow").as_uri():
-        mlflow.set_tracking_uri(None)
+        if mlflow.get_tracking_uri() == (self._run / FOLDER / "mlflow").as_uri():
+            mlflow.set_tracking_uri(None)
 
 
 def _read_ids(folder: Path) -> dict[str, str]:
@@ -211,23 +159,8 @@ def _read_ids(folder: Path) -> dict[str, str]:
     return ids if isinstance(ids, dict) else {}
 
 
-def _write_id(folder: Path, name: str, known_as: str) -> None:
+def _write_ids(folder: Path, ids: Mapping[str, str]) -> None:
     from ..store.records import dumps
 
     with writing("By what a tracker knows the run", folder):
-        (folder / _IDS).write_text(dumps({**_read_ids(folder), name: known_as}, indent=2) + "\n", encoding="utf-8")
-
-
-def _pixels(figure: Any) -> Any:
-    """A figure as an array (height, width, 4) of bytes."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba()).copy()
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
+        (folder / _IDS).write_text(dumps(ids, indent=2) + "\n", encoding="utf-8")

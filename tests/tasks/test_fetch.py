@@ -31,8 +31,9 @@ def test_the_weights_that_from_pretrained_would_take_are_downloaded(
         return f"/cache/{file}"
 
     monkeypatch.setattr(model, "_config", lambda *args, **options: None)
-    monkeypatch.setattr(model, "cached_file", cached_file)
-    monkeypatch.setattr(model, "get_checkpoint_shard_files", lambda *args, **options: found.append("its shards"))
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    shards = "transformers.utils.hub.get_checkpoint_shard_files"
+    monkeypatch.setattr(shards, lambda *args, **options: found.append("its shards"))
     config = ModelConfig(name="somebody/model", revision="v2")
     if fetched is None:
         with pytest.raises(AFLoRAError, match=r"could not be loaded: no model\.safetensors in"):

@@ -187,7 +187,7 @@ def test_a_deepspeed_file_that_cannot_be_honoured_is_refused_once(arguments: lis
 def test_a_full_disk_of_the_main_process_ends_every_rank_with_the_reason(
     tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    """Within an update, where the others wait for it; and the launcher's SIGTERM is no wish to save and go on."""
+    """Within an update, where the others wait for it; and the launcher's SIGTERM is no request to save and go on."""
     arguments = options(tmp_path / "run", tiny_model, reviews, **{"train.epochs": 40, "run.save_every": 0})
     done = launch("ddp", 2, str(ROOT / "tests" / "workers" / "full_log.py"), *arguments, true_launch=True)
     assert done.returncode != 0

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from aflora_dist.figures import Place, freeze_map, place
+from aflora_dist.figures import freeze_map
+from aflora_dist.names import MatrixPosition, matrix_position
 from aflora_dist.training.run import main
 from aflora_dist.view.show import Run, sparkline
 from aflora_dist.view.show import main as show
@@ -110,8 +111,8 @@ def test_names_are_no_formulas_in_figures(tmp_path: Path) -> None:
 
 def test_names_are_taken_apart_into_layer_and_kind() -> None:
     llama = "base_model.model.model.layers.11.mlp.up_proj.aflora.default.B"
-    assert place(llama) == Place("model.layers", 11, "mlp.up_proj B")
-    assert place("base_model.model.up.aflora.other.A") == Place("", -1, "up A")
+    assert matrix_position(llama) == MatrixPosition("model.layers", 11, "mlp.up_proj B")
+    assert matrix_position("base_model.model.up.aflora.other.A") == MatrixPosition("", -1, "up A")
 
 
 def test_sparkline() -> None:

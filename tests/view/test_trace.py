@@ -1,4 +1,4 @@
-"""`aflora trace`: its numbers against other readings of the same events, what it says of bad files, its page."""
+"""`aflora trace`: its numbers against other readings of the same events, what it says of bad files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 from aflora_dist.errors import AFLoRAError
-from aflora_dist.view.trace import reader
-from aflora_dist.view.trace.analysis import RankReport, report_rank, waits
-from aflora_dist.view.trace.intervals import difference, intersection, total, union
-from aflora_dist.view.trace.main import main, read_run
-from aflora_dist.view.trace.reader import TraceError, read_trace
+from aflora_dist.figures import window_bars
+from aflora_dist.traces import RankReport, TraceError, read_run, tables
+from aflora_dist.traces.analysis import report_rank, waits
+from aflora_dist.traces.intervals import difference, intersection, total, union
+from aflora_dist.traces.reader import read_trace
+from aflora_dist.view.trace import main
 from aflora_dist.watch.traces import for_plugin
-from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
 from tests.watch.cuda_trace import NCCL, cuda_trace
 
 pytestmark = pytest.mark.usefixtures("wide")
@@ -287,47 +287,36 @@ def test_an_evaluation_within_a_window_belongs_to_no_update(arguments: list[str]
     assert notes == [f"1_from_4: {rank.aside_ms:,.0f} ms of evaluation and checkpoints lie in it and are left out."]
 
 
-# Pages
+# Tables and pictures
 
 
-def test_the_page_shows_the_tables_in_a_browser_without_any_request(cuda_run: Path, tmp_path: Path) -> None:
-    for program in (CHROMIUM, CHROMEDRIVER):
-        if program is None:
-            pytest.skip("needs chromium and chromedriver")
-    page = tmp_path / "page.html"
-    assert main([str(cuda_run), "--html", str(page)]) == 0
-    source = page.read_text()
-    assert "<script" not in source
-    assert "://" not in source
-    with Browser() as browser:
-        browser.open(page.as_uri())
-        seen = browser.wait_for("Where a step goes", "By rank", "A step, ms (mean over ranks)")["text"]
-        lines = seen.splitlines()
-        after = lines[lines.index("exposed communication", lines.index("step")) + 1 :]
-        assert after[:5] == ["0.070   7%", "0.055   6%", "0.040   4%", "0.79", "0.57"]
-        assert browser.run("return performance.getEntriesByType('resource').length") == 0
-        stacks = browser.run(
-            "return [...document.querySelectorAll('.stack')].map(s => [...s.children].map(p => p.offsetWidth))"
-        )
-        assert len(stacks) == 6
-        assert all(min(widths) > 0 for widths in stacks)
-        full = browser.run("return document.querySelector('.stack').offsetWidth")
-        assert all(abs(sum(widths) - full) <= 3 for widths in stacks), "all steps are of one length here"
-        assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
-
-
-def test_what_a_trace_says_is_text_on_the_page(tmp_path: Path) -> None:
+def test_the_tables_are_markdown_in_which_names_stay_text(tmp_path: Path) -> None:
     trace = cuda_trace()
     for event in trace["traceEvents"]:
         if event["name"] == "aflora.all_reduce":
-            event["name"] = "aflora.<b>&"
-    run = tmp_path / "<i>run"
-    write(run, "training", 0, trace, world=1)
-    assert main([str(run), "--html", str(tmp_path / "page.html")]) == 0
-    source = (tmp_path / "page.html").read_text()
-    assert "aflora.&lt;b&gt;&amp;" in source
-    assert "<b>&" not in source
-    assert "<i>" not in source
+            event["name"] = "aflora.a|b"
+    write(tmp_path, "training", 0, trace, world=1)
+    windows, _ = read_run(tmp_path)
+    step, host, *_ = (table.markdown() for table in tables(windows))
+    assert "|exposed communication|0.040   4%|" in step
+    assert "|aflora.a\\|b|" in host
+    assert host.splitlines()[2:4] == ["||training|", "|---|---:|"]
+
+
+def test_the_picture_has_a_bar_for_each_range_and_rank_of_each_window(cuda_run: Path) -> None:
+    windows, _ = read_run(cuda_run)
+    figure = window_bars(windows)
+    above, below = figure.axes[:3], figure.axes[3:]
+    assert [axis.get_title() for axis in above] == ["before", "middle", "after"]
+    ranges = [label.get_text().strip() for label in below[0].get_yticklabels()]
+    assert ranges == ["data loading", "forward", "backward", "aflora.all_reduce", "optimizer"]
+    for axis, window in zip(below, windows, strict=True):
+        drawn = [bar.get_width() for bar in axis.patches]
+        assert drawn == [pytest.approx(t.host_ms) for r in window.ranks for t in r.ranges]
+    for axis, window in zip(above, windows, strict=True):
+        lengths = [bar.get_width() for bar in axis.patches]
+        parts = [(r.computing_ms, r.exposed_ms, r.idle_ms) for r in window.ranks]
+        assert lengths == [pytest.approx(part) for three in parts for part in three]
 
 
 # Missing, cut and foreign files
@@ -355,7 +344,7 @@ def test_odd_names_pipes_and_sizes_do_not_stop_it(
     os.mkfifo(window / "a_host_2.1.pt.trace.json")
     write(cuda_run, "3_after", 1, cuda_trace(), world=10**12)
     (cuda_run / "tensorboard" / "profile" / "2_middle").rename(window.parent / "\udcff")
-    assert main([str(cuda_run), "--html", str(tmp_path / "page.html")]) == 0
+    assert main([str(cuda_run)]) == 0
     said = capsys.readouterr().out
     assert f"note: {window / 'a_host_2.1.pt.trace.json'} is not a file." in said
     assert "note: Of 1000000000000 ranks there are no traces of 2, 3, 4, 5, 6, 7, 8, 9, ...." in said
@@ -448,8 +437,8 @@ def test_a_run_without_traces_is_refused_in_a_line(
 def test_results_that_cannot_be_written_are_an_error_in_a_line(
     cuda_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(cuda_run), "--html", str(tmp_path / "nowhere" / "page.html")]) == 2
-    assert "The page could not be written to" in capsys.readouterr().err
+    assert main([str(cuda_run), "--json", str(tmp_path / "nowhere" / "numbers.json")]) == 2
+    assert "The numbers could not be written to" in capsys.readouterr().err
 
 
 def test_snapshots_of_memory_are_named_and_not_read(cuda_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -463,19 +452,7 @@ def test_snapshots_of_memory_are_named_and_not_read(cuda_run: Path, capsys: pyte
 # Size
 
 
-def test_a_trace_reads_the_same_however_it_is_cut_into_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write(tmp_path, "training", 1, {"baseTimeNanoseconds": 1_790_857_026_000_000_000, **cuda_trace()})
-    content = json.loads(gzip.decompress(file.read_bytes()))
-    events = content.pop("traceEvents")
-    for size in (1, 2, 7, 64, 1000):
-        monkeypatch.setattr(reader, "_CHUNK", size)
-        entries = list(reader._entries(file))
-        assert [value for key, value in entries if key == "traceEvents"] == events
-        assert {key: value for key, value in entries if key != "traceEvents"} == content
-
-
-def test_the_size_of_a_trace_costs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_CHUNK", 1 << 16)
+def test_the_size_of_a_trace_costs_its_text_and_not_its_events(tmp_path: Path) -> None:
     trace = cuda_trace()
     shapes = {"Input Dims": [[17, 3]] * 400, "Input type": ["float"] * 400}
     trace["traceEvents"] += [
@@ -491,7 +468,7 @@ def test_the_size_of_a_trace_costs_no_memory(tmp_path: Path, monkeypatch: pytest
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < size / 4, f"{peak:,} of {size:,} bytes"
+    assert peak < 2.5 * size, f"{peak:,} of {size:,} bytes"
 
 
 def test_another_trace_of_the_same_rank_is_said(cuda_run: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aflora_dist.tasks.base import Evaluation
 from aflora_dist.tasks.sft import LanguageModelling
@@ -43,6 +44,21 @@ def test_the_profiler_plugin_reads_both_ranks_all_ranges_and_data_loading(board:
 
 
 @pytest.mark.distributed
+def test_the_windows_of_a_profiled_run_are_compared_in_a_picture_and_in_tables(profiled: Path) -> None:
+    """What shows offline and without the profiler's plugin."""
+    events = EventAccumulator(str(profiled / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    (image,) = events.Images("profile/windows")
+    assert (image.step, image.width > 800, image.encoded_image_string[:4]) == (23, True, b"\x89PNG")
+    (text,) = events.Tensors("profile/tables/text_summary")
+    said = text.tensor_proto.string_val[0].decode()
+    assert "||before|middle|after|middle/before|after/before|" in said
+    for part in (*RANGES[:3], "aflora.observe", "aflora.decide", "exposed communication", "idle"):
+        assert any(line.strip("|\u00a0").startswith(part) for line in said.splitlines()), part
+    assert len([line for line in said.splitlines() if line.startswith(("|before|0|", "|before|1|"))]) == 2
+
+
+@pytest.mark.distributed
 def test_a_browser_finds_scalars_fig5_summary_and_hparams(board: TensorBoard) -> None:
     for program in (CHROMIUM, CHROMEDRIVER):
         if program is None:
@@ -53,10 +69,10 @@ def test_a_browser_finds_scalars_fig5_summary_and_hparams(board: TensorBoard) ->
         page.open(board.url + "#scalars&tagFilter=layer%2001")
         page.wait_for("score layer 01/intermediate.dense A")
         page.open(board.url + "#images")
-        content = page.wait_for("freezing/Fig. 5", images=1)
-        assert content["images"][0]["width"] > 400
+        content = page.wait_for("freezing/Fig. 5", "profile/windows", images=2)
+        assert all(image["width"] > 400 for image in content["images"])
         page.open(board.url + "#text")
-        page.wait_for("freezable matrices", "2 x zero2", "initial_epochs: 1.0")
+        page.wait_for("freezable matrices", "2 x zero2", "initial_epochs: 1.0", "Ranges on the host, ms per step")
         page.open(board.url + "#hparams")
         page.wait_for("learning rate", "result/metric", "2 x zero2")
 

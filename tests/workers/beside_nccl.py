@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from aflora_dist import AdaptiveFreezing, FreezingConfig
 from aflora_dist.processes import cpu_group, launched_accelerator
-from aflora_dist.watch.stopping import StopWish
+from aflora_dist.watch.stopping import StopRequest
 from tests.workers.tiny import GLOBAL_BATCH, build_model, build_optimizer, global_batch
 
 accelerator = launched_accelerator()
@@ -68,9 +68,9 @@ for case in ("gloo", "gloo fails", "host names"):
     tensors, _ = freezing.progress.snapshot()
     held = {name: p for name, p in freezing.engine.parameters.items() if p.requires_grad}
     same = all(torch.equal(tensors[f"value/{n}"], p.detach().flatten()) for n, p in held.items() if rank == 0)
-    wish = StopWish(Path("no-such-file"), rank == 0)
+    stop_request = StopRequest(Path("no-such-file"), rank == 0)
     if rank == 1:
-        wish._wished = True
+        stop_request._requested = True
     found = {
         "case": case,
         "rank": rank,
@@ -78,9 +78,9 @@ for case in ("gloo", "gloo fails", "host names"):
         "beside": cpu_group.cpu_group() is not None,
         "through it": [group is cpu_group.cpu_group() for group, _ in seen],
         "same": same,
-        "stops": wish.agreed(),
+        "stops": stop_request.agreed(),
     }
-    wish.close()
+    stop_request.close()
     freezing.detach()
     print(f"SEEN {json.dumps(found)}\n", end="", flush=True)
 os._exit(0)

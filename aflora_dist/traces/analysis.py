@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .intervals import Interval, covers, difference, intersection, total, union, within
+from .intervals import Interval, covered, covers, difference, intersection, total, union
 from .reader import Collective, RankTrace
 
 # What may lie in a window and belongs to no update.
@@ -143,7 +143,7 @@ def _range_times(trace: RankTrace, window: list[Interval]) -> tuple[RangeTime, .
     def on_device(intervals: list[Interval]) -> float | None:
         if not trace.launched:
             return None
-        return sum(duration for interval in intervals for _, duration in asked[within(moments, interval)]) * scale
+        return sum(duration for interval in intervals for _, duration in asked[covered(moments, interval)]) * scale
 
     return tuple(
         RangeTime(path, len(intervals) / len(trace.steps), total(intervals) * scale, on_device(intervals))

@@ -1,26 +1,23 @@
-"""Reads a profiler's trace event by event, so that its size costs time and not memory."""
+"""Reads a profiler's trace: of each event what is needed is kept, the rest is dropped as soon as it is parsed."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from json import JSONDecodeError, JSONDecoder
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ...errors import AFLoRAError
+from ..errors import AFLoRAError
 from .intervals import Interval
 
+_MOST_PACKED = 200  # characters for a byte of the file, at most; traces have ten to twenty
+_SMALL = 1 << 26  # characters that any file may have
 _CHUNK = 1 << 20
-_LONGEST = 1 << 26  # characters of one event; more, and the file is none of ours
-_MOST_PACKED = 200  # characters for a byte of the file; traces have ten to twenty
-_BLANK = re.compile(r"[ \t\r\n]*")
-_READING = (OSError, EOFError, zlib.error)
 _STRANGE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
 # The ranges of watch/traces.py, control.py and the loop; all others are operators or another library's.
@@ -84,7 +81,6 @@ class RankTrace:
             was not recorded), start, and duration.
     """
 
-    path: Path
     rank: int
     world_size: int | None
     steps: list[Interval]
@@ -107,33 +103,59 @@ def read_trace(path: Path) -> RankTrace:
     Raises:
         TraceError: The file is cut short, is no trace, or has none of the profiler's steps in it.
     """
+    text = _text(path)
+    events = _Events(path)
+    if re.match(r"\s*[^{\s]", text):
+        raise TraceError(f"{path} is no trace of PyTorch's: it is no JSON object.")
+    try:
+        said = json.loads(text, object_hook=events.take)
+    except TraceError:
+        raise
+    except (ValueError, RecursionError):  # a number of thousands of digits is the former
+        raise TraceError(f"{path} is cut short or damaged, after {events.count:,} events.") from None
     rank, world_size = rank_in_name(path) or 0, None
-    events = _Events()
-    for key, value in _entries(path):
+    try:
+        if any(left is not None for left in said.get("traceEvents", ())):
+            raise TypeError
+    except _STRANGE:
+        raise events.strange("traceEvents") from None
+    if (ranks := said.get("distributedInfo")) is not None:
         try:
-            if key == "traceEvents" and value.get("ph") == "X":
-                events.add(value)
-            elif key == "distributedInfo":
-                rank, world_size = int(value["rank"]), int(value["world_size"])
-                if not 0 <= rank < world_size < 2**63:
-                    raise ValueError(rank)
+            rank, world_size = int(ranks["rank"]), int(ranks["world_size"])
+            if not 0 <= rank < world_size < 2**63:
+                raise ValueError(rank)
         except _STRANGE:
-            raise TraceError(f"{path} is no trace of PyTorch's: {_said(key, value)} is not as it writes it.") from None
+            raise events.strange("distributedInfo") from None
     if not events.steps:
         raise TraceError(f"{path} has no steps (ProfilerStep) in it: it is no window of a training.")
-    return events.trace(path, rank, world_size)
+    return events.trace(rank, world_size)
 
 
-def _said(key: str, value: Any) -> str:
-    if key == "traceEvents" and isinstance(value, dict):
-        return f"its event {value.get('name')!r}"
-    return f"its {key}"
+def _text(path: Path) -> str:
+    parts: list[str] = []
+    try:
+        with open(path, "rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        left = _SMALL + _MOST_PACKED * path.stat().st_size
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8", errors="replace") as file:
+            while left >= 0 and (part := file.read(_CHUNK)):
+                parts.append(part)
+                left -= len(part)
+    except (OSError, EOFError, zlib.error) as error:
+        cut = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
+        reason = "cut short or damaged" if cut else getattr(error, "strerror", None) or error
+        raise TraceError(f"{path} cannot be read: {reason}.") from None
+    if left < 0:
+        raise TraceError(f"{path} unpacks to {_MOST_PACKED} times its size and more: it is none of PyTorch's.")
+    return "".join(parts)
 
 
 class _Events:
     """What is kept of the events; which thread is the main one, and who launched what, is known after the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.count = 0
         self.steps: dict[Any, list[Interval]] = defaultdict(list)
         self.ranges: dict[Any, list[tuple[str, float, float]]] = defaultdict(list)
         self.operators: dict[Any, list[Interval]] = defaultdict(list)
@@ -143,12 +165,26 @@ class _Events:
         self.work: list[tuple[int, float, float]] = []
         self.nccl: list[tuple[int, str, int | None]] = []
 
-    def add(self, event: dict[str, Any]) -> None:
-        """Take an event that lasts.
+    def take(self, parsed: dict[str, Any]) -> dict[str, Any] | None:
+        """An object of the file: an event becomes None, after what lasts has been noted; others stay.
 
         Raises:
-            KeyError, TypeError, ValueError: It is not as torch writes it.
+            TraceError: The event is not as torch writes it.
         """
+        if "ph" not in parsed:
+            return parsed
+        self.count += 1
+        if parsed["ph"] == "X":
+            try:
+                self._add(parsed)
+            except _STRANGE:
+                raise self.strange(f"event {parsed.get('name')!r}") from None
+        return None
+
+    def strange(self, what: str) -> TraceError:
+        return TraceError(f"{self._path} is no trace of PyTorch's: its {what} is not as it writes it.")
+
+    def _add(self, event: dict[str, Any]) -> None:
         category, name = event.get("cat"), str(event["name"])
         start, duration, args = float(event["ts"]), float(event["dur"]), event.get("args", {})
         end = start + duration
@@ -182,7 +218,7 @@ class _Events:
         elif _OPERATOR.match(name):
             self.operators[thread].append((start, end))
 
-    def trace(self, path: Path, rank: int, world_size: int | None) -> RankTrace:
+    def trace(self, rank: int, world_size: int | None) -> RankTrace:
         main = next(iter(self.steps))
         launched = [(self.calls.get(number, math.nan), start, duration) for number, start, duration in self.work]
         collectives = self.gloo
@@ -190,7 +226,6 @@ class _Events:
             asked, start, duration = launched[i]
             collectives.append(Collective(kind, start, start + duration, asked, elements))
         return RankTrace(
-            path=path,
             rank=rank,
             world_size=world_size,
             steps=sorted(self.steps[main]),
@@ -217,96 +252,3 @@ def _elements(dims: Any) -> int:
                 raise ValueError(product)
         return product
     return sum(_elements(inner) for inner in dims)
-
-
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """(key, value) of the file's outermost object, for the list "traceEvents" one pair for each element."""
-    try:
-        with open(path, "rb") as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
-        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8", errors="replace") as file:
-            yield from _Parser(path, file).entries()
-    except _READING as error:
-        cut = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
-        reason = "cut short or damaged" if cut else getattr(error, "strerror", None) or error
-        raise TraceError(f"{path} cannot be read: {reason}.") from None
-
-
-class _Parser:
-    """JSON's outermost object and its list of events; each value within goes through json's own scanner."""
-
-    def __init__(self, path: Path, file: IO[str]) -> None:
-        self._path, self._file = path, file
-        self._text, self._at, self._over = "", 0, False
-        self._events = 0
-        self._left = _LONGEST + _MOST_PACKED * path.stat().st_size  # a small file can unpack to more than time there is
-        self._decode = JSONDecoder().raw_decode
-
-    def entries(self) -> Iterator[tuple[str, Any]]:
-        if self._next() != "{":
-            raise TraceError(f"{self._path} is no trace of PyTorch's: it is no JSON object.")
-        self._at += 1
-        while self._next() != "}":
-            key = self._value()
-            self._expect(":")
-            if key == "traceEvents" and self._next() == "[":
-                self._at += 1
-                while self._next() != "]":
-                    event = self._value()
-                    self._events += 1
-                    yield key, event
-                    self._separate("]")
-                self._at += 1
-            else:
-                yield key, self._value()
-            self._separate("}")
-
-    def _value(self) -> Any:
-        self._next()
-        while True:
-            try:
-                value, end = self._decode(self._text, self._at)
-                if end < len(self._text) or self._over:  # a number at the end may go on
-                    self._at = end
-                    return value
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits is the former
-                if not isinstance(error, JSONDecodeError) or len(self._text) - self._at > _LONGEST:
-                    raise self._damaged() from None
-                if self._over:
-                    raise self._cut() from None
-            self._more()
-
-    def _next(self) -> str:
-        """The next character that is not blank, which is not taken."""
-        while True:
-            blank = _BLANK.match(self._text, self._at)
-            self._at = blank.end() if blank else self._at
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if self._over:
-                raise self._cut()
-            self._more()
-
-    def _expect(self, character: str) -> None:
-        if self._next() != character:
-            raise self._damaged()
-        self._at += 1
-
-    def _separate(self, closing: str) -> None:
-        if self._next() != closing:
-            self._expect(",")
-
-    def _more(self) -> None:
-        chunk = self._file.read(max(_CHUNK, len(self._text) - self._at))  # as much again: a long value is scanned anew
-        self._over, self._left = not chunk, self._left - len(chunk)
-        if self._left < 0:
-            raise TraceError(
-                f"{self._path} unpacks to {_MOST_PACKED} times its size and more: it is none of PyTorch's."
-            )
-        self._text, self._at = self._text[self._at :] + chunk, 0
-
-    def _cut(self) -> TraceError:
-        return TraceError(f"{self._path} is cut short or damaged, after {self._events:,} events.")
-
-    def _damaged(self) -> TraceError:
-        return TraceError(f"{self._path} is damaged, after {self._events:,} events.")

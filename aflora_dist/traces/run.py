@@ -1,26 +1,14 @@
-"""The command `aflora trace`: reads all files of a run, prints the tables, writes the page and the numbers."""
+"""The windows of a run: all files under tensorboard/profile, one at a time."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from ...errors import AFLoRAError, writing
-from ..terminal import console as create_console
+from ..errors import AFLoRAError
 from .analysis import RankReport, WindowReport, report_rank, waits
-from .page import page
 from .reader import RankTrace, TraceError, rank_in_name, read_trace
-from .tables import Sheet, sheets
 
 _STANDARD = ("1_before", "2_middle", "3_after")
 
@@ -94,53 +82,3 @@ def _notes(windows: Sequence[WindowReport], profile: Path, world: int, only: Seq
         if aside:
             said.append(f"{window.name}: {aside:,.0f} ms of evaluation and checkpoints lie in it and are left out.")
     return said
-
-
-def print_sheet(sheet: Sheet, console: Console) -> None:
-    console.print(Text(sheet.title, style="bold"))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
-    for i, column in enumerate(sheet.columns):
-        table.add_column(
-            column.replace("/", "/\n"), justify="left" if i < sheet.names else "right", no_wrap=i >= sheet.names
-        )
-    for row in sheet.rows:
-        table.add_row(*(Text(cell.text) for cell in row))
-    console.print(table)
-    if sheet.note:
-        console.print(Text(sheet.note, style="dim"))
-    console.print()
-
-
-def main(arguments: list[str]) -> int:
-    """`aflora trace`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="aflora trace", description="Compare the profiler's windows of a run: ranges, communication, idle, ranks."
-    )
-    parser.add_argument("run", type=Path, help="the directory (run.dir) of a run with --profile")
-    parser.add_argument("--ranks", type=int, nargs="+", metavar="N", help="read the traces of these ranks only")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page that needs no network")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers")
-    args = parser.parse_args(arguments)
-    console = create_console()
-    try:
-        windows, problems = read_run(args.run, args.ranks)
-        for sheet in sheets(windows):
-            print_sheet(sheet, console)
-        for problem in problems:
-            console.print(Text(f"note: {problem}"), soft_wrap=True)
-        if args.html is not None:
-            with writing("The page", args.html):
-                args.html.write_text(
-                    page(args.run.resolve().name, windows, problems), encoding="utf-8", errors="replace"
-                )
-        if args.json is not None:
-            numbers = {"run": str(args.run), "windows": [asdict(window) for window in windows], "notes": problems}
-            with writing("The numbers", args.json):
-                args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        for path in (args.html, args.json):
-            if path is not None:
-                console.print(f"wrote {path}", soft_wrap=True)
-    except AFLoRAError as error:
-        print(f"aflora: error: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -69,6 +69,6 @@ def covers(intervals: list[Interval], at: float) -> bool:
     return i >= 0 and at < intervals[i][1]
 
 
-def within(sorted_times: list[float], interval: Interval) -> slice:
+def covered(sorted_times: list[float], interval: Interval) -> slice:
     """Which of the sorted moments an interval covers."""
     return slice(bisect_left(sorted_times, interval[0]), bisect_left(sorted_times, interval[1]))

@@ -1,1 +1,0 @@
-"""`aflora trace RUN`: what a run's profiler traces say about steps, ranges, communication and ranks; without torch."""
