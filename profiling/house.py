@@ -1,7 +1,8 @@
 """The house: which room of the package stands on which floor, and what imports say of it.
 
-`python -m profiling.house` draws it: rooms by floor with their lines of code, and an arrow for each import between them.
-`tests/test_floors.py` holds it to the rule that nothing knows of what stands above it. Reads the sources; imports none.
+`python -m profiling.house` draws it: rooms by floor with their lines of code, and an arrow for each room that another
+one imports. `tests/test_floors.py` holds it to the rule that nothing knows of what stands above it. Sources are read,
+not imported.
 """
 
 from __future__ import annotations
@@ -211,11 +212,11 @@ def draw() -> str:
         floor = FLOORS[name]
         fill, stroke = COLOURS["low" if floor <= 4 else "middle" if floor <= 7 else "high"]
         shown = name if name.count(".") else f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
+        text = f'<text x="{x + BOX / 2:.0f}" text-anchor="middle"'
         parts.append(
             f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX}" height="{HEIGHT}" rx="5" fill="{fill}" stroke="{stroke}"/>'
-            f'<text x="{x + BOX / 2:.0f}" y="{y + 17:.0f}" text-anchor="middle" font-weight="600">{escape(shown)}</text>'
-            f'<text x="{x + BOX / 2:.0f}" y="{y + 32:.0f}" text-anchor="middle" font-size="11" fill="#444">'
-            f"{lines(name):,} lines</text>"
+            f'{text} y="{y + 17:.0f}" font-weight="600">{escape(shown)}</text>'
+            f'{text} y="{y + 32:.0f}" font-size="11" fill="#444">{lines(name):,} lines</text>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -106,10 +106,8 @@ STAYS: dict[str, tuple[str, ...]] = {
         "ddp-bf16",
         "zero3-no",
     ),
-    "tests/training/test_slurm.py::"
-    "test_a_job_interrupted_in_four_ways_comes_back_and_ends_with_the_same_model": NONE,
-    "tests/training/test_slurm.py::"
-    "test_several_tasks_a_node_are_so_many_ranks_and_a_port_in_use_is_passed_over": NONE,
+    "tests/training/test_slurm.py::test_a_job_interrupted_in_four_ways_comes_back_and_ends_with_the_same_model": NONE,
+    "tests/training/test_slurm.py::test_several_tasks_a_node_are_so_many_ranks_and_a_port_in_use_is_passed_over": NONE,
     "tests/training/test_slurm.py::test_a_signal_to_the_ranks_saves_and_ends_the_job": NONE,
     "tests/methods/test_methods.py::test_methods_train_alike_on_two_ranks_and_go_on_in_one_process": (
         "ddp",
