@@ -61,6 +61,7 @@ def test_what_is_left_out_or_stays_is_there(everything: list[str]) -> None:
 def test_what_stays_is_told_by_its_parameters() -> None:
     assert stays("ddp-2", ("single-1", "ddp-2"))
     assert stays("zero1-names0", ("zero1-*",))
+    assert stays("True-{}-bert", ("*-bert",))
     assert not stays("zero2-names1", ("zero1-*", "zero2"))
     assert not stays("", ())
     assert is_left_out("tests/engines/test_dealing.py::test_dealt_batches_train_what_undealt_ones_train[ddp-3]")
