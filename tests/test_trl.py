@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.selection import is_chosen
 from tests.test_trainer import EVERY, FOURTHS, assert_close, assert_same_log, loop, marked, plain, run, saved
 
 pytest.importorskip("trl")
@@ -21,9 +22,23 @@ PAIRS = [(engine, kind) for engine in EVERY for kind in (("sft",) if engine == "
 def trained(engine: str) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """A folder, and what the ranks saw of a training with each trainer."""
     folder = Path(mkdtemp(prefix=f"trl-{engine}-"))
-    kinds = [kind for place, kind in PAIRS if place == engine]
+    kinds = [kind for place, kind in PAIRS if place == engine and is_wanted(engine, kind)]
     seen = run(engine, *([str(folder / kind), "--trl", kind, "--options", json.dumps(FOURTHS)] for kind in kinds))
     return folder, dict(zip(kinds, seen, strict=True))
+
+
+def is_wanted(engine: str, kind: str) -> bool:
+    """Whether a test that is run looks at this training."""
+    if kind == "sft" and is_chosen(f"tests/test_trl.py::{test_sft_freezes_as_an_own_loop_does.__name__}[{engine}]"):
+        return True
+    pairs = [(engine, kind)]
+    pairs += [(place, kind) for place in EVERY if engine == "single"]  # what preferences and rewards are held against
+    tests = (
+        test_preferences_and_rewards_freeze_the_same_on_every_engine,
+        test_all_freezes_and_the_whole_adapter_is_saved,
+        test_resuming_is_exact,
+    )
+    return any(is_chosen(f"tests/test_trl.py::{test.__name__}[{e}-{k}]") for test in tests for e, k in pairs)
 
 
 def each(kinds: tuple[str, ...]) -> Any:
