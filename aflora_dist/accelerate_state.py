@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
+from .compat.accelerate import unwrap
 from .engines.base import hang
 from .errors import AFLoRAError, writing
 from .processes import on_main
@@ -31,7 +32,7 @@ class AccelerateState:
     def __init__(self, accelerator: Accelerator, freezing: AdaptiveFreezing) -> None:
         self._accelerator = accelerator
         self._freezing = weakref.ref(freezing)
-        models = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in accelerator._models]
+        models = [unwrap(accelerator, model) for model in accelerator._models]
         number = next((i for i, model in enumerate(models) if model is freezing.engine.model), 0)
         self._file = _FILE.format(f"_{number}" if number else "")  # as accelerate numbers models
         del models

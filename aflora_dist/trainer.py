@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import has_length
 
 from .adapter.saving import state_dict_of
+from .compat.accelerate import unwrap
 from .contract import Private, require
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, thaw
 from .engines import Engine
@@ -190,7 +191,7 @@ class FreezingCallback(TrainerCallback):
 
     def _thaw(self, trainer: Trainer, names: Any) -> None:
         """Where this process has trained the model already: all that the checkpoint's training began with."""
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        model = unwrap(trainer.accelerator, trainer.model)
         frozen = [name for name, p in named_parameters(model).items() if name in names and not p.requires_grad]
         if not frozen:
             return

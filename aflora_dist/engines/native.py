@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ..compat.accelerate import unwrap
 from ..contract import require
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
@@ -47,7 +48,7 @@ class NativeEngine(Engine):
         self._wrapper = next(
             (w for w in wrappers if isinstance(w, AcceleratedOptimizer) and w.optimizer is inner), None
         )
-        unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+        unwrapped = unwrap(accelerator, model)
         known = {id(p) for p in unwrapped.parameters()}
         unknown = sum(id(p) not in known for group in inner.param_groups for p in group["params"])
         if unknown:
