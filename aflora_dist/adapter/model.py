@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..compat.transformers import refuse_own_loading
 from ..contract import require
 from ..errors import AFLoRAError
 from ..names import unwrapped, without_wrappers
@@ -136,6 +137,7 @@ class AFLoRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AFLoRAConfig, model: nn.Module) -> None:
         """Changes nothing. Refuses what cannot be, while the model is still as it was."""
+        refuse_own_loading()
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
         adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = {
@@ -233,6 +235,10 @@ class AFLoRAModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's copies a weight, too, which a module that trains whole (`modules_to_save`) may not have itself."""
         setattr(parent, child_name, new_module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model: PEFT before 0.21 calls its forward alone, past the hook that notes the shape of inputs."""
+        return self.model(*args, **kwargs)
 
     def unload(self) -> nn.Module:
         model = super().unload()
