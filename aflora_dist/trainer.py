@@ -14,6 +14,7 @@ from transformers.trainer_utils import has_length
 
 from .adapter.freezable import thaw
 from .adapter.saving import state_dict_of
+from .compat.accelerate import unwrap
 from .compat.contract import require
 from .compat.transformers import TRAINER
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
@@ -182,7 +183,7 @@ class FreezingCallback(TrainerCallback):
 
     def _thaw(self, trainer: Trainer, names: Any) -> None:
         """Where this process has trained the model already: all that the checkpoint's training began with."""
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        model = unwrap(trainer.accelerator, trainer.model)
         frozen = [name for name, p in named_parameters(model).items() if name in names and not p.requires_grad]
         if not frozen:
             return

@@ -15,8 +15,9 @@ WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the",
 def make_tiny_model(folder: Path) -> Path:
     """A BERT of two small layers without dropout, with its tokenizer, in a folder."""
     folder.mkdir(exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    BertTokenizerFast({token: i for i, token in enumerate(tokens)}).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=5 + len(WORDS),

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import compile_regions
+from peft import PeftModel
 from peft.utils import PeftType
 from torch import nn
 
-from aflora_dist import AFLoRAConfig
+from aflora_dist import AFLoRAConfig, AFLoRAError
 from aflora_dist.compat import deepspeed
+from aflora_dist.compat import transformers as compat_transformers
+from aflora_dist.compat.accelerate import unwrap
 from aflora_dist.compat.deepspeed import divide_once, offsets, unpin
 from aflora_dist.compat.peft import teach_saving
 from aflora_dist.compat.transformers import checkpoint_activations
 from tests.versions import LIBRARIES, compare
-from tests.workers.tiny import build_model
+from tests.workers.tiny import build_base, build_model
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
@@ -26,6 +32,34 @@ def test_activations_are_checkpointed_under_the_name_that_there_is(name: str) ->
     told: list[Any] = []
     checkpoint_activations(SimpleNamespace(**{name: told.append}), use_reentrant=True)
     assert told == [{"use_reentrant": True}]
+
+
+def test_a_model_s_own_loading_is_refused_where_it_leaves_values_at_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model()
+    model.save_pretrained(str(tmp_path))
+    monkeypatch.setattr(compat_transformers, "is_older", lambda library, release: True)
+    with pytest.raises(AFLoRAError, match=r"PeftModel\.from_pretrained.*, or install"):
+        build_base().load_adapter(str(tmp_path))
+    PeftModel.from_pretrained(build_base(), str(tmp_path)).load_adapter(str(tmp_path), "other")
+
+
+def test_a_model_is_unwrapped_where_single_layers_of_it_are_compiled() -> None:
+    model = nn.Sequential(torch.compile(nn.Linear(2, 2)), nn.Linear(2, 2))
+    for accelerator in (
+        Accelerator(cpu=True),
+        SimpleNamespace(unwrap_model=lambda model, **_: vars(model)["_orig_mod"]),
+    ):
+        assert unwrap(accelerator, model) is model
+        assert "_orig_mod" not in vars(model)
+
+
+def test_a_model_is_unwrapped_of_what_is_wrapped_around_all_of_it() -> None:
+    model, compiled = build_model(), nn.Sequential(torch.compile(nn.Linear(2, 2)))
+    for wrapped in (model, torch.compile(model), compile_regions(model), nn.DataParallel(model)):
+        assert unwrap(Accelerator(cpu=True), wrapped) is model
+    assert unwrap(Accelerator(cpu=True), nn.DataParallel(compiled)) is compiled
 
 
 def test_parameters_lie_one_after_the_other_where_deepspeed_says_nothing() -> None:

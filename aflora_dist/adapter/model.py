@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..compat import peft as compat_peft
 from ..compat import torch as compat_torch
 from ..compat.deepspeed import is_sharded
+from ..compat.transformers import refuse_own_loading
 from ..errors import AFLoRAError
 from ..names import unwrapped, without_wrappers
 from ..processes import refuse_lonely_processes
@@ -138,6 +139,7 @@ class AFLoRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AFLoRAConfig, model: nn.Module) -> None:
         """Changes nothing. Refuses what cannot be, while the model is still as it was."""
+        refuse_own_loading()
         config: Any = compat_peft.with_all_linear(peft_config, model)
         adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = {
@@ -235,6 +237,10 @@ class AFLoRAModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's copies a weight, too, which a module that trains whole (`modules_to_save`) may not have itself."""
         setattr(parent, child_name, new_module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model: PEFT before 0.21 calls its forward alone, past the hook that notes the shape of inputs."""
+        return self.model(*args, **kwargs)
 
     def unload(self) -> nn.Module:
         model = super().unload()

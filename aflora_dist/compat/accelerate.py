@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import PartialState
+from accelerate.utils.other import has_compiled_regions, is_compiled_module
 
 from .contract import private
 
@@ -43,3 +44,18 @@ def models(accelerator: Accelerator) -> Sequence[Any]:
 def schedulers(accelerator: Accelerator) -> Sequence[Any]:
     """The schedulers that `prepare` has returned."""
     return accelerator._schedulers
+
+
+def unwrap(accelerator: Accelerator, model: Any) -> Any:
+    """The model without what accelerate and torch.compile have wrapped around the whole of it.
+
+    Where only some layers are compiled, accelerate 1.12 takes the note of its own compile_regions for granted, and
+    ends with KeyError without it: there the model is noted to have been compiled from itself.
+    """
+    if is_compiled_module(model) or "_orig_mod" in vars(model) or not has_compiled_regions(model):
+        return accelerator.unwrap_model(model, keep_torch_compile=False)
+    vars(model)["_orig_mod"] = model
+    try:
+        return accelerator.unwrap_model(model, keep_torch_compile=False)
+    finally:
+        del vars(model)["_orig_mod"]

@@ -102,7 +102,7 @@ def unpin(zero: Any) -> None:
 def divide_once(engine: Any) -> None:
     """Divide the loss, and nothing else, by the number of batches that are accumulated.
 
-    DeepSpeed 0.18.3 to 0.19.5 divides the gradient at each output of the model that it passes: where a model returns
+    DeepSpeed before 0.19.6 divides the gradient at each output of the model that it passes: where a model returns
     loss and logits, as transformers' do, at both.
     """
     if not is_older("deepspeed", "0.19.6"):

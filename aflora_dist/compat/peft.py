@@ -101,7 +101,8 @@ def register_tuner(
 def teach_saving(kind: str, check: Callable[[nn.Module, str, Mapping[str, Tensor]], None]) -> None:
     """Have PEFT before 0.21 save adapters of a method that is not in its enum, and have them checked first.
 
-    There a tuner is not asked what to save of it: one function goes through PEFT's own methods, by name.
+    There a tuner is not asked what to save of it: one function goes through PEFT's own methods, by name. Biases that
+    train with an adapter it knows of its own methods only.
 
     Args:
         kind: The method's name.
@@ -121,13 +122,32 @@ def teach_saving(kind: str, check: Callable[[nn.Module, str, Mapping[str, Tensor
 
     @functools.wraps(original)
     def checked(model: Any, state_dict: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
-        if model.peft_config[adapter_name].peft_type == kind:
-            check(model, adapter_name, model.state_dict() if state_dict is None else state_dict)
-        return original(model, state_dict, adapter_name, **kwargs)
+        config = model.peft_config[adapter_name]
+        if config.peft_type != kind:
+            return original(model, state_dict, adapter_name, **kwargs)
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        check(model, adapter_name, state_dict)
+        return original(model, state_dict, adapter_name, **kwargs) | _biases(model, config.bias, state_dict)
 
     for name, module in list(sys.modules.items()):  # all that have imported it by name
         if name.partition(".")[0] == "peft" and vars(module).get("get_peft_model_state_dict") is original:
             module.get_peft_model_state_dict = checked  # type: ignore[attr-defined]
+
+
+def _biases(model: nn.Module, which: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a state dict the biases that train with an adapter; those of `modules_to_save` PEFT saves by itself."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    if which == "none":
+        return {}
+    layers = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+    adapted = {f"{name}.base_layer.bias" for name, m in layers if isinstance(m, BaseTunerLayer)}
+    wrapped = tuple(f"{name}." for name, m in layers if not isinstance(m, BaseTunerLayer))
+    biases = {name for name in state_dict if name.endswith(".bias") and not name.startswith(wrapped)}
+    return {name: state_dict[name] for name in (biases if which == "all" else biases & adapted)}
 
 
 def in_out_features(layer: nn.Module) -> tuple[int | None, int | None]:

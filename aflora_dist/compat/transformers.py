@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from types import FrameType
 from typing import Any
 
-from .contract import Private, private
+from ..errors import AFLoRAError
+from .contract import Private, is_older, private
+
+_LOADING = "transformers.integrations.peft"
 
 _CALLBACKS = "callbacks that are called before a checkpoint is loaded"
 _trainer = partial(private, "Trainer", instead=_CALLBACKS, anywhere=True)
@@ -34,3 +39,24 @@ def checkpoint_activations(model: Any, use_reentrant: bool = False) -> None:
     """Have a PreTrainedModel recompute its blocks in backward: called activation checkpointing since 5.23."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
+
+
+def refuse_own_loading() -> None:
+    """Raise where a model's own load_adapter() puts an adapter in, and would not give it all of its values.
+
+    Until 5.5 it knows few names (those under `model.`), until 5.17 no `modules_to_save`, whichever the method: what it
+    does not know stays as it was drawn, and a table of names in the log tells so.
+
+    Raises:
+        AFLoRAError: transformers is older than 5.18, and is loading an adapter.
+    """
+    if not is_older("transformers", "5.18"):
+        return
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "load_adapter" and frame.f_globals.get("__name__") == _LOADING:
+            raise AFLoRAError(
+                "A model's own load_adapter() and from_pretrained() leave values of an adapter at random before "
+                "transformers 5.18. Load it with PeftModel.from_pretrained(model, folder), or install that release."
+            )
+        frame = frame.f_back

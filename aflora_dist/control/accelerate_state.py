@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from ..compat.accelerate import models
+from ..compat.accelerate import models, unwrap
 from ..compat.patch import patch_method
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
@@ -32,7 +32,7 @@ class AccelerateState:
     def __init__(self, accelerator: Accelerator, freezing: AdaptiveFreezing) -> None:
         self._accelerator = accelerator
         self._freezing = weakref.ref(freezing)
-        unwrapped = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models(accelerator)]
+        unwrapped = [unwrap(accelerator, model) for model in models(accelerator)]
         number = next((i for i, model in enumerate(unwrapped) if model is freezing.engine.model), 0)
         self._file = _FILE.format(f"_{number}" if number else "")  # as accelerate numbers models
         del unwrapped

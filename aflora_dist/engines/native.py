@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from ..compat.accelerate import ACCELERATOR, optimizers
+from ..compat.accelerate import ACCELERATOR, optimizers, unwrap
 from ..compat.contract import require
 from ..compat.torch import AUTOGRAD, let_unscale, unscales_itself
 from ..errors import UnsupportedEngineError
@@ -37,7 +37,7 @@ class NativeEngine(Engine):
         self._wrapper = next(
             (w for w in wrappers if isinstance(w, AcceleratedOptimizer) and w.optimizer is inner), None
         )
-        unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+        unwrapped = unwrap(accelerator, model)
         _check(accelerator, unwrapped, inner, self._wrapper)
         self._fragments: list[Fragment] = []
         self._observed: list[nn.Parameter] = []

@@ -18,7 +18,7 @@ _LOADING = {
     "to-lora": """It is a plain LoRA adapter, which computes what the AFLoRA adapter did, without this package:
 
 ```python
-model.load_adapter("FOLDER")                     # a model of transformers
+model.load_adapter("FOLDER")                     # a model of transformers 5.18 or later
 model = PeftModel.from_pretrained(model, "FOLDER")  # or PEFT
 ```""",
     "merge": """The adapter is in the weights; transformers, or a server, loads it like any other model:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..compat.accelerate import unwrap
 from ..errors import AFLoRAError
 from ..options import Config
 from .base import Evaluation
@@ -62,7 +63,7 @@ class Classification:
     @torch.no_grad()
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
         model.eval()
-        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
+        inner = unwrap(accelerator, model)
         batch = move(self.sample, accelerator.device)
         with _without_regularisation(inner):
             found = model(**batch)

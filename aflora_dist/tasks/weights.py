@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from ..adapter.private import is_sharded
+from ..compat.deepspeed import is_sharded
 from ..errors import AFLoRAError
 from ..extras import require
 from ..options import ModelConfig

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
 from aflora_dist.adapter import Adapted, AFLoRALayer
+from aflora_dist.compat.contract import is_older
 from aflora_dist.compat.transformers import checkpoint_activations
 
 TOKENS, LABELS = torch.arange(1, 13).view(2, 6), torch.tensor([0, 1])
@@ -118,8 +119,11 @@ def test_a_loaded_adapter_that_does_not_train_is_not_refused(tmp_path: Any) -> N
     with_task(AFLoRAConfig(r=2)).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(bert(), tmp_path).train()
     trained = PeftModel.from_pretrained(bert(), tmp_path, is_trainable=True).train()
-    injected = bert()
-    injected.load_adapter(str(tmp_path))  # transformers'
+    injected: Any = bert()
+    if is_older("transformers", "5.18"):
+        injected.add_adapter(AFLoRAConfig(r=2))  # whose own load_adapter() is refused
+    else:
+        injected.load_adapter(str(tmp_path))
     for model in (loaded, trained, injected.train()):
         model.get_submodule("base_model.model.bert" if isinstance(model, PeftModel) else "bert").requires_grad_(True)
     for parameters in (loaded, injected):

@@ -29,8 +29,8 @@ def check_settings(settings: Any) -> None:
                 'set "device": "cpu"',
             ),
             "partial optimizer offload (ratio < 1)": (offload is not None and offload.ratio < 1.0, 'set "ratio": 1.0'),
-            "super_offload": (offload is not None and bool(getattr(offload, "super_offload", False)), "remove it"),
-            "ZenFlow": (getattr(config, "zenflow", None) is not None, "remove zero_optimization.zenflow"),
+            "super_offload": (offload is not None and bool(offload.super_offload), "remove it"),
+            "ZenFlow": (config.zenflow is not None, "remove zero_optimization.zenflow"),
             "round_robin_gradients": (bool(config.round_robin_gradients), 'set "round_robin_gradients": false'),
             "ZeRO++ (hpz, quantized weights or gradients)": (
                 config.zero_hpz_partition_size > 1
@@ -41,7 +41,7 @@ def check_settings(settings: Any) -> None:
             ),
             "MiCS": (getattr(config, "mics_shard_size", -1) > 0, "remove mics_shard_size"),
             "tensor parallelism": (
-                getattr(getattr(settings, "tensor_parallel_config", None), "autotp_size", 0) > 1,
+                settings.tensor_parallel_config.autotp_size > 1,
                 "use data parallelism: remove tensor_parallel",
             ),
             "16-bit master weights or optimizer states": (
@@ -75,7 +75,7 @@ def check_supported(ds: Any) -> None:
         {
             "mixture-of-experts layers": (bool(ds.has_moe_layers), "train them without DeepSpeed-MoE"),
             "pipeline parallelism": (bool(ds.pipeline_parallelism), "use data parallelism"),
-            "sequence parallelism": (getattr(ds, "sequence_parallel_size", 1) > 1, "use data parallelism"),
+            "sequence parallelism": (ds.sequence_parallel_size > 1, "use data parallelism"),
             f"the {optimizer} optimizer": (
                 "Muon" in optimizer or "OneBit" in optimizer or "ZeroOne" in optimizer,
                 "use an element-wise optimizer such as AdamW",

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
+from ...compat.accelerate import unwrap
 from ..batches import Batch, move
 from .encode import End
 
@@ -71,7 +72,7 @@ def answer(
         The share that is right, and a few answers as Markdown.
     """
     model.eval()
-    generator: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
+    generator: Any = unwrap(accelerator, model)
     if "generate" not in vars(generator):
         register_fsdp_forward_method(generator, "generate")  # a no-op on other engines
     order: Any = batches.batch_sampler

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ...compat.accelerate import unwrap
 from ...errors import AFLoRAError
 from ...options import Config
 from ..base import Evaluation
@@ -145,7 +146,7 @@ class LanguageModelling:
             )
 
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
-        inner: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
+        inner: Any = unwrap(accelerator, model)
         self.cross_entropy = ChunkedCrossEntropy(inner)
         model.eval()
         vocabulary = min(len(self.tokenizer), self.limits.rows)
