@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from .errors import AFLoRAError
-from .foreign import read_object
+from .untrusted import read_object
 
 _INDEX = ".index.json"
 # The first that there is counts. An index names the files of a checkpoint that is cut into several.

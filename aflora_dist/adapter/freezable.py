@@ -9,11 +9,11 @@ from weakref import WeakSet
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..compat.deepspeed import whole_shape
 from ..errors import AFLoRAError
 from ..names import named_modules, named_parameters
 from .adapted import Adapted
 from .architectures import kind_of
-from .private import whole_shape
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
