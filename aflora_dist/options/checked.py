@@ -17,9 +17,8 @@ DECAY = {"least": 0, "below": 1}
 SEED = {"least": 0, "below": 2**32}  # NumPy's
 
 
-@dataclass(
-    frozen=True, kw_only=True
-)  # itself one: jsonargparse takes a dataclass with another base for a class to name
+# Itself one: a dataclass with another base is to jsonargparse a class that has to be named.
+@dataclass(frozen=True, kw_only=True)
 class Checked:
     """A dataclass whose values are held against its fields' types and metadata.
 
