@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, FreezingConfig
 from aflora_dist.compat.contract import is_older
 from aflora_dist.errors import DivergedError
+from aflora_dist.options import FreezingKeywords
 from aflora_dist.trainer import TRAINER, _introduce
 from tests.launch import launch_series
 from tests.test_contract import GONE
@@ -314,6 +315,17 @@ def test_halves_of_an_odd_number_of_updates_make_a_whole(tmp_path: Path) -> None
     assert callback.freezing is not None
     config = callback.freezing.config
     assert (config.total_steps, config.initial_steps, config.final_steps) == (15, 8, 7)
+
+
+def test_every_option_of_freezing_can_be_said(tmp_path: Path) -> None:
+    said: FreezingKeywords = {"beta1": 0.5, "beta2": 0.6, "score": "relative", "pairwise": True, "every": 2}
+    callback = FreezingCallback(**said, shape="quadratic")
+    make(tmp_path, callback, max_steps=4).train()
+    assert callback.freezing is not None
+    assert callback.freezing.config.keywords() == {**said, "shape": "quadratic", "rule": "rank"}
+    assert FreezingCallback(rule="quantile").options.rule == "quantile"
+    with pytest.raises(AFLoRAError, match=r"beta1 must be less than 1, got 1\.0"):
+        FreezingCallback(beta1=1.0)
 
 
 def test_training_again_goes_on_with_what_is_frozen(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import AFLoRAError
@@ -18,9 +17,8 @@ DECAY = {"least": 0, "below": 1}
 SEED = {"least": 0, "below": 2**32}  # NumPy's
 
 
-@dataclass(
-    frozen=True, kw_only=True
-)  # itself one: jsonargparse takes a dataclass with another base for a class to name
+# Itself one: a dataclass with another base is to jsonargparse a class that has to be named.
+@dataclass(frozen=True, kw_only=True)
 class Checked:
     """A dataclass whose values are held against its fields' types and metadata.
 
@@ -31,22 +29,19 @@ class Checked:
     label: ClassVar[str] = ""  # of an option's name, in messages
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
         for option in fields(self):
             name, value = f"{self.label}{option.name}", getattr(self, option.name)
-            choices = _choices(type(self))[option.name]  # type: ignore[arg-type]  # classes are hashable
+            choices = _choices(hints[option.name])
             if choices and value is not None and value not in choices:
                 raise AFLoRAError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
             if isinstance(value, int | float):
                 _check_number(name, value, option.metadata)
 
 
-@cache
-def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
-    """What each field's Literal lists; nothing where it is none."""
-    return {
-        name: next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
-        for name, hint in get_type_hints(kind).items()
-    }
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """What a Literal lists, also one that may be null; nothing of another type."""
+    return next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
 
 
 def _check_number(name: str, value: float, limits: Mapping[str, Any]) -> None:

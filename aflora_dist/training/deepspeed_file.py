@@ -310,7 +310,7 @@ def _without_autos(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _complaints(error: Exception) -> Iterator[str]:
+def _complaints(error: Any) -> Iterator[str]:
     """What DeepSpeed has against a configuration, each in a line."""
     if not hasattr(error, "errors"):  # pydantic's ValidationError has them
         yield f"DeepSpeed cannot take it: {(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}."

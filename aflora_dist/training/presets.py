@@ -7,7 +7,7 @@ from typing import Any
 from ..tasks.glue import TASKS
 
 # Table 5: epochs, learning rate of the head, learning rate, t_f in epochs. The rest is the same for
-# all tasks and is what config.py defaults to.
+# all tasks and is what the options default to.
 _TABLE_5: dict[str, tuple[int, float, float, float]] = {
     "cola": (20, 4e-2, 1e-2, 14),
     "sst2": (10, 4e-3, 4e-3, 7),
