@@ -121,7 +121,7 @@ def score_curves(events: Sequence[Event], total_steps: int) -> Figure:
 def window_bars(windows: Sequence[WindowReport]) -> Figure:
     """The windows of a profiled run side by side: the step of each rank, and a bar for each range and rank.
 
-    Above what a step consists of (see `RankReport`), below the ranges on the host, the inner ones indented.
+    Above what a step consists of (see `RankReport`), below the ranges on the host, by the ranges around them.
     """
     paths = range_paths(windows)[:_MOST_RANGES]
     ranks = sorted({r.rank for window in windows for r in window.ranks})
@@ -155,7 +155,7 @@ def window_bars(windows: Sequence[WindowReport]) -> Figure:
         ranges.set_xlabel("ms per step; of each range a bar for each rank", fontsize=8)
     first, below = axes[0, 0], axes[1, 0]
     first.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks], fontsize=8)
-    below.set_yticks(range(len(paths)), ["    " * (len(p) - 1) + p[-1] for p in paths], fontsize=8, parse_math=False)
+    below.set_yticks(range(len(paths)), [" > ".join(path) for path in paths], fontsize=8, parse_math=False)
     for axis in (first, below):
         axis.invert_yaxis()
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
