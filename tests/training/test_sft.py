@@ -19,9 +19,8 @@ from transformers import set_seed
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingConfig
 from aflora_dist.methods.aflora import AFLoRA
-from aflora_dist.options import Config
 from aflora_dist.tasks.model import load_language_model
-from aflora_dist.tasks.sft import LanguageModelling
+from aflora_dist.tasks.sft.rehearsal import check_packing
 from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main
 from tests.launch import ENGINES, launch_series
@@ -265,4 +264,4 @@ def test_packing_is_refused_where_examples_would_attend_to_each_other(
     assert not (tmp_path / "run").exists()
     flash: Any = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flash_attention_2"))
     with pytest.raises(AFLoRAError, match="Use sdpa, eager or flex_attention"):
-        LanguageModelling(Config())._rehearse_packing(flash, flash, torch.arange(8).unsqueeze(0))
+        check_packing(flash, flash, torch.arange(8).unsqueeze(0))
