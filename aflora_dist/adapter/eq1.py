@@ -1,4 +1,4 @@
-"""Eq. 1 of the paper, y = W0 x + s_b * (B (s_d * (A x))), as autograd functions around a base layer.
+"""Eq. 1 of the paper, y = W0 x + s_b * (B (s_d * (A x))), as autograd functions that path.py goes through.
 
 They stand before (`Down`) and behind (`Up`) the base layer instead of replacing it, so they never read
 its weight: a base layer that is quantized, or whose weight ZeRO-3 gathers only inside its own forward,

@@ -40,6 +40,7 @@ class ReplicatedEngine(NativeEngine):
             require("torch", self.ddp, REDUCER)
             check_hooks(self.ddp)
         super().__init__(accelerator, model, optimizer)
+        self._order = {name: i for i, name in enumerate(self.parameters)}
 
     def _check_reduction(self) -> None:
         if self.ddp is not None:

@@ -44,7 +44,6 @@ class NativeEngine(Engine):
         self._applied = self._stepping = False
         self._originals = [(list(g["params"]), g.get("param_names")) for g in inner.param_groups]
         super().__init__(accelerator, unwrapped, inner)
-        self._order = {name: i for i, name in enumerate(self.parameters)}
         self.clipping = Clipping(accelerator, lambda: self._observed)
 
     def _grouped(self) -> list[list[str]]:
