@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..names import unwrapped, without_wrappers
 from .contract import Private, is_older, private, require
 
 if TYPE_CHECKING:
@@ -125,9 +126,11 @@ def teach_saving(kind: str, check: Callable[[nn.Module, str, Mapping[str, Tensor
         config = model.peft_config[adapter_name]
         if config.peft_type != kind:
             return original(model, state_dict, adapter_name, **kwargs)
-        state_dict = model.state_dict() if state_dict is None else state_dict
-        check(model, adapter_name, state_dict)
-        return original(model, state_dict, adapter_name, **kwargs) | _biases(model, config.bias, state_dict)
+        held = model.state_dict() if state_dict is None else state_dict
+        state_dict = {unwrapped(key): tensor for key, tensor in held.items()}
+        with without_wrappers(model):
+            check(model, adapter_name, state_dict)
+            return original(model, state_dict, adapter_name, **kwargs) | _biases(model, config.bias, state_dict)
 
     for name, module in list(sys.modules.items()):  # all that have imported it by name
         if name.partition(".")[0] == "peft" and vars(module).get("get_peft_model_state_dict") is original:
