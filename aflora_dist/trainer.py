@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 from .adapter.freezable import thaw
 from .adapter.saving import state_dict_of
 from .compat.accelerate import unwrap
-from .compat.contract import require
+from .compat.contract import require_private
 from .compat.transformers import TRAINER
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .control.freezable import Choice
@@ -253,7 +253,7 @@ def _introduce() -> None:
     Raises:
         UnsupportedEngineError: This release of transformers has no such places.
     """
-    require("transformers", Trainer, TRAINER)
+    require_private("transformers", Trainer, TRAINER)
     for name in ("_load_from_checkpoint", "_prepare_for_training", "_load_best_model", "save_model"):
         setattr(Trainer, name, _leading(getattr(Trainer, name), getattr(FreezingCallback, f"_{name.lstrip('_')}")))
 

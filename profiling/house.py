@@ -22,12 +22,12 @@ PICTURE = ROOT / "docs" / "images" / "house.svg"
 # Room -> floor. A room is a folder or a file of the package; a module that stands elsewhere than its folder is named.
 FLOORS = {
     **dict.fromkeys(("errors", "names", "version"), 1),
-    **dict.fromkeys(("options", "compat", "extras", "nested", "hub", "foreign", "notices"), 2),
+    **dict.fromkeys(("options", "compat", "extras", "untrusted", "weights", "hub", "notices"), 2),
     **dict.fromkeys(("processes", "freezing"), 3),
     **dict.fromkeys(("adapter", "engines"), 4),
     "control": 5,
     **dict.fromkeys(("methods", "tasks", "store"), 6),
-    **dict.fromkeys(("figures", "watch"), 7),
+    **dict.fromkeys(("figures", "traces", "watch"), 7),
     "training": 8,
     **dict.fromkeys(("trainer", "serve", "plan", "view", "launch_files"), 9),
     **dict.fromkeys(("cli", "training.run"), 10),

@@ -29,7 +29,7 @@ from aflora_dist import AFLoRAError
 from aflora_dist.adapter.model import register
 from aflora_dist.compat import contract
 from aflora_dist.compat.accelerate import ACCELERATOR
-from aflora_dist.compat.contract import SEEN, Private, lists, require
+from aflora_dist.compat.contract import SEEN, Private, lists, require_private
 from aflora_dist.compat.peft import TUNER
 from aflora_dist.compat.torch import AUTOGRAD
 from aflora_dist.engines.ddp import ReplicatedEngine
@@ -209,6 +209,6 @@ def test_the_environments_that_make_makes_have_the_versions_that_they_are_for() 
 
 def test_an_interface_that_came_later_is_asked_only_of_releases_since() -> None:
     newest = Private("Somebody", "_came_later", "do something", "nothing yet", since="9999.0")
-    require("torch", object(), [newest])
+    require_private("torch", object(), [newest])
     with pytest.raises(AFLoRAError, match=r"has no Somebody\._came_later"):
-        require("torch", object(), [replace(newest, since="2.0")])
+        require_private("torch", object(), [replace(newest, since="2.0")])

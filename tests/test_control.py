@@ -258,11 +258,11 @@ def test_ranks_whose_decisions_agree_in_20_bits_only_are_told_apart() -> None:
     loop = Loop()
     vectors: list[torch.Tensor] = []
     loop.freezing.engine.max_over_ranks = lambda v: vectors.append(v.clone()) or v  # type: ignore[method-assign,func-returns-value]
-    loop.freezing._agree(theirs, "")
+    loop.freezing.engine.agree(theirs, "")
     loop.freezing.engine.max_over_ranks = lambda v: torch.maximum(v, vectors[0])  # type: ignore[method-assign]
-    loop.freezing._agree(theirs, "")
+    loop.freezing.engine.agree(theirs, "")
     with pytest.raises(AFLoRAError, match="The ranks disagree"):
-        loop.freezing._agree(mine, "disagree")
+        loop.freezing.engine.agree(mine, "disagree")
 
 
 def test_a_scheduler_made_after_attaching_sees_every_step() -> None:

@@ -334,7 +334,7 @@ def register() -> None:
 
     Called by aflora_dist/_registration.py, once PEFT has been imported.
     """
-    compat_peft.look()
-    compat_torch.look()
+    compat_peft.check_peft()
+    compat_torch.check_torch()
     know_who_writes(PeftModel, PreTrainedModel)
     compat_peft.register_tuner(AFLoRAPeftType.AFLORA, AFLoRAConfig, AFLoRAModel, check_complete)

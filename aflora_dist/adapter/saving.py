@@ -126,6 +126,7 @@ def _held(value: Tensor) -> int:
 
 
 _WRITES: ContextVar[bool] = ContextVar("writes", default=False)
+_SAYING: set[Any] = set()  # which say so already
 
 
 def know_who_writes(*owners: Any) -> None:
@@ -139,7 +140,7 @@ def know_who_writes(*owners: Any) -> None:
 
 def _say_who_writes(owner: Any) -> None:
     original = owner.save_pretrained
-    if getattr(original, "_says_who_writes", False):
+    if original in _SAYING:
         return
     arguments = inspect.signature(original)
 
@@ -152,5 +153,5 @@ def _say_who_writes(owner: Any) -> None:
         finally:
             _WRITES.reset(token)
 
-    save_pretrained._says_who_writes = True  # type: ignore[attr-defined]
+    _SAYING.add(save_pretrained)
     owner.save_pretrained = save_pretrained

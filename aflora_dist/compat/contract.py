@@ -61,7 +61,7 @@ def is_older(library: str, release: str) -> bool:
     return Version(version(library)) < Version(release)
 
 
-def require(library: str, owner: Any, entries: Iterable[Private]) -> None:
+def require_private(library: str, owner: Any, entries: Iterable[Private]) -> None:
     """Raise unless `owner` has all of these attributes that this release of the library is to have.
 
     Raises:

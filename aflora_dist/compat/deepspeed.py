@@ -40,7 +40,7 @@ ENGINE = [
         "a public list of what to keep",
     ),
     *_engine(
-        "has_moe_layers pipeline_parallelism client_lr_scheduler lr_scheduler",
+        "has_moe_layers pipeline_parallelism sequence_parallel_size client_lr_scheduler lr_scheduler",
         "refuse what freezing would be wrong under",
         "a public description of an engine",
     ),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..names import unwrapped, without_wrappers
-from .contract import Private, is_older, private, require
+from .contract import Private, is_older, private, require_private
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner
@@ -60,7 +60,7 @@ ENUM = private(
 PRIVATE: list[Private] = [*MAPPINGS, *TUNER, *LAYER, *MODEL, *FUNCTIONS, *ENUM]
 
 
-def look() -> None:
+def check_peft() -> None:
     """Raise unless PEFT has what the tuner needs.
 
     Raises:
@@ -77,7 +77,7 @@ def look() -> None:
         (PeftModel, MODEL),
         (tuners_utils, FUNCTIONS),
     ):
-        require("peft", owner, entries)
+        require_private("peft", owner, entries)
 
 
 def register_tuner(

@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .contract import Private, private, require
+from .contract import Private, private, require_private
 
 _QUERY = "a public query"
 _ddp = partial(private, "DistributedDataParallel")
@@ -94,7 +94,7 @@ PRIVATE: list[Private] = [
 ]
 
 
-def look() -> None:
+def check_torch() -> None:
     """Raise unless torch has what adapted layers need.
 
     Raises:
@@ -106,7 +106,7 @@ def look() -> None:
         (torch_module, GLOBAL_HOOKS),
         (nn.Module(), MODULE),
     ):
-        require("torch", owner, entries)
+        require_private("torch", owner, entries)
 
 
 # -- a forward or backward pass ----------------------------------------------------------------

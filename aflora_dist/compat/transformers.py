@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -26,6 +26,13 @@ PRIVATE: list[Private] = [
     *_config("_attn_implementation _experts_implementation", "know or set a model's attention", "public attributes"),
     *_config("_name_or_path", "know where a model was loaded from", "a public name"),
     *private("PreTrainedModel", "_no_split_modules", "know a model's blocks", "a public list of them", anywhere=True),
+    *private(
+        "PreTrainedModel",
+        "_gradient_checkpointing_func",
+        "know how activations are recomputed",
+        "a public query",
+        anywhere=True,
+    ),
     *private("PreTrainedModel", "_hf_peft_config_loaded", "know that a model saves adapters", "a public query"),
 ]
 
@@ -41,6 +48,15 @@ def checkpoint_activations(model: Any, use_reentrant: bool = False) -> None:
     enable({"use_reentrant": use_reentrant})
 
 
+def recomputes_reentrantly(model: Any) -> bool:
+    """Whether a model recomputes its blocks in backward, and by torch's older, reentrant kind."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and function is not None:
+            return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+    return False
+
+
 def refuse_own_loading() -> None:
     """Raise where a model's own load_adapter() puts an adapter in, and would not give it all of its values.
 
@@ -52,7 +68,7 @@ def refuse_own_loading() -> None:
     """
     if not is_older("transformers", "5.18"):
         return
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "load_adapter" and frame.f_globals.get("__name__") == _LOADING:
             raise AFLoRAError(

@@ -6,7 +6,6 @@ accelerate's documentation writes it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +99,7 @@ class AdaptiveFreezing:
         self.policy = policy_for(config, self.freezable)
         self.numels = {name: self.engine.numel(name) for name in self.freezable}
         self._stopwatch = Stopwatch()
-        self._agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
+        self.engine.agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
         if self.freezable:
             rehearse(self.engine, min(self.freezable, key=self.numels.__getitem__))
         self._prefix = Prefix(self.engine, self.freezable, config) if config.prefix and self.freezable else None
@@ -287,7 +286,7 @@ class AdaptiveFreezing:
             names = self.policy.choose(self.schedule, self.step, scores, self._scores.quantile)
             if self._prefix is not None:
                 names += self._prefix.due(self.step, {*scores} - {*names})
-            self._agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
+            self.engine.agree(f"{self.step}{names}", f"want to freeze different matrices after step {self.step}")
         if names:
             self._freeze(names, scores, start, self.step)
         else:
@@ -306,13 +305,14 @@ class AdaptiveFreezing:
             raise AFLoRAError(f"{unknown[0]!r} is not a freezable matrix that still trains; see `remaining`.")
         chosen = set(names)
         whole = [name for unit in self.policy.units.values() if chosen & set(unit) for name in unit]
-        self._agree(f"{self.step}{whole}", "were told to freeze different matrices")
+        self.engine.agree(f"{self.step}{whole}", "were told to freeze different matrices")
         self._freeze(whole, {}, self._stopwatch.start(self.engine.device), max(self.step - 1, 0))
 
     def _freeze(self, names: list[str], scores: dict[str, float], start: float, step: int) -> None:
         """Freeze after the global batch `step`."""
         with torch.profiler.record_function("aflora.rebuild"):
-            self._drop(names)
+            moves = self.engine.drop(names)
+            self._scores.carry(moves, [name for name in self._scores.names if name not in names])
         state_bytes = self.optimizer_state_bytes()
         self.events.append(
             FreezeEvent(
@@ -346,15 +346,3 @@ class AdaptiveFreezing:
             raise AFLoRAError(
                 f"on_freeze failed on rank {rank} after step {event.step}; what that rank printed tells why."
             )
-
-    def _drop(self, names: Sequence[str]) -> None:
-        """The engine lets go of the matrices, and the scores of the others follow their gradients."""
-        moves = self.engine.drop(names)
-        self._scores.carry(moves, [name for name in self._scores.names if name not in names])
-
-    def _agree(self, what: str, complaint: str) -> None:
-        """Raise on every rank unless all ranks hold the same text. One all-reduce of two numbers."""
-        digest = int(hashlib.sha256(what.encode()).hexdigest()[:16], 16) >> 2  # 62 bits: int64 holds its negative, too
-        largest, negated = self.engine.max_over_ranks(torch.tensor([digest, -digest], dtype=torch.int64)).tolist()
-        if largest != -negated:  # the smallest is not the largest
-            raise AFLoRAError(f"The ranks {complaint}. Start all of them with the same code, seed and configuration.")

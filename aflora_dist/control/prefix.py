@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compat.transformers import recomputes_reentrantly
 from ..engines import Engine
 from ..errors import AFLoRAError
 from ..freezing import CubicSchedule, FreezingConfig
@@ -82,7 +83,7 @@ class Prefix:
                 f"{next(alias for alias in twins[tied[0]] if alias != tied[0])}, which would train on. Drop prefix, "
                 f"or let that weight not train."
             )
-        if _checkpoints_reentrantly(model):
+        if recomputes_reentrantly(model):
             raise AFLoRAError(
                 "FreezingConfig(prefix=True): a block that torch checkpoints reentrantly has no gradient where its "
                 "input needs none. Switch it on with "
@@ -127,12 +128,3 @@ class Prefix:
         while self.frozen < len(self.blocks) and not {*self.blocks[self.frozen]} - gone:
             self.frozen += 1
         self._let_go()
-
-
-def _checkpoints_reentrantly(model: nn.Module) -> bool:
-    """Whether transformers' checkpointing, if it is on, is torch's older kind."""
-    for module in model.modules():
-        function: Any = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and function is not None:
-            return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
-    return False

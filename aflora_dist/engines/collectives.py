@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import AFLoRAError
 from ..processes import rank, world_size
 
 
@@ -48,3 +50,14 @@ class Collectives(ABC):
             dist.all_reduce(sent, op=operation)
             vector.copy_(sent)
         return vector
+
+    def agree(self, what: str, complaint: str) -> None:
+        """Raise on every rank unless all ranks hold the same text. One all-reduce of two numbers.
+
+        Raises:
+            AFLoRAError: "The ranks", and the complaint.
+        """
+        digest = int(hashlib.sha256(what.encode()).hexdigest()[:16], 16) >> 2  # 62 bits: int64 holds its negative, too
+        largest, negated = self.max_over_ranks(torch.tensor([digest, -digest], dtype=torch.int64)).tolist()
+        if largest != -negated:  # the smallest is not the largest
+            raise AFLoRAError(f"The ranks {complaint}. Start all of them with the same code, seed and configuration.")

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..compat.contract import require
+from ..compat.contract import require_private
 from ..compat.torch import REDUCER, comm_hooks, rebuild_reducer
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
@@ -37,7 +37,7 @@ class ReplicatedEngine(NativeEngine):
                 f"accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True)."
             )
         if self.ddp is not None:
-            require("torch", self.ddp, REDUCER)
+            require_private("torch", self.ddp, REDUCER)
             check_hooks(self.ddp)
         super().__init__(accelerator, model, optimizer)
         self._order = {name: i for i, name in enumerate(self.parameters)}

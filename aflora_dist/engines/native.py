@@ -14,7 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from ..compat.accelerate import ACCELERATOR, optimizers, unwrap
-from ..compat.contract import require
+from ..compat.contract import require_private
 from ..compat.torch import AUTOGRAD, let_unscale, unscales_itself
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
@@ -30,8 +30,8 @@ class NativeEngine(Engine):
     """What one process, DDP and FSDP2 have in common: a torch optimizer over the model's own parameters."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
-        require("accelerate", accelerator, ACCELERATOR)
-        require("torch", torch.autograd.Variable, AUTOGRAD)
+        require_private("accelerate", accelerator, ACCELERATOR)
+        require_private("torch", torch.autograd.Variable, AUTOGRAD)
         inner = inner_optimizer(optimizer)
         wrappers = [optimizer, *optimizers(accelerator)]
         self._wrapper = next(

@@ -24,8 +24,8 @@ from ..extras import require
 from ..options import DataConfig
 from ..processes import first_on_node
 from .glue import TASKS, GlueTask
-from .labels import encode_labels, number
-from .reading import LINE, Row, Table, listed, plain_rows, read_columns, read_table, shown
+from .labels import as_number, encode_labels
+from .reading import LINE, Row, Rows, listed, plain_rows, read_columns, read_table, shown
 from .splits import at_most, load_from_hub
 
 _DEMO_HELD_OUT = 1000
@@ -168,7 +168,7 @@ def _label(task: GlueTask, text: str, where: str) -> int | float:
         if text not in names:
             raise AFLoRAError(f"{where}: the label {shown(text)} is none of {', '.join(names)}.")
         return names.index(text)
-    value = number(text)
+    value = as_number(text)
     if value is None or not math.isfinite(value):
         raise AFLoRAError(f"{where}: the label {shown(text)} is not a finite number.")
     return value
@@ -214,7 +214,7 @@ def _positive(config: DataConfig, names: list[str] | None) -> int:
     return names.index(config.positive_label)
 
 
-def _told(tables: dict[str, Table], config: DataConfig, names: list[str] | None, labels: list[Any]) -> Iterator[str]:
+def _told(tables: dict[str, Rows], config: DataConfig, names: list[str] | None, labels: list[Any]) -> Iterator[str]:
     """What the labels were taken for, and which texts are empty: a line each, to show what nobody meant."""
     column = f"{tables['train'].name}: column {config.label_column!r} holds"
     if names is None:
@@ -236,7 +236,7 @@ def _told(tables: dict[str, Table], config: DataConfig, names: list[str] | None,
                 yield f"{first}: it has no text in column {name!r}, the first of {count:,} rows."
 
 
-def _check_texts(table: Table, config: DataConfig) -> None:
+def _check_texts(table: Rows, config: DataConfig) -> None:
     for column in (*config.text_columns, config.label_column):
         if column not in table.columns:
             raise table.lacks(column)
@@ -246,7 +246,7 @@ def _check_texts(table: Table, config: DataConfig) -> None:
         _refuse_swallowed_rows(table, config)
 
 
-def _refuse_swallowed_rows(table: Table, config: DataConfig) -> None:
+def _refuse_swallowed_rows(table: Rows, config: DataConfig) -> None:
     """A quote too many makes all up to the next one a cell's text; its lines then end in labels, as texts do not."""
     labels, place = set(table.rows[config.label_column][:]), table.columns.index(config.label_column)
     for column in config.text_columns:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from ..errors import AFLoRAError
-from .reading import Table, listed, shown
+from .reading import Rows, listed, shown
 
 _WHOLE = re.compile("0|[1-9][0-9]{0,17}")
 _SIGNED = re.compile("[+-]?(?:0|[1-9][0-9]*)")
@@ -56,7 +56,7 @@ _MISSING = {
 class _Column:
     """A file's labels: numbers, or text, which of class numbers is "0", "1", ..."""
 
-    table: Table
+    table: Rows
     name: str
     kind: Literal["numbers", "class numbers", "names", "cells"]
     values: Sequence[Any]
@@ -66,7 +66,7 @@ class _Column:
 
 
 def encode_labels(
-    tables: dict[str, Table], column: str, regression: bool | None = None
+    tables: dict[str, Rows], column: str, regression: bool | None = None
 ) -> tuple[list[str] | None, dict[str, list[Any]]]:
     """Class names by number (None for regression), and each split's labels as class numbers, or as floats.
 
@@ -99,7 +99,7 @@ def encode_labels(
     for split, labels in columns.items():
         for row, label in enumerate(labels.values):
             if label not in place:
-                value = number(label)
+                value = as_number(label)
                 meant = None if value is None else _class_of(value)
                 hint = " data.regression=false takes 1.0 for 1." if meant in place else ""
                 raise AFLoRAError(
@@ -110,16 +110,16 @@ def encode_labels(
     return names, numbered
 
 
-def number(cell: str) -> float | None:
+def as_number(cell: str) -> float | None:
     """What a cell stands for that is written as a number; NaN and infinity are none.
 
-    >>> number(" 1e-3"), number("1,5"), number("007"), number("nan")
+    >>> as_number(" 1e-3"), as_number("1,5"), as_number("007"), as_number("nan")
     (0.001, None, None, None)
     """
     return float(cell) if _NUMBER.fullmatch(cell.strip()) else None
 
 
-def _column(table: Table, column: str) -> _Column:
+def _column(table: Rows, column: str) -> _Column:
     table.check_filled(column)
     kind, values = table.type(column), table.rows[column][:]
     if table.is_text(column):
@@ -149,7 +149,7 @@ def _as_classes(labels: _Column) -> _Column:
     if labels.kind == "cells":
         texts = []
         for cell in labels.values:
-            value = None if _SIGNED.fullmatch(cell.strip()) else number(cell)
+            value = None if _SIGNED.fullmatch(cell.strip()) else as_number(cell)
             texts.append(cell if value is None else _class_of(value))
         return _Column(labels.table, labels.name, "cells", texts)
     return labels
@@ -174,7 +174,7 @@ def _are_numbers(labels: _Column) -> bool:
     cells = labels.values
     if all(_SIGNED.fullmatch(cell.strip()) for cell in cells):
         return False
-    values = [number(cell) for cell in cells]
+    values = [as_number(cell) for cell in cells]
     odd = [row for row, value in enumerate(values) if value is None]
     if not odd:
         return True
@@ -197,7 +197,7 @@ def _floats(labels: _Column) -> list[float]:
     """The labels as finite numbers."""
     found = []
     for row, value in enumerate(labels.values):
-        wanted = number(value) if isinstance(value, str) else value
+        wanted = as_number(value) if isinstance(value, str) else value
         if wanted is None or not math.isfinite(wanted):
             raise AFLoRAError(f"{labels.where(row)}: the label {shown(str(value))} is no finite number to regress to.")
         found.append(float(wanted))

@@ -157,8 +157,8 @@ def create_accelerator(config: Config) -> Accelerator:
     """The accelerator that the launcher asks for; DeepSpeed's batch and clipping settings are ours."""
     processes = launched_processes()
     check_launch(config, processes)
-    deepspeed_file.check(config, processes)
-    compile_lock.check(deepspeed_file.compiled_ops())
+    deepspeed_file.check_file(config, processes)
+    compile_lock.check_locks(deepspeed_file.compiled_ops())
     accelerator = launched_accelerator(step_scheduler_with_optimizer=False)
     accumulate(config, accelerator, config.train.accumulation)  # zero.Init wants to know before the data is known
     return accelerator

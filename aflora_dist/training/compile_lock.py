@@ -19,7 +19,7 @@ PATIENCE = 600.0  # seconds in which a compilation on another, busy node has to 
 _OF_ONE_NODE = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "ramfs", "rootfs", "overlay", "apfs"}
 
 
-def check(ops: Sequence[str]) -> None:
+def check_locks(ops: Sequence[str]) -> None:
     """Raise if one of DeepSpeed's compiled ops waits behind a lock that nobody holds.
 
     A process that compiles keeps the lock's file open, so on this node a look is enough. In a folder that other nodes

@@ -78,7 +78,7 @@ def in_use() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
-def check(config: Config, processes: int) -> None:
+def check_file(config: Config, processes: int) -> None:
     """Raise if DeepSpeed is asked for what cannot be done, or for something else than `config` says.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..compat.contract import broken, require
+from ..compat.contract import broken, require_private
 from ..compat.torch import MEMORY
 
 _MOST = 100_000  # allocations and frees that are kept, the newest; the file grows by some hundred bytes with each
@@ -20,7 +20,7 @@ class MemoryHistory:
     """
 
     def __init__(self) -> None:
-        require("torch", torch.cuda.memory, MEMORY)
+        require_private("torch", torch.cuda.memory, MEMORY)
         try:
             self.start()
             self.stop()

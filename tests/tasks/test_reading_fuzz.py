@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from aflora_dist import AFLoRAError
 from aflora_dist.tasks.labels import encode_labels
 from aflora_dist.tasks.reading import exact
-from aflora_dist.tasks.reading.table import Table, read_rows, read_table
+from aflora_dist.tasks.reading.table import Rows, read_rows, read_table
 
 # What separates, quotes and ends, more often than it would by chance.
 ODD = st.sampled_from(
@@ -215,7 +215,7 @@ def test_labels_are_told_apart_as_written_or_refused(
 ) -> None:
     files = {"train": train, "validation": validation}
     tables = {
-        name: Table(name, ["label"], datasets.Dataset.from_dict({"label": labels}), True, np.arange(len(labels)) + 2)
+        name: Rows(name, ["label"], datasets.Dataset.from_dict({"label": labels}), True, np.arange(len(labels)) + 2)
         for name, labels in files.items()
     }
     found: list[Any] = []

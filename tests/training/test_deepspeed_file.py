@@ -259,7 +259,7 @@ def test_what_transformers_template_says_of_zero_is_taken(tmp_path: Path, monkey
         kept["zero_optimization"] |= {"offload_optimizer": offload, "offload_param": offload}
         (tmp_path / "ds.json").write_text(json.dumps(kept))
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
-        deepspeed_file.check(config, 2)
+        deepspeed_file.check_file(config, 2)
         assert deepspeed_file.compiled_ops() == ["deepspeed_shm_comm"]
 
 
@@ -275,13 +275,13 @@ def test_files_that_are_right_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     (tmp_path / "filled.json").write_text(json.dumps(filled))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    deepspeed_file.check(config, 2)
+    deepspeed_file.check_file(config, 2)
     shipped = sorted((ROOT / "ds_configs").glob("*.json"))
     assert len(shipped) == 4
     embedded = base64.urlsafe_b64encode(shipped[0].read_bytes()).decode()
     for source in [*map(str, shipped), str(tmp_path / "filled.json"), shipped[0].read_text(), embedded]:
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", source)
-        deepspeed_file.check(config, 2)
+        deepspeed_file.check_file(config, 2)
 
 
 @pytest.mark.usefixtures("under_deepspeed")
@@ -291,7 +291,7 @@ def test_a_number_that_the_data_contradict_is_refused_when_they_are_known(
     config, _ = parse([])
     (tmp_path / "ds.json").write_text(json.dumps({**good(), "gradient_accumulation_steps": 1}))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
-    deepspeed_file.check(config, 2)
+    deepspeed_file.check_file(config, 2)
     with pytest.raises(AFLoRAError, match=r"gradient_accumulation_steps=1, but train\.\* and data\.\* come to 3"):
         deepspeed_file.contradicted(config, 2, 3)
 

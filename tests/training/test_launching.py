@@ -344,11 +344,11 @@ def test_a_lock_of_an_interrupted_compilation_is_named(
 
 
 def test_a_lock_that_is_held_or_of_an_op_that_is_not_needed_is_left_alone(lock: Lock) -> None:
-    compile_lock.check(["deepspeed_shm_comm"])
+    compile_lock.check_locks(["deepspeed_shm_comm"])
     lock.forget()
-    compile_lock.check(["cpu_adam"])
+    compile_lock.check_locks(["cpu_adam"])
     with pytest.raises(AFLoRAError, match="DeepSpeed would wait for ever"):
-        compile_lock.check(["deepspeed_shm_comm"])
+        compile_lock.check_locks(["deepspeed_shm_comm"])
 
 
 @pytest.mark.parametrize(("cuda", "own"), [(None, "cpu"), ("13.0", "cu130")])
@@ -362,11 +362,11 @@ def test_only_the_folder_that_this_torch_uses_counts(
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     for other in ("py27_cpu", *(f"{python}_{device}" for device in ("cpu", "cu130", "cu128") if device != own)):
         Lock(tmp_path / other, "cpu_adam").forget()
-    compile_lock.check(["cpu_adam"])
+    compile_lock.check_locks(["cpu_adam"])
     folder = torch.utils.cpp_extension._get_build_directory("another", False)  # type: ignore[attr-defined]
     Lock(Path(folder).parent, "cpu_adam").forget()
     with pytest.raises(AFLoRAError, match=f"{python}_{own}/cpu_adam/lock is left"):
-        compile_lock.check(["cpu_adam"])
+        compile_lock.check_locks(["cpu_adam"])
 
 
 @pytest.fixture
@@ -385,7 +385,7 @@ def test_another_node_s_compilation_is_waited_for_while_it_writes(
     lock.forget()
     done = threading.Timer(2.5, lock.path.unlink)
     done.start()
-    compile_lock.check(["deepspeed_shm_comm"])
+    compile_lock.check_locks(["deepspeed_shm_comm"])
     assert not lock.path.exists()
     assert "waiting for another node" in capsys.readouterr().out
 
@@ -396,7 +396,7 @@ def test_another_node_s_compilation_that_writes_nothing_any_more_is_not(home: Pa
     for path in (lock.path, lock.path.parent):
         os.utime(path, (long_ago, long_ago))
     with pytest.raises(AFLoRAError, match="DeepSpeed would wait for ever"):
-        compile_lock.check(["deepspeed_shm_comm"])
+        compile_lock.check_locks(["deepspeed_shm_comm"])
 
 
 def test_in_a_folder_of_this_node_alone_nobody_is_waited_for(
@@ -405,7 +405,7 @@ def test_in_a_folder_of_this_node_alone_nobody_is_waited_for(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(home / "local"))
     Lock(home / "local").forget()
     with pytest.raises(AFLoRAError, match="DeepSpeed would wait for ever"):
-        compile_lock.check(["deepspeed_shm_comm"])
+        compile_lock.check_locks(["deepspeed_shm_comm"])
     assert "waiting" not in capsys.readouterr().out
 
 

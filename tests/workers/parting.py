@@ -12,7 +12,7 @@ from aflora_dist.processes import meeting
 from aflora_dist.training import run
 
 CASES = {
-    "a lock": ("aflora_dist.training.compile_lock.check", AFLoRAError("a lock of this node's")),
+    "a lock": ("aflora_dist.training.compile_lock.check_locks", AFLoRAError("a lock of this node's")),
     "a device": ("aflora_dist.processes.launched._check_devices", AFLoRAError("too few GPUs")),
     "files of a model": ("transformers.AutoConfig.from_pretrained", OSError("no route to the hub")),
     "weights": ("aflora_dist.tasks.classification.load_base", KeyError("a weight")),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...compat.accelerate import optimizers
-from ...compat.contract import Private, require
+from ...compat.contract import Private, require_private
 from ...compat.deepspeed import BOTH, ENGINE, divide_once
 from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
@@ -43,9 +43,9 @@ class ZeroEngine(Engine):
         wrapper = accelerator.deepspeed_engine_wrapped
         assert wrapper is not None
         self.ds: Any = wrapper.engine
-        require("deepspeed", self.ds, ENGINE)
+        require_private("deepspeed", self.ds, ENGINE)
         check_supported(self.ds)
-        require("deepspeed", self.zero, [*BOTH, *self.interfaces])
+        require_private("deepspeed", self.zero, [*BOTH, *self.interfaces])
         divide_once(self.ds)
         self.kind = f"zero{self.ds.zero_optimization_stage()}"
         self._wrapper = optimizer if isinstance(optimizer, AcceleratedOptimizer) else None

@@ -22,7 +22,7 @@ Row = tuple[int, list[str]]  # the line in which it begins, its cells
 
 
 def read_csv(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
-    """The names of all columns; and of the wanted ones the cells, behind a column of lines, see `Table`.
+    """The names of all columns; and of the wanted ones the cells, behind a column of lines, see `Rows`.
 
     Raises:
         AFLoRAError: A row that has not as many cells as the header; a quote out of place; a wanted column's name that

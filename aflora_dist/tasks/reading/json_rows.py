@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ...errors import AFLoRAError
 from ...untrusted import refuse_deep_json
-from .json_values import as_json
+from .json_values import as_json_column
 from .lines import LINE, shown, text_lines
 
 _BLANK = " \t\r\n"
@@ -27,7 +27,7 @@ class _JSONText(str):
 
 
 def read_json(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
-    """The names of all columns; and of the wanted ones the values, behind a column of lines, see `Table`.
+    """The names of all columns; and of the wanted ones the values, behind a column of lines, see `Rows`.
 
     A column is of text, whole numbers, floats, booleans, or of any JSON values, where lists or objects are among them.
     What a row lacks is null; whole numbers among floats are floats, but not within lists and objects.
@@ -134,7 +134,7 @@ def _array(path: Path, name: str, lines: list[int], values: list[Any]) -> pa.Arr
             firsts.setdefault(type(value), row)
     if _JSONText in firsts:
         texts = [v if v is None or isinstance(v, _JSONText) else json.dumps(v, ensure_ascii=False) for v in values]
-        return as_json(_converted(path, name, lines, texts, pa.string()))
+        return as_json_column(_converted(path, name, lines, texts, pa.string()))
     (first, *others) = firsts or [str]
     for other in others:
         if _KINDS[other] != _KINDS[first]:

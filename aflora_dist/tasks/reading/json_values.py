@@ -25,7 +25,7 @@ class Exact(datasets.Json):
         return None if value is None else json.loads(value)
 
 
-def as_json(texts: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
+def as_json_column(texts: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of JSON texts as one of the values that they stand for."""
     chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
     return pa.chunked_array([pa.ExtensionArray.from_storage(_TEXT, chunk) for chunk in chunks], _TEXT)
@@ -45,7 +45,7 @@ def told_apart(column: pa.ChunkedArray) -> pa.ChunkedArray:
         values = column.slice(start, _PIECE).to_pylist()
         texts = [None if value is None else json.dumps(_without_nulls(value), ensure_ascii=False) for value in values]
         pieces.append(pa.array(texts, pa.string()))
-    return as_json(pa.chunked_array(pieces))
+    return as_json_column(pa.chunked_array(pieces))
 
 
 def exact(rows: datasets.Dataset) -> datasets.Dataset:

@@ -15,7 +15,7 @@ from .lines import LINE
 
 
 def read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
-    """The names of all columns; and the wanted ones, behind a column of row numbers, see `Table`.
+    """The names of all columns; and the wanted ones, behind a column of row numbers, see `Rows`.
 
     Types are the file's; categories are what they stand for, lists and structs any JSON values.
 

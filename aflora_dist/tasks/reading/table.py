@@ -32,7 +32,7 @@ _READERS: dict[str, Callable[[Path, Collection[str]], tuple[list[str], pa.Table]
 
 
 @dataclass(frozen=True)
-class Table:
+class Rows:
     """A file's rows.
 
     Attributes:
@@ -82,7 +82,7 @@ class Table:
             raise AFLoRAError(f"{self.where(row)}: it has {shown(str(value))} in column {column!r}, which is not text.")
 
 
-def read_table(name: str, wanted: Collection[str]) -> Table:
+def read_table(name: str, wanted: Collection[str]) -> Rows:
     """Columns of a CSV, TSV, JSON (lines) or parquet file. A collective.
 
     Args:
@@ -93,7 +93,7 @@ def read_table(name: str, wanted: Collection[str]) -> Table:
         AFLoRAError: On every rank: it is not there, cannot be read, or holds no row; with the line.
     """
 
-    def load() -> Table:
+    def load() -> Rows:
         path = _existing(name)
         try:
             return _kept(path, wanted)
@@ -136,7 +136,7 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _kept(path: Path, wanted: Collection[str]) -> Table:
+def _kept(path: Path, wanted: Collection[str]) -> Rows:
     with path.open("rb") as file:  # a file that was changed is another one, whatever its name and time
         content = hashlib.file_digest(file, "sha256").hexdigest()
     kept = cache_folder() / f"{key(content, path.suffix.lower(), sorted(wanted))}.arrow"
@@ -153,7 +153,7 @@ def _kept(path: Path, wanted: Collection[str]) -> Table:
         make,
         lambda: datasets.Dataset(datasets.table.InMemoryTable(read_rows(path, wanted))),
     )
-    return Table(
+    return Rows(
         name=str(path),
         columns=json.loads(rows.data.schema.field(LINE).metadata[b"columns"]),
         rows=exact(rows).remove_columns(LINE),
