@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from typing import Any
 from weakref import WeakSet
@@ -104,3 +105,14 @@ def thaw(model: nn.Module, names: Collection[str]) -> None:
     for name, parameter in named_parameters(model).items():
         if name in names:
             parameter.requires_grad_(True)
+
+
+def freezable_names(model: nn.Module, pattern: str | None = None) -> set[str]:
+    """What may freeze of a model that is not prepared: by a regular expression, or as what adapts it says.
+
+    Raises:
+        AFLoRAError: Nothing may.
+    """
+    if pattern is None:
+        return {*adapter_of(model).freezable()}
+    return {name for name, p in named_parameters(model).items() if p.requires_grad and re.fullmatch(pattern, name)}

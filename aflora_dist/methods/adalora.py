@@ -28,6 +28,11 @@ class AdaLora(Peft):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        if config.freezes:
+            raise AFLoRAError(
+                "AdaLoRA itself decides while training which of its singular values go on: drop freezing.enabled, or "
+                "take method.name=lora."
+            )
         if config.data.task == "sft" and self.options.get("orth_reg_weight") != 0:
             raise AFLoRAError(
                 "AdaLoRA's orthogonal regularisation is added by PEFT to the loss that the model computes, and for "

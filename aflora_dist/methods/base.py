@@ -10,8 +10,9 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..control import Progress
-from ..freezing import CubicSchedule
+from ..control import AdaptiveFreezing, FreezingConfig, Progress
+from ..freezing import CubicSchedule, whole_steps
+from ..options import Config
 
 
 class Control(Protocol):
@@ -114,3 +115,49 @@ class Method(Protocol):
             model: As `adapt` gave it; its own values may be elsewhere.
             values: Of the parameters that are `saved`, whole, by name.
         """
+
+
+class FreezingMethod(Method):
+    """A method whose parameters may freeze while they train (`freezing.*`).
+
+    Attributes:
+        freezing: Schedule and score, once `check` knows how long the training is; None where nothing freezes.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.freezing: FreezingConfig | None = None
+
+    def check(self, updates_per_epoch: int) -> None:
+        if self.config.freezes:
+            self.freezing = self.schedule(updates_per_epoch)
+
+    def schedule(self, updates_per_epoch: int) -> FreezingConfig:
+        """`freezing.*` in updates. What freezes only without being asked to trains from the first to the last."""
+        epochs, freezing = self.config.train.epochs, self.config.freezing
+        t_i, t_f = freezing.epochs(epochs) if self.config.freezes else (0, 0)
+        total = epochs * updates_per_epoch
+        initial, final = whole_steps(t_i * updates_per_epoch, t_f * updates_per_epoch, total)
+        t_p = freezing.prefix_epochs
+        return FreezingConfig(
+            total_steps=total,
+            initial_steps=initial,
+            final_steps=final,
+            prefix_steps=None if t_p is None else min(round(t_p * updates_per_epoch), total - initial),
+            **freezing.keywords(),
+        )
+
+    def attach(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
+    ) -> Control:
+        if self.freezing is None:
+            return NoControl()
+        return AdaptiveFreezing(
+            accelerator,
+            model,
+            optimizer,
+            self.freezing,
+            freezable=self.config.freezing.freezable,
+            on_freeze=log,
+            progress=progress,
+        )

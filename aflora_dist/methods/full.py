@@ -12,15 +12,16 @@ from ..adapter.precision import widen
 from ..adapter.saving import state_dict_of
 from ..errors import AFLoRAError
 from ..options import Config
-from .base import Method
+from .base import FreezingMethod
 
 
-class Full(Method):
+class Full(FreezingMethod):
     """The whole model; what is saved is a model's folder, for from_pretrained of transformers."""
 
     name = "full"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         if config.model.quantize is not None:
             raise AFLoRAError(
                 f"method.name=full trains the weights that model.quantize={config.model.quantize} holds in a few bits. "

@@ -20,7 +20,7 @@ from ..errors import AFLoRAError, UnsupportedEngineError, one_line
 from ..names import is_head
 from ..options import Config
 from .autocast import match_autocast
-from .base import Method
+from .base import FreezingMethod
 
 # What the main job or PEFT itself sets, and no option.
 _OURS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -41,11 +41,8 @@ def known_methods() -> dict[str, Any]:
     return kinds
 
 
-class PeftMethod(Method):
+class PeftMethod(FreezingMethod):
     """What trains by PEFT, AFLoRA too, beside a head that trains whole."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     @property
     def task_type(self) -> TaskType:
@@ -76,7 +73,7 @@ class PeftMethod(Method):
 
 
 class Peft(PeftMethod):
-    """A method of PEFT on the layers that AFLoRA adapts: nothing happens to it while it trains.
+    """A method of PEFT on the layers that AFLoRA adapts: nothing happens to it while it trains, unless it is to freeze.
 
     Raises:
         AFLoRAError: PEFT has no such method, it has no such option, or the main job cannot train it.

@@ -100,9 +100,13 @@ class FreezingOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class FreezingScheduleConfig(FreezingOptions):
-    """When matrices freeze and by which score (Eq. 2-5).
+    """What freezes while training, when, and by which score (Eq. 2-5).
 
     Args:
+        enabled: Freeze while training. By default AFLoRA does, as adapter.freezing says, and other methods do not.
+        freezable: Which parameters may freeze, of those that train: a regular expression that matches whole names. By
+            default AFLoRA's projection matrices; of PEFT's other methods what they train in two dimensions and more;
+            with method.name=full the weight matrices of attention and feed-forward layers.
         initial_epochs: t_i in epochs: before it nothing freezes. By default one epoch, as in the
             paper, or a tenth of the training where that is less.
         final_epochs: t_f in epochs: all are frozen during the last t_f. By default 70% of the training.
@@ -112,11 +116,15 @@ class FreezingScheduleConfig(FreezingOptions):
 
     label: ClassVar[str] = "freezing."
 
+    enabled: bool | None = None
+    freezable: str | None = None
     initial_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
     final_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
     prefix_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
 
     def epochs(self, total: int) -> tuple[float, float]:
-        """t_i and t_f for a training of so many epochs."""
+        """t_i and t_f for a training of so many epochs; rule=threshold has no t_f."""
         initial = min(1.0, 0.1 * total) if self.initial_epochs is None else self.initial_epochs
+        if self.rule == "threshold":
+            return initial, 0.0
         return initial, 0.7 * total if self.final_epochs is None else self.final_epochs

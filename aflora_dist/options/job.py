@@ -327,10 +327,16 @@ class Config:
         """What one group's values mean for another's."""
         if self.data.task == "sft" and self.model.train_new:
             raise AFLoRAError("model.train_new is for classifiers: data.task=sft has no use for it.")
-        adaptive = self.method.name == "aflora" and self.adapter.freezing == "adaptive"
+        if self.method.name == "aflora" and self.freezing.enabled is False:
+            raise AFLoRAError("freezing.enabled=false is for other methods: of AFLoRA say adapter.freezing=never.")
         t_i, t_f = self.freezing.epochs(self.train.epochs)
-        if adaptive and t_i + t_f > self.train.epochs:
+        if self.freezes and t_i + t_f > self.train.epochs:
             raise AFLoRAError(
                 f"The freezing schedule does not fit: t_i + t_f = {t_i:g} + {t_f:g} epochs (freezing.initial_epochs + "
                 f"freezing.final_epochs), but train.epochs = {self.train.epochs}. Train longer, or lower one of them."
             )
+
+    @property
+    def freezes(self) -> bool:
+        """Whether parameters freeze while training."""
+        return self.adapter.freezing == "adaptive" if self.method.name == "aflora" else bool(self.freezing.enabled)

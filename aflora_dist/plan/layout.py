@@ -89,7 +89,7 @@ def moment_bytes(engine: EngineKind, trained: Trained, ranks: int) -> Counts:
 
 def score_bytes(engine: EngineKind, trained: Trained, ranks: int) -> Counts:
     """(ranks,): bytes of Ibar, Ubar and the buffer in which importances are made, float32."""
-    return observed(engine, trained, ranks).sum(1) * (trained.averages + 1) * FLOAT32
+    return observed(engine, trained, ranks).sum(1) * (trained.averages + bool(trained.averages)) * FLOAT32
 
 
 def state_itemsizes(engine: EngineKind, trained: Trained) -> Counts:

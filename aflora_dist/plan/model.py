@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapter.adapted import Adapted
-from ..freezing import FreezingPolicy
+from ..adapter.freezable import freezable_names
+from ..freezing import ORDERS, FreezingPolicy
+from ..freezing.score import averages
 from ..methods import Method
-from ..methods.aflora import AFLoRA
+from ..methods.base import FreezingMethod
 from ..names import is_adapter
 from ..options import Config
 from ..training.build import create_optimizer
@@ -53,18 +54,22 @@ class PlannedModel:
         positions = {name: i for i, (name, _) in enumerate(named)}
         groups = create_optimizer(config, model, method).param_groups
         members = [(names[id(p)], p, i) for i, group in enumerate(groups) for p in group["params"]]
-        freezing = method.freezing if isinstance(method, AFLoRA) else None
-        matrices = {id(matrix) for matrix in Adapted(model).freezable_matrices().values()} if freezing else set()
-        self.numels = {name: p.numel() for name, p in named if id(p) in matrices}
+        freezing = method.freezing if isinstance(method, FreezingMethod) else None
+        may = freezable_names(model, config.freezing.freezable) if freezing else set()
+        self.numels = {name: p.numel() for name, p in named if name in may and p.requires_grad}
+        # What an order or one number for a matrix keeps is not worth counting.
+        per_element = 0
+        if freezing and freezing.score not in ORDERS and freezing.granularity == "element":
+            per_element = len(averages(freezing.window, freezing.score))
         self.policy = FreezingPolicy(list(self.numels), unit=freezing.unit if freezing else "matrix")
         schedule = freezing.schedule() if freezing and self.numels else None
         self.trained = Trained.of(
             [(p, group, positions[name], name in self.numels) for name, p, group in members],
-            averages=3 if freezing and freezing.window > 1 else 2,
+            averages=per_element,
         )
         self.start = int(self.trained.numels.sum())
         self.freezes = Freezes(schedule, self.policy, self.numels, self.start) if schedule else None
-        self.certain = freezing is None or not self.freezes or freezing.rule == "rank"
+        self.certain = freezing is None or not self.freezes or (freezing.rule == "rank" and not freezing.prefix)
         self.head = sum(p.numel() for name, p, _ in members if method.is_head(name))
         self.learning_rates = {
             "head" if method.is_head(names[id(group["params"][0])]) else "adapter": float(group["lr"])

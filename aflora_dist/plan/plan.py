@@ -58,8 +58,10 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     create_windows(config, control, steps.total)  # may refuse
     if not planned.certain:
         assumptions.append(
-            f"with freezing.rule=quantile the scores decide how many matrices freeze, every {config.freezing.every} "
-            f"updates; what is said of the average and the end is so by the paper's rule"
+            f"with freezing.rule={config.freezing.rule} the scores decide how many matrices freeze, every "
+            f"{config.freezing.every} updates; what is said of the average and the end is so by the paper's rule"
+            if not config.freezing.prefix
+            else "with freezing.prefix the scores decide when the rest of a block freezes: it is not counted"
         )
 
     return Plan(

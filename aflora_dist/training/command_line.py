@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     _refuse_code(config, said, entries)
     _refuse_no_model(config, named="model.name" in {*preset, *entries, *said})
     if config.method.name != "aflora":
-        _refuse_aflora_options(config, parser.get_defaults())
+        _refuse_options_without_a_user(config, parser.get_defaults())
     return config, parser.dump(namespace, skip_unset=False)
 
 
@@ -159,14 +159,17 @@ def _refuse_no_model(config: Config, *, named: bool) -> None:
         )
 
 
-def _refuse_aflora_options(config: Config, defaults: Any) -> None:
-    """Raise for what was asked of AFLoRA where another method trains; a preset says it to whom it may concern."""
-    for group in ("adapter", "freezing"):
+def _refuse_options_without_a_user(config: Config, defaults: Any) -> None:
+    """Raise for what was asked of AFLoRA, or of freezing, where neither is; a preset says it to whom it may concern."""
+    unread = ["adapter"] if config.freezing.enabled else ["adapter", "freezing"]
+    for group in unread:
         for option, value in asdict(getattr(config, group)).items():
-            if value != defaults[group][option]:
+            if value != defaults[group][option] and option != "enabled":
+                instead = "Options of other methods are given as --method.options '{\"NAME\": VALUE, ...}'."
+                if group == "freezing":
+                    instead = "With --freezing.enabled true this method freezes, too."
                 raise AFLoRAError(
-                    f"{group}.{option}={value} is for AFLoRA, and method.name={config.method.name}. Options of other "
-                    f"methods are given as --method.options '{{\"NAME\": VALUE, ...}}'."
+                    f"{group}.{option}={value} is for AFLoRA, and method.name={config.method.name}. {instead}"
                 )
 
 

@@ -342,6 +342,39 @@ def test_adalora_is_refused_where_gradients_are_in_pieces(tiny_model: Path, revi
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+FREEZING: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"method.name": "lora", "method.options": '{"use_dora": true}', "freezing.unit": "layer"},
+    "full": {"freezing.granularity": "matrix", "freezing.unit": "block", "freezing.score": "sensitivity"},
+    "a pattern": {"method.name": "full", "freezing.freezable": r".*layer\.0\..*LayerNorm\.weight"},
+    "a prefix": {"method.name": "lora", "freezing.prefix": True, "freezing.score": "front_to_back"},
+}
+
+
+@pytest.mark.parametrize("case", FREEZING)
+def test_another_method_freezes_where_it_is_told_to_and_resumes_to_the_bit(
+    case: str, tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    asked = {"method.name": case, "method.options": "{}"} | FREEZING[case]
+    asked |= {"freezing.enabled": True, "freezing.initial_epochs": 0.5, "freezing.final_epochs": 1}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    common = options(whole, tiny_model, reviews, str(asked["method.name"])) + command_line(asked)
+    result, _ = run(common)
+    events = [json.loads(line) for line in (whole / "freeze_log.jsonl").read_text().splitlines()]
+    assert events[-1]["remaining"] == 0
+    assert result["avg_trainable_params"] < events[0]["trainable_params"] + sum(map(len, events[0]["frozen"])) * 10**6
+    at = (len(events) // 2 and events[len(events) // 2]["step"]) // 5 * 5 + 5
+    again = [*common, "--run.dir", str(cut), "--resume", str(whole / "checkpoints" / f"step_{at:08}")]
+    run(again)
+    later = [event for event in events if event["step"] >= at]
+    resumed = [json.loads(line) for line in (cut / "freeze_log.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["frozen"]) for e in resumed][-len(later) or len(resumed) :] == [
+        (e["step"], e["frozen"]) for e in later
+    ]
+    mine, theirs = weights(cut), weights(whole)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -353,7 +386,10 @@ def test_adalora_is_refused_where_gradients_are_in_pieces(tiny_model: Path, revi
         ({"method.name": "aflora"}, r"method.options \(r, lora_alpha\) is for PEFT's other methods"),
         ({"method.name": "full"}, r"method.name=full has no options"),
         ({"adapter.r": 8}, r"adapter.r=8 is for AFLoRA, and method.name=lora"),
-        ({"freezing.final_epochs": 1}, r"freezing.final_epochs=1.* is for AFLoRA"),
+        ({"freezing.final_epochs": 1}, r"freezing.final_epochs=1.* is for AFLoRA.*--freezing.enabled true"),
+        ({"method.name": "adalora", "method.options": "{}", "freezing.enabled": True}, r"AdaLoRA itself decides"),
+        ({"method.name": "aflora", "method.options": "{}", "freezing.enabled": False}, r"adapter.freezing=never"),
+        ({"method.name": "vera", "method.options": "{}", "freezing.enabled": True}, r"needs an AFLoRA model"),
         ({"method.name": "prefix_tuning", "method.options": "{}"}, r"cannot train method.name=prefix_tuning: .*before"),
         ({"method.name": "p_tuning", "method.options": "{}"}, r"cannot train method.name=p_tuning"),
         ({"method.name": "xlora", "method.options": "{}"}, r"mixes adapters that were trained before"),
