@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..compat.accelerate import log, store_configuration
 from ..errors import AFLoRAError, writing
 from ..notices import logger
 
@@ -83,7 +84,7 @@ class Tracker:
             )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._tell(lambda tracker: tracker.log(dict(values), step=step))
+        self._tell(lambda tracker: log(tracker, dict(values), step))
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """As a table of one cell, where accelerate knows a way."""
@@ -153,7 +154,7 @@ def _start(name: str, run: Path, hyperparameters: Mapping[str, Any]) -> Any:
     tracker: Any = LOGGER_TYPE_TO_CLASS[name](project, **_options(name, run, ids.get(name)))
     tracker.start()
     if ids.get(name) is None:
-        tracker.store_init_configuration(dict(hyperparameters))
+        store_configuration(tracker, dict(hyperparameters))
         if (known_as := _known_as(name, tracker)) is not None:
             _write_id(folder, name, known_as)
     return tracker
