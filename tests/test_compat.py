@@ -19,7 +19,7 @@ from torch import nn
 from aflora_dist import AFLoRAConfig, AFLoRAError
 from aflora_dist.compat import deepspeed
 from aflora_dist.compat import transformers as compat_transformers
-from aflora_dist.compat.accelerate import unwrap
+from aflora_dist.compat.accelerate import log, store_configuration, unwrap
 from aflora_dist.compat.deepspeed import divide_once, offsets, unpin
 from aflora_dist.compat.peft import teach_saving
 from aflora_dist.compat.transformers import checkpoint_activations
@@ -60,6 +60,21 @@ def test_a_model_is_unwrapped_of_what_is_wrapped_around_all_of_it() -> None:
     for wrapped in (model, torch.compile(model), compile_regions(model), nn.DataParallel(model)):
         assert unwrap(Accelerator(cpu=True), wrapped) is model
     assert unwrap(Accelerator(cpu=True), nn.DataParallel(compiled)) is compiled
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb", "mlflow"])
+def test_trackers_are_told_the_step_and_begin_once(name: str) -> None:
+    told: list[Any] = []
+    inner = SimpleNamespace(
+        log=lambda values, step: told.append((values, step)),
+        config=SimpleNamespace(update=lambda values, allow_val_change: told.append(values)),
+    )
+    own = {"log": inner.log, "store_init_configuration": told.append}
+    refused = {"trackio": "log", "wandb": "store_init_configuration"}.get(name)
+    tracker = SimpleNamespace(name=name, tracker=inner, **{key: own[key] for key in own if key != refused})
+    store_configuration(tracker, {"lr": 1})
+    log(tracker, {"loss": 2.0}, 3)
+    assert told == [{"lr": 1}, ({"loss": 2.0}, 3)]
 
 
 def test_parameters_lie_one_after_the_other_where_deepspeed_says_nothing() -> None:

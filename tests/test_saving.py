@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, AFLoRAError, DivergedError, FreezingConfig
 from tests.launch import free_port, launch_series
 from tests.pages import PAGES, ROOT, snippets
+from tests.small import add_by_transformers
 from tests.small_lm import make_small_language_model
 
 SAVING = [page for page in PAGES if any(re.search(r"\.save_|\.load_state", b.text) for b in snippets(page))]
@@ -99,7 +100,7 @@ def several(base: Any) -> Any:
 
 
 def by_transformers(base: Any) -> Any:
-    base.add_adapter(AFLoRAConfig(task_type="CAUSAL_LM"))
+    add_by_transformers(base, AFLoRAConfig(task_type="CAUSAL_LM"))
     return base
 
 

@@ -152,6 +152,10 @@ class AFLoRAModel(BaseTuner):
             _refuse_other_modules(name, module)
         if targets:
             self._refuse_nothing_to_freeze(config, list(targets), model)
+        elif adapters:  # where there is none PEFT says so, before 0.21 of a first adapter alone
+            raise AFLoRAError(
+                f"No modules were targeted: target_modules={config.target_modules!r} names none of the model."
+            )
 
     def _may_train(self, config: AFLoRAConfig, module_name: str) -> bool:
         """Whether the projection matrices of this layer train at all (`freezable` and `freezing`)."""

@@ -59,3 +59,19 @@ def unwrap(accelerator: Accelerator, model: Any) -> Any:
         return accelerator.unwrap_model(model, keep_torch_compile=False)
     finally:
         del vars(model)["_orig_mod"]
+
+
+def log(tracker: Any, values: dict[str, Any], step: int) -> None:
+    """Tell a tracker of accelerate; accelerate 1.12 keeps the step from trackio, which then counts by itself."""
+    if tracker.name == "trackio":
+        tracker.tracker.log(values, step=step)
+    else:
+        tracker.log(values, step=step)
+
+
+def store_configuration(tracker: Any, values: dict[str, Any]) -> None:
+    """Tell a tracker of accelerate the run's options; accelerate 1.12 begins an offline run of wandb anew for it."""
+    if tracker.name == "wandb":
+        tracker.tracker.config.update(values, allow_val_change=True)
+    else:
+        tracker.store_init_configuration(values)

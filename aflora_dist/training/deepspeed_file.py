@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import untrusted
+from ..compat.contract import is_older
 from ..errors import AFLoRAError
 from ..extras import require
 from ..options import Config
@@ -71,6 +72,7 @@ _KNOWN = {
     *("pipeline", "tensor_parallel", "expert_parallel", "use_data_before_expert_parallelism"),
     *("autotuning", "data_efficiency", "hybrid_engine", "weight_quantization"),
 }
+_SINCE = {"managed_gradient_accumulation": "0.19.5", "gradient_allreduce_op": "0.19.6", "disable_python_gc": "0.19.8"}
 
 
 def in_use() -> bool:
@@ -227,14 +229,19 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield prefix + key, value
 
 
+def _known() -> set[str]:
+    """The keys that the installed DeepSpeed reads."""
+    return _KNOWN - {key for key, release in _SINCE.items() if is_older("deepspeed", release)}
+
+
 def _keys(settings: Mapping[str, Any]) -> Iterator[str]:
     """What has to go, or to change, whatever it stands beside."""
     for section, instead in _OURS.items():
         if section in settings:
             yield f'it has a section "{section}": remove it; {instead}.'
     for key in settings:
-        if key not in _KNOWN:
-            close = get_close_matches(key, _KNOWN, n=1) if key[:1] != "_" else []  # "_comment"
+        if key not in _known():
+            close = get_close_matches(key, _known(), n=1) if key[:1] != "_" else []  # "_comment"
             hint = f'did you mean "{close[0]}"?' if close else "remove it."
             yield f'DeepSpeed does not know "{key}", and may ignore it: {hint}'
     for section, instead in _UNUSED.items():

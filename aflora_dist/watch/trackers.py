@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..compat.accelerate import log, store_configuration
 from ..errors import AFLoRAError, one_line, writing
 
 TENSORBOARD = "tensorboard"
@@ -70,7 +71,7 @@ class Tracker:
         return f"the tracker {self.name} has failed ({one_line(error)}); training goes on without it."
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._tracker.log(dict(values), step=step)
+        log(self._tracker, dict(values), step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """As a table of one cell, where accelerate knows a way."""
@@ -108,7 +109,7 @@ class Tracker:
         tracker = kind(project, **where, **self._options(ids.get(self.name)))
         tracker.start()
         if ids.get(self.name) is None:
-            tracker.store_init_configuration(dict(hyperparameters))
+            store_configuration(tracker, dict(hyperparameters))
             if (known_as := self._known_as(tracker)) is not None:
                 _write_ids(folder, {**ids, self.name: known_as})
         return tracker

@@ -18,6 +18,7 @@ from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
 from aflora_dist.adapter import Adapted, AFLoRALayer
 from aflora_dist.compat.contract import is_older
 from aflora_dist.compat.transformers import checkpoint_activations
+from tests.small import add_by_transformers
 
 TOKENS, LABELS = torch.arange(1, 13).view(2, 6), torch.tensor([0, 1])
 
@@ -35,7 +36,7 @@ def with_task(config: AFLoRAConfig) -> nn.Module:
 
 def added(config: AFLoRAConfig) -> nn.Module:
     model = bert()
-    model.add_adapter(config)
+    add_by_transformers(model, config)
     return model
 
 
@@ -121,7 +122,7 @@ def test_a_loaded_adapter_that_does_not_train_is_not_refused(tmp_path: Any) -> N
     trained = PeftModel.from_pretrained(bert(), tmp_path, is_trainable=True).train()
     injected: Any = bert()
     if is_older("transformers", "5.18"):
-        injected.add_adapter(AFLoRAConfig(r=2))  # whose own load_adapter() is refused
+        add_by_transformers(injected, AFLoRAConfig(r=2))  # whose own load_adapter() is refused
     else:
         injected.load_adapter(str(tmp_path))
     for model in (loaded, trained, injected.train()):

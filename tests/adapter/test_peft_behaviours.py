@@ -49,6 +49,7 @@ from aflora_dist.adapter.layer import AFLoRALinear
 from aflora_dist.compat.contract import is_older
 from aflora_dist.compat.transformers import checkpoint_activations
 from aflora_dist.errors import AFLoRAError
+from tests.small import add_by_transformers
 
 TOKENS = torch.arange(3, 15).view(2, 6)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 40}
@@ -130,7 +131,7 @@ def test_files_hold_four_tensors_a_layer_without_the_adapter_s_name(kind: str, t
 def test_transformers_own_way_of_adding_saving_and_loading(kind: str, tmp_path: Path) -> None:
     model: Any = base(kind)
     torch.manual_seed(1)
-    model.add_adapter(config(kind))
+    add_by_transformers(model, config(kind))
     changed = logits(model.eval(), kind)
     assert not torch.allclose(changed, logits(base(kind), kind))
     model.save_pretrained(tmp_path)
