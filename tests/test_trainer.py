@@ -318,11 +318,12 @@ def test_halves_of_an_odd_number_of_updates_make_a_whole(tmp_path: Path) -> None
 
 
 def test_every_option_of_freezing_can_be_said(tmp_path: Path) -> None:
-    said: FreezingKeywords = {"beta1": 0.5, "beta2": 0.6, "score": "relative", "pairwise": True, "every": 2}
+    said: FreezingKeywords = {"beta1": 0.5, "beta2": 0.6, "score": "relative", "unit": "layer", "every": 2}
+    said |= {"granularity": "matrix", "seed": 3, "threshold": 0.25, "prefix": True, "pairwise": False, "rule": "rank"}
     callback = FreezingCallback(**said, shape="quadratic")
     make(tmp_path, callback, max_steps=4).train()
     assert callback.freezing is not None
-    assert callback.freezing.config.keywords() == {**said, "shape": "quadratic", "rule": "rank"}
+    assert callback.freezing.config.keywords() == {**said, "shape": "quadratic"}
     assert FreezingCallback(rule="quantile").options.rule == "quantile"
     with pytest.raises(AFLoRAError, match=r"beta1 must be less than 1, got 1\.0"):
         FreezingCallback(beta1=1.0)

@@ -241,7 +241,6 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "no name": ("full", [], {}, "chooses none of"),
     "no pattern": ("full", "(", {}, "no regular expression"),
     "all": ("full", ".*", {}, "All that trains may freeze"),
-    "no pairs": ("lora", None, {"pairwise": True}, "has no such partner"),
 }
 
 
