@@ -54,7 +54,7 @@ def test_what_is_wide_or_only_text_is_not_deep(text: str) -> None:
 READERS: dict[str, Callable[[Path], Any]] = {
     "config.yaml of a run": lambda path: records.read_config(path.parent),
     "options": lambda path: look_through(str(path), (), {}),
-    "an adapter": lambda path: source.read(path.parent),
+    "an adapter": lambda path: source.read_adapter(path.parent),
     "DeepSpeed's file": lambda path: deepspeed_file._read(str(path)),
 }
 
