@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..compat.accelerate import log, store_configuration
 from ..errors import AFLoRAError, one_line, writing
 
 TENSORBOARD = "tensorboard"
@@ -71,6 +70,8 @@ class Tracker:
         return f"the tracker {self.name} has failed ({one_line(error)}); training goes on without it."
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        from ..compat.accelerate import log  # not for a command line that is only read
+
         log(self._tracker, dict(values), step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
@@ -94,6 +95,8 @@ class Tracker:
 
     def _start(self, hyperparameters: Mapping[str, Any]) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        from ..compat.accelerate import store_configuration
 
         folder = self._run / FOLDER
         ids = _read_ids(folder)

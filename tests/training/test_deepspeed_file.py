@@ -107,11 +107,7 @@ FILES: dict[str, tuple[Any, str]] = {
         "says gradient_clipping=1.0, but train.max_grad_norm comes to 0.1",
     ),
     "fp16": ({**good(), "fp16": {"enabled": True}}, r"asks for fp16, which DeepSpeed does not do on this device \(cpu"),
-<<<<<<< HEAD
     "both": ({**good(), "fp16": {"enabled": True}, "bf16": {"enabled": True}}, "cannot be simultaneously enabled"),
-=======
-    "both": ({**good(), "fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both asked for"),
->>>>>>> oldest
     "sum": ({**good(), "gradient_allreduce_op": "sum"}, "(support DeepSpeed's |know \")gradient_allreduce_op"),
     "nvme": (zero(offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}), "offload to NVMe"),
     "ratio": (zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 0.5}), "partial optimizer offload"),
