@@ -248,7 +248,7 @@ class AdaptiveFreezing:
         """
         record = state["record"]
         self.state.select(record)
-        self.state.restore(state["tensors"], record)
+        self.state.go_on(state["tensors"], record)
         self.progress.step, self.progress.skipped = record["step"], record["skipped"]
 
     def _tell(self) -> None:

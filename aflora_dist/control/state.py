@@ -38,10 +38,15 @@ class FreezingState:
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Go on from what `snapshot` gave; the engine has been restored. A collective."""
-        freezing = self._freezing
-        freezing.events = [FreezeEvent(**event) for event in record["events"]]
+        self._freezing.events = [FreezeEvent(**event) for event in record["events"]]
         fixed = self.fixed(self._engine.trainable)
         self._engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
+        self.go_on(tensors, record)
+
+    def go_on(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """`restore` where somebody else has restored all weights. A collective."""
+        freezing = self._freezing
+        freezing.events = [FreezeEvent(**event) for event in record["events"]]
         freezing._tell()
         if freezing._prefix is not None:
             freezing._prefix.restore(freezing.frozen)
