@@ -311,8 +311,7 @@ class AdaptiveFreezing:
     def _freeze(self, names: list[str], scores: dict[str, float], start: float, step: int) -> None:
         """Freeze after the global batch `step`."""
         with torch.profiler.record_function("aflora.rebuild"):
-            moves = self.engine.drop(names)
-            self._scores.carry(moves, [name for name in self._scores.names if name not in names])
+            self._drop(names)
         state_bytes = self.optimizer_state_bytes()
         self.events.append(
             FreezeEvent(
@@ -328,6 +327,11 @@ class AdaptiveFreezing:
         )
         self._tell()
         self._report(self.events[-1])
+
+    def _drop(self, names: Sequence[str]) -> None:
+        """The engine lets go of the matrices, and the scores of the others follow their gradients."""
+        moves = self.engine.drop(names)
+        self._scores.carry(moves, [name for name in self._scores.names if name not in names])
 
     def _report(self, event: FreezeEvent) -> None:
         """Call `on_freeze`; an error of one rank (a full disk, say) is everybody's, or the others would wait for it."""

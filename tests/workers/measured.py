@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aflora_dist.control import AdaptiveFreezing
-from aflora_dist.methods import aflora
+from aflora_dist.methods import base
 from aflora_dist.training import run
 from profiling.traffic import Traffic
 
@@ -33,9 +33,9 @@ class Measured(AdaptiveFreezing):
 def main(arguments: list[str]) -> int:
     out, *rest = arguments
     _seen.clear()
-    aflora.AdaptiveFreezing = Measured  # type: ignore[misc]
+    base.AdaptiveFreezing = Measured  # type: ignore[misc]
     try:
         return run.main(rest)
     finally:
-        aflora.AdaptiveFreezing = AdaptiveFreezing  # type: ignore[misc]
+        base.AdaptiveFreezing = AdaptiveFreezing  # type: ignore[misc]
         (Path(out) / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(_seen))
