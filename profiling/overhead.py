@@ -150,8 +150,8 @@ def freeze_one(freezing: Any) -> tuple[float, float, tuple[int, int]]:
         freezing._agree(str(freezing.scores()), "disagree")
     decision = timed(lambda: freezing._agree(str(freezing.scores()), "disagree"))
     with Traffic() as moved:  # what a freeze does, without the line for the log
-        freezing._drop(freezing.remaining[:1], freezing.step)
-    rebuild = timed(lambda: freezing._drop(freezing.remaining[:1], freezing.step))
+        freezing._drop(freezing._scores.names[:1])
+    rebuild = timed(lambda: freezing._drop(freezing._scores.names[:1]))
     return decision, rebuild, (decided.bytes, moved.bytes)
 
 

@@ -312,7 +312,6 @@ class AdaptiveFreezing:
         """Freeze after the global batch `step`."""
         with torch.profiler.record_function("aflora.rebuild"):
             self._drop(names)
-        state_bytes = self.optimizer_state_bytes()
         self.events.append(
             FreezeEvent(
                 step=step,
@@ -320,7 +319,7 @@ class AdaptiveFreezing:
                 scores=scores,
                 remaining=len(self._scores.names),
                 trainable_params=self.trainable_params,
-                optimizer_state_bytes=state_bytes,
+                optimizer_state_bytes=self.optimizer_state_bytes(),
                 rebuild_seconds=self._stopwatch.stop(start, self.engine.device),
                 backward_from=0 if self._prefix is None else self._prefix.frozen,
             )
@@ -342,8 +341,7 @@ class AdaptiveFreezing:
             self.on_freeze(event)
         except Exception as error:
             failure = error
-        failed = torch.tensor([self.engine.rank if failure else -1], dtype=torch.int64)
-        rank = int(self.engine.max_over_ranks(failed).item())
+        rank = int(self.engine.max_over_ranks(torch.tensor([self.engine.rank if failure else -1])).item())
         if failure is not None:
             raise failure
         if rank >= 0:
