@@ -147,8 +147,8 @@ def work(args: argparse.Namespace) -> None:
 def freeze_one(freezing: Any) -> tuple[float, float, tuple[int, int]]:
     """Seconds of a decision and of a drop, and the bytes of each."""
     with Traffic() as decided:
-        freezing._agree(str(freezing.scores()), "disagree")
-    decision = timed(lambda: freezing._agree(str(freezing.scores()), "disagree"))
+        freezing.engine.agree(str(freezing.scores()), "disagree")
+    decision = timed(lambda: freezing.engine.agree(str(freezing.scores()), "disagree"))
     with Traffic() as moved:  # what a freeze does, without the line for the log
         freezing._drop(freezing._scores.names[:1])
     rebuild = timed(lambda: freezing._drop(freezing._scores.names[:1]))
