@@ -34,13 +34,18 @@ EXTENSIONS = TORCH_EXTENSIONS_DIR="$(CURDIR)/$(1)/extensions"
 ON_CPUS := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 GPUS ?=
 
-.PHONY: demo test test-all test-rest test-fast test-latest test-oldest compare-versions docs gpu lint format clean
+.PHONY: demo operators test test-all test-rest test-fast test-latest test-oldest compare-versions docs gpu lint format clean
 
 demo: $(READY)
 	$(QUIET) $(call EXTENSIONS,$(VENV)) $(if $(GPUS),,$(ON_CPUS)) OMP_NUM_THREADS=$(THREADS) PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/accelerate launch --config_file launch/zero2.yaml $(if $(GPUS),--num_processes $(GPUS)) \
 	  -m aflora_dist.training.run --preset demo --run.overwrite true
 
+# First what ranks would compile: two workers' would wait for each other's compilers.
+operators: $(READY)
+	@$(QUIET) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -W ignore -m tests.operators \
+	  > $(VENV)/operators.log 2>&1 || { cat $(VENV)/operators.log; exit 1; }
+test test-all test-rest: operators
 test test-all test-rest test-fast: $(READY)
 	$(QUIET) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/$(PYTEST) $(SELECTED)
 test: SELECTED := -m "not whole"
