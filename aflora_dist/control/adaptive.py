@@ -265,7 +265,7 @@ class AdaptiveFreezing:
         scale: Tensor | float,
     ) -> None:
         with (
-            self._stopwatch.queueing(self.engine.bucket_devices()[bucket]),
+            self._stopwatch.queueing(self._scores.devices[bucket]),
             torch.profiler.record_function("aflora.observe"),
         ):
             self._scores.observe(bucket, gradients, weights, scale, self.step)

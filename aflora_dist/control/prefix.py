@@ -47,7 +47,7 @@ class Prefix:
         self.frozen = 0
         self._model = engine.model
         self._handles: list[Any] = []
-        self._refuse(engine.model, order)
+        self._refuse(engine.model)
 
     def _find(self, order: Sequence[str]) -> list[list[str]]:
         stacks = {matrix_position(name).stack for name in self._freezable} - {""}
@@ -70,13 +70,12 @@ class Prefix:
         ordered[0] = below + ordered[0]
         return ordered
 
-    def _refuse(self, model: nn.Module, order: Sequence[str]) -> None:
-        above = {*order} - {name for block in self.blocks for name in block}
+    def _refuse(self, model: nn.Module) -> None:
         ids = {id(p): name for name, p in named_parameters(model).items()}
         twins: dict[str, list[str]] = {}
         for alias, parameter in named_parameters(model, remove_duplicate=False).items():
             twins.setdefault(ids[id(parameter)], []).append(alias)
-        tied = [name for name in self.blocks[0] if len(twins[name]) > 1 and name not in above]
+        tied = [name for name in self.blocks[0] if len(twins[name]) > 1]
         if tied:
             raise AFLoRAError(
                 f"FreezingConfig(prefix=True) freezes {tied[0]} with the lowest block, and it is one weight with "

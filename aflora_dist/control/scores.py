@@ -24,13 +24,18 @@ class Scores(ABC):
 
     Attributes:
         names: Of the matrices that are scored now.
+        devices: Where the gradients of each of the engine's buckets lie.
         done: How many global batches have been; kept by who counts them.
     """
 
     def __init__(self, engine: Engine, config: FreezingConfig, numels: Mapping[str, int]) -> None:
         self.engine, self.config, self.numels = engine, config, numels
-        self.names = list(numels)
         self.done = 0
+        self._keep(numels)
+
+    def _keep(self, names: Iterable[str]) -> None:
+        """Score these matrices from now on, as the engine lays them out now."""
+        self.names, self.devices = list(names), self.engine.bucket_devices()
 
     def observe(  # noqa: B027 - an order sees no gradient
         self,
@@ -52,7 +57,7 @@ class Scores(ABC):
 
     def carry(self, moves: Sequence[Move], names: Iterable[str]) -> None:
         """Go on with these matrices after a drop. A collective."""
-        self.names = list(names)
+        self._keep(names)
 
     def record(self) -> dict[str, Any]:
         """What of them must survive a restart beside tensors, as JSON can hold it; on every rank. A collective."""
@@ -64,7 +69,7 @@ class Scores(ABC):
 
     def restore(self, tensors: Mapping[str, Tensor], names: Iterable[str], record: Mapping[str, Any]) -> None:
         """Go on with these matrices from what `snapshot` and `record` gave. A collective."""
-        self.names = list(names)
+        self._keep(names)
 
 
 def scores_for(engine: Engine, config: FreezingConfig, numels: Mapping[str, int]) -> Scores:
@@ -119,7 +124,7 @@ class MatrixScores(Scores):
 
     def carry(self, moves: Sequence[Move], names: Iterable[str]) -> None:
         self._take()
-        self.names = list(names)
+        self._keep(names)
         self._score.keep(self.names)
         self._lay_out()
 
@@ -128,11 +133,12 @@ class MatrixScores(Scores):
         return self._score.record()
 
     def restore(self, tensors: Mapping[str, Tensor], names: Iterable[str], record: Mapping[str, Any]) -> None:
-        self.names = list(names)
+        self._keep(names)
         self._score = MatrixScore(
             {name: self.numels[name] for name in self.names}, beta1=self.config.beta1, beta2=self.config.beta2
         )
         self._score.load(record)
+        self.done = self._score.begun  # whatever this process had done before
         self._lay_out()
 
 
@@ -150,7 +156,7 @@ class ElementScores(Scores):
 
     def _lay_out(self, names: Iterable[str], begun: int = 0, observed: int = 0) -> None:
         """Begin at zero, with these matrices, as the engine's buckets are now."""
-        self.names = list(names)
+        self._keep(names)
         config = self.config
         self.shards = [
             FreezingScore(
@@ -161,7 +167,7 @@ class ElementScores(Scores):
                 beta2=config.beta2,
                 window=config.window,
             )
-            for fragments, device in zip(self.engine.buckets(self.names), self.engine.bucket_devices(), strict=True)
+            for fragments, device in zip(self.engine.buckets(self.names), self.devices, strict=True)
         ]
         for shard in self.shards:
             shard.begun, shard.observed = begun, observed

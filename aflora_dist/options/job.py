@@ -329,6 +329,8 @@ class Config:
             raise AFLoRAError("model.train_new is for classifiers: data.task=sft has no use for it.")
         if self.method.name == "aflora" and self.freezing.enabled is False:
             raise AFLoRAError("freezing.enabled=false is for other methods: of AFLoRA say adapter.freezing=never.")
+        if self.freezing.freezable is not None and not self.freezes:
+            raise AFLoRAError("freezing.freezable says what freezes, and nothing does here: drop it.")
         t_i, t_f = self.freezing.epochs(self.train.epochs)
         if self.freezes and t_i + t_f > self.train.epochs:
             raise AFLoRAError(

@@ -112,7 +112,7 @@ class Telemetry:
             "freezable": config.adapter.freezable,
             "freezing": config.adapter.freezing,
             "score": config.freezing.score,
-            "pairwise": str(config.freezing.pairwise),
+            "unit": config.freezing.unit,
             "seed": config.train.seed,
         }
         self._tell(lambda watcher: watcher is board and board.row(columns, values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,48 @@ def test_a_vector_of_an_aflora_model_may_be_named_too() -> None:
     assert set(loop.freezing.frozen) == set(names)
     loop.model.set_adapter("default")
     assert not any(loop.freezing.engine.parameters[name].requires_grad for name in names)
+
+
+@pytest.mark.parametrize("options", [{"granularity": "matrix"}, {"score": "random"}])
+def test_between_decisions_nothing_is_sent_and_nothing_of_a_matrix_s_size_is_kept(options: dict[str, Any]) -> None:
+    training = Training("full", FreezingConfig(total_steps=40, initial_steps=30, final_steps=5, **options))
+    freezing, sent = training.freezing, []
+    engine = freezing.engine
+    original = engine.sum_over_ranks
+    engine.sum_over_ranks = lambda vector: sent.append(vector.numel()) or original(vector)  # type: ignore[method-assign,func-returns-value]
+    training.train(0, 20)
+    assert sent == []
+    held = [tensor for tensor in tensors_of(freezing._scores) if tensor.numel() >= min(freezing.numels.values())]
+    assert held == []
+    if "granularity" in options:
+        assert len(tensors_of(freezing._scores)) >= 20  # a vector for each step
+        freezing.scores()
+        assert sent == [20 * (len(freezing.freezable) + 1)]
+        assert freezing.progress.snapshot()[1]["parts"]["freezing"]["window"]["begun"] == 20
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """All tensors that an object of control or freezing holds itself."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for part in value.values() for tensor in tensors_of(part)]
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in tensors_of(part)]
+    ours = type(value).__module__.startswith(("aflora_dist.control", "aflora_dist.freezing"))
+    return tensors_of(vars(value)) if ours and not isinstance(value, FreezingConfig) else []
+
+
+def test_one_number_a_matrix_goes_back_to_an_earlier_snapshot() -> None:
+    """And is recorded again at once, as if the steps since had never been."""
+    training = Training("full", FreezingConfig(total_steps=40, initial_steps=30, final_steps=5, granularity="matrix"))
+    training.train(0, 5)
+    tensors, record = training.freezing.progress.snapshot()
+    training.train(5, 9)
+    training.freezing.progress.restore(tensors, json.loads(json.dumps(record)))
+    assert training.freezing.progress.snapshot()[1] == record
+    training.train(5, 6)
+    assert all(math.isfinite(score) for score in training.freezing.scores().values())
 
 
 def test_a_prefix_is_refused_where_it_would_not_end_the_backward_pass() -> None:
