@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapter.freezable import freezable_names
+from ..adapter.freezable import freezable_names, refuse_all
 from ..control.prefix import blocks_from_below
 from ..freezing import ORDERS, FreezingPolicy, fixed_scores
 from ..freezing.score import averages
@@ -68,12 +68,13 @@ class PlannedModel:
         self.start = int(self.trained.numels.sum())
         self.freezes: Freezes | None = None
         if freezing and schedule:
+            refuse_all(self.numels, [name for name, _, _ in members], freezing)
             order, prefix = None, None
             if freezing.score in ORDERS:
                 order = self.policy.ranked(fixed_scores(freezing.score, self.numels, freezing.seed))
             if freezing.prefix:
                 sizes = {name: p.numel() for name, p, _ in members}
-                blocks = blocks_from_below(model, sizes, self.numels)
+                blocks = blocks_from_below(model, sizes, self.numels, freezing)
                 each = [{name: sizes[name] for name in block} for block in blocks]
                 prefix = PlannedPrefix(freezing.prefix_schedule(), each)
             self.freezes = Freezes(schedule, self.policy, self.numels, self.start, order, prefix)

@@ -26,11 +26,12 @@ BATCH, BATCHES, LENGTH, VOCABULARY, EPOCHS, RATE = 12, 4, 8, 64, 3, 1e-2
 STEPS = EPOCHS * BATCHES
 
 
-# LoRA's matrices of feed-forward layers freeze, and in the end all of a block.
+# LoRA's matrices of feed-forward layers freeze, and in the end all of the lowest block.
 LORA: dict[str, Any] = {
     "score": "change",
     "unit": "layer",
     "prefix": True,
+    "prefix_epochs": 0.0,
     "freezable": r".*\.mlp\..*\.lora_[AB]\.default\.weight",
 }
 
@@ -174,7 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.again:
         trainer.train(resume_from_checkpoint=str(args.out / "checkpoint-4"))
         result["resumed"] = [vars(event) for event in callback.freezing.events], values(callback)
-        trainer.train()
+        if not args.lora:  # of which nothing is left to freeze
+            trainer.train()
         result["again"] = callback.freezing.events, callback.freezing.step
     torch.save(result, args.out / f"rank{os.environ.get('RANK', '0')}.pt")
 
