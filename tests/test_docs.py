@@ -551,5 +551,5 @@ def test_a_tutorial_runs_from_its_first_block_to_its_last(
 def test_every_block_is_run_or_says_why_not() -> None:
     for page in PAGES_AND_CHANGES:
         for block in blocks(page):
-            assert block.language in ("python", "bash", "text"), f"{page.name}, line {block.line}: {block.language!r}"
+            assert block.language in ("python", "bash", "text", "diff"), f"{page.name}, line {block.line}: {block.language!r}"
             assert re.fullmatch(r"|not run: .+|run: on its own", block.remark), f"{page.name}, line {block.line}"
