@@ -77,7 +77,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         matrices=len(planned.numels),
         engines=[_engine(config, launch, able.refused.get(launch), data, planned) for launch in launches],
         directory=config.run.dir,
-        writes=written(config.run),
+        writes=written(config.run, config.method.name != "full"),
         directory_taken=_complaint(refuse_taken, config.run),
         assumptions=assumptions,
     )

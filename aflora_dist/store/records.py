@@ -75,6 +75,7 @@ class Result:
         evaluations: After each epoch.
         best_epoch: Which epoch's adapter was kept, from 1; None: the last one's.
         best_metric: By what it was chosen.
+        labels: Class names by number, of a classifier.
         traces: Relative to the run's directory.
     """
 
@@ -87,6 +88,7 @@ class Result:
     engine: str | None
     world_size: int | None
     steps: int | None
+    labels: list[str]
     train_examples: int | None
     train_seconds: float | None
     samples_per_second: float | None

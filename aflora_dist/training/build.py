@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from ..processes.meeting import meet
 from ..store import fingerprint
 from ..store.best import BestEpoch, check_metric
 from ..store.held import Held
-from ..store.resume import Checkpointer, find
+from ..store.resume import LABELS, Checkpointer, find
 from ..store.rundir import RunDirectory
 from ..tasks.base import Task
 from ..tasks.classification import Classification
@@ -144,6 +145,7 @@ def trained_on(config: Config, task: Task) -> dict[str, str | None]:
     trained, measured = task.tokens()
     name = resolve_name(config.model.name, config.data.task == "sft")
     found = {
+        LABELS: None if task.labels is None else json.dumps(task.labels, ensure_ascii=False),
         "training data": fingerprint.of_examples(trained),
         "base weights": fingerprint.of_weights(name, config.model.revision),
         "settings of the base model (config.json)": fingerprint.of_settings(name, config.model.revision),

@@ -8,11 +8,12 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from ..errors import AFLoRAError, LaunchError
 from ..extras import require
-from ..notices import quiet_libraries
+from ..notices import logger, quiet_libraries
 
 _LOST_RANK = (
     "Connection closed by peer",
@@ -55,9 +56,14 @@ def _run(arguments: list[str], undo: Callable[[], None]) -> None:
     quiet()  # DeepSpeed sets its own level on import
     result = train(config, resolved)
     if os.environ.get("RANK", "0") == "0" and result is not None:
+        from ..serve.lora import leave_stock
         from ..store.records import as_result
         from ..view.report import print_summary
 
+        try:
+            leave_stock(Path(config.run.dir))
+        except AFLoRAError as error:  # what was trained is whole
+            logger.warning(f"lora/, which `aflora to-lora` makes at any time, is missing: {error}")
         print_summary(as_result(result), config.run.dir)
 
 

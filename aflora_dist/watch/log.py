@@ -317,6 +317,7 @@ class TrainingLog:
             "mixed_precision": str(accelerator.mixed_precision),
             "steps": self.step,
             "skipped_updates": self.progress.skipped,
+            "labels": task.labels,
             "train_examples": task.train_examples,
             "train_seconds": self.train_seconds,
             "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,
