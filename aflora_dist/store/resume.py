@@ -263,7 +263,7 @@ class Checkpointer:
         for name, here in self.data.items():
             if None not in (here, there.get(name)) and there[name] != here:
                 raise AFLoRAError(
-                    f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with those of then, or "
+                    f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with the original, or "
                     f"begin another run."
                 )
 
