@@ -270,7 +270,7 @@ class Checkpointer:
                         f"loaded now are {here}. Go on with the data of then, or begin another run."
                     )
                 raise AFLoRAError(
-                    f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with those of then, or "
+                    f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with the original, or "
                     f"begin another run."
                 )
 

@@ -150,7 +150,7 @@ def trained_on(config: Config, task: Task) -> dict[str, str | None]:
         "base weights": fingerprint.of_weights(name, config.model.revision),
         "settings of the base model (config.json)": fingerprint.of_settings(name, config.model.revision),
     }
-    if config.run.keep_best is not None:  # what is kept hangs on it
+    if config.run.keep_best is not None:  # what is kept depends on it
         found["validation data"] = fingerprint.of_examples(measured)
     return found
 
