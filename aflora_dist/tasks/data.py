@@ -188,18 +188,22 @@ def _files(config: DataConfig) -> Data:
         tables[split] = read_table(name, wanted)
         _check_texts(tables[split], config)
     names, labels = encode_labels(tables, config.label_column, config.regression)
-    positive = _positive(config, names)
+    positive = positive_class(config, names)
     if PartialState().is_main_process:
         print(*dict.fromkeys(_told(tables, config, names, labels["train"])), sep="\n", flush=True)
     splits = {}
     for split, table in tables.items():
         rows = table.rows.remove_columns(config.label_column).add_column(config.label_column, labels[split])
         splits[split] = _standard(rows, tuple(config.text_columns), config.label_column)
-    metrics = ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
-    return Data("files", splits["train"], {"validation": splits["validation"]}, names, metrics, positive)
+    return Data("files", splits["train"], {"validation": splits["validation"]}, names, metrics_for(names), positive)
 
 
-def _positive(config: DataConfig, names: list[str] | None) -> int:
+def metrics_for(names: list[str] | None) -> tuple[str, ...]:
+    """What is measured of files' classes, by their names; None: of numbers that are regressed to."""
+    return ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
+
+
+def positive_class(config: DataConfig, names: list[str] | None) -> int:
     """The class whose F1 is measured."""
     if config.positive_label is None:
         return 1
@@ -227,7 +231,7 @@ def _told(tables: dict[str, Rows], config: DataConfig, names: list[str] | None, 
         none_of = f"; it has no example of {listed(without)}" if without else ""
         yield f"{column} {len(names):,} classes for {len(labels):,} examples: {listed(names)}{none_of}."
         if len(names) == 2:
-            yield f"F1 is that of the class {listed([names[_positive(config, names)]])} (data.positive_label)."
+            yield f"F1 is that of the class {listed([names[positive_class(config, names)]])} (data.positive_label)."
     for table in tables.values():
         for name in config.text_columns:
             empty = pc.equal(pc.utf8_trim_whitespace(table.rows.data.column(name)), "")

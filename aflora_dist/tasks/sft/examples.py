@@ -12,7 +12,7 @@ from ...errors import AFLoRAError
 from ...options import DataConfig
 from ...processes import first_on_node
 from ...untrusted import load_json
-from ..reading import exact, listed, read_table, told_apart
+from ..reading import Rows, exact, listed, read_table, told_apart
 from ..splits import at_most, load_from_hub
 from .problems import word_problems
 
@@ -95,10 +95,31 @@ def _each_as_itself(dataset: datasets.Dataset) -> datasets.Dataset:
     return exact(dataset)
 
 
+def load_prompts(name: str) -> tuple[Rows, datasets.Dataset]:
+    """A file of what a language model is to be asked; and its rows as for evaluation, with an empty answer each.
+
+    Raises:
+        AFLoRAError: On every rank: a row is no prompt; with its line.
+    """
+    table = read_table(name, _COLUMNS)
+    chosen = [column for column in _choose([*table.columns, "answer"], table.name, trained=False) if column != "answer"]
+    if "text" in chosen:
+        raise AFLoRAError(
+            f"{table.name} has no column of prompts, and plain text is not answered. Its columns are: "
+            f"{listed(table.columns)}; wanted are messages, prompt or instruction."
+        )
+    _check_rows(table, chosen)
+    return table, table.rows.select_columns(chosen).add_column("answer", [""] * len(table.rows))
+
+
 def _from_file(name: str, trained: bool) -> datasets.Dataset:
     """A file's examples, checked row by row."""
     table = read_table(name, _COLUMNS)
-    chosen = [column for column in _choose(table.columns, table.name, trained) if column != "answer"]
+    _check_rows(table, [column for column in _choose(table.columns, table.name, trained) if column != "answer"])
+    return table.rows
+
+
+def _check_rows(table: Rows, chosen: Sequence[str]) -> None:
     for column in chosen:
         if column == "text":
             table.check_text(column)
@@ -111,7 +132,6 @@ def _from_file(name: str, trained: bool) -> datasets.Dataset:
                 tools(row)
             except ValueError as error:
                 raise AFLoRAError(f"{table.where(place)}: {error}.") from None
-    return table.rows
 
 
 def _understood(dataset: datasets.Dataset, where: str, trained: bool) -> datasets.Dataset:
