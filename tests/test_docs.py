@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,8 +47,13 @@ def named(pages: list[Path]) -> Any:
     return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
 
 
+# Read from the first line to the last: each block finds what those before it have left.
+TUTORIALS = [page for page in PAGES if page.name in ("classifier.md", "large_models.md")]
+
+
 def having(language: str) -> list[Path]:
-    return [page for page in PAGES if any(block.language == language for block in blocks(page))]
+    pages = [page for page in PAGES if page not in TUTORIALS]
+    return [page for page in pages if any(block.language == language for block in blocks(page))]
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +206,11 @@ def test_what_every_project_has_can_be_read() -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """What the snippets and commands find: small models, data, runs."""
+    """What the snippets and commands find: small models, data, runs.
+
+    Attributes:
+        tutorial: Commands find what those before them have left in `folder`, and nothing else.
+    """
 
     folder: Path
     encoder: Path
@@ -209,14 +218,20 @@ class Place:
     reviews: Path
     problems: Path
     run: Path
+    tutorial: bool = False
+
+
+def clone(folder: Path) -> Path:
+    """The repository's own folders, in one to work in."""
+    for name in ("launch", "ds_configs", "examples", "docs", "tests", ".ci", "Makefile", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def place(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A folder to work in, with the repository's own folders in it, and a finished run outside of it."""
-    folder = tmp_path_factory.mktemp("place")
-    for name in ("launch", "ds_configs", "examples", "docs", "tests", ".ci", "Makefile", "pyproject.toml"):
-        (folder / name).symlink_to(ROOT / name)
+    folder = clone(tmp_path_factory.mktemp("place"))
     outside = tmp_path_factory.mktemp("outside")
     problems = outside / "problems"
     problems.mkdir()
@@ -310,6 +325,8 @@ def shrunk(arguments: list[str], place: Place, run: Path | None = None) -> list[
         small |= {"data.validation_file": place.reviews / "dev.csv", "train.epochs": 2, "train.batch_size": 16}
     if config.method.name == "aflora":
         small |= {"freezing.initial_epochs": 0.3, "freezing.final_epochs": 0.3, "freezing.every": 1}
+    if place.tutorial:
+        small = {key: value for key, value in small.items() if key not in ("data.train_file", "data.validation_file")}
     known = {f"{name}.{key}" for name, group in vars(config).items() if is_dataclass(group) for key in vars(group)}
     return [*arguments, *command_line({key: value for key, value in small.items() if key in known})]
 
@@ -331,12 +348,13 @@ def run_main_job(arguments: list[str], place: Place) -> None:
         first, *_ = sorted((place.folder / "trained" / "checkpoints").glob("step_*"))
         assert train([*shrunk(arguments[: at - 1], place, place.folder / "trained"), "--resume", str(first)]) == 0
         return
-    small = shrunk(arguments, place, place.folder / "trained")
+    small = shrunk(arguments, place, None if place.tutorial else place.folder / "trained")
     _, resolved = parsed(*small)
-    if (what := re.sub(r"^preset:.*\n", "", resolved, flags=re.MULTILINE)) in RUN_ALREADY:
+    if (what := re.sub(r"^preset:.*\n|^ +dir: .*\n", "", resolved, flags=re.MULTILINE)) in RUN_ALREADY:
         return
     RUN_ALREADY.add(what)
-    shutil.rmtree(place.folder / "trained", ignore_errors=True)
+    if not place.tutorial:
+        shutil.rmtree(place.folder / "trained", ignore_errors=True)
     assert train(small) == 0
 
 
@@ -432,7 +450,8 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
     command, *arguments = words
     if command == "train":
         return run_main_job(arguments, place)
-    supply(arguments, place.folder, profiled() if command == "trace" else place.run, several=command == "collect")
+    if not place.tutorial:
+        supply(arguments, place.folder, profiled() if command == "trace" else place.run, several=command == "collect")
     if command == "plan":
         own = {"--ranks", "--engines", "--examples", "--json", "--mixed_precision"}
         first = next((i for i, word in enumerate(arguments) if word in own), len(arguments))
@@ -509,8 +528,28 @@ def test_commands_run(
                     raise
 
 
+@named(TUTORIALS)
+def test_a_tutorial_runs_from_its_first_block_to_its_last(
+    page: Path, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    here = replace(place, folder=tmp_path, tutorial=True)
+    names: dict[str, Any] = {}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.code, str(page), "exec"), names)
+        elif not block.remark.startswith("not run: "):
+            for words in commands(block):
+                try:
+                    run_command(words, here, lambda: pytest.fail("no tutorial has a profile"))
+                except BaseException as error:
+                    error.add_note(f"{page.name}, line {block.line}: {shlex.join(words)}")
+                    raise
+
+
 def test_every_block_is_run_or_says_why_not() -> None:
     for page in PAGES_AND_CHANGES:
         for block in blocks(page):
-            assert block.language in ("python", "bash", "text"), f"{page.name}, line {block.line}: {block.language!r}"
+            assert block.language in ("python", "bash", "text", "diff"), f"{page.name}, line {block.line}: {block.language!r}"
             assert re.fullmatch(r"|not run: .+|run: on its own", block.remark), f"{page.name}, line {block.line}"

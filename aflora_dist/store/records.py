@@ -63,6 +63,7 @@ class Event:
     step: int
     frozen: list[str]
     scores: dict[str, float]
+    backward_from: int | None
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,14 @@ class Run:
 
     @property
     def names(self) -> list[str]:
-        """All matrices that were ranked at some time, in the model's order."""
-        return list(dict.fromkeys(name for event in self.events for name in (*event.scores, *event.frozen)))
+        """All matrices that were ranked at some time, in the model's order; not what froze with a block."""
+        ranked = dict.fromkeys(name for event in self.events for name in event.scores)
+        return list(ranked or dict.fromkeys(name for event in self.events for name in event.frozen))
 
     @property
     def frozen(self) -> dict[str, int]:
-        return {name: event.step for event in self.events for name in event.frozen}
+        frozen = {name: event.step for event in self.events for name in event.frozen}
+        return {name: frozen[name] for name in self.names if name in frozen}
 
     @property
     def total_steps(self) -> int:
@@ -254,8 +257,8 @@ def read_outcome(path: Path, problems: list[str]) -> Outcome | None:
         path,
         settings,
         result,
-        None if result is None else _digest(repr(result).encode(errors="replace")),
-        _digest(first) if ended else None,
+        None if result is None else hashlib.sha256(repr(result).encode(errors="replace")).hexdigest(),
+        hashlib.sha256(first).hexdigest() if ended else None,
     )
 
 
@@ -346,7 +349,3 @@ def _bytes(path: Path, problems: list[str], most: int = -1) -> bytes:
     except OSError as error:
         problems.append(f"{path} could not be read: {error.strerror or error}.")
         return b""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
