@@ -208,7 +208,7 @@ class FreezingCallback(TrainerCallback):
         trainer.optimizer = None  # it has let go of them: Trainer makes another one
 
     def _load_best_model(self, trainer: Trainer, original: Callable[..., Any]) -> None:
-        """As Trainer, but whatever has frozen since: DeepSpeed's files of then do not fit its optimizer of now."""
+        """As Trainer, but whatever has frozen since: DeepSpeed's earlier files do not fit its optimizer any more."""
         best = _find(trainer, Path(trainer.state.best_model_checkpoint))
         if best is None or self.freezing is None:
             original()
