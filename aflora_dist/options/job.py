@@ -159,7 +159,8 @@ class DataConfig(Checked):
         name: For "sft": a data set of the hub, or "demo" for arithmetic word problems that are made up.
         train_file: For "files" and "sft": CSV, TSV, JSON (lines) or parquet.
         validation_file: For "files" and "sft": likewise, for evaluation.
-        hold_out: For "sft" without data for evaluation: so many training examples, drawn at random, serve as such.
+        hold_out: So many training examples, drawn at random, serve for evaluation: for "sft" without data for it, and
+            of classifiers instead of those there are, as where rates are chosen.
         text_columns: For "files": the one or two columns of text.
         label_column: For "files": class names, class numbers, or a float to regress to.
         regression: For "files": whether labels are numbers to regress to. By default floats are, 1.0 as well as 0.5;
@@ -187,7 +188,7 @@ class DataConfig(Checked):
     name: str | None = field(default=None, metadata=_OF_SFT)
     train_file: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
     validation_file: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
-    hold_out: int = field(default=0, metadata={**_OF_SFT, **NOT_NEGATIVE})
+    hold_out: int = field(default=0, metadata=NOT_NEGATIVE)
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
     regression: bool | None = field(default=None, metadata=_OF_FILES)
@@ -272,6 +273,7 @@ class TrainConfig(Checked):
         eval_batch_size: Examples per rank in evaluation.
         learning_rate: Peak learning rate of the adapter.
         head_learning_rate: Peak learning rate of the task head.
+        vector_learning_rate: Peak learning rate of AFLoRA's vectors s_d and s_b; learning_rate if not given.
         weight_decay: AdamW's weight decay.
         decay_biases: Whether it takes the biases that train, of the head, too.
         warmup_ratio: Share of the updates in which the learning rate rises; it then falls to 0.
@@ -288,6 +290,7 @@ class TrainConfig(Checked):
     eval_batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
     learning_rate: float = field(default=1e-2, metadata=NOT_NEGATIVE)
     head_learning_rate: float = field(default=4e-2, metadata=NOT_NEGATIVE)
+    vector_learning_rate: float | None = field(default=None, metadata=NOT_NEGATIVE)
     weight_decay: float = field(default=0.1, metadata=NOT_NEGATIVE)
     decay_biases: bool = True
     warmup_ratio: float = field(default=0.06, metadata=SHARE)
@@ -329,6 +332,8 @@ class Config:
             raise AFLoRAError("model.train_new is for classifiers: data.task=sft has no use for it.")
         if self.method.name == "aflora" and self.freezing.enabled is False:
             raise AFLoRAError("freezing.enabled=false is for other methods: of AFLoRA say adapter.freezing=never.")
+        if self.method.name != "aflora" and self.train.vector_learning_rate is not None:
+            raise AFLoRAError("train.vector_learning_rate is for AFLoRA's vectors, and method.name is another one.")
         if self.freezing.freezable is not None and not self.freezes:
             raise AFLoRAError("freezing.freezable says what freezes, and nothing does here: drop it.")
         t_i, t_f = self.freezing.epochs(self.train.epochs)

@@ -76,6 +76,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
         )
     else:
         raise unknown_task(config.task)
+    if config.hold_out:
+        data = _held_out(data, config.hold_out, seed)
     for split, dataset in {"train": data.train, **data.evaluation}.items():
         _check_split(data, split, dataset)
     return dataclasses.replace(
@@ -83,6 +85,15 @@ def load_data(config: DataConfig, seed: int) -> Data:
         train=at_most(config.max_train_examples, data.train, seed),
         evaluation={name: at_most(config.max_eval_examples, split) for name, split in data.evaluation.items()},
     )
+
+
+def _held_out(data: Data, count: int, seed: int) -> Data:
+    """With so many of its training examples for evaluation, and without those there were."""
+    if count >= len(data.train):
+        raise AFLoRAError(f"data.hold_out={count}: there are {len(data.train)} training examples. Hold fewer out.")
+    parts = data.train.train_test_split(test_size=count, seed=seed)
+    first, *_ = data.evaluation
+    return dataclasses.replace(data, train=parts["train"], evaluation={first: parts["test"]})
 
 
 def unknown_task(name: str) -> AFLoRAError:

@@ -21,6 +21,7 @@ from ..errors import AFLoRAError
 from ..freezing import CubicSchedule
 from ..methods import Control, Method
 from ..methods.choose import lora_parameters
+from ..names import adapter_tensor
 from ..options import Config
 from ..processes import launched_accelerator, launched_processes, on_main
 from ..processes.meeting import meet
@@ -231,21 +232,20 @@ def hold(model: nn.Module, new: Sequence[str], train_new: Sequence[str] | None, 
 
 
 def create_optimizer(config: Config, model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """AdamW over param groups: the adapter, and the head (if it trains) with its own learning rate, its biases last."""
+    """AdamW over param groups: the adapter, its vectors and the head if these have rates of their own, biases last."""
     train = config.train
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    rates = [train.learning_rate, train.vector_learning_rate, train.head_learning_rate]
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            tensor = adapter_tensor(name)
+            own = train.vector_learning_rate is not None and tensor is not None and not tensor.is_matrix
             spared = name.endswith("bias") and not train.decay_biases
-            groups.setdefault((method.is_head(name), spared), []).append(parameter)
+            groups.setdefault((2 if method.is_head(name) else int(own), spared), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {
-                "params": groups[in_head, spared],
-                "lr": train.head_learning_rate if in_head else train.learning_rate,
-                "weight_decay": 0.0 if spared else train.weight_decay,
-            }
-            for in_head, spared in sorted(groups)
+            {"params": groups[which, spared], "lr": rates[which], "weight_decay": 0.0 if spared else train.weight_decay}
+            for which, spared in sorted(groups)
         ]
     )
 

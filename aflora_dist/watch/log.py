@@ -54,13 +54,14 @@ class TrainingLog:
         self.progress, self.control = progress, control
         self.total_steps, self.head_params, self.lora_r8 = total_steps, head_params, lora_r8
         self.updates_per_epoch = total_steps // config.train.epochs
-        self.train_seconds = 0.0
+        self.train_seconds = self.cpu_seconds = 0.0
         self.save_seconds: list[float] = []
         self.trained_sum = 0  # sum over the updates so far of the adapter's trainable elements
         self.evaluations: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._since: tuple[int, float] = (0, 0.0)
         self._started: float | None = None
+        self._cpu_started = 0.0
         # Tokens so far, padding excluded, and up to the last line; None after a checkpoint that does not say.
         self.tokens: int | None = 0
         self._tokens_at_line = 0
@@ -106,11 +107,11 @@ class TrainingLog:
     @contextmanager
     def timed(self) -> Iterator[None]:
         """What happens inside counts as training time."""
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            self.train_seconds = self.seconds()
+            self.train_seconds, self.cpu_seconds = self.seconds(), self.processor_seconds()
             self._started = None
 
     @property
@@ -121,6 +122,10 @@ class TrainingLog:
     def seconds(self) -> float:
         """Training time so far, evaluation excluded."""
         return self.train_seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    def processor_seconds(self) -> float:
+        """Likewise of this process's threads: other work on the machine does not change it."""
+        return self.cpu_seconds + (time.process_time() - self._cpu_started if self._started is not None else 0.0)
 
     def update(self, loss: Tensor, norm: Any, trained: int, tokens: int, rates: list[float]) -> None:
         """Take note of one global batch, after the clock has; every `log_every` of them write a line.
@@ -205,6 +210,7 @@ class TrainingLog:
         return {}, {
             "evaluations": self.evaluations,
             "train_seconds": self.seconds(),
+            "train_cpu_seconds": self.processor_seconds(),
             "trained_sum": self.trained_sum,
             "losses": self._over_ranks(),
             "since": self._since,
@@ -218,6 +224,7 @@ class TrainingLog:
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self.evaluations = list(record["evaluations"])
         self.train_seconds, self.trained_sum = record["train_seconds"], record["trained_sum"]
+        self.cpu_seconds = record.get("train_cpu_seconds", 0.0)
         self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in record["losses"]]
         self._since = (record["since"][0], record["since"][1])
         counted = record.get("tokens")  # not in checkpoints of earlier releases
@@ -316,6 +323,7 @@ class TrainingLog:
             "skipped_updates": self.progress.skipped,
             "train_examples": task.train_examples,
             "train_seconds": self.train_seconds,
+            "train_cpu_seconds": self.cpu_seconds if accelerator.device.type == "cpu" else None,
             "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,
             **self._rates(0, self.train_seconds),
             "avg_trainable_params": self.trained_sum / self.step,

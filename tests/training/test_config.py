@@ -51,7 +51,7 @@ model.revision model.train_new model.trust_remote_code preset profile.enabled pr
 profile.starts profile.steps run.dir run.dry_run run.keep run.keep_best run.log_every run.overwrite run.patience
 run.resume run.save_every run.tensorboard run.trackers run.verbose train.accumulation train.batch_size
 train.decay_biases train.epochs train.eval_batch_size train.gradient_checkpointing train.head_learning_rate
-train.learning_rate train.max_grad_norm train.seed train.warmup_ratio train.weight_decay
+train.learning_rate train.max_grad_norm train.seed train.vector_learning_rate train.warmup_ratio train.weight_decay
 """
 
 
