@@ -159,8 +159,8 @@ class DataConfig(Checked):
         name: For "sft": a data set of the hub, or "demo" for arithmetic word problems that are made up.
         train_file: For "files" and "sft": CSV, TSV, JSON (lines) or parquet.
         validation_file: For "files" and "sft": likewise, for evaluation.
-        hold_out: So many training examples, drawn at random, serve for evaluation: for "sft" without data for it, and
-            of classifiers instead of those there are, as where rates are chosen.
+        hold_out: So many training examples, drawn at random, serve for evaluation: where there are no data for it, or
+            instead of those, as where rates are chosen.
         text_columns: For "files": the one or two columns of text.
         label_column: For "files": class names, class numbers, or a float to regress to.
         regression: For "files": whether labels are numbers to regress to. By default floats are, 1.0 as well as 0.5;

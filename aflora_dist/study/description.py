@@ -232,9 +232,7 @@ def _check(study: Study, path: Path) -> None:
     if study.sweep is None:
         return
     if both := {*study.sweep.seeds} & {*study.seeds}:
-        raise AFLoRAError(
-            f"{path}: seed {min(both)} is among those that are reported and those of the sweep. Use others."
-        )
+        raise AFLoRAError(f"{path}: seed {min(both)} is the sweep's and is reported, too. Take another.")
     if not study.sweep.options.get("data.hold_out"):
         raise AFLoRAError(
             f"{path}: the sweep would choose by what is reported. Give sweep.options a data.hold_out: so many training "

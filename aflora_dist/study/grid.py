@@ -14,7 +14,7 @@ from ..errors import AFLoRAError
 from ..options import Config
 from ..store.best import LOWER_IS_BETTER
 from ..tasks.glue import TASKS
-from ..training.command_line import parse
+from ..training.command_line import OPTIONS, parse
 from .description import Study, Sweep, Variant
 from .results import name_of
 
@@ -46,11 +46,11 @@ class Planned:
 
     def line(self) -> list[str]:
         """As the words of a command."""
-        return [word for name, value in self.options.items() for word in (f"--{name}", _written(value))]
+        return _words(self.options)
 
 
 @dataclass
-class Plan:
+class Agenda:
     """The runs of a study as far as its results decide them.
 
     Attributes:
@@ -83,9 +83,9 @@ class Grid:
         self._configs: dict[str, Config] = {}  # parsing takes a tenth of a second
         self.metrics = {task: self._metric(task) for task in study.tasks}
 
-    def plan(self, records: Records) -> Plan:
+    def plan(self, records: Records) -> Agenda:
         """The runs that are known by these results."""
-        plan = Plan()
+        plan = Agenda()
         for task in self.study.tasks:
             for method in self.study.reported:
                 options = self._options(task, method, records, plan)
@@ -109,17 +109,24 @@ class Grid:
         if own.get("method.name", "aflora") != "aflora":  # a task says it to whom it may concern
             unread = ("adapter.",) if own.get("freezing.enabled") else ("adapter.", "freezing.")
             given = {key: value for key, value in given.items() if not key.startswith(unread)}
-        options = {**given, **own, **options, **self.more}
-        key = json.dumps(options, sort_keys=True)
+        said = {**given, **own, **self.more}
+        late = {"train.seed": seed, **{name: value for name, value in options.items() if name not in self.more}}
+        try:
+            return Planned(task, method, {**said, **late}, self._config(said, late))
+        except AFLoRAError as error:
+            raise AFLoRAError(f"{self.study.name}, {method} on {task}: {error}") from None
+
+    def _config(self, said: dict[str, Any], late: Mapping[str, Any]) -> Config:
+        """What options come to; numbers that were chosen for a run are put into what the others come to."""
+        kinds = {name: OPTIONS.get(name) for name in late}
+        numbers = {name: kinds[name](_number(value)) for name, value in late.items() if kinds[name] in (int, float)}
+        said = {**said, **{name: value for name, value in late.items() if name not in numbers}}
+        key = json.dumps(said, sort_keys=True)
         if key not in self._configs:
-            words = [word for name, value in options.items() for word in (f"--{name}", _written(value))]
-            try:
-                self._configs[key] = parse(words)[0]
-            except AFLoRAError as error:
-                raise AFLoRAError(f"{self.study.name}, {method} on {task}: {error}") from None
-        config = self._configs[key]
-        config = replace(config, train=replace(config.train, seed=seed))
-        return Planned(task, method, {**options, "train.seed": seed}, config)
+            self._configs[key] = parse(_words(said))[0]
+        config, groups = self._configs[key], {name.partition(".")[0] for name in numbers}
+        ours = {g: {n.partition(".")[2]: v for n, v in numbers.items() if n.startswith(f"{g}.")} for g in groups}
+        return replace(config, **{group: replace(getattr(config, group), **ours[group]) for group in groups})
 
     def _metric(self, task: str) -> str:
         """What of result.json a task is reported by."""
@@ -131,7 +138,7 @@ class Grid:
             return "loss"
         return {"mnli": "accuracy_matched"}.get(kind, TASKS[kind].metrics[0] if kind in TASKS else "accuracy")
 
-    def _options(self, task: str, method: str, records: Records, plan: Plan) -> dict[str, Any] | None:
+    def _options(self, task: str, method: str, records: Records, plan: Agenda) -> dict[str, Any] | None:
         """What was chosen for a method; None where that is open. Runs by which it is chosen are added to the plan."""
         variant = self.study.methods[method]
         chosen = self._search(task, variant.rates_of or method, records, plan)
@@ -142,7 +149,7 @@ class Grid:
             plan.chosen[task, method] = chosen
         return chosen
 
-    def _search(self, task: str, method: str, records: Records, plan: Plan) -> dict[str, Any] | None:
+    def _search(self, task: str, method: str, records: Records, plan: Agenda) -> dict[str, Any] | None:
         """The best value of each option that is searched, one option after the other."""
         chosen: dict[str, Any] = {}
         for option, values in self.study.methods[method].sweep.items():
@@ -162,7 +169,7 @@ class Grid:
         values: list[Any],
         sweep: Sweep,
         records: Records,
-        plan: Plan,
+        plan: Agenda,
     ) -> Any:
         tried = list(values)
         while True:
@@ -190,7 +197,7 @@ class Grid:
             tried = wider
 
     def _share(
-        self, task: str, method: str, variant: Variant, chosen: Mapping[str, Any], records: Records, plan: Plan
+        self, task: str, method: str, variant: Variant, chosen: Mapping[str, Any], records: Records, plan: Agenda
     ) -> dict[str, Any] | None:
         """So many examples as the method sees in another's seconds; both are run on all of them first."""
         assert variant.seconds_of is not None
@@ -260,6 +267,10 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise AFLoRAError(f"{value!r} is among a sweep's values and no number.") from None
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", _written(value))]
 
 
 def _written(value: Any) -> str:

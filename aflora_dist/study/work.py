@@ -15,14 +15,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import psutil
 from tqdm import tqdm
 
 from ..errors import AFLoRAError, writing
 from ..store.lock import LOCK, try_lock
-from .grid import Grid, Plan, Planned
+from .grid import Agenda, Grid, Planned
 from .results import Results, result_in
 
 _CLAIM = ".claim"  # in a run's directory: held by who starts the run, from before it begins until it has ended
@@ -32,13 +32,25 @@ _MEMORY = 2 << 30  # bytes of a run of which none is known
 _PAUSE = 0.2  # seconds between two looks
 
 
+class Process(Protocol):
+    """Of subprocess.Popen what is needed here."""
+
+    def poll(self) -> int | None: ...
+
+
+def start_process(command: list[str], environment: dict[str, str], said: Path) -> Process:
+    """Start a run, which prints to the end of a file. Ctrl-C is not for it: who started it has it save and leave."""
+    with said.open("ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+
 @dataclass
 class Job:
     """A run that this process has started."""
 
     run: Planned
     folder: Path
-    process: subprocess.Popen[bytes]
+    process: Process
     claim: IO[str]
     begun_anew: bool
     began: float = field(default_factory=time.monotonic)
@@ -126,14 +138,7 @@ class Work:
             held.pop_all()
         (folder / "stop").unlink(missing_ok=True)
         anew = not (folder / "config.yaml").exists()
-        with (folder / _SAID).open("ab") as said:
-            process = subprocess.Popen(
-                self._command(run, folder),
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                env=self._environment(),
-                start_new_session=True,  # Ctrl-C is for this process, which has the runs save
-            )
+        process = start_process(self._command(run, folder), self._environment(), folder / _SAID)
         self.jobs[run.name] = Job(run, folder, process, claim, anew)
         return True
 
@@ -185,7 +190,7 @@ class Work:
             return f"diverged ({record['failed']})"
         return ", ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items() if value is not None)
 
-    def _show(self, bar: Any, plan: Plan, left: Sequence[Planned]) -> None:
+    def _show(self, bar: Any, plan: Agenda, left: Sequence[Planned]) -> None:
         done = len(plan.runs()) - len(left)
         bar.total = done + len(left) + plan.open
         bar.n = done
@@ -198,7 +203,7 @@ class Work:
         self.leaving = True
 
 
-def estimate(plan: Plan, left: Sequence[Planned], results: Results) -> float | None:
+def estimate(plan: Agenda, left: Sequence[Planned], results: Results) -> float | None:
     """Seconds for what is left, one after the other: each as its method's done runs, or as all; None: none is known."""
     took: dict[str, list[float]] = {}
     for run in plan.runs():
@@ -211,7 +216,7 @@ def estimate(plan: Plan, left: Sequence[Planned], results: Results) -> float | N
     return sum(known) + plan.open * overall
 
 
-def outlook(plan: Plan, results: Results) -> str:
+def outlook(plan: Agenda, results: Results) -> str:
     """What a study still has to do, in a few words."""
     left = [run for run in plan.runs() if run.name not in results.records]
     total, more = len(plan.runs()) + plan.open, ""

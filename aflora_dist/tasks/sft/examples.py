@@ -53,19 +53,17 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
         train, held = _from_file(config.train_file, trained=True), None
     if config.validation_file is not None:
         held = _from_file(config.validation_file, trained=False)
-    where = config.name or config.train_file
-    if held is None:
+    where, evaluated = config.name or config.train_file, config.validation_file
+    if held is None or config.hold_out:
         if not 0 < config.hold_out < len(train):
             raise AFLoRAError(
                 f"{where} has no examples for evaluation: name data.validation_file, or say with data.hold_out how "
                 f"many of its {len(train)} examples shall serve as such."
             )
         parts = train.train_test_split(test_size=config.hold_out, seed=seed)
-        train, held = parts["train"], parts["test"]
-    elif config.hold_out:
-        raise AFLoRAError("data.hold_out is for data without a part for evaluation; there is one. Leave it out.")
+        train, held, evaluated = parts["train"], parts["test"], None
     train = _understood(train, f"{where}", trained=True)
-    held = _understood(held, f"{config.validation_file or where} (evaluation)", trained=False)
+    held = _understood(held, f"{evaluated or where} (evaluation)", trained=False)
     return at_most(config.max_train_examples, train, seed), at_most(config.max_eval_examples, held)
 
 
