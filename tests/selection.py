@@ -129,6 +129,10 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_a_method_trains_saves_and_resumes_to_the_bit": ("lora", "full"),
         "test_a_language_model_is_trained_by_a_method_and_loads_again": ("lora",),
     },
+    # Each option of a study is said once in these two; the others say more of the same.
+    "study/test_grid.py": {
+        "test_every_shipped_study_is_one": ("paper's-fig5", "small-controls", "small-word_problems")
+    },
     "test_plan.py": {
         "test_a_run_does_what_was_planned": ("single-no", "zero1-no", "zero2-bf16", "fsdp2-no"),
         "test_freezes_send_what_was_planned": ("single", "ddp", "zero1", "zero3"),

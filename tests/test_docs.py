@@ -400,6 +400,8 @@ def run_script(words: list[str], place: Place) -> None:
                 read_by_its_parser(lambda _: main(), arguments)
         else:
             run_main_job(["examples/reviews.yaml", *arguments], place)
+    elif script.name == "accuracy.py":
+        assert runpy.run_path(str(script))["main"]([*arguments, "--out", str(place.folder / "accuracy.md")]) == 0
     elif script.name == "pictures.py":
         drawn = place.folder / "drawn"
         drawn.mkdir(exist_ok=True)
@@ -437,6 +439,8 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
         own = {"--ranks", "--engines", "--examples", "--json", "--mixed_precision"}
         first = next((i for i, word in enumerate(arguments) if word in own), len(arguments))
         arguments = [*shrunk(arguments[:first], place), *arguments[first:]]
+    if command in ("study", "reproduce") and arguments:  # tests/study does such runs
+        arguments = [*arguments, "--dry_run"]
     assert aflora(command, *arguments) == 0
     return None
 

@@ -118,8 +118,8 @@ class Grid:
 
     def _config(self, said: dict[str, Any], late: Mapping[str, Any]) -> Config:
         """What options come to; numbers that were chosen for a run are put into what the others come to."""
-        kinds = {name: OPTIONS.get(name) for name in late}
-        numbers = {name: kinds[name](_number(value)) for name, value in late.items() if kinds[name] in (int, float)}
+        kinds = {name: kind for name in late if (kind := OPTIONS.get(name)) in (int, float)}
+        numbers = {name: kind(_number(late[name])) for name, kind in kinds.items()}
         said = {**said, **{name: value for name, value in late.items() if name not in numbers}}
         key = json.dumps(said, sort_keys=True)
         if key not in self._configs:
