@@ -3,8 +3,8 @@
     python docs/accuracy.py [--take FOLDER]
 
 docs/results/page.md is the text; what stands there in {{...}} is worked out from the runs' results beside it:
-{{table | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, and {{mean}}, {{trained}} or {{seconds}} of STUDY |
-TASK | METHOD. With --take, results of another folder are put there before.
+{{table | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, and {{mean}}, {{trained}} or {{seconds}} of
+STUDY | TASK | METHOD. With --take, results of another folder are put there before.
 """
 
 from __future__ import annotations

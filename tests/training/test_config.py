@@ -162,6 +162,21 @@ def test_only_the_heads_bias_is_spared_from_weight_decay() -> None:
     assert groups[2]["params"][0].shape == (2,)
 
 
+def test_vectors_may_have_a_rate_of_their_own() -> None:
+    config, _ = parse(["--preset", "glue/cola", "--train.vector_learning_rate", "0.5"])
+    method = create_method(config)
+    model = method.adapt(outlined(), HEAD)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = create_optimizer(config, model, method).param_groups
+    by_rate = {group["lr"]: {names[id(p)] for p in group["params"]} for group in groups}
+    assert [*by_rate] == [1e-2, 0.5, 4e-2]
+    assert {name.rpartition(".")[2] for name in by_rate[0.5]} == {"s_d", "s_b"}
+    assert {name.rpartition(".")[2] for name in by_rate[1e-2]} == {"A", "B"}
+    assert all("modules_to_save" in name for name in by_rate[4e-2])
+    with pytest.raises(AFLoRAError, match="is for AFLoRA's vectors"):
+        parse(["--preset", "glue/cola", "--method.name", "lora", "--train.vector_learning_rate", "0.5"])
+
+
 def test_a_module_that_is_not_new_cannot_be_chosen() -> None:
     config, _ = parse(["--preset", "glue/cola", "--model.train_new", '["encoder"]'])
     method = create_method(config)
