@@ -1,4 +1,4 @@
-"""Data for the main job: GLUE from the hub or from GLUE's own TSV files, other files, and the demo.
+"""Data for classifiers: GLUE from the hub or from GLUE's own TSV files, files and data sets of your own, and the demo.
 
 Whatever the source, out comes the same: datasets with the columns "text", "text_pair" (for pairs)
 and "label", checked.
@@ -25,8 +25,8 @@ from ..options import DataConfig
 from ..processes import first_on_node
 from .glue import TASKS, GlueTask
 from .labels import as_number, encode_labels
-from .reading import LINE, Row, Rows, listed, plain_rows, read_columns, read_table, shown
-from .splits import at_most, load_from_hub
+from .reading import LINE, Row, Rows, listed, plain_rows, read_columns, shown
+from .sources import at_most, evaluation_rows, load_from_hub, split_off, training_rows, weighted
 
 _DEMO_HELD_OUT = 1000
 
@@ -63,7 +63,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
     if config.task == "demo":
         data = _demo()
     elif config.task == "files":
-        data = _files(config)
+        data = _own(config, seed)
     elif config.task in TASKS:
         task = TASKS[config.task]
         splits = _glue_from_folder(task, Path(config.path)) if config.path else _glue_from_hub(task)
@@ -76,8 +76,10 @@ def load_data(config: DataConfig, seed: int) -> Data:
         )
     else:
         raise unknown_task(config.task)
-    if config.hold_out:
-        data = _held_out(data, config.hold_out, seed)
+    if config.hold_out and config.task != "files":  # whose own rows have been split
+        split, *_ = data.evaluation
+        train, held = split_off(config, data.train, None, seed, f"data.task={config.task}")
+        data = dataclasses.replace(data, train=train, evaluation={split: held})
     for split, dataset in {"train": data.train, **data.evaluation}.items():
         _check_split(data, split, dataset)
     return dataclasses.replace(
@@ -85,15 +87,6 @@ def load_data(config: DataConfig, seed: int) -> Data:
         train=at_most(config.max_train_examples, data.train, seed),
         evaluation={name: at_most(config.max_eval_examples, split) for name, split in data.evaluation.items()},
     )
-
-
-def _held_out(data: Data, count: int, seed: int) -> Data:
-    """With so many of its training examples for evaluation, and without those there were."""
-    if count >= len(data.train):
-        raise AFLoRAError(f"data.hold_out={count}: there are {len(data.train)} training examples. Hold fewer out.")
-    parts = data.train.train_test_split(test_size=count, seed=seed)
-    first, *_ = data.evaluation
-    return dataclasses.replace(data, train=parts["train"], evaluation={first: parts["test"]})
 
 
 def unknown_task(name: str) -> AFLoRAError:
@@ -122,7 +115,7 @@ def _standard(dataset: datasets.Dataset, text_columns: tuple[str, ...], label_co
 def _glue_from_hub(task: GlueTask) -> dict[str, datasets.Dataset]:
     files = f"{task.folder}/{task.files[0][1]}"
     otherwise = f"give a folder of GLUE's TSV files: data.path=FOLDER, holding {files}"
-    loaded = load_from_hub("nyu-mll/glue", task.name, otherwise=otherwise)
+    loaded = load_from_hub("nyu-mll/glue", task.name, None, otherwise)
     return {split: _standard(loaded[split], task.text_columns, "label") for split, _ in task.files}
 
 
@@ -185,32 +178,58 @@ def _label(task: GlueTask, text: str, where: str) -> int | float:
     return value
 
 
-def _files(config: DataConfig) -> Data:
+def _own(config: DataConfig, seed: int) -> Data:
     wanted = [*config.text_columns, config.label_column]
     if not 1 <= len(config.text_columns) <= 2 or len(set(wanted)) < len(wanted):
         raise AFLoRAError(
             f"data.text_columns names one or two columns besides data.label_column, got {config.text_columns} and "
             f"{config.label_column!r}."
         )
-    tables = {}
-    for split, name in (("train", config.train_file), ("validation", config.validation_file)):
-        if name is None:
-            raise AFLoRAError(f"data.task=files needs data.{split}_file.")
-        tables[split] = read_table(name, wanted)
-        _check_texts(tables[split], config)
-    names, labels = encode_labels(tables, config.label_column, config.regression)
-    positive = _positive(config, names)
+    parts = training_rows(config, wanted)
+    held = evaluation_rows(config, wanted)
+    for table in [*(table for table, _ in parts), *([] if held is None else [held])]:
+        _check_texts(table, config)
+    tables = {"train": Rows.joined([table for table, _ in parts])}
+    if held is not None:
+        tables["validation"] = held
+    names, labels = _named_by_the_hub(tables, config) or encode_labels(tables, config.label_column, config.regression)
+    positive = positive_class(config, names)
     if PartialState().is_main_process:
         print(*dict.fromkeys(_told(tables, config, names, labels["train"])), sep="\n", flush=True)
     splits = {}
     for split, table in tables.items():
-        rows = table.rows.remove_columns(config.label_column).add_column(config.label_column, labels[split])
-        splits[split] = _standard(rows, tuple(config.text_columns), config.label_column)
-    metrics = ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
-    return Data("files", splits["train"], {"validation": splits["validation"]}, names, metrics, positive)
+        rows = table.rows.remove_columns(config.label_column).add_column("label of its own", labels[split])
+        splits[split] = _standard(rows, tuple(config.text_columns), "label of its own")
+    train = weighted(splits["train"], [(len(table.rows), weight) for table, weight in parts], seed)
+    train, validation = split_off(config, train, splits.get("validation"), seed, tables["train"].name)
+    return Data("files", train, {"validation": validation}, names, metrics_for(names), positive)
 
 
-def _positive(config: DataConfig, names: list[str] | None) -> int:
+def metrics_for(names: list[str] | None) -> tuple[str, ...]:
+    """What is measured of your own classes, by their names; None: of numbers that are regressed to."""
+    return ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
+
+
+def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list[str], dict[str, list[int]]] | None:
+    """Class names in the order that a data set gives them (datasets.ClassLabel), and each split's class numbers."""
+    kinds = {split: table.rows.features[config.label_column] for split, table in tables.items()}
+    kind = kinds["train"]
+    if not isinstance(kind, datasets.ClassLabel) or config.regression or any(k != kind for k in kinds.values()):
+        return None
+    labels = {split: table.rows[config.label_column][:] for split, table in tables.items()}
+    for split, found in labels.items():
+        tables[split].check_filled(config.label_column)
+        if (
+            odd := next((row for row, label in enumerate(found) if not 0 <= label < len(kind.names)), None)
+        ) is not None:
+            raise AFLoRAError(
+                f"{tables[split].where(odd)}: its label is {found[odd]}, which is none of {listed(kind.names)}. (A "
+                f"split without labels?)"
+            )
+    return kind.names, labels
+
+
+def positive_class(config: DataConfig, names: list[str] | None) -> int:
     """The class whose F1 is measured."""
     if config.positive_label is None:
         return 1
@@ -238,7 +257,7 @@ def _told(tables: dict[str, Rows], config: DataConfig, names: list[str] | None, 
         none_of = f"; it has no example of {listed(without)}" if without else ""
         yield f"{column} {len(names):,} classes for {len(labels):,} examples: {listed(names)}{none_of}."
         if len(names) == 2:
-            yield f"F1 is that of the class {listed([names[_positive(config, names)]])} (data.positive_label)."
+            yield f"F1 is that of the class {listed([names[positive_class(config, names)]])} (data.positive_label)."
     for table in tables.values():
         for name in config.text_columns:
             empty = pc.equal(pc.utf8_trim_whitespace(table.rows.data.column(name)), "")
@@ -253,7 +272,7 @@ def _check_texts(table: Rows, config: DataConfig) -> None:
             raise table.lacks(column)
     for column in config.text_columns:
         table.check_text(column)
-    if table.name.lower().endswith(".csv"):
+    if table.untyped and table.name.lower().endswith(".csv"):
         _refuse_swallowed_rows(table, config)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,13 +27,15 @@ from ..tasks.base import Evaluation, Task
 from ..version import __version__
 from .rates import peak
 from .telemetry import Telemetry, open_telemetry, run_summary
+from .timing import TrainingTime
 
 
 class TrainingLog:
     """metrics.jsonl, trackers, the progress bar, and result.json; a part of what survives a restart ("log").
 
     Attributes:
-        evaluations: Metrics after each epoch so far.
+        evaluations: Metrics so far: after each epoch, or every run.eval_every updates.
+        evaluated_at: After how many updates each was made.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class TrainingLog:
         progress: Progress,
         control: Control,
         total_steps: int,
+        updates_per_epoch: int,
         head_params: int,
         lora_r8: int,
         flops_per_token: int | None = None,
@@ -53,15 +54,14 @@ class TrainingLog:
         self.config, self.run, self.accelerator = config, run, accelerator
         self.progress, self.control = progress, control
         self.total_steps, self.head_params, self.lora_r8 = total_steps, head_params, lora_r8
-        self.updates_per_epoch = total_steps // config.train.epochs
-        self.train_seconds = self.cpu_seconds = 0.0
+        self.updates_per_epoch = updates_per_epoch
+        self.time = TrainingTime()
         self.save_seconds: list[float] = []
         self.trained_sum = 0  # sum over the updates so far of the adapter's trainable elements
         self.evaluations: list[dict[str, float]] = []
+        self.evaluated_at: list[int] = []
         self._losses: list[Tensor] = []
         self._since: tuple[int, float] = (0, 0.0)
-        self._started: float | None = None
-        self._cpu_started = 0.0
         # Tokens so far, padding excluded, and up to the last line; None after a checkpoint that does not say.
         self.tokens: int | None = 0
         self._tokens_at_line = 0
@@ -104,28 +104,15 @@ class TrainingLog:
         }
         self.telemetry = open_telemetry(self.config, self.run.path, first_step, facts)
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """What happens inside counts as training time."""
-        self._started, self._cpu_started = time.perf_counter(), time.process_time()
-        try:
-            yield
-        finally:
-            self.train_seconds, self.cpu_seconds = self.seconds(), self.processor_seconds()
-            self._started = None
-
     @property
     def step(self) -> int:
         """Global batches done: the one clock's t."""
         return self.progress.step
 
-    def seconds(self) -> float:
+    @property
+    def train_seconds(self) -> float:
         """Training time so far, evaluation excluded."""
-        return self.train_seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
-
-    def processor_seconds(self) -> float:
-        """Likewise of this process's threads: other work on the machine does not change it."""
-        return self.cpu_seconds + (time.process_time() - self._cpu_started if self._started is not None else 0.0)
+        return self.time.seconds[0]
 
     def update(self, loss: Tensor, norm: Any, trained: int, tokens: int, rates: list[float]) -> None:
         """Take note of one global batch, after the clock has; every `log_every` of them write a line.
@@ -146,9 +133,8 @@ class TrainingLog:
         state_bytes = self.progress.engine.optimizer_state_bytes()
         if not self.run.writes:
             return
-        steps, seconds = self.step - self._since[0], self.seconds() - self._since[1]
-        self._since = (self.step, self.seconds())
-        frozen, freezable = len(self.control.frozen), len(self.control.freezable)
+        steps, seconds = self.step - self._since[0], self.train_seconds - self._since[1]
+        self._since = (self.step, self.train_seconds)
         line = {
             "step": self.step - 1,
             "epoch": self.step / self.updates_per_epoch,
@@ -157,7 +143,7 @@ class TrainingLog:
             "head_lr": rates[-1],
             "grad_norm": float(norm) if norm is not None and np.isfinite(float(norm)) else None,  # JSON has no NaN
             "trainable_params": self.progress.engine.trainable_params,
-            "frozen": frozen,
+            "frozen": len(self.control.frozen),
             **self.control.metrics(),
             "skipped": self.progress.skipped,
             "optimizer_state_bytes": state_bytes,
@@ -171,7 +157,10 @@ class TrainingLog:
         self.telemetry.scalars({f"train/{k}": v for k, v in line.items() if k != "step"}, self.step - 1)
         self.telemetry.scores(scores, self.step - 1)
         self.bar.set_postfix(
-            loss=f"{mean:.3f}", frozen=f"{frozen}/{freezable}", trainable=f"{line['trainable_params']:,}", refresh=False
+            loss=f"{mean:.3f}",
+            frozen=f"{line['frozen']}/{len(self.control.freezable)}",
+            trainable=f"{line['trainable_params']:,}",
+            refresh=False,
         )
 
     def _rates(self, tokens_before: int, seconds: float) -> dict[str, float]:
@@ -209,8 +198,9 @@ class TrainingLog:
         """
         return {}, {
             "evaluations": self.evaluations,
-            "train_seconds": self.seconds(),
-            "train_cpu_seconds": self.processor_seconds(),
+            "evaluated_at": self.evaluated_at,
+            "train_seconds": self.train_seconds,
+            "train_cpu_seconds": self.time.seconds[1],
             "trained_sum": self.trained_sum,
             "losses": self._over_ranks(),
             "since": self._since,
@@ -222,9 +212,10 @@ class TrainingLog:
         """Whatever was counted can be counted on."""
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        self.evaluations = list(record["evaluations"])
-        self.train_seconds, self.trained_sum = record["train_seconds"], record["trained_sum"]
-        self.cpu_seconds = record.get("train_cpu_seconds", 0.0)
+        self.evaluations, self.trained_sum = list(record["evaluations"]), record["trained_sum"]
+        each = [self.updates_per_epoch * (number + 1) for number in range(len(self.evaluations))]
+        self.evaluated_at = list(record.get("evaluated_at", each))  # not in checkpoints of earlier releases
+        self.time.seconds = record["train_seconds"], record.get("train_cpu_seconds", 0.0)  # not in earlier releases'
         self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in record["losses"]]
         self._since = (record["since"][0], record["since"][1])
         counted = record.get("tokens")  # not in checkpoints of earlier releases
@@ -232,28 +223,36 @@ class TrainingLog:
         self.control.seconds = record["control_seconds"]
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """An epoch has ended, with these metrics."""
+        """The model has been measured, with these metrics."""
         metrics = evaluation.metrics
         self.evaluations.append(metrics)
+        self.evaluated_at.append(self.step)
         self.telemetry.scalars({f"eval/{name}": value for name, value in metrics.items()}, self.step - 1)
-        self.telemetry.freeze_map(self.control.freezable, self.control.frozen, self.total_steps, self.step - 1)
+        ends = [(event.step, getattr(event, "backward_from", 0)) for event in self.control.events]
+        self.telemetry.freeze_map(self.control.freezable, self.control.frozen, self.total_steps, self.step - 1, ends)
         self._say(
-            "  ".join([f"epoch {self.step / self.updates_per_epoch:g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
+            "  ".join([f"epoch {self.epoch(len(self.evaluations)):g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
         )
         if evaluation.samples:
             self.telemetry.text("samples", evaluation.samples, self.step - 1)
             self._say(evaluation.samples)
 
+    def epoch(self, evaluation: int) -> float:
+        """After how many epochs an evaluation was, counted from 1."""
+        epochs = round(self.evaluated_at[evaluation - 1] / self.updates_per_epoch, 4)
+        return int(epochs) if epochs.is_integer() else epochs
+
     def ended_early(self, best: BestEpoch) -> None:
-        """No epoch has been better for as long as the patience lasts. A collective."""
+        """No evaluation has been better for as long as the patience lasts. A collective."""
         if self._losses:
             self.flush_losses()  # for the error that they may be
+        epochs, since = self.total_steps / self.updates_per_epoch, self.epoch(best.epoch or 1)
         self._say(
-            f"Ended after epoch {self.step // self.updates_per_epoch} of {self.config.train.epochs}: {best.metric} has "
-            f"not improved since epoch {best.epoch}. The schedules of learning rate and freezing were for all "
-            f"{self.total_steps} updates (T), of which {self.step} were done."
+            f"Ended after epoch {self.epoch(len(self.evaluations)):g} of {epochs:g}: {best.metric} has not improved "
+            f"since epoch {since:g}. The schedules of learning rate and freezing were for all {self.total_steps} "
+            f"updates (T), of which {self.step} were done."
         )
-        if training := len(self.control.freezable) - len(self.control.frozen):
+        if training := len({*self.control.freezable} - {*self.control.frozen}):
             logger.warning(
                 f"{training} of {len(self.control.freezable)} projection matrices had not frozen yet. "
                 f"For a whole schedule set train.epochs to what the best epoch needs, or raise run.patience."
@@ -294,10 +293,14 @@ class TrainingLog:
         """What result.json holds. A collective."""
         evaluations = self.evaluations
         result = self._result(task) | {"method": method, "traces": traces}
-        result["last"] = {"epoch": len(evaluations), "metrics": evaluations[-1]}
+        result["last"] = {"epoch": self.epoch(len(evaluations)), "metrics": evaluations[-1]}
         if best is not None and best.epoch is not None:
             result["metrics"] = evaluations[best.epoch - 1]  # of what adapter/ holds
-            result["best"] = {"metric": best.metric, "epoch": best.epoch, "metrics": result["metrics"]}
+            result["best"] = {
+                "metric": best.metric,
+                "epoch": self.epoch(best.epoch),
+                "metrics": result["metrics"],
+            }
         self.telemetry.result(self.config, result, self.step - 1)
         if traces:
             self.telemetry.windows(self.run.path, self.step - 1)
@@ -316,14 +319,16 @@ class TrainingLog:
             "task": task.name,
             "metrics": self.evaluations[-1],
             "evaluations": self.evaluations,
+            "evaluated_at": self.evaluated_at,
             "engine": self.progress.engine.kind,
             "world_size": accelerator.num_processes,
             "mixed_precision": str(accelerator.mixed_precision),
             "steps": self.step,
             "skipped_updates": self.progress.skipped,
+            "labels": task.labels,
             "train_examples": task.train_examples,
             "train_seconds": self.train_seconds,
-            "train_cpu_seconds": self.cpu_seconds if accelerator.device.type == "cpu" else None,
+            "train_cpu_seconds": self.time.seconds[1] if accelerator.device.type == "cpu" else None,
             "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,
             **self._rates(0, self.train_seconds),
             "avg_trainable_params": self.trained_sum / self.step,

@@ -70,7 +70,7 @@ def test_the_hub_s_layout_is_understood(task: str, monkeypatch: pytest.MonkeyPat
     )
     asked = []
 
-    def load(*names: str) -> datasets.DatasetDict:
+    def load(*names: str, revision: None) -> datasets.DatasetDict:
         asked.append(names)
         return hub
 
@@ -270,5 +270,5 @@ def test_what_is_held_out_serves_instead_of_the_validation_split(tmp_path: Path)
     assert parts == sorted(whole.train["text"][:])
     other = load_data(DataConfig(task="demo", hold_out=500), seed=4)
     assert other.evaluation["validation"]["text"][:] != data.evaluation["validation"]["text"][:]
-    with pytest.raises(AFLoRAError, match="Hold fewer out"):
+    with pytest.raises(AFLoRAError, match="how many of its 7,530 examples"):
         load_data(DataConfig(task="demo", hold_out=10_000), seed=0)
