@@ -119,7 +119,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_a_full_disk_of_the_main_process_ends_every_rank_with_the_reason": NONE,
     },
     "training/test_slurm.py": {  # the array of seeds stays
-        "test_a_job_interrupted_in_four_ways_comes_back_and_ends_with_the_same_model": NONE,
+        "test_a_job_interrupted_in_three_ways_comes_back_and_ends_with_the_same_model": NONE,
         "test_several_tasks_a_node_are_so_many_ranks_and_a_port_in_use_is_passed_over": NONE,
         "test_a_signal_to_the_ranks_saves_and_ends_the_job": NONE,
         "test_a_script_of_one_s_own_runs_on_all_nodes_and_comes_back": NONE,
