@@ -28,6 +28,8 @@ PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Of the many processes that tests start none compiles the library's modules again.
+CACHED := PYTHONDONTWRITEBYTECODE=
 # Each environment compiles DeepSpeed's operators for itself: another's are made anew, or lack functions.
 EXTENSIONS = TORCH_EXTENSIONS_DIR="$(CURDIR)/$(1)/extensions"
 # What runs on CPUs sees no GPU; `make gpu` does, and the demo with GPUS=N.
@@ -47,7 +49,7 @@ operators: $(READY)
 	  > $(VENV)/operators.log 2>&1 || { cat $(VENV)/operators.log; exit 1; }
 test test-all test-rest: operators
 test test-all test-rest test-fast: $(READY)
-	$(QUIET) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/$(PYTEST) $(SELECTED)
+	$(QUIET) $(CACHED) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/$(PYTEST) $(SELECTED)
 test: SELECTED := -m "not whole"
 test-rest: SELECTED := -m whole
 test-fast: SELECTED := -m "not distributed"

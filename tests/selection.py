@@ -116,7 +116,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_every_preset_trains_on_the_layout_that_it_names": ("llm/math10k", "official/stsb"),
         "test_a_run_over_pickles_in_float16_is_planned_merged_and_made_lora": ("glue/rte",),
     },
-    "training/test_errors.py": {  # each starts the real launcher
+    "training/test_errors.py": {
         "test_lonely_processes_are_noticed": NONE,
         "test_a_full_disk_of_the_main_process_ends_every_rank_with_the_reason": NONE,
     },
@@ -150,7 +150,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "view/test_trace.py": {"test_a_real_run_reads_as_its_json_says": NONE},  # that run again
     "watch/test_trackers.py": {"test_a_tracker_has_one_run_with_all_that_the_run_directory_has": ("mlflow",)},
-    "test_docs.py": {  # `make docs` builds the site
+    "test_docs.py": {
         "test_the_site_holds_every_page_and_fetches_nothing": NONE,
         "test_its_search_finds_pages_where_there_is_no_server": NONE,
         "test_the_api_pages_say_what_the_docstrings_say": NONE,
