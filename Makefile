@@ -45,11 +45,13 @@ demo: $(READY)
 
 # First what ranks would compile: two workers' would wait for each other's compilers.
 operators: $(READY)
+	@echo 'Compiling what DeepSpeed needs on CPUs (a minute or two, once) ...'
 	@$(QUIET) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -W ignore -m tests.operators \
 	  > $(VENV)/operators.log 2>&1 || { cat $(VENV)/operators.log; exit 1; }
 test test-all test-rest: operators
 test test-all test-rest test-fast: $(READY)
-	$(QUIET) $(CACHED) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/$(PYTEST) $(SELECTED)
+	@echo 'Testing: a dot passed, an s was skipped (why stands at the end), an F failed. It takes minutes.'
+	@$(QUIET) $(CACHED) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/$(PYTEST) $(SELECTED)
 test: SELECTED := -m "not whole"
 test-rest: SELECTED := -m whole
 test-fast: SELECTED := -m "not distributed"
