@@ -68,7 +68,7 @@ def test_a_freeze_needs_no_more_memory_than_a_step(engine: str) -> None:
 def test_half_of_a_model_freezes_in_the_memory_of_a_step(engine: str) -> None:
     """In units of blocks, in full fine-tuning: what changes its rank under ZeRO-1 and 2 goes in bounded pieces."""
     for found in heavy(engine, "blocks"):
-        assert found["step peak"] > 3 * found["bytes"]
+        assert found["step peak"] > 1.5 * found["bytes"]
         assert found["freeze peak"] <= 1.1 * found["step peak"]
         assert (found["moved"] > found["bytes"] / 4 / 8) == (engine in ("zero1", "zero2"))
 

@@ -202,6 +202,13 @@ def test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_back
             assert above[1]
 
 
+@pytest.mark.distributed
+def test_a_backward_pass_that_ends_early_gathers_nothing_below() -> None:
+    """FSDP2 fetches the block before the one at work."""
+    for whole, ended in zip(run("fsdp2")["change"], run("fsdp2")["one block"], strict=True):
+        assert (whole["gathers"], ended["gathers"]) == (2, 1)
+
+
 def test_by_default_the_matrices_of_tuners_and_blocks_freeze_and_nothing_else() -> None:
     lora, full = Training("lora").freezing, Training("full").freezing
     assert len(lora.freezable) == SIZES["lora"]
