@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 import aflora_dist.cli
 from aflora_dist.options import Config
-from aflora_dist.training.command_line import parse
+from aflora_dist.training.command_line import OPTIONS, parse
 from aflora_dist.training.run import main as train
 from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
 from tests.pages import PAGES, ROOT, Block, blocks, classifier, snippets, with_trl
@@ -134,6 +134,16 @@ def test_links_and_files_exist(page: Path) -> None:
         assert list(ROOT.glob(path.rstrip("/"))), f"{page.name} names {path}"
     for command in re.findall(r"`(pytest [^`]+)`", text):
         read_by_pytest(shlex.split(command)[1:])
+
+
+@named(PAGES)
+def test_every_option_that_is_named_exists(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    groups = "|".join({option.split(".")[0] for option in OPTIONS if "." in option})
+    for code in re.findall(r"`([^`\n]+)`", text):
+        for name in re.findall(rf"(?<![\w./])(?:--)?((?:{groups})\.[a-z_]+)\b(?![.\w(/])", code):
+            other = name == "freezing.progress" or name.endswith((".jsonl", ".csv"))  # an attribute; files
+            assert name in OPTIONS or other, f"{page.name} names {name}"
 
 
 # -- the matrix of engines, the errors, the versions ---------------------------------------------
