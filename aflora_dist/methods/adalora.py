@@ -54,7 +54,7 @@ class AdaLora(Peft):
 
     def check(self, updates_per_epoch: int) -> None:
         tuning: Any = self._tuning
-        total = self.config.train.epochs * updates_per_epoch
+        total = self.config.train.updates(updates_per_epoch)
         first, last = self.options.get("tinit", total // 10), self.options.get("tfinal", total // 5)
         for option in ("tinit", "tfinal", "target_r", "init_r"):
             if not isinstance(self.options.get(option, 0), int):

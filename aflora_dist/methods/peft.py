@@ -13,6 +13,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from ..adapter.architectures import ARCHITECTURES, default_targets, find_targets
+from ..adapter.labels import label_mapping
 from ..adapter.precision import widen
 from ..adapter.saving import save_peft
 from ..compat.deepspeed import is_sharded
@@ -59,7 +60,10 @@ class PeftMethod(FreezingMethod):
             AFLoRAError: PEFT cannot put it in: no module matched, an option has no such value.
         """
         try:
-            return get_peft_model(model, tuning(), **options)
+            config = tuning()
+            if self.task_type == TaskType.SEQ_CLS and model.config.num_labels > 1:
+                config.auto_mapping = label_mapping([name for _, name in sorted(model.config.id2label.items())])
+            return get_peft_model(model, config, **options)
         except AFLoRAError:
             raise
         except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, AssertionError) as error:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..errors import AFLoRAError
 from ..methods import NoControl
 from ..methods.choose import create_method, lora_parameters
@@ -20,7 +22,7 @@ from ..tasks.glue import TASKS
 from ..tasks.limits import Limits
 from ..tasks.model import outline_base, outline_language_model
 from ..tasks.weights import check_weights
-from ..training.build import check_launch, create_task, create_windows, hold, warm_up
+from ..training.build import check_launch, create_schedule, create_task, create_windows, hold, warm_up
 from .launches import Launch
 from .model import PlannedModel
 from .records import EnginePlan, Parameters, Plan, Steps
@@ -60,8 +62,11 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         assumptions.append(
             f"with freezing.rule={config.freezing.rule} the scores decide how many matrices freeze, every "
             f"{config.freezing.every} updates; what is said of the average and the end is so by the paper's rule"
-            if not config.freezing.prefix
-            else "with freezing.prefix the scores decide when the rest of a block freezes: it is not counted"
+        )
+    if config.freezing.prefix and planned.freezes and planned.freezes.order is None:
+        assumptions.append(
+            "with freezing.prefix the scores decide when the rest of a block freezes: what is said of it is of random "
+            "orders, and freezes of a rest alone are not listed"
         )
 
     return Plan(
@@ -74,7 +79,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         matrices=len(planned.numels),
         engines=[_engine(config, launch, able.refused.get(launch), data, planned) for launch in launches],
         directory=config.run.dir,
-        writes=written(config.run),
+        writes=written(config.run, config.method.name != "full"),
         directory_taken=_complaint(refuse_taken, config.run),
         assumptions=assumptions,
     )
@@ -107,7 +112,8 @@ def _assumed(config: Config, examples: int, assumptions: list[str]) -> _Data:
 
 def _steps(config: Config, data: _Data, planned: PlannedModel) -> Steps:
     per_epoch = data.examples // config.train.batch_size
-    total = per_epoch * config.train.epochs
+    total = config.train.updates(per_epoch)
+    create_schedule(config, torch.optim.SGD([torch.zeros(())]), total)  # may refuse
     schedule = planned.freezes.schedule if planned.freezes else None
     return Steps(
         examples=data.examples,

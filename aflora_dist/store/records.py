@@ -63,6 +63,7 @@ class Event:
     step: int
     frozen: list[str]
     scores: dict[str, float]
+    backward_from: int | None
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,11 @@ class Result:
 
     Attributes:
         metrics: Of what adapter/ holds; None: not a number.
-        evaluations: After each epoch.
-        best_epoch: Which epoch's adapter was kept, from 1; None: the last one's.
+        evaluations: After each epoch, or every run.eval_every updates.
+        last_epoch: After how many epochs the last of them was.
+        best_epoch: After how many epochs that was whose adapter was kept; None: the last one's.
         best_metric: By what it was chosen.
+        labels: Class names by number, of a classifier.
         traces: Relative to the run's directory.
     """
 
@@ -81,11 +84,13 @@ class Result:
     method: str | None
     metrics: dict[str, float | None]
     evaluations: list[dict[str, float | None]]
-    best_epoch: int | None
+    last_epoch: float | None
+    best_epoch: float | None
     best_metric: str | None
     engine: str | None
     world_size: int | None
     steps: int | None
+    labels: list[str]
     train_examples: int | None
     train_seconds: float | None
     samples_per_second: float | None
@@ -110,6 +115,7 @@ class Settings:
     model: str
     task: str
     epochs: float | None
+    max_steps: int | None
     seed: int | None
     values: dict[str, Any]
 
@@ -122,9 +128,13 @@ def as_result(record: Any) -> Result:
     """
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         raise ValueError("it holds no metrics")
-    best = record.get("best")
-    best = {f"best_{key}": value for key, value in best.items()} if isinstance(best, dict) else {}
-    return typed(Result, {**record, **best, "task": record.get("task", "?")})
+    chosen = {
+        f"{which}_{key}": value
+        for which in ("last", "best")
+        if isinstance(record.get(which), dict)
+        for key, value in record[which].items()
+    }
+    return typed(Result, {**record, **chosen, "task": record.get("task", "?")})
 
 
 class Run:
@@ -188,12 +198,14 @@ class Run:
 
     @property
     def names(self) -> list[str]:
-        """All matrices that were ranked at some time, in the model's order."""
-        return list(dict.fromkeys(name for event in self.events for name in (*event.scores, *event.frozen)))
+        """All matrices that were ranked at some time, in the model's order; not what froze with a block."""
+        ranked = dict.fromkeys(name for event in self.events for name in event.scores)
+        return list(ranked or dict.fromkeys(name for event in self.events for name in event.frozen))
 
     @property
     def frozen(self) -> dict[str, int]:
-        return {name: event.step for event in self.events for name in event.frozen}
+        frozen = {name: event.step for event in self.events for name in event.frozen}
+        return {name: frozen[name] for name in self.names if name in frozen}
 
     @property
     def total_steps(self) -> int:
@@ -202,6 +214,8 @@ class Run:
         done = max(steps, default=0) + 1
         if self.result is not None and self.result.steps is not None:
             return max(self.result.steps, done)
+        if self.settings.max_steps:
+            return max(self.settings.max_steps, done)
         last, epochs = self.metrics[-1] if self.metrics else None, self.settings.epochs
         if last is None or not last.epoch or not epochs or not 0 < epochs / last.epoch < 1e6:
             return done
@@ -252,8 +266,8 @@ def read_outcome(path: Path, problems: list[str]) -> Outcome | None:
         path,
         settings,
         result,
-        None if result is None else _digest(repr(result).encode(errors="replace")),
-        _digest(first) if ended else None,
+        None if result is None else hashlib.sha256(repr(result).encode(errors="replace")).hexdigest(),
+        hashlib.sha256(first).hexdigest() if ended else None,
     )
 
 
@@ -303,7 +317,8 @@ def read_settings(path: Path) -> Settings | None:
     except ValueError:
         return None
     values["train"].pop("seed", None)
-    return Settings(model, task, number(train.get("epochs")), integer(train.get("seed")), values)
+    steps = integer(train.get("max_steps"))
+    return Settings(model, task, number(train.get("epochs")), steps, integer(train.get("seed")), values)
 
 
 def read_result(path: Path, problems: list[str]) -> Result | None:
@@ -344,7 +359,3 @@ def _bytes(path: Path, problems: list[str], most: int = -1) -> bytes:
     except OSError as error:
         problems.append(f"{path} could not be read: {error.strerror or error}.")
         return b""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -39,6 +39,7 @@ _FREE = {
     "train.eval_batch_size",
     "train.gradient_checkpointing",
 }
+LABELS = "labels"  # told as they are, where all else is told by a fingerprint
 RATES = {"train.learning_rate", "train.head_learning_rate"}  # may be lowered where a training diverged
 
 
@@ -92,12 +93,14 @@ def finished(run: RunDirectory, resolved: str) -> dict[str, Any] | None:
 
 def _goes_on(run: RunDirectory, theirs: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     """Whether a run that ended early waits longer now; says what will be."""
-    before, now = _flatten(theirs).get("run.patience"), run.config.patience
-    done, epochs = len(result.get("evaluations", ())), _flatten(theirs).get("train.epochs", 0)
+    said = _flatten(theirs)
+    before, now = said.get("run.patience"), run.config.patience
+    done, epochs = result.get("last", {}).get("epoch", 0), said.get("train.epochs", 0)
+    ended_whole = result.get("steps", 0) >= said["train.max_steps"] if said.get("train.max_steps") else done >= epochs
     if before == now:
         return False
-    ended = f"The run in {run.path} ended after epoch {done} of {epochs} with run.patience={before}"
-    if before is None or done >= epochs:
+    ended = f"The run in {run.path} ended after epoch {done:g} of {epochs} with run.patience={before}"
+    if before is None or ended_whole:
         print(f"The run in {run.path} has ended: run.patience={now} changes nothing of it.", flush=True)
         return False
     if now is None or now < before:
@@ -166,7 +169,8 @@ class Checkpointer:
     """Saves a training's state and restores it.
 
     Args:
-        data: What must not change between a run and its continuation: name -> fingerprint; None: not known.
+        data: What must not change between a run and its continuation: name -> fingerprint (of LABELS the class names,
+            as JSON); None: not known.
         resolved: The configuration as YAML.
     """
 
@@ -262,6 +266,11 @@ class Checkpointer:
             return
         for name, here in self.data.items():
             if None not in (here, there.get(name)) and there[name] != here:
+                if name == LABELS:
+                    raise AFLoRAError(
+                        f"{loaded.path} is of a run whose labels are {there[name]}, and those of the data that were "
+                        f"loaded now are {here}. Go on with the data of then, or begin another run."
+                    )
                 raise AFLoRAError(
                     f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with the original, or "
                     f"begin another run."

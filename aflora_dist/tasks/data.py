@@ -1,4 +1,4 @@
-"""Data for the main job: GLUE from the hub or from GLUE's own TSV files, other files, and the demo.
+"""Data for classifiers: GLUE from the hub or from GLUE's own TSV files, files and data sets of your own, and the demo.
 
 Whatever the source, out comes the same: datasets with the columns "text", "text_pair" (for pairs)
 and "label", checked.
@@ -25,8 +25,8 @@ from ..options import DataConfig
 from ..processes import first_on_node
 from .glue import TASKS, GlueTask
 from .labels import as_number, encode_labels
-from .reading import LINE, Row, Rows, listed, plain_rows, read_columns, read_table, shown
-from .splits import at_most, load_from_hub
+from .reading import LINE, Row, Rows, listed, plain_rows, read_columns, shown
+from .sources import at_most, evaluation_rows, load_from_hub, split_off, training_rows, weighted
 
 _DEMO_HELD_OUT = 1000
 
@@ -63,7 +63,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
     if config.task == "demo":
         data = _demo()
     elif config.task == "files":
-        data = _files(config)
+        data = _own(config, seed)
     elif config.task in TASKS:
         task = TASKS[config.task]
         splits = _glue_from_folder(task, Path(config.path)) if config.path else _glue_from_hub(task)
@@ -111,7 +111,7 @@ def _standard(dataset: datasets.Dataset, text_columns: tuple[str, ...], label_co
 def _glue_from_hub(task: GlueTask) -> dict[str, datasets.Dataset]:
     files = f"{task.folder}/{task.files[0][1]}"
     otherwise = f"give a folder of GLUE's TSV files: data.path=FOLDER, holding {files}"
-    loaded = load_from_hub("nyu-mll/glue", task.name, otherwise=otherwise)
+    loaded = load_from_hub("nyu-mll/glue", task.name, None, otherwise)
     return {split: _standard(loaded[split], task.text_columns, "label") for split, _ in task.files}
 
 
@@ -174,32 +174,58 @@ def _label(task: GlueTask, text: str, where: str) -> int | float:
     return value
 
 
-def _files(config: DataConfig) -> Data:
+def _own(config: DataConfig, seed: int) -> Data:
     wanted = [*config.text_columns, config.label_column]
     if not 1 <= len(config.text_columns) <= 2 or len(set(wanted)) < len(wanted):
         raise AFLoRAError(
             f"data.text_columns names one or two columns besides data.label_column, got {config.text_columns} and "
             f"{config.label_column!r}."
         )
-    tables = {}
-    for split, name in (("train", config.train_file), ("validation", config.validation_file)):
-        if name is None:
-            raise AFLoRAError(f"data.task=files needs data.{split}_file.")
-        tables[split] = read_table(name, wanted)
-        _check_texts(tables[split], config)
-    names, labels = encode_labels(tables, config.label_column, config.regression)
-    positive = _positive(config, names)
+    parts = training_rows(config, wanted)
+    held = evaluation_rows(config, wanted)
+    for table in [*(table for table, _ in parts), *([] if held is None else [held])]:
+        _check_texts(table, config)
+    tables = {"train": Rows.joined([table for table, _ in parts])}
+    if held is not None:
+        tables["validation"] = held
+    names, labels = _named_by_the_hub(tables, config) or encode_labels(tables, config.label_column, config.regression)
+    positive = positive_class(config, names)
     if PartialState().is_main_process:
         print(*dict.fromkeys(_told(tables, config, names, labels["train"])), sep="\n", flush=True)
     splits = {}
     for split, table in tables.items():
-        rows = table.rows.remove_columns(config.label_column).add_column(config.label_column, labels[split])
-        splits[split] = _standard(rows, tuple(config.text_columns), config.label_column)
-    metrics = ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
-    return Data("files", splits["train"], {"validation": splits["validation"]}, names, metrics, positive)
+        rows = table.rows.remove_columns(config.label_column).add_column("label of its own", labels[split])
+        splits[split] = _standard(rows, tuple(config.text_columns), "label of its own")
+    train = weighted(splits["train"], [(len(table.rows), weight) for table, weight in parts], seed)
+    train, validation = split_off(config, train, splits.get("validation"), seed, tables["train"].name)
+    return Data("files", train, {"validation": validation}, names, metrics_for(names), positive)
 
 
-def _positive(config: DataConfig, names: list[str] | None) -> int:
+def metrics_for(names: list[str] | None) -> tuple[str, ...]:
+    """What is measured of your own classes, by their names; None: of numbers that are regressed to."""
+    return ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
+
+
+def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list[str], dict[str, list[int]]] | None:
+    """Class names in the order that a data set gives them (datasets.ClassLabel), and each split's class numbers."""
+    kinds = {split: table.rows.features[config.label_column] for split, table in tables.items()}
+    kind = kinds["train"]
+    if not isinstance(kind, datasets.ClassLabel) or config.regression or any(k != kind for k in kinds.values()):
+        return None
+    labels = {split: table.rows[config.label_column][:] for split, table in tables.items()}
+    for split, found in labels.items():
+        tables[split].check_filled(config.label_column)
+        if (
+            odd := next((row for row, label in enumerate(found) if not 0 <= label < len(kind.names)), None)
+        ) is not None:
+            raise AFLoRAError(
+                f"{tables[split].where(odd)}: its label is {found[odd]}, which is none of {listed(kind.names)}. (A "
+                f"split without labels?)"
+            )
+    return kind.names, labels
+
+
+def positive_class(config: DataConfig, names: list[str] | None) -> int:
     """The class whose F1 is measured."""
     if config.positive_label is None:
         return 1
@@ -227,7 +253,7 @@ def _told(tables: dict[str, Rows], config: DataConfig, names: list[str] | None, 
         none_of = f"; it has no example of {listed(without)}" if without else ""
         yield f"{column} {len(names):,} classes for {len(labels):,} examples: {listed(names)}{none_of}."
         if len(names) == 2:
-            yield f"F1 is that of the class {listed([names[_positive(config, names)]])} (data.positive_label)."
+            yield f"F1 is that of the class {listed([names[positive_class(config, names)]])} (data.positive_label)."
     for table in tables.values():
         for name in config.text_columns:
             empty = pc.equal(pc.utf8_trim_whitespace(table.rows.data.column(name)), "")
@@ -242,7 +268,7 @@ def _check_texts(table: Rows, config: DataConfig) -> None:
             raise table.lacks(column)
     for column in config.text_columns:
         table.check_text(column)
-    if table.name.lower().endswith(".csv"):
+    if table.untyped and table.name.lower().endswith(".csv"):
         _refuse_swallowed_rows(table, config)
 
 

@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {  # name -> type
         if get_origin(hint) is not ClassVar
     },
 }
-_FREE = "method.options"  # whose names are PEFT's
+_FREE = tuple(name for name, hint in OPTIONS.items() if "dict[" in str(hint))  # whose names are of others
 # Options that may stand without their group and value: the option, and the value that is meant.
 _SHORT = {
     "--profile": ("profile.enabled", "true"),
@@ -98,7 +98,7 @@ def _split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     while rest:
         option, sign, value = rest.pop(0).partition("=")
         name, meant = _SHORT.get(option, (option.removeprefix("--"), ""))
-        known = name in {*OPTIONS, *_GROUPS, "config"} or name.startswith(f"{_FREE}.")
+        known = name in {*OPTIONS, *_GROUPS, "config"} or name.startswith(tuple(f"{free}." for free in _FREE))
         if not option.startswith("--") or not known:
             raise AFLoRAError(f"There is no option {option}. {_instead(option)}")
         follows = bool(rest) and not rest[0].startswith("--")
@@ -199,6 +199,8 @@ def _kind(hint: Any) -> str:
         str: "text (put numbers, and yes and no, into quotes)",
         list[int]: "a list of whole numbers, as in [1, 2]",
         list[str]: "a list of texts, as in [a, b]",
+        dict[str, str]: 'names and names, as in {"prompt": "question"}',
+        dict[str, float]: 'names and numbers, as in {"more.jsonl": 0.5}',
     }.get(hint, 'names and values, as in {"r": 8}')
 
 

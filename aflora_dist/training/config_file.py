@@ -29,13 +29,13 @@ Entries = dict[str, Entry]
 _NULL, _INT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:int"
 
 
-def look_through(path: str, groups: Container[str], options: dict[str, bool], free: str = "") -> Entries:
+def look_through(path: str, groups: Container[str], options: dict[str, bool], free: Container[str] = ()) -> Entries:
     """The options of a file.
 
     Args:
         groups: Names under which options stand.
         options: Whether each may be null.
-        free: The one that holds names of its own.
+        free: Those that hold names of their own.
 
     Raises:
         AFLoRAError: It cannot be read, is no YAML, or holds a key that there is not, or one twice, or nothing.
@@ -82,7 +82,7 @@ def _document(path: str) -> yaml.Node | None:
 
 
 def _leaves(
-    node: yaml.MappingNode, path: str, entries: Entries, groups: Container[str], free: str, prefix: str = ""
+    node: yaml.MappingNode, path: str, entries: Entries, groups: Container[str], free: Container[str], prefix: str = ""
 ) -> Iterator[tuple[str, yaml.Node]]:
     """Options with their values; notes each."""
     for key, value in node.value:
@@ -100,5 +100,5 @@ def _leaves(
             yield from _leaves(value, path, entries, groups, free, f"{name}.")
         else:
             yield name, value
-            if name == free and isinstance(value, yaml.MappingNode):
+            if name in free and isinstance(value, yaml.MappingNode):
                 list(_leaves(value, path, entries, (), free, f"{name}."))

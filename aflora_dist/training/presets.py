@@ -132,10 +132,27 @@ _MATH_10K: dict[str, Any] = {
     "freezing.shape": "quadratic",
 }
 
+# What the field reports, with the settings above; solutions end in "#### 1,234", whose number is compared. The model is
+# named on the command line.
+_GSM8K: dict[str, Any] = {
+    **{k: v for k, v in _MATH_10K.items() if k.partition(".")[0] not in ("model", "data")},
+    "adapter.target_modules": None,
+    "data.task": "sft",
+    "data.name": "openai/gsm8k",
+    "data.subset": "main",
+    "data.validation_split": "test",
+    "data.columns": {"prompt": "question", "completion": "answer", "answer": "answer"},
+    "data.max_length": 512,
+    "data.max_new_tokens": 256,
+    "train.batch_size": 16,
+    "train.warmup_ratio": 0.03,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": _DEMO,
     "sft/demo": _SFT_DEMO,
     "llm/math10k": _MATH_10K,
+    "llm/gsm8k": _GSM8K,
     **{f"glue/{task}": _table_5(task) for task in TASKS},
     **{f"official/{task}": _scripts(task) for task in TASKS},
 }

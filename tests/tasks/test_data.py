@@ -70,7 +70,7 @@ def test_the_hub_s_layout_is_understood(task: str, monkeypatch: pytest.MonkeyPat
     )
     asked = []
 
-    def load(*names: str) -> datasets.DatasetDict:
+    def load(*names: str, revision: None) -> datasets.DatasetDict:
         asked.append(names)
         return hub
 

@@ -80,7 +80,7 @@ def test_no_row_of_a_table_has_the_keys_of_another(
         found = loaded(tmp_path / "chats.parquet")
     else:
         split = datasets.Dataset(pa.Table.from_pylist(rows))
-        monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": split, "test": split})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": split, "test": split})
         found = load_examples(DataConfig(task="sft", name="someone/something"), seed=0)[0]
     wanted = without_nulls(rows)  # one that was written cannot be told from one of the table's
     assert [row["messages"] for row in found] == [row["messages"] for row in wanted]

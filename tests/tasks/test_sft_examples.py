@@ -153,7 +153,7 @@ def test_a_turn_that_calls_a_tool_needs_no_content(content: dict[str, None]) -> 
 
 def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     split = datasets.Dataset.from_dict({"text": ["a", "b"]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": split, "test": split})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": split, "test": split})
     train, held = load_examples(DataConfig(task="sft", name="someone/something"), seed=0)
     assert (train["text"][:], held["text"][:]) == (["a", "b"], ["a", "b"])
 
@@ -165,7 +165,7 @@ def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) 
         ({"prompt": ["a"], "answer": [1]}, {}, r'columns prompt, answer, .*"instruction"'),
         ({"text": ["a", "b"]}, {"validation_file": None}, "data.hold_out how many of its 2 examples"),
         ({"text": ["a", "b"]}, {"hold_out": 1}, "Leave it out"),
-        ({"text": ["a", "b"]}, {"name": "demo"}, "one of the two"),
+        ({"text": ["a", "b"]}, {"name": "demo"}, "both given: name one"),
     ],
 )
 def test_what_is_not_understood_is_refused_with_what_is(

@@ -40,18 +40,21 @@ SCRIPTS = {
 }
 HEAD = ["pooler", "classifier"]
 ALL_OPTIONS = """
-adapter.dropout adapter.freezable adapter.freezing adapter.r adapter.target_modules data.hold_out data.label_column
-data.loss_on data.max_eval_examples data.max_length data.max_new_tokens data.max_train_examples data.name data.packing
-data.pad_to_max_length data.path data.positive_label data.regression data.system data.task data.text_columns
-data.tokens_per_micro_batch data.train_file data.validation_file freezing.beta1 freezing.beta2 freezing.enabled
-freezing.every freezing.final_epochs freezing.freezable freezing.granularity freezing.initial_epochs freezing.pairwise
-freezing.prefix freezing.prefix_epochs freezing.rule freezing.score freezing.seed freezing.shape freezing.threshold
-freezing.unit method.name method.options model.attn_implementation model.dtype model.name model.quantize
-model.revision model.train_new model.trust_remote_code preset profile.enabled profile.memory profile.ranks
-profile.starts profile.steps run.dir run.dry_run run.keep run.keep_best run.log_every run.overwrite run.patience
+adapter.dropout adapter.freezable adapter.freezing adapter.r adapter.target_modules data.columns data.hold_out
+data.label_column data.loss_on data.max_eval_examples data.max_length data.max_new_tokens data.max_train_examples
+data.mix data.name data.packing data.pad_to_max_length data.path data.positive_label data.regression data.revision
+data.subset data.system data.task data.text_columns data.tokens_per_micro_batch data.train_file data.train_split
+data.validation_file data.validation_split freezing.beta1 freezing.beta2 freezing.enabled freezing.every
+freezing.final_epochs freezing.freezable freezing.granularity freezing.initial_epochs freezing.pairwise freezing.prefix
+freezing.prefix_epochs freezing.rule freezing.score freezing.seed freezing.shape freezing.threshold freezing.unit
+method.name method.options model.attn_implementation model.dtype model.name model.quantize model.revision
+model.train_new model.trust_remote_code preset profile.enabled profile.memory profile.ranks profile.starts
+profile.steps run.dir run.dry_run run.eval_every run.keep run.keep_best run.log_every run.overwrite run.patience
 run.resume run.save_every run.tensorboard run.trackers run.verbose train.accumulation train.batch_size
 train.decay_biases train.epochs train.eval_batch_size train.gradient_checkpointing train.head_learning_rate
-train.learning_rate train.max_grad_norm train.seed train.warmup_ratio train.weight_decay
+train.label_smoothing train.learning_rate train.loraplus_lr_ratio train.max_grad_norm train.max_steps train.optimizer
+train.optimizer_options train.schedule train.schedule_options train.seed train.warmup_ratio train.warmup_steps
+train.weight_decay
 """
 
 

@@ -5,8 +5,20 @@ is guessed from values, no row is left out, and what cannot be read is an error 
 """
 
 from .delimited import Row, plain_rows, read_columns
-from .json_values import exact, told_apart
+from .json_values import as_json_column, exact, told_apart
 from .lines import LINE, listed, shown
 from .table import Rows, read_table
 
-__all__ = ["LINE", "Row", "Rows", "exact", "listed", "plain_rows", "read_columns", "read_table", "shown", "told_apart"]
+__all__ = [
+    "LINE",
+    "Row",
+    "Rows",
+    "as_json_column",
+    "exact",
+    "listed",
+    "plain_rows",
+    "read_columns",
+    "read_table",
+    "shown",
+    "told_apart",
+]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -29,6 +29,7 @@ _READERS: dict[str, Callable[[Path, Collection[str]], tuple[list[str], pa.Table]
     ".jsonl": read_json,
     ".parquet": read_parquet,
 }
+_WITH_LINES = (".csv", ".tsv", ".json", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,12 @@ class Rows:
     """A file's rows.
 
     Attributes:
-        name: What errors call it: the file's path.
+        name: What errors call it: the file's path, or the data set with its subset and split.
         columns: The names of all of its columns.
         rows: The columns that were wanted; those that the file lacks are missing.
         untyped: Its values are cells of text, whatever they stand for.
         lines: int64, (rows,): the line in which a row begins; in parquet, which has no lines, its number from 1.
+        parts: What it was joined of, if it was.
     """
 
     name: str
@@ -48,10 +50,52 @@ class Rows:
     rows: datasets.Dataset
     untyped: bool
     lines: np.ndarray
+    parts: tuple[Rows, ...] = ()
 
     def where(self, row: int) -> str:
         """For errors: the file and the line of a row, counted from 0."""
-        return f"{self.name}, {'row' if self.name.lower().endswith('.parquet') else 'line'} {self.lines[row]}"
+        for part in self.parts:
+            if row < len(part.rows):
+                return part.where(row)
+            row -= len(part.rows)
+        return f"{self.name}, {'line' if self.name.lower().endswith(_WITH_LINES) else 'row'} {self.lines[row]}"
+
+    def renamed(self, columns: Mapping[str, str]) -> Rows:
+        """With columns that stand for others.
+
+        Args:
+            columns: Name -> the column that is meant; those that are not there are passed over.
+        """
+        found = {name: other for name, other in columns.items() if other in self.columns}
+        if not found:
+            return self
+        kept = [name for name in self.rows.column_names if name not in found and name not in found.values()]
+        pieces = [self.rows.select_columns([other]).rename_columns({other: name}) for name, other in found.items()]
+        rows = datasets.concatenate_datasets([self.rows.select_columns(kept), *pieces] if kept else pieces, axis=1)
+        names = [*(name for name in self.columns if name in kept or name not in columns.values()), *found]
+        return replace(self, columns=list(dict.fromkeys(names)), rows=exact(rows))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of several, one after the other, with those columns that all of them have.
+
+        Raises:
+            AFLoRAError: A column is of different types in them.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        name = " and ".join(part.name for part in parts)
+        columns = [column for column in parts[0].columns if all(column in part.columns for part in parts)]
+        shared = [c for c in columns if all(c in part.rows.column_names for part in parts)]
+        for column in shared:
+            if odd := next((part for part in parts if part.type(column) != parts[0].type(column)), None):
+                raise AFLoRAError(
+                    f"Column {column!r} is of the type {parts[0].type(column)} in {parts[0].name} and of "
+                    f"{odd.type(column)} in {odd.name}: what is mixed has to be of one type."
+                )
+        rows = datasets.concatenate_datasets([part.rows.select_columns(shared) for part in parts])
+        untyped = all(part.untyped for part in parts)
+        return cls(name, columns, exact(rows), untyped, np.concatenate([part.lines for part in parts]), tuple(parts))
 
     def lacks(self, column: str) -> AFLoRAError:
         """The error that says so, with the columns that it has."""

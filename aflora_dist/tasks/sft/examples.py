@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -10,27 +12,31 @@ import pyarrow as pa
 
 from ...errors import AFLoRAError
 from ...options import DataConfig
-from ...processes import first_on_node
 from ...untrusted import load_json
-from ..reading import exact, listed, read_table, told_apart
-from ..splits import at_most, load_from_hub
+from ..reading import Rows, as_json_column, exact, listed, read_table
+from ..sources import at_most, evaluation_rows, split_off, training_rows, weighted
 from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
 _FORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
     (("messages",), ("tools",), ("messages",)),
+    (("conversations",), ("tools", "system"), ("conversations",)),
     (("prompt", "completion"), ("tools",), ("prompt",)),
     (("instruction", "output"), ("input",), ("instruction",)),
     (("text",), (), ()),
 )
 _COLUMNS = {"answer", *(column for needed, beside, _ in _FORMS for column in (*needed, *beside))}
 _ACCEPTED = (
-    '"messages" (a chat: a list of {"role", "content"}); "prompt" and "completion" (texts or messages), both with or '
-    'without "tools"; "instruction", "input" (may be missing) and "output"; or "text"'
+    '"messages" (a chat: a list of {"role", "content"}); "conversations" (likewise, or of {"from", "value"}); "prompt" '
+    'and "completion" (texts or messages), all with or without "tools"; "instruction", "input" (may be missing) and '
+    '"output"; or "text". data.columns says which columns stand for these'
 )
 # What others call them. Templates write any role as it is, and would learn nothing from these.
 _OTHER_ROLES = dict.fromkeys(("human", "user"), "user") | {"system": "system"}
 _OTHER_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "assistant"), "assistant")
+# Who speaks in a turn that has "from" and "value" (ShareGPT).
+_SHAREGPT = _OTHER_ROLES | dict.fromkeys(("tool", "function", "observation", "function_response"), "tool")
+_SHAREGPT |= {"function_call": "assistant"}
 Turn = dict[str, Any]
 
 
@@ -41,83 +47,79 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
         AFLoRAError: On every rank: there is none, or its columns are not understood; the message says what is.
     """
     datasets.disable_progress_bars()
-    if (config.name is None) == (config.train_file is None):
-        raise AFLoRAError(
-            "data.task=sft needs data.train_file (JSON lines, JSON, parquet or CSV) or data.name (a data set of the "
-            "hub, or demo), one of the two."
-        )
-    if config.name is not None:
-        train, held = _by_name(config.name)
+    if config.name == "demo":
+        parts, train = [], word_problems(512, seed=0)
+        held = word_problems(64, seed=1)
     else:
-        assert config.train_file is not None
-        train, held = _from_file(config.train_file, trained=True), None
-    if config.validation_file is not None:
-        held = _from_file(config.validation_file, trained=False)
-    where = config.name or config.train_file
-    if held is None:
-        if not 0 < config.hold_out < len(train):
-            raise AFLoRAError(
-                f"{where} has no examples for evaluation: name data.validation_file, or say with data.hold_out how "
-                f"many of its {len(train)} examples shall serve as such."
-            )
-        parts = train.train_test_split(test_size=config.hold_out, seed=seed)
-        train, held = parts["train"], parts["test"]
-    elif config.hold_out:
-        raise AFLoRAError("data.hold_out is for data without a part for evaluation; there is one. Leave it out.")
-    train = _understood(train, f"{where}", trained=True)
-    held = _understood(held, f"{config.validation_file or where} (evaluation)", trained=False)
+        parts = [(_examples(table, True), weight) for table, weight in training_rows(config, _COLUMNS)]
+        train = weighted(_alike([rows for rows, _ in parts]), [(len(rows), weight) for rows, weight in parts], seed)
+        held = None
+    if config.name != "demo" or config.validation_file is not None:
+        table = evaluation_rows(config, _COLUMNS)
+        held = None if table is None else _examples(table, False)
+    where = config.name or str(config.train_file)
+    train, held = split_off(config, train, held, seed, where)
+    train = train.select_columns(_choose(train.column_names, where, True))
+    held = held.select_columns(_choose(held.column_names, where, False))
     return at_most(config.max_train_examples, train, seed), at_most(config.max_eval_examples, held)
 
 
-def _by_name(name: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    if name == "demo":
-        return word_problems(512, seed=0), word_problems(64, seed=1)
+def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]:
+    """A file of what a language model is to be asked: its rows, and the same as for evaluation, with an answer each.
 
-    loaded = load_from_hub(name, otherwise="use data.train_file and data.validation_file")
-    if "train" not in loaded:
-        raise AFLoRAError(f"The data set {name!r} has no split named train; it has: {', '.join(loaded)}.")
-    held = next((loaded[split] for split in ("validation", "test") if split in loaded), None)
-    return _each_as_itself(loaded["train"]), None if held is None else _each_as_itself(held)
+    Where the file has no answers they are empty.
 
-
-def _each_as_itself(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The hub's rows, without the keys that others of the same Arrow table have."""
-    fields = [field for field in dataset.data.schema if field.name in _COLUMNS]
-    nested = {field.name: pa.types.is_nested(field.type) for field in fields}
-
-    def tell(table: pa.Table) -> pa.Table:
-        return pa.table({n: told_apart(table.column(n)) if nested[n] else table.column(n) for n in nested})
-
-    if any(nested.values()):
-        others = [name for name in dataset.column_names if name not in nested]
-        dataset = dataset.with_format("arrow")
-        dataset = first_on_node(lambda: dataset.map(tell, batched=True, remove_columns=others)).with_format(None)
-    return exact(dataset)
+    Raises:
+        AFLoRAError: On every rank: a row is no prompt; with its line.
+    """
+    table = read_table(name, {*_COLUMNS, *config.columns.values()}).renamed(config.columns)
+    if "answer" not in table.columns:
+        rows = table.rows.add_column("answer", [""] * len(table.lines))
+        table = replace(table, columns=[*table.columns, "answer"], rows=rows)
+    prompts = _examples(table, trained=False)
+    if "text" in prompts.column_names:
+        raise AFLoRAError(
+            f"{name} has no column of prompts (messages, prompt, instruction), and plain text is not answered. "
+            f"data.columns says which column stands for one of these."
+        )
+    return table, prompts
 
 
-def _from_file(name: str, trained: bool) -> datasets.Dataset:
-    """A file's examples, checked row by row."""
-    table = read_table(name, _COLUMNS)
+def _examples(table: Rows, trained: bool) -> datasets.Dataset:
+    """The columns of a table that make examples, checked row by row where there are lines to be told."""
     chosen = [column for column in _choose(table.columns, table.name, trained) if column != "answer"]
     for column in chosen:
         if column == "text":
             table.check_text(column)
-        elif column not in ("input", "completion", "output", "tools"):
+        elif column not in ("input", "completion", "output", "tools", "system"):
             table.check_filled(column)
-    if "messages" in chosen or not all(map(table.is_text, chosen)):
+    if "messages" in chosen or "conversations" in chosen or not all(map(table.is_text, chosen)):
         for place, row in enumerate(table.rows.select_columns(chosen)):
             try:
                 turns(row, None)
                 tools(row)
             except ValueError as error:
                 raise AFLoRAError(f"{table.where(place)}: {error}.") from None
-    return table.rows
+    return table.rows.select_columns([*chosen, *(name for name in ("answer",) if name in table.columns)])
 
 
-def _understood(dataset: datasets.Dataset, where: str, trained: bool) -> datasets.Dataset:
-    if len(dataset) == 0:
-        raise AFLoRAError(f"{where} is empty.")
-    return dataset.select_columns(_choose(dataset.column_names, where, trained))
+def _alike(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    """Several data sets as one: all as chats, where they say otherwise what an example is.
+
+    Raises:
+        AFLoRAError: Some are plain text, and others are not.
+    """
+    if all(part.features == parts[0].features for part in parts):
+        return exact(datasets.concatenate_datasets(list(parts))) if len(parts) > 1 else parts[0]
+    if any("text" in part.column_names for part in parts):
+        raise AFLoRAError("data.mix: some of what is mixed is plain text (a column text), and some is not.")
+
+    def texts(part: datasets.Dataset, what: Any) -> pa.Array:
+        return pa.array([json.dumps(what(row), ensure_ascii=False) for row in part], pa.string())
+
+    chats = [{"messages": texts(p, lambda row: turns(row, None)), "tools": texts(p, tools)} for p in parts]
+    columns = {name: as_json_column(pa.chunked_array([chat[name] for chat in chats])) for name in ("messages", "tools")}
+    return exact(datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns))))
 
 
 def _choose(found: Sequence[str], where: str, trained: bool) -> list[str]:
@@ -144,8 +146,10 @@ def turns(row: Mapping[str, Any], system: str | None) -> list[Turn]:
     Raises:
         ValueError: Something in it is of another kind.
     """
-    if "messages" in row:
-        found = _messages(row["messages"], "messages")
+    if "messages" in row or "conversations" in row:
+        column = "messages" if "messages" in row else "conversations"
+        found = _messages(row[column], column)
+        system = row.get("system") or system
     elif "prompt" in row:
         found = _spoken(row["prompt"], "user", "prompt") + _spoken(row.get("completion"), "assistant", "completion")
     else:
@@ -192,9 +196,13 @@ def _spoken(value: Any, role: str, column: str) -> list[Turn]:
 
 
 def _messages(value: Any, column: str) -> list[Turn]:
-    if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
+    known = isinstance(value, list) and all(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value
+    )
+    if not known:
         raise ValueError(f'column {column} holds neither text nor a list of {{"role", "content"}}')
-    for turn in value:
+    found = [turn if "role" in turn else _of_sharegpt(turn, column) for turn in value]
+    for turn in found:
         role, content = turn.get("role"), turn.get("content")
         meant = _OTHER_ROLES.get(role.strip().lower()) if isinstance(role, str) else "user"
         if meant is not None and role != meant:
@@ -202,4 +210,22 @@ def _messages(value: Any, column: str) -> list[Turn]:
         calls = any(part is not None for key, part in turn.items() if key != "role")
         if not isinstance(content, str | list) and not (content is None and calls):  # of a tool
             raise ValueError(f"column {column} has a turn of the {role} whose content is no text")
-    return list(value)
+    return found
+
+
+def _of_sharegpt(turn: Turn, column: str) -> Turn:
+    """A turn of {"from", "value"} as one of {"role", "content"}."""
+    speaker, said = turn["from"], turn.get("value")
+    role = _SHAREGPT.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise ValueError(f"column {column} has a turn from {speaker!r}; known are: {', '.join(_SHAREGPT)}")
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    if speaker.strip().lower() != "function_call":
+        return {"role": role, "content": said, **others}
+    try:
+        call = load_json(str(said))
+    except (TypeError, ValueError):
+        call = None
+    if not isinstance(call, dict) or "name" not in call:
+        raise ValueError(f'column {column} has a function_call that is no JSON object with "name" and "arguments"')
+    return {"role": role, "content": None, "tool_calls": [{"type": "function", "function": call}], **others}

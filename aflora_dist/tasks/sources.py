@@ -1,0 +1,201 @@
+"""Rows from anywhere, for every task: files, data sets of the hub or laid out as there, and several of these."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from ..errors import AFLoRAError, one_line
+from ..options import DataConfig
+from ..processes import first_on_node
+from .reading import Rows, exact, listed, read_table, told_apart
+
+_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_HELD_OUT = ("validation", "valid", "dev", "test")
+_TO_EVALUATE = (
+    "{where} has no examples for evaluation: name data.validation_file, or data.validation_split of a data set, or say "
+    "with data.hold_out how many of its {rows:,} examples shall serve as such."
+)
+
+
+def training_rows(config: DataConfig, wanted: Collection[str]) -> list[tuple[Rows, float]]:
+    """What is trained on: tables, and how often an epoch has each one's examples. A collective.
+
+    Args:
+        wanted: The columns to read, as they are understood.
+
+    Raises:
+        AFLoRAError: On every rank: one cannot be had, or lacks a column that data.columns names.
+    """
+    if (config.name is None) == (config.train_file is None):
+        raise AFLoRAError(
+            f"data.task={config.task} needs data.train_file (JSON lines, JSON, parquet, CSV or TSV) or data.name (a "
+            f"data set of the hub, or a folder that lies as one does there), one of the two."
+        )
+    if config.name is not None:
+        name, subset = config.name, config.subset
+        first = _hub_rows(name, subset, config.revision, config.train_split, config, wanted)
+    else:
+        assert config.train_file is not None
+        first = _file_rows(config.train_file, config, wanted)
+    found = [(first, 1.0)]
+    for source, weight in config.mix.items():
+        if source.lower().endswith(_FILES):
+            found.append((_file_rows(source, config, wanted), weight))
+        else:
+            name, _, subset = source.partition(":")
+            found.append((_hub_rows(name, subset or None, None, config.train_split, config, wanted), weight))
+    for column, source in config.columns.items():
+        if not any(column in table.columns for table, _ in found):
+            raise first.lacks(source)
+    return found
+
+
+def evaluation_rows(config: DataConfig, wanted: Collection[str]) -> Rows | None:
+    """What is measured with, likewise; None: there is nothing of its own. A collective."""
+    if config.validation_file is not None:
+        return _file_rows(config.validation_file, config, wanted)
+    if config.name is None:
+        return None
+    return _hub_rows(config.name, config.subset, config.revision, config.validation_split, config, wanted, held=True)
+
+
+def split_off(
+    config: DataConfig, train: datasets.Dataset, held: datasets.Dataset | None, seed: int, where: str
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """What to train on, and what to measure with: where there is nothing of its own, data.hold_out of the former.
+
+    Raises:
+        AFLoRAError: There is neither; or there is both.
+    """
+    if held is not None:
+        if config.hold_out:
+            raise AFLoRAError("data.hold_out is for data without a part for evaluation; there is one. Leave it out.")
+        return train, held
+    if not 0 < config.hold_out < len(train):
+        raise AFLoRAError(_TO_EVALUATE.format(where=where, rows=len(train)))
+    parts = train.train_test_split(test_size=config.hold_out, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def weighted(dataset: datasets.Dataset, parts: Sequence[tuple[int, float]], seed: int) -> datasets.Dataset:
+    """The rows of each part as often as its weight says; of what is left of a weight, as many as that are drawn.
+
+    Args:
+        parts: How many rows each has, and its weight.
+    """
+    if all(weight == 1 for _, weight in parts):
+        return dataset
+    chance, start, chosen = np.random.default_rng(seed), 0, []
+    for rows, weight in parts:
+        whole, some = divmod(weight, 1)
+        places = np.arange(start, start + rows)
+        chosen += [places] * int(whole) + [np.sort(chance.choice(places, round(some * rows), replace=False))]
+        start += rows
+    return dataset.select(np.concatenate(chosen))
+
+
+def at_most(number: int | None, dataset: datasets.Dataset, seed: int | None = None) -> datasets.Dataset:
+    """So many of the examples: the first ones, or with a seed some that are drawn; None: all, in their order."""
+    if number is None:
+        return dataset
+    drawn = dataset if seed is None else dataset.shuffle(seed=seed)
+    return drawn.select(range(min(number, len(drawn))))
+
+
+def load_from_hub(name: str, subset: str | None, revision: str | None, otherwise: str) -> Any:
+    """A data set of the hub, or a folder that lies as one does there: split name -> dataset. A collective.
+
+    Args:
+        otherwise: What to do without a network.
+
+    Raises:
+        AFLoRAError: On every rank: it cannot be had; with its subsets, where it wants one of them.
+    """
+
+    def load() -> Any:
+        try:
+            return datasets.load_dataset(name, subset, revision=revision)
+        except Exception as error:  # offline, a proxy, the hub's own errors
+            if (subsets := _subsets(name, revision)) and subset not in subsets:
+                asked = "has several subsets" if subset is None else f"has no subset {subset!r}"
+                raise AFLoRAError(f"The data set {name!r} {asked}. data.subset is one of: {listed(subsets)}.") from None
+            raise AFLoRAError(
+                f"The data set {' '.join(filter(None, (name, subset)))!r} could not be loaded from the hub "
+                f"({one_line(error)}). Without a network, {otherwise}."
+            ) from error
+
+    return first_on_node(load)
+
+
+def _subsets(name: str, revision: str | None) -> list[str]:
+    try:
+        return datasets.get_dataset_config_names(name, revision=revision)
+    except Exception:
+        return []
+
+
+def _file_rows(name: str, config: DataConfig, wanted: Collection[str]) -> Rows:
+    return read_table(name, {*wanted, *config.columns.values()}).renamed(config.columns)
+
+
+def _hub_rows(
+    name: str,
+    subset: str | None,
+    revision: str | None,
+    split: str | None,
+    config: DataConfig,
+    wanted: Collection[str],
+    held: bool = False,
+) -> Any:
+    """Of `held` rows, None where no split is named and there is none of those that are usual."""
+    loaded = load_from_hub(
+        name, subset, revision, "give a folder that holds the data set, or use data.train_file and data.validation_file"
+    )
+    if split is None:
+        split = next((usual for usual in _HELD_OUT if usual in loaded), None)
+        if split is None:
+            return None
+    try:
+        instruction = datasets.ReadInstruction.from_spec(split)
+        places = instruction.to_absolute({part: len(rows) for part, rows in loaded.items()})
+    except Exception:
+        option = "validation_split" if held else "train_split"
+        raise AFLoRAError(
+            f"The data set {name!r} has no split named {split}; it has: {', '.join(loaded)}. data.{option} names one, "
+            f"or a part of it, as {next(iter(loaded))}[:90%]."
+        ) from None
+    parts = [loaded[at.splitname].select(range(at.from_ or 0, _end(at, loaded))) for at in places]
+    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if len(rows) == 0:
+        raise AFLoRAError(f"The split {split} of the data set {name!r} is empty.")
+    found = Rows(
+        name=f"{name} ({', '.join(filter(None, (subset, split)))})",
+        columns=rows.column_names,
+        rows=_each_as_itself(rows, {*wanted, *config.columns.values()}),
+        untyped=False,
+        lines=np.arange(1, len(rows) + 1),
+    )
+    return found.renamed(config.columns)
+
+
+def _end(at: Any, loaded: Any) -> int:
+    return len(loaded[at.splitname]) if at.to is None else at.to
+
+
+def _each_as_itself(dataset: datasets.Dataset, wanted: Collection[str]) -> datasets.Dataset:
+    """The wanted columns of the hub's rows, without the keys that others of the same Arrow table have."""
+    dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
+    nested = {field.name: pa.types.is_nested(field.type) for field in dataset.data.schema}
+
+    def tell(table: pa.Table) -> pa.Table:
+        return pa.table({n: told_apart(table.column(n)) if nested[n] else table.column(n) for n in nested})
+
+    if any(nested.values()):
+        arrow = dataset.with_format("arrow")
+        dataset = first_on_node(lambda: arrow.map(tell, batched=True)).with_format(None)
+    return exact(dataset)

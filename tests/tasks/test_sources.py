@@ -1,0 +1,165 @@
+"""Data from anywhere: sets as they lie on the hub, several of them, with columns, splits and subsets of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from aflora_dist import AFLoRAError
+from aflora_dist.options import DataConfig
+from aflora_dist.tasks.data import load_data
+from aflora_dist.tasks.sft.encode import Encoder
+from aflora_dist.tasks.sft.examples import load_examples
+from aflora_dist.tasks.sft.task import last_number
+from aflora_dist.training.command_line import parse
+from tests.small_lm import make_small_tokenizer
+from tests.tasks import hub_sets
+
+COLUMNS = {"prompt": "question", "completion": "answer"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def sft(**options: Any) -> tuple[datasets.Dataset, datasets.Dataset]:
+    return load_examples(DataConfig(task="sft", **options), seed=0)
+
+
+def test_gsm8k_is_taken_by_its_preset_and_its_answers_are_numbers(tmp_path: Path) -> None:
+    folder = hub_sets.gsm8k(tmp_path / "gsm8k")
+    config, resolved = parse(["--preset", "llm/gsm8k", "--model.name", "m", "--data.name", str(folder)])
+    train, held = load_examples(config.data, seed=0)
+    assert train.column_names == ["prompt", "completion"]
+    assert [(row["prompt"], row["completion"]) for row in train] == hub_sets.GSM8K
+    assert [last_number(answer) for answer in held["answer"]] == [7, 1234, 7, 12]
+    (tmp_path / "again.yaml").write_text(resolved)
+    assert parse([str(tmp_path / "again.yaml")])[0].data == config.data
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, r"has several subsets. data.subset is one of: main, socratic\."),
+        ({"subset": "mian"}, r"has no subset 'mian'. data.subset is one of: main, socratic\."),
+        (
+            {"subset": "main", "train_split": "training"},
+            r"no split named training; it has: train, test. data.train_spl",
+        ),
+        (
+            {"subset": "main", "validation_split": "dev", "columns": COLUMNS},
+            r"no split named dev; it has: train, test. data.validation_sp",
+        ),
+        ({"subset": "main"}, r"has the columns question, answer, .*data.columns says which"),
+        (
+            {"subset": "main", "columns": {"prompt": "ask"}},
+            r"gsm8k \(main, train\) has no column 'ask'; its columns ar",
+        ),
+    ],
+)
+def test_what_a_data_set_has_is_said_where_something_else_is_asked_for(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AFLoRAError, match=said):
+        sft(name=str(hub_sets.gsm8k(tmp_path / "gsm8k")), **options)
+
+
+def test_splits_have_any_name_and_are_sliced_as_datasets_writes_it(tmp_path: Path) -> None:
+    name = str(hub_sets.ultrachat(tmp_path / "ultrachat"))
+    with pytest.raises(AFLoRAError, match="it has: train_sft, test_sft, train_gen, test_gen"):
+        sft(name=name)
+    train, held = sft(name=name, train_split="train_sft[:75%]+train_gen[-1:]", validation_split="test_sft[2:5]")
+    assert (len(train), len(held)) == (7, 3)
+    assert train[0]["messages"][3] == {"role": "assistant", "content": "The answer is 4 ."}
+    with pytest.raises(
+        AFLoRAError, match=r"ultrachat has no examples for evaluation: name data.val.*of its 8 examples"
+    ):
+        sft(name=name, train_split="train_sft")
+
+
+def test_a_classifier_s_data_set_of_the_hub_keeps_the_names_and_numbers_of_its_labels(tmp_path: Path) -> None:
+    name = str(hub_sets.ag_news(tmp_path / "news"))
+    data = load_data(DataConfig(task="files", name=name), seed=0)
+    assert data.labels == ["World", "Sports", "Business", "Sci/Tech"]
+    assert data.train[:4] == {"text": ["great film", "poor plot", "fine day", "bad news"], "label": [0, 1, 2, 3]}
+    assert len(data.evaluation["validation"]) == 8
+    with pytest.raises(AFLoRAError, match=r"The split train\[:0%\] of the data set .* is empty"):
+        load_data(DataConfig(task="files", name=name, validation_split="train[:0%]"), seed=0)
+
+
+def test_a_split_whose_labels_are_hidden_is_refused(tmp_path: Path) -> None:
+    name = hub_sets.ag_news(tmp_path / "news")
+    file = name / "data" / "test-00000-of-00001.parquet"
+    rows = datasets.Dataset.from_parquet(str(file)).to_list()
+    hub_sets._parquet(file, [{**rows[0], "label": -1}, *rows[1:]])
+    with pytest.raises(AFLoRAError, match=r"news \(test\), row 1: its label is -1, which is none of World, Sports"):
+        load_data(DataConfig(task="files", name=str(name)), seed=0)
+
+
+def test_sharegpt_becomes_the_same_tokens_as_messages(tmp_path: Path) -> None:
+    train, held = sft(name=str(hub_sets.sharegpt(tmp_path / "sharegpt")), hold_out=2)
+    assert (len(train), len(held)) == (4, 2)
+    encode = Encoder(make_small_tokenizer(), 200, "completions", None, "it")
+    messages = [
+        {"role": "system", "content": "answer ."},
+        {"role": "user", "content": "how many apples ?"},
+        {"role": "assistant", "content": "Ada has 3 ."},
+    ]
+    wanted = encode({"messages": [messages]})
+    assert {name: values[:1] for name, values in encode(train[:]).items()} == wanted
+    called = [{"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]
+    asked = [{"from": "human", "value": "how"}, *called, {"from": "observation", "value": "3"}]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"conversations": asked, "system": "be brief"}))
+    (row,) = sft(train_file=str(tmp_path / "calls.jsonl"), validation_file=str(tmp_path / "calls.jsonl"))[0]
+    from aflora_dist.tasks.sft.examples import turns
+
+    function = {"name": "f", "arguments": {"x": 1}}
+    assert turns(row, "another") == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "how"},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "content": "3"},
+    ]
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"conversations": [{"from": "narrator", "value": "x"}]}))
+    with pytest.raises(AFLoRAError, match=r"line 1: column conversations has a turn from 'narrator'; known are: human"):
+        sft(train_file=str(tmp_path / "odd.jsonl"), hold_out=1)
+
+
+def test_sets_are_mixed_by_weight_whatever_their_columns(tmp_path: Path) -> None:
+    gsm8k = hub_sets.gsm8k(tmp_path / "gsm8k", times=5)  # 20 rows
+    (tmp_path / "chats.jsonl").write_text(
+        "\n".join(
+            json.dumps({"messages": [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": "Ada"}]})
+            for i in range(6)
+        )
+    )
+    options: dict[str, Any] = {
+        "train_file": str(tmp_path / "chats.jsonl"),
+        "mix": {f"{gsm8k}:main": 0.5, str(tmp_path / "chats.jsonl"): 2},
+        "hold_out": 3,
+    }
+    with pytest.raises(AFLoRAError, match=r"gsm8k \(main, train\) has the columns question, answer, which are none"):
+        sft(**options)
+    mixed = {**options, "columns": COLUMNS}
+    train, held = sft(**mixed)
+    assert len(train) + len(held) == 6 + 10 + 2 * 6
+    first = [row["messages"][0]["content"] for row in [*train, *held]]
+    assert sorted(words for words in first if words.startswith("ask")) == sorted([f"ask {i}" for i in range(6)] * 3)
+    again = sft(**mixed)
+    assert [row["messages"] for row in again[0]] == [row["messages"] for row in train]  # drawn by the seed
+
+
+def test_classifiers_mix_files_too_and_errors_name_the_line_of_the_right_one(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,no\nb,yes\n")
+    (tmp_path / "b.csv").write_text("review,label\nc,yes\nd,no\ne,no\n")
+    options: dict[str, Any] = {"task": "files", "mix": {str(tmp_path / "a.csv"): 3}, "columns": {"text": "review"}}
+    data = load_data(DataConfig(train_file=str(tmp_path / "b.csv"), hold_out=2, **options), seed=0)
+    assert sorted([*data.train["text"], *data.evaluation["validation"]["text"]]) == list("aaabbbcde")
+    (tmp_path / "a.csv").write_text("text,label\na,no\nb,\n")
+    with pytest.raises(AFLoRAError, match=r"a.csv, line 3: it has nothing in column 'label'"):
+        load_data(DataConfig(train_file=str(tmp_path / "b.csv"), hold_out=2, **options), seed=0)
