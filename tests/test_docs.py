@@ -487,13 +487,16 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
 
 def run_sbatch(words: list[str], place: Place) -> None:
     """With stand-ins for Slurm's commands; tests/training/test_slurm.py submits these scripts to a real Slurm."""
-    options = [word for word in words if word.endswith(".sbatch")]
-    assert len(options) == 1
-    (script,) = options
-    arguments = words[words.index(script) + 1 :]
-    started = submit(place.folder / script, arguments, place.folder, place.folder / "slurm")
+    at = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+    options, script, arguments = words[:at], words[at], words[at + 1 :]
+    element = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "0"}
+    array = element if any(option.startswith("--array=") for option in options) else {}
+    started = submit(place.folder / script, arguments, place.folder, place.folder / "slurm", **array)
     assert started.returncode == 0, started.stderr
-    run_main_job(arguments, place)
+    if arguments[0].endswith(".py"):
+        run_script([word.replace("{seed}", "0") for word in arguments], place)
+    else:
+        run_main_job(arguments, place)
 
 
 def read_by_pip(words: list[str], place: Place) -> None:
