@@ -279,7 +279,7 @@ def with_export(place: Place) -> dict[str, Any]:
 
 # By page, what its snippets find before them.
 BEFORE: dict[str, Callable[[Place], dict[str, Any]]] = {
-    "README.md": lambda place: classifier(place.encoder),
+    "README.md": lambda place: classifier(place.encoder) | {"accelerator": Accelerator(cpu=True)},
     "own_loop.md": lambda place: classifier(place.encoder),
     "moving.md": lambda place: classifier(place.encoder) | {"accelerator": Accelerator(cpu=True)},
     "trainer.md": lambda place: with_trl(place.decoder),
