@@ -136,6 +136,16 @@ def test_links_and_files_exist(page: Path) -> None:
         read_by_pytest(shlex.split(command)[1:])
 
 
+def test_figures_that_decide_stand_on_the_page_that_measured_them() -> None:
+    page = (ROOT / "docs" / "worth_it.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*) \| .*?\]\((\w+\.md)[^)]*\) \|$", page, re.MULTILINE)
+    assert len(rows) > 8
+    for text, measured in rows:
+        figures = re.findall(r"\d[\d,]*\.\d+|\d[\d,]*,\d{3}", text)
+        known = (ROOT / "docs" / measured).read_text(encoding="utf-8")
+        assert [figure for figure in figures if figure not in known] == [], text
+
+
 @named(PAGES)
 def test_every_option_that_is_named_exists(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
