@@ -49,6 +49,18 @@ def test_an_own_loop(engine: str, ranks: int, tiny_model: Path, tmp_path: Path) 
     assert trained_vectors(tiny_model, tmp_path) == 12
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("what", "engine", "ranks"), [("lora", "single", 1), ("full", "zero2", 2), ("pattern", "ddp", 2)]
+)
+def test_anything_freezes(what: str, engine: str, ranks: int, tiny_model: Path) -> None:
+    small = [what, "--model", tiny_model, "--examples", 64, "--batch", 4]
+    said = run("freeze_anything.py", *small, engine=engine, ranks=ranks)
+    assert re.search(r"^\d+ parameters froze; of what may freeze 0 still train", said, re.MULTILINE)
+    blocks = [int(block) for block in re.findall(r"backward ends at block (\d)", said)]
+    assert blocks[-1] == (0 if what == "pattern" else 2)
+
+
 def test_trainer(tiny_model: Path, tmp_path: Path) -> None:
     said = run("with_trainer.py", "--model", tiny_model, "--examples", 64, "--batch", 8, "--out", tmp_path)
     assert re.search(r"accuracy [01]\.\d{3}, [2-8] freezes", said)

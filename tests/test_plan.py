@@ -305,6 +305,26 @@ def test_what_a_run_refuses_a_plan_refuses_in_its_words(
     assert not (tmp_path / "run").exists()
 
 
+NOT_TO_FREEZE = {
+    "no name": (["lora", "--freezing.freezable", "nothing"], "chooses none of the"),
+    "no pattern": (["lora", "--freezing.freezable", "("], "no regular expression"),
+    "all": (["full", "--freezing.freezable", ".*"], "All that trains may freeze"),
+    "no blocks": (["full", "--freezing.freezable", ".*pooler.*", "--freezing.prefix", "true"], "numbered blocks"),
+    "no matrices": (["vera", "--method.options", '{"r": 4}'], "VeRA's matrices"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TO_FREEZE)
+def test_what_cannot_freeze_is_refused_by_a_plan_as_by_a_run(
+    case: str, tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, words = NOT_TO_FREEZE[case]
+    asked = without_freezing(options(tmp_path / "run", tiny_model, reviews))
+    asked += ["--freezing.enabled", "true", "--method.name", *wrong]
+    assert words in said(plan_main, [*asked, "--ranks", "1"], capsys)
+    assert words in said(run_main, asked, capsys)
+
+
 ON_ENGINES = {
     "method": (["--method.name", "adalora", "--engines", "zero2", "fsdp2"], "AdaLoRA scores its matrices"),
     "half precision": (

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..adapter.freezable import refuse_all
 from ..compat.transformers import recomputes_reentrantly
 from ..engines import Engine
 from ..errors import AFLoRAError
@@ -36,19 +38,21 @@ class Prefix:
         freezable: What freezes by its score.
 
     Attributes:
-        blocks: From the bottom: all parameters of a block that the optimizer was given. What lies before the first
-            block (embeddings), or beside the blocks and goes into all of them, belongs to it.
+        blocks: From the bottom, as far as something in each may freeze by its score: all parameters of a block that
+            the optimizer was given. What lies before the first block (embeddings), or beside the blocks and goes into
+            all of them, belongs to it.
         frozen: How many of them have frozen whole.
 
     Raises:
-        AFLoRAError: There are no numbered blocks of one stack; a trained weight below is tied to one above; or
-            reentrant checkpointing, which has no gradient for a block whose input needs none.
+        AFLoRAError: There are no numbered blocks of one stack; all that trains would freeze; a trained weight below is
+            tied to one above; or reentrant checkpointing, which has no gradient for a block whose input needs none.
     """
 
     def __init__(self, engine: Engine, freezable: Sequence[str], config: FreezingConfig) -> None:
         self.schedule: CubicSchedule = config.prefix_schedule()
         self._freezable = set(freezable)
-        self.blocks = blocks_from_below(engine.model, {name for group in engine.members for name in group}, freezable)
+        trained = {name for group in engine.members for name in group}
+        self.blocks = blocks_from_below(engine.model, trained, freezable, config)
         self.frozen = 0
         self._model = engine.model
         self._handles: list[Any] = []
@@ -100,20 +104,23 @@ class Prefix:
         handle = block.register_forward_hook(look)
         self._handles.append(handle)
 
-    def _take_back(self) -> None:
+    def take_back(self) -> None:
+        """Leave the model's modules as they were."""
         while self._handles:
             self._handles.pop().remove()
 
     def restore(self, frozen: Iterable[str]) -> None:
         """As after these have frozen."""
         gone, self.frozen = set(frozen), 0
-        self._take_back()
+        self.take_back()
         while self.frozen < len(self.blocks) and not {*self.blocks[self.frozen]} - gone:
             self.frozen += 1
         self._let_go()
 
 
-def blocks_from_below(model: nn.Module, trained: Collection[str], freezable: Collection[str]) -> list[list[str]]:
+def blocks_from_below(
+    model: nn.Module, trained: Collection[str], freezable: Collection[str], config: FreezingConfig
+) -> list[list[str]]:
     """Names of all parameters of each block that train, as `Prefix.blocks` and with its errors.
 
     Args:
@@ -142,6 +149,15 @@ def blocks_from_below(model: nn.Module, trained: Collection[str], freezable: Col
             below.append(name)
     ordered = [blocks[number] for number in sorted(blocks)]
     ordered[0] = below + ordered[0]
+    may = set(freezable)
+    ordered = list(takewhile(lambda block: may & {*block}, ordered))
+    if not ordered:
+        raise AFLoRAError(
+            f"FreezingConfig(prefix=True) freezes a model's blocks from the bottom, and in the lowest one that trains "
+            f"nothing may freeze: {blocks[min(blocks)][0]}, ... Drop prefix, or choose that with freezable=..., too."
+        )
+    if config.prefix_schedule().final_steps:
+        refuse_all(may.union(*ordered), trained, config)
     _refuse(model, ordered[0])
     return ordered
 

@@ -36,7 +36,7 @@ class AdaLora(Peft):
         if config.data.task == "sft" and self.options.get("orth_reg_weight") != 0:
             raise AFLoRAError(
                 "AdaLoRA's orthogonal regularisation is added by PEFT to the loss that the model computes, and for "
-                "language models the main job computes it itself, token by token. Train without: "
+                "language models aflora train computes it itself, token by token. Train without: "
                 """--method.options '{"orth_reg_weight": 0}', or with method.name=lora."""
             )
 
@@ -54,7 +54,7 @@ class AdaLora(Peft):
 
     def check(self, updates_per_epoch: int) -> None:
         tuning: Any = self._tuning
-        total = self.config.train.epochs * updates_per_epoch
+        total = self.config.train.updates(updates_per_epoch)
         first, last = self.options.get("tinit", total // 10), self.options.get("tfinal", total // 5)
         for option in ("tinit", "tfinal", "target_r", "init_r"):
             if not isinstance(self.options.get(option, 0), int):

@@ -134,9 +134,8 @@ class FreezingMethod(Method):
 
     def schedule(self, updates_per_epoch: int) -> FreezingConfig:
         """`freezing.*` in updates. What freezes only without being asked to trains from the first to the last."""
-        epochs, freezing = self.config.train.epochs, self.config.freezing
-        t_i, t_f = freezing.epochs(epochs) if self.config.freezes else (0, 0)
-        total = epochs * updates_per_epoch
+        freezing, total = self.config.freezing, self.config.train.updates(updates_per_epoch)
+        t_i, t_f = self.config.freezing_epochs(total / updates_per_epoch) if self.config.freezes else (0, 0)
         initial, final = whole_steps(t_i * updates_per_epoch, t_f * updates_per_epoch, total)
         t_p = freezing.prefix_epochs
         return FreezingConfig(

@@ -1,5 +1,6 @@
 """What a user may say, and what of it is refused for itself."""
 
+from .data import DataConfig
 from .freezing import (
     ORDERS,
     FreezingKeywords,
@@ -14,7 +15,6 @@ from .freezing import (
 from .job import (
     AdapterConfig,
     Config,
-    DataConfig,
     MethodConfig,
     ModelConfig,
     ProfileConfig,

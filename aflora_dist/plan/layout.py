@@ -6,7 +6,7 @@ Follows the engines' own layouts: engines/ddp.py, fsdp2.py, deepspeed/zero12.py 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from .launches import EngineKind
 
 Counts = NDArray[np.int64]
-MOMENTS = 2  # of AdamW
 FLOAT32 = 4  # bytes
 
 
@@ -31,6 +30,7 @@ class Trained:
         freezable: Whether it is a projection matrix that will freeze.
         averages: How many float32 numbers the score keeps for each element of those: Ibar, Ubar, and with
             freezing.rule=quantile the average of a window.
+        moments: How many numbers the optimizer keeps for each element of all: AdamW two.
     """
 
     numels: Counts
@@ -40,9 +40,10 @@ class Trained:
     positions: Counts
     freezable: NDArray[np.bool_]
     averages: int = 2
+    moments: int = 2
 
     @classmethod
-    def of(cls, parameters: Sequence[tuple[Any, int, int, bool]], averages: int) -> Trained:
+    def of(cls, parameters: Sequence[tuple[Any, int, int, bool]], averages: int, moments: int = 2) -> Trained:
         """From (parameter, group, position, whether it is freezable)."""
         found = [
             (p.numel(), p.shape[0] if p.dim() else 1, p.element_size(), group, position, freezable)
@@ -50,12 +51,12 @@ class Trained:
         ]
         numels, rows, itemsizes, groups, positions, freezable = zip(*found, strict=True)
         a, b, c, d, e = (np.array(column, dtype=np.int64) for column in (numels, rows, itemsizes, groups, positions))
-        return cls(a, b, c, d, e, np.array(freezable, dtype=bool), averages)
+        return cls(a, b, c, d, e, np.array(freezable, dtype=bool), averages, moments)
 
     def only(self, chosen: NDArray[np.bool_]) -> Trained:
         """Those of them that are chosen."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "averages"}
-        return Trained(**{name: array[chosen] for name, array in arrays.items()}, averages=self.averages)
+        arrays = {field.name: getattr(self, field.name) for field in fields(self) if field.type != "int"}
+        return replace(self, **{name: array[chosen] for name, array in arrays.items()})
 
 
 def held(engine: EngineKind, trained: Trained, ranks: int) -> Counts:
@@ -83,8 +84,8 @@ def observed(engine: EngineKind, trained: Trained, ranks: int) -> Counts:
 
 
 def moment_bytes(engine: EngineKind, trained: Trained, ranks: int) -> Counts:
-    """(ranks,): bytes of AdamW's moments."""
-    return MOMENTS * held(engine, trained, ranks) @ state_itemsizes(engine, trained)
+    """(ranks,): bytes of the optimizer's moments."""
+    return trained.moments * held(engine, trained, ranks) @ state_itemsizes(engine, trained)
 
 
 def score_bytes(engine: EngineKind, trained: Trained, ranks: int) -> Counts:
@@ -107,7 +108,7 @@ def moved_bytes(engine: EngineKind, before: Trained, stays: NDArray[np.bool_], r
     low = np.maximum(rank * old_size - old, rank * new_size - new)
     high = np.minimum((rank + 1) * old_size - old, (rank + 1) * new_size - new)
     moved = after.numels - _overlap(np.zeros_like(after.numels), after.numels, low, high).sum(0)
-    return int(moved @ (FLOAT32 * (1 + MOMENTS + after.averages * after.freezable.astype(np.int64))))
+    return int(moved @ (FLOAT32 * (1 + before.moments + after.averages * after.freezable.astype(np.int64))))
 
 
 def _flat(trained: Trained, ranks: int) -> tuple[Counts, Counts]:

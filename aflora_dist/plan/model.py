@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ..adapter.freezable import freezable_names
+from ..adapter.freezable import freezable_names, refuse_all
 from ..control.prefix import blocks_from_below
+from ..engines import examine
 from ..freezing import ORDERS, FreezingPolicy, fixed_scores
 from ..freezing.score import averages
 from ..methods import Method
@@ -50,7 +52,8 @@ class PlannedModel:
         named = list(model.named_parameters())
         names = {id(parameter): name for name, parameter in named}
         positions = {name: i for i, (name, _) in enumerate(named)}
-        groups = create_optimizer(config, model, method).param_groups
+        optimizer = create_optimizer(config, model, method)
+        groups = optimizer.param_groups
         members = [(names[id(p)], p, i) for i, group in enumerate(groups) for p in group["params"]]
         freezing = method.freezing if isinstance(method, FreezingMethod) else None
         may = freezable_names(model, config.freezing.freezable) if freezing else set()
@@ -64,16 +67,18 @@ class PlannedModel:
         self.trained = Trained.of(
             [(p, group, positions[name], name in self.numels) for name, p, group in members],
             averages=per_element,
+            moments=len(examine(optimizer, torch.device("cpu")).moments),
         )
         self.start = int(self.trained.numels.sum())
         self.freezes: Freezes | None = None
         if freezing and schedule:
+            refuse_all(self.numels, [name for name, _, _ in members], freezing)
             order, prefix = None, None
             if freezing.score in ORDERS:
                 order = self.policy.ranked(fixed_scores(freezing.score, self.numels, freezing.seed))
             if freezing.prefix:
                 sizes = {name: p.numel() for name, p, _ in members}
-                blocks = blocks_from_below(model, sizes, self.numels)
+                blocks = blocks_from_below(model, sizes, self.numels, freezing)
                 each = [{name: sizes[name] for name in block} for block in blocks]
                 prefix = PlannedPrefix(freezing.prefix_schedule(), each)
             self.freezes = Freezes(schedule, self.policy, self.numels, self.start, order, prefix)
@@ -144,7 +149,7 @@ class PlannedModel:
         names = [name for name, chosen in zip(self._at, trains, strict=True) if chosen]
         stopped = trained.only(~trains)
         trained = trained.only(trains)
-        held = layout.held(engine, trained, ranks) @ layout.state_itemsizes(engine, trained) * (1 + layout.MOMENTS)
+        held = layout.held(engine, trained, ranks) @ layout.state_itemsizes(engine, trained) * (1 + trained.moments)
         if engine == "ddp":
             held[1:] = 0  # copies of the first rank's
         scores = layout.observed(engine, trained, ranks).sum(1) * trained.averages * FLOAT32
@@ -152,7 +157,7 @@ class PlannedModel:
         fixed = sum(p.numel() * (cast or p.element_size()) for p in self._fixed.values())
         fixed += int((stopped.numels * (cast or stopped.itemsizes)).sum())
         scored = self.numels if trained.freezable.any() else {}
-        header = sum(len(name) + _ENTRY for name in names) * (1 + layout.MOMENTS)
+        header = sum(len(name) + _ENTRY for name in names) * (1 + trained.moments)
         header += sum(len(name) + _ENTRY for name in scored) * trained.averages
         header += sum(len(name) + _ENTRY for name in {*self._fixed, *self._at} - {*names})
         return int(held.sum() + scores.sum()) + fixed + header + ranks * _RANDOM_STATES

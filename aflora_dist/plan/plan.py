@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..errors import AFLoRAError
 from ..methods import NoControl
 from ..methods.choose import create_method, lora_parameters
@@ -20,7 +22,7 @@ from ..tasks.glue import TASKS
 from ..tasks.limits import Limits
 from ..tasks.model import outline_base, outline_language_model
 from ..tasks.weights import check_weights
-from ..training.build import check_launch, create_task, create_windows, hold, warm_up
+from ..training.build import check_launch, create_schedule, create_task, create_windows, hold, warm_up
 from .launches import Launch
 from .model import PlannedModel
 from .records import EnginePlan, Parameters, Plan, Steps
@@ -110,7 +112,8 @@ def _assumed(config: Config, examples: int, assumptions: list[str]) -> _Data:
 
 def _steps(config: Config, data: _Data, planned: PlannedModel) -> Steps:
     per_epoch = data.examples // config.train.batch_size
-    total = per_epoch * config.train.epochs
+    total = config.train.updates(per_epoch)
+    create_schedule(config, torch.optim.SGD([torch.zeros(())]), total)  # may refuse
     schedule = planned.freezes.schedule if planned.freezes else None
     return Steps(
         examples=data.examples,

@@ -60,8 +60,8 @@ class EnginePlan:
     Attributes:
         refused: Why the run would be; nothing else is known then.
         micro_batches: An update's, on each rank; at least so many where the data were not read.
-        optimizer_bytes: AdamW's moments at the start and at the end: optimizer_state_bytes of freeze_log.jsonl is the
-            sum over the ranks.
+        optimizer_bytes: The optimizer's moments at the start and at the end: optimizer_state_bytes of freeze_log.jsonl
+            is the sum over the ranks.
         score_bytes: Ibar, Ubar and a buffer; none at the end.
         freeze_moves: Bytes that freezes send between ranks, tried in random orders: the most of one, all together.
         checkpoint_bytes: Of state.safetensors, at the start and at the end.

@@ -110,8 +110,8 @@ def _examples(result: Result) -> str:
 
 def _figures(result: Result) -> str:
     """What is known: a run of an earlier release has less."""
-    epoch = result.best_epoch or len(result.evaluations)
-    best = f"{epoch}, the best by {result.best_metric or 'its metric'}" if result.best_epoch else str(epoch)
+    epoch = result.best_epoch or result.last_epoch or len(result.evaluations)
+    best = f"{epoch:g}, the best by {result.best_metric or 'its metric'}" if result.best_epoch else f"{epoch:g}"
     rows = [
         (f"{name.replace('_', ' ')} (evaluation data)", "not a number" if value is None else f"{value:.4f}")
         for name, value in result.metrics.items()

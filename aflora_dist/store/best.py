@@ -1,4 +1,4 @@
-"""The best epoch's adapter, kept while a training goes on, and when to stop waiting for a better one."""
+"""The best evaluation's adapter, kept while a training goes on, and when to stop waiting for a better one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PREFIX = "best/"
 
 
 class BestEpoch:
-    """Keeps what the adapter was after the epoch with the best value of one metric; of equals, the first.
+    """Keeps what the adapter was at the evaluation with the best value of one metric; of equals, the first.
 
     A part of the training's state (`Progress.parts`): each checkpoint holds the best adapter up to there, so that it
     survives a restart, from whichever checkpoint, to the bit. It lies in the CPU memory of the main process.
@@ -30,18 +30,18 @@ class BestEpoch:
     def __init__(self, metric: str, patience: int | None, gather: Callable[[], dict[str, Tensor]]) -> None:
         self.metric, self.patience = metric, patience
         self._gather = gather
-        self.epoch: int | None = None  # counted from 1
+        self.epoch: int | None = None  # the best evaluation, one after each epoch or run.eval_every; counted from 1
         self.value: float | None = None
         self.waited = 0
         self.adapter: dict[str, Tensor] = {}
 
-    def evaluated(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Keep the adapter if this epoch, counted from 1, is the best so far. A collective."""
+    def evaluated(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Keep the adapter if this evaluation, counted from 1, is the best so far. A collective."""
         value = metrics[self.metric]
         if not _better(self.metric, value, self.value):
             self.waited += 1
             return
-        self.epoch, self.value, self.waited = epoch, value, 0
+        self.epoch, self.value, self.waited = number, value, 0
         # On a CPU what was gathered may be the very weights that go on training.
         self.adapter = {name: tensor.clone() for name, tensor in self._gather().items()}
 

@@ -72,8 +72,9 @@ class Result:
 
     Attributes:
         metrics: Of what adapter/ holds; None: not a number.
-        evaluations: After each epoch.
-        best_epoch: Which epoch's adapter was kept, from 1; None: the last one's.
+        evaluations: After each epoch, or every run.eval_every updates.
+        last_epoch: After how many epochs the last of them was.
+        best_epoch: After how many epochs that was whose adapter was kept; None: the last one's.
         best_metric: By what it was chosen.
         labels: Class names by number, of a classifier.
         traces: Relative to the run's directory.
@@ -83,7 +84,8 @@ class Result:
     method: str | None
     metrics: dict[str, float | None]
     evaluations: list[dict[str, float | None]]
-    best_epoch: int | None
+    last_epoch: float | None
+    best_epoch: float | None
     best_metric: str | None
     engine: str | None
     world_size: int | None
@@ -113,6 +115,7 @@ class Settings:
     model: str
     task: str
     epochs: float | None
+    max_steps: int | None
     seed: int | None
     values: dict[str, Any]
 
@@ -125,9 +128,13 @@ def as_result(record: Any) -> Result:
     """
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         raise ValueError("it holds no metrics")
-    best = record.get("best")
-    best = {f"best_{key}": value for key, value in best.items()} if isinstance(best, dict) else {}
-    return typed(Result, {**record, **best, "task": record.get("task", "?")})
+    chosen = {
+        f"{which}_{key}": value
+        for which in ("last", "best")
+        if isinstance(record.get(which), dict)
+        for key, value in record[which].items()
+    }
+    return typed(Result, {**record, **chosen, "task": record.get("task", "?")})
 
 
 class Run:
@@ -207,6 +214,8 @@ class Run:
         done = max(steps, default=0) + 1
         if self.result is not None and self.result.steps is not None:
             return max(self.result.steps, done)
+        if self.settings.max_steps:
+            return max(self.settings.max_steps, done)
         last, epochs = self.metrics[-1] if self.metrics else None, self.settings.epochs
         if last is None or not last.epoch or not epochs or not 0 < epochs / last.epoch < 1e6:
             return done
@@ -308,7 +317,8 @@ def read_settings(path: Path) -> Settings | None:
     except ValueError:
         return None
     values["train"].pop("seed", None)
-    return Settings(model, task, number(train.get("epochs")), integer(train.get("seed")), values)
+    steps = integer(train.get("max_steps"))
+    return Settings(model, task, number(train.get("epochs")), steps, integer(train.get("seed")), values)
 
 
 def read_result(path: Path, problems: list[str]) -> Result | None:

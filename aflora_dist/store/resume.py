@@ -93,12 +93,14 @@ def finished(run: RunDirectory, resolved: str) -> dict[str, Any] | None:
 
 def _goes_on(run: RunDirectory, theirs: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     """Whether a run that ended early waits longer now; says what will be."""
-    before, now = _flatten(theirs).get("run.patience"), run.config.patience
-    done, epochs = len(result.get("evaluations", ())), _flatten(theirs).get("train.epochs", 0)
+    said = _flatten(theirs)
+    before, now = said.get("run.patience"), run.config.patience
+    done, epochs = result.get("last", {}).get("epoch", 0), said.get("train.epochs", 0)
+    ended_whole = result.get("steps", 0) >= said["train.max_steps"] if said.get("train.max_steps") else done >= epochs
     if before == now:
         return False
-    ended = f"The run in {run.path} ended after epoch {done} of {epochs} with run.patience={before}"
-    if before is None or done >= epochs:
+    ended = f"The run in {run.path} ended after epoch {done:g} of {epochs} with run.patience={before}"
+    if before is None or ended_whole:
         print(f"The run in {run.path} has ended: run.patience={now} changes nothing of it.", flush=True)
         return False
     if now is None or now < before:
@@ -270,7 +272,7 @@ class Checkpointer:
                         f"loaded now are {here}. Go on with the data of then, or begin another run."
                     )
                 raise AFLoRAError(
-                    f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with those of then, or "
+                    f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with the original, or "
                     f"begin another run."
                 )
 

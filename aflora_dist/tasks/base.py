@@ -64,7 +64,7 @@ class Task(Protocol):
         """What is trained on and what is measured with, once the batches are made: datasets, and lists of answers."""
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
-        """Tokenise, and deal: this rank's training batches, one micro-batch each. A collective.
+        """Tokenise, and distribute: this rank's training batches, one micro-batch each. A collective.
 
         Raises:
             AFLoRAError: On every rank: there is less than one batch of examples.

@@ -103,7 +103,7 @@ def create_sampler(config: Config, lengths: Sequence[int], shape: BatchShape, **
         config.train.batch_size,
         micro_batches=config.train.accumulation,
         tokens=config.data.tokens_per_micro_batch or shape.tokens,
-        epochs=config.train.epochs,
+        epochs=config.train.passes(len(lengths) // config.train.batch_size),
         seed=config.train.seed,
         rank=shape.rank,
         world_size=shape.world_size,

@@ -37,6 +37,10 @@ class Classification:
     def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:
         self.data = load_data(self.config.data, self.config.train.seed)
         self.train_examples, self.labels = len(self.data.train), self.data.labels
+        if self.data.labels is None and self.config.train.label_smoothing:
+            raise AFLoRAError(
+                "train.label_smoothing is for classes, and the labels are numbers to regress to: drop it."
+            )
         check_weights(self.config.model, accelerator)
         if weights:
             model, self.tokenizer, head = load_base(self.config.model, self.data.labels, accelerator)
@@ -82,7 +86,11 @@ class Classification:
             )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss: Tensor = model(**batch).loss
+        found = model(**batch)
+        loss: Tensor = found.loss
+        if smoothing := self.config.train.label_smoothing:
+            scores, labels = found.logits.float(), batch["labels"]  # what else the model's loss holds stays
+            loss = loss + F.cross_entropy(scores, labels, label_smoothing=smoothing) - F.cross_entropy(scores, labels)
         return loss * len(batch["labels"])
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Evaluation:

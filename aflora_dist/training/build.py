@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,13 +13,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import get_linear_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from ..adapter.precision import check_precision
 from ..compat.transformers import checkpoint_activations
 from ..control import Progress
 from ..engines import create_engine, engine_kind
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, one_line
 from ..freezing import CubicSchedule
 from ..methods import Control, Method
 from ..methods.choose import lora_parameters
@@ -39,6 +41,8 @@ from ..watch.memory import MemoryHistory
 from ..watch.rates import flops_per_token
 from ..watch.traces import TraceRecorder, Window, windows
 from . import compile_lock, deepspeed_file
+
+_UP = re.compile(r"\.(aflora\.[^.]+\.B|lora_B\..*|lora_embedding_B\..*)$")  # AFLoRA's B, and LoRA's
 
 
 class Training:
@@ -76,9 +80,10 @@ class Training:
         held = hold(model, head, config.model.train_new, method)
         self.sampler, self.batches = task.batches(accelerator)
         check_metric(config.run.keep_best, task.metrics())
-        self.total_steps = config.train.epochs * self.sampler.updates_per_epoch
+        self.total_steps = config.train.updates(self.sampler.updates_per_epoch)
         method.check(self.sampler.updates_per_epoch)  # may refuse: before time is spent
         method.check_engine(engine_kind(accelerator), str(accelerator.mixed_precision))
+        create_schedule(config, torch.optim.SGD([torch.zeros(())]), self.total_steps)  # likewise
         optimizer = create_optimizer(config, model, method)
         head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and method.is_head(n))
         lora_r8 = lora_parameters(model)
@@ -104,10 +109,20 @@ class Training:
         self._windows = create_windows(config, self.control, self.total_steps)
         snapshots = config.profile.memory and any(window.freezes for window in self._windows)
         self._history = MemoryHistory() if snapshots and accelerator.device.type == "cuda" else None
-        self.scheduler = create_scheduler(config, progress, self.total_steps)
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first was skipped
+        self.scheduler = create_schedule(config, progress.engine.optimizer, self.total_steps)
         data = on_main(accelerator, lambda: trained_on(config, task))
         self.log = TrainingLog(
-            config, run, accelerator, progress, self.control, self.total_steps, head_params, lora_r8, flops
+            config,
+            run,
+            accelerator,
+            progress,
+            self.control,
+            self.total_steps,
+            self.sampler.updates_per_epoch,
+            head_params,
+            lora_r8,
+            flops,
         )
         self.checkpointer = Checkpointer(run, accelerator, progress, self.scheduler, data, resolved)
         self.first_step = self.checkpointer.claim(self.resumed)  # all that can be refused has been
@@ -150,7 +165,7 @@ def trained_on(config: Config, task: Task) -> dict[str, str | None]:
         "base weights": fingerprint.of_weights(name, config.model.revision),
         "settings of the base model (config.json)": fingerprint.of_settings(name, config.model.revision),
     }
-    if config.run.keep_best is not None:  # what is kept hangs on it
+    if config.run.keep_best is not None:  # what is kept depends on it
         found["validation data"] = fingerprint.of_examples(measured)
     return found
 
@@ -233,34 +248,74 @@ def hold(model: nn.Module, new: Sequence[str], train_new: Sequence[str] | None, 
 
 
 def create_optimizer(config: Config, model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """AdamW over param groups: the adapter, and the head (if it trains) with its own learning rate, its biases last."""
+    """The optimizer over param groups: the adapter, and the head (if it trains) with its own learning rate.
+
+    The adapter's B come behind its other parameters, where they have a learning rate of their own, and biases last.
+
+    Raises:
+        AFLoRAError: It does not take one of its options.
+    """
     train = config.train
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = name.endswith("bias") and not train.decay_biases
-            groups.setdefault((method.is_head(name), spared), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": groups[in_head, spared],
-                "lr": train.head_learning_rate if in_head else train.learning_rate,
-                "weight_decay": 0.0 if spared else train.weight_decay,
-            }
-            for in_head, spared in sorted(groups)
-        ]
-    )
+            spared, in_head = name.endswith("bias") and not train.decay_biases, method.is_head(name)
+            up = not in_head and train.loraplus_lr_ratio != 1 and _UP.search(name) is not None
+            groups.setdefault((in_head, up, spared), []).append(parameter)
+    if train.loraplus_lr_ratio != 1 and not any(up for _, up, _ in groups):
+        raise AFLoRAError(f"train.loraplus_lr_ratio is for methods with matrices A and B; {method.name} has none.")
+    made = [
+        {
+            "params": groups[in_head, up, spared],
+            "lr": train.head_learning_rate if in_head else train.learning_rate * (train.loraplus_lr_ratio if up else 1),
+            "weight_decay": 0.0 if spared else train.weight_decay,
+        }
+        for in_head, up, spared in sorted(groups)
+    ]
+    if odd := sorted({"lr", "weight_decay", "params"} & {*train.optimizer_options}):
+        raise AFLoRAError(f"train.optimizer_options names {odd[0]}: rates and weight decay are options of train.*.")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in train.optimizer_options.items()}
+    try:
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, train.optimizer)(made, **options)
+    except (TypeError, ValueError) as error:
+        raise AFLoRAError(
+            f"train.optimizer={train.optimizer} does not take {options} (train.optimizer_options): {one_line(error)}."
+        ) from None
+    return optimizer
 
 
-def create_scheduler(config: Config, progress: Progress, total_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up and decay over t: a skipped update moves it, too."""
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first one was skipped
-    return get_linear_schedule_with_warmup(progress.engine.optimizer, warm_up(config, total_steps), total_steps)
+def create_schedule(config: Config, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
+    """The learning rates' rise, and how they go on, over t: a skipped update moves it, too.
+
+    Raises:
+        AFLoRAError: It does not take one of its options, or the rise is longer than the training.
+    """
+    name: str = config.train.schedule
+    options = dict(config.train.schedule_options)
+    rise = warm_up(config, total_steps)
+    if rise > total_steps:
+        raise AFLoRAError(f"train.warmup_steps={rise} is more than the {total_steps} updates of this training.")
+    if "min_lr" in options or "lr_end" in options:
+        raise AFLoRAError("train.schedule_options: each group has a rate of its own; say min_lr_rate, a share of it.")
+    if name == "constant":
+        name = "constant_with_warmup"
+        if options:
+            raise AFLoRAError("train.schedule_options: train.schedule=constant has none.")
+    if name == "warmup_stable_decay":
+        options.setdefault("num_decay_steps", max(1, round(0.1 * total_steps)))
+    try:
+        schedule: LambdaLR = get_scheduler(name, optimizer, rise, total_steps, options)
+    except (TypeError, ValueError) as error:
+        raise AFLoRAError(
+            f"train.schedule={name} does not take {options} (train.schedule_options): {one_line(error)}."
+        ) from None
+    return schedule
 
 
 def warm_up(config: Config, total_steps: int) -> int:
     """Updates in which the learning rate rises."""
-    return round(config.train.warmup_ratio * total_steps)
+    said = config.train.warmup_steps
+    return round(config.train.warmup_ratio * total_steps) if said is None else said
 
 
 def create_windows(config: Config, control: Control, total_steps: int) -> tuple[Window, ...]:

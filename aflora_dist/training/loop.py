@@ -57,14 +57,17 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
         if training.resumed:
             checkpointer.restore(training.resumed)
         log.describe(resolved)
-        for epoch in range(len(log.evaluations), config.train.epochs):
-            first = epoch * sampler.updates_per_epoch
+        per_epoch, going_on = sampler.updates_per_epoch, True
+        # One that goes on from an epoch's end begins at that end: random numbers are then drawn as they were.
+        for epoch in range(max(progress.step - 1, 0) // per_epoch, config.train.passes(per_epoch)):
+            first = epoch * per_epoch
             model.train()
             sampler.epoch, sampler.start = epoch, progress.step - first
             drawn = iter(training.batches)
             checkpointer.randomness.settle()
             with log.timed():
-                for micro_batches in updates(drawn, sampler.micro_batches):
+                going_on = not evaluation_is_due(training) or evaluate(training, stop_request)
+                for micro_batches in updates(drawn, sampler.micro_batches) if going_on else ():
                     step, trained = progress.step, progress.engine.trainable_params
                     loss, norm = update(training, micro_batches, sampler.scale(step - first))
                     assert progress.step == step + 1, "one global batch, one tick of the clock"
@@ -82,15 +85,11 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                         accelerator.wait_for_everyone()
                         accelerator.end_training()
                         return None
-                stop_request.settle(run.failure)
-            with record_function("aflora.evaluate"):
-                evaluation = task.evaluate(model, accelerator)
-            log.evaluated(evaluation)
-            if best is not None:
-                best.evaluated(epoch + 1, evaluation.metrics)
-                if best.exhausted and epoch + 1 < config.train.epochs:
-                    log.ended_early(best)
-                    break
+                    if evaluation_is_due(training) and not evaluate(training, stop_request):
+                        going_on = False
+                        break
+            if not going_on:
+                break
         save_adapter(training)
         written = [str(path.relative_to(run.path)) for path in traces.written]
         result = log.finished(task, method.name, written, best)
@@ -129,6 +128,31 @@ def update(training: Training, micro_batches: Sequence[Batch], scale: float) -> 
             optimizer.zero_grad()
         total += loss.detach().float() / len(micro_batches)
     return total, norm
+
+
+def evaluation_is_due(training: Training) -> bool:
+    """Whether the model as it is now is to be measured, and has not been."""
+    step, every = training.progress.step, training.config.run.eval_every or training.sampler.updates_per_epoch
+    due = step > 0 and (step % every == 0 or step == training.total_steps)
+    return due and training.log.evaluated_at[-1:] != [step]
+
+
+def evaluate(training: Training, stop_request: StopRequest) -> bool:
+    """Measure the model as it is now; returns whether there is anything left to train. A collective."""
+    log, best = training.log, training.best
+    ended = training.progress.step == training.total_steps
+    with log.paused():
+        stop_request.settle(training.run.failure)
+        with record_function("aflora.evaluate"):
+            evaluation = training.task.evaluate(training.model, training.accelerator)
+        training.model.train()
+        log.evaluated(evaluation)
+        if best is not None:
+            best.evaluated(len(log.evaluations), evaluation.metrics)
+            if best.exhausted and not ended:
+                log.ended_early(best)
+                return False
+    return not ended
 
 
 def save_is_due(training: Training) -> bool:

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str], undo: Callable[[], None]) -> None:
     """The main job; `undo` takes back that libraries are quiet."""
-    require("train", "The main job")
+    require("train", "aflora train")
     from .command_line import parse
 
     config, resolved = parse(arguments)

@@ -51,7 +51,7 @@ def _beside(result: Result, name: str) -> str:
     if len(result.evaluations) < 2 or not values:
         return ""
     if result.best_epoch is not None:
-        return f"  (epoch {result.best_epoch}, kept; last epoch {_number(result.evaluations[-1].get(name))})"
+        return f"  (epoch {result.best_epoch:g}, kept; last epoch {_number(result.evaluations[-1].get(name))})"
     return f"  (best epoch {_number((min if name in LOWER_IS_BETTER else max)(values))})"
 
 

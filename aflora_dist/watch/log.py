@@ -35,7 +35,8 @@ class TrainingLog:
     """metrics.jsonl, trackers, the progress bar, and result.json; a part of what survives a restart ("log").
 
     Attributes:
-        evaluations: Metrics after each epoch so far.
+        evaluations: Metrics so far: after each epoch, or every run.eval_every updates.
+        evaluated_at: After how many updates each was made.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TrainingLog:
         progress: Progress,
         control: Control,
         total_steps: int,
+        updates_per_epoch: int,
         head_params: int,
         lora_r8: int,
         flops_per_token: int | None = None,
@@ -53,11 +55,12 @@ class TrainingLog:
         self.config, self.run, self.accelerator = config, run, accelerator
         self.progress, self.control = progress, control
         self.total_steps, self.head_params, self.lora_r8 = total_steps, head_params, lora_r8
-        self.updates_per_epoch = total_steps // config.train.epochs
+        self.updates_per_epoch = updates_per_epoch
         self.train_seconds = 0.0
         self.save_seconds: list[float] = []
         self.trained_sum = 0  # sum over the updates so far of the adapter's trainable elements
         self.evaluations: list[dict[str, float]] = []
+        self.evaluated_at: list[int] = []
         self._losses: list[Tensor] = []
         self._since: tuple[int, float] = (0, 0.0)
         self._started: float | None = None
@@ -112,6 +115,13 @@ class TrainingLog:
         finally:
             self.train_seconds = self.seconds()
             self._started = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not, in the midst of it."""
+        self.train_seconds, self._started = self.seconds(), None
+        yield
+        self._started = time.perf_counter()
 
     @property
     def step(self) -> int:
@@ -206,6 +216,7 @@ class TrainingLog:
         """
         return {}, {
             "evaluations": self.evaluations,
+            "evaluated_at": self.evaluated_at,
             "train_seconds": self.seconds(),
             "trained_sum": self.trained_sum,
             "losses": self._over_ranks(),
@@ -219,6 +230,8 @@ class TrainingLog:
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self.evaluations = list(record["evaluations"])
+        each = [self.updates_per_epoch * (number + 1) for number in range(len(self.evaluations))]
+        self.evaluated_at = list(record.get("evaluated_at", each))  # not in checkpoints of earlier releases
         self.train_seconds, self.trained_sum = record["train_seconds"], record["trained_sum"]
         self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in record["losses"]]
         self._since = (record["since"][0], record["since"][1])
@@ -227,27 +240,34 @@ class TrainingLog:
         self.control.seconds = record["control_seconds"]
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """An epoch has ended, with these metrics."""
+        """The model has been measured, with these metrics."""
         metrics = evaluation.metrics
         self.evaluations.append(metrics)
+        self.evaluated_at.append(self.step)
         self.telemetry.scalars({f"eval/{name}": value for name, value in metrics.items()}, self.step - 1)
         ends = [(event.step, getattr(event, "backward_from", 0)) for event in self.control.events]
         self.telemetry.freeze_map(self.control.freezable, self.control.frozen, self.total_steps, self.step - 1, ends)
         self._say(
-            "  ".join([f"epoch {self.step / self.updates_per_epoch:g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
+            "  ".join([f"epoch {self.epoch(len(self.evaluations)):g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
         )
         if evaluation.samples:
             self.telemetry.text("samples", evaluation.samples, self.step - 1)
             self._say(evaluation.samples)
 
+    def epoch(self, evaluation: int) -> float:
+        """After how many epochs an evaluation was, counted from 1."""
+        epochs = round(self.evaluated_at[evaluation - 1] / self.updates_per_epoch, 4)
+        return int(epochs) if epochs.is_integer() else epochs
+
     def ended_early(self, best: BestEpoch) -> None:
-        """No epoch has been better for as long as the patience lasts. A collective."""
+        """No evaluation has been better for as long as the patience lasts. A collective."""
         if self._losses:
             self.flush_losses()  # for the error that they may be
+        epochs, since = self.total_steps / self.updates_per_epoch, self.epoch(best.epoch or 1)
         self._say(
-            f"Ended after epoch {self.step // self.updates_per_epoch} of {self.config.train.epochs}: {best.metric} has "
-            f"not improved since epoch {best.epoch}. The schedules of learning rate and freezing were for all "
-            f"{self.total_steps} updates (T), of which {self.step} were done."
+            f"Ended after epoch {self.epoch(len(self.evaluations)):g} of {epochs:g}: {best.metric} has not improved "
+            f"since epoch {since:g}. The schedules of learning rate and freezing were for all {self.total_steps} "
+            f"updates (T), of which {self.step} were done."
         )
         if training := len({*self.control.freezable} - {*self.control.frozen}):
             logger.warning(
@@ -290,10 +310,14 @@ class TrainingLog:
         """What result.json holds. A collective."""
         evaluations = self.evaluations
         result = self._result(task) | {"method": method, "traces": traces}
-        result["last"] = {"epoch": len(evaluations), "metrics": evaluations[-1]}
+        result["last"] = {"epoch": self.epoch(len(evaluations)), "metrics": evaluations[-1]}
         if best is not None and best.epoch is not None:
             result["metrics"] = evaluations[best.epoch - 1]  # of what adapter/ holds
-            result["best"] = {"metric": best.metric, "epoch": best.epoch, "metrics": result["metrics"]}
+            result["best"] = {
+                "metric": best.metric,
+                "epoch": self.epoch(best.epoch),
+                "metrics": result["metrics"],
+            }
         self.telemetry.result(self.config, result, self.step - 1)
         if traces:
             self.telemetry.windows(self.run.path, self.step - 1)
@@ -312,6 +336,7 @@ class TrainingLog:
             "task": task.name,
             "metrics": self.evaluations[-1],
             "evaluations": self.evaluations,
+            "evaluated_at": self.evaluated_at,
             "engine": self.progress.engine.kind,
             "world_size": accelerator.num_processes,
             "mixed_precision": str(accelerator.mixed_precision),

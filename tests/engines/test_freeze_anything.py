@@ -64,6 +64,9 @@ def run(engine: str) -> dict[str, list[dict[str, Any]]]:
         if engine != "single":
             told |= {f"count {kind}": arguments for kind, arguments in COUNTED.items()}
             told |= {f"go on, {kind}": going_on(engine, kind, Path(out)) for kind in GO_ON}
+        if engine == "fsdp2":
+            told["replicated"] = [*KINDS["lora"], "--replicated"]
+            told["go on, replicated"] = [*going_on(engine, "lora", Path(out)), "--replicated"]
         return launched(engine, told, Path(out))
 
 
@@ -126,8 +129,19 @@ def test_an_engine_goes_on_where_another_one_was_cut(engine: str, kind: str, tmp
     else:
         results = run(engine)[f"go on, {kind}"]
     for result in results:
-        assert 0 < len([event for event in result["events"] if event["step"] < CUT]) < len(result["events"])
+        assert result["events"][-1]["step"] >= CUT
+        assert kind == "fallen" or result["events"][0]["step"] < CUT
         check(result, reference, start=CUT)
+
+
+@pytest.mark.distributed
+def test_what_is_left_out_of_the_sharding_goes_on_from_another_engine_and_to_the_bit() -> None:
+    (reference,) = run("single")["lora"]
+    for result, resumed in zip(run("fsdp2")["replicated"], run("fsdp2")["go on, replicated"], strict=True):
+        check(result, reference)
+        check(resumed, reference, start=CUT)
+        assert result["again"][2] == result["losses"][CUT:]
+        assert all(torch.equal(value, result["again"][1][name]) for name, value in result["final"].items())
 
 
 @pytest.mark.distributed
@@ -315,6 +329,8 @@ def test_a_prefix_is_refused_where_it_would_not_end_the_backward_pass() -> None:
         AdaptiveFreezing(training.accelerator, training.model, training.optimizer, config)
     with pytest.raises(AFLoRAError, match="outside of numbered blocks"):
         Training("full", config, freezable=r"bert\.pooler\.dense\.weight")
+    with pytest.raises(AFLoRAError, match="in the lowest one that trains nothing may freeze"):
+        Training("full", config, freezable=r".*layer\.1\..*dense\.weight")
 
 
 REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {

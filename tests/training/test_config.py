@@ -49,10 +49,12 @@ freezing.final_epochs freezing.freezable freezing.granularity freezing.initial_e
 freezing.prefix_epochs freezing.rule freezing.score freezing.seed freezing.shape freezing.threshold freezing.unit
 method.name method.options model.attn_implementation model.dtype model.name model.quantize model.revision
 model.train_new model.trust_remote_code preset profile.enabled profile.memory profile.ranks profile.starts
-profile.steps run.dir run.dry_run run.keep run.keep_best run.log_every run.overwrite run.patience run.resume
-run.save_every run.tensorboard run.trackers run.verbose train.accumulation train.batch_size train.decay_biases
-train.epochs train.eval_batch_size train.gradient_checkpointing train.head_learning_rate train.learning_rate
-train.max_grad_norm train.seed train.warmup_ratio train.weight_decay
+profile.steps run.dir run.dry_run run.eval_every run.keep run.keep_best run.log_every run.overwrite run.patience
+run.resume run.save_every run.tensorboard run.trackers run.verbose train.accumulation train.batch_size
+train.decay_biases train.epochs train.eval_batch_size train.gradient_checkpointing train.head_learning_rate
+train.label_smoothing train.learning_rate train.loraplus_lr_ratio train.max_grad_norm train.max_steps train.optimizer
+train.optimizer_options train.schedule train.schedule_options train.seed train.warmup_ratio train.warmup_steps
+train.weight_decay
 """
 
 

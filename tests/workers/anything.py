@@ -198,10 +198,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clip", type=float, default=0.0)
     parser.add_argument("--freezing", type=json.loads, default={})
     parser.add_argument("--from", dest="start", type=Path, help="go on from the snapshot of a rank 0 of this folder")
+    parser.add_argument("--replicated", action="store_true", help="FSDP2 leaves the adapter out of the sharding")
     parser.add_argument("--count", action="store_true", help="only what is sent and kept between decisions")
     args = parser.parse_args(arguments)
     args.out.mkdir(exist_ok=True)
     config = replace(CONFIG, **args.freezing)
+    os.environ["FSDP_IGNORED_MODULES"] = r".*\.lora_.*" if args.replicated else "nothing"
     loop = {"momentum": args.momentum, "accumulation": args.accumulation, "clip": args.clip}
     training = Training(args.kind, config, args.freezable, args.recompute, **loop)
     ranks = training.accelerator.num_processes

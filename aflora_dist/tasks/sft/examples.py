@@ -223,7 +223,7 @@ def _of_sharegpt(turn: Turn, column: str) -> Turn:
     if speaker.strip().lower() != "function_call":
         return {"role": role, "content": said, **others}
     try:
-        call = load_json(said)
+        call = load_json(str(said))
     except (TypeError, ValueError):
         call = None
     if not isinstance(call, dict) or "name" not in call:

@@ -30,14 +30,15 @@ class ChunkedCrossEntropy:
         model: Unwrapped; a causal language model, PEFT's or not. Its head is another one from now on while, and only
             while, this is called.
         logits_per_chunk: How many logits may live at once; by the device if not given.
+        smoothing: Share of a token's probability that is spread over the vocabulary, where gradients are taken.
 
     Raises:
         AFLoRAError: The model has no head.
     """
 
-    def __init__(self, model: Any, logits_per_chunk: int | None = None) -> None:
+    def __init__(self, model: Any, logits_per_chunk: int | None = None, smoothing: float = 0.0) -> None:
         self.head = _head_of(model)
-        self.logits_per_chunk = logits_per_chunk
+        self.logits_per_chunk, self.smoothing = logits_per_chunk, smoothing
         self._logits: Callable[[Tensor], Tensor] = self.head.forward
         self._wanted: tuple[Tensor, Tensor] | None = None
         self._seen: Tensor | None = None
@@ -55,7 +56,8 @@ class ChunkedCrossEntropy:
         """
         if self.whole:
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
-            return F.cross_entropy(logits.float(), targets, reduction="sum")
+            smoothing = self.smoothing if torch.is_grad_enabled() else 0.0
+            return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
         self._wanted = (positions, targets)
         try:
             return model(**inputs, use_cache=False).logits.float().sum()  # of one element
@@ -84,7 +86,9 @@ class ChunkedCrossEntropy:
         parameters = [p for p in self.head.parameters() if p.requires_grad]
         kind = "cuda" if hidden.device.type == "cuda" else "cpu"
         chunk = max((self.logits_per_chunk or _LOGITS_PER_CHUNK[kind]) // self._vocabulary(), 1)
-        loss: Tensor = _SumOfChunks.apply(self._logits, hidden, targets, chunk, torch.is_grad_enabled(), *parameters)
+        differentiate = torch.is_grad_enabled()
+        smoothing = self.smoothing if differentiate else 0.0
+        loss: Tensor = _SumOfChunks.apply(self._logits, hidden, targets, chunk, differentiate, smoothing, *parameters)
         return loss.reshape(1, 1, 1)
 
     def _vocabulary(self) -> int:
@@ -102,6 +106,7 @@ class _SumOfChunks(torch.autograd.Function):
         targets: Tensor,
         chunk: int,
         differentiate: bool,
+        smoothing: float,
         *parameters: Tensor,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -112,7 +117,8 @@ class _SumOfChunks(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(wants_hidden or bool(grads)):
                 rows = hidden[part].detach().requires_grad_(wants_hidden)
-                loss = F.cross_entropy(logits_of(rows).float(), targets[part], reduction="sum")
+                logits = logits_of(rows).float()
+                loss = F.cross_entropy(logits, targets[part], reduction="sum", label_smoothing=smoothing)
             total += loss.detach()
             wanted: Sequence[Tensor] = [rows, *parameters] if wants_hidden else list(parameters)
             if not differentiate or not wanted:
@@ -129,7 +135,7 @@ class _SumOfChunks(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> Any:
         (grad_hidden, grads), ctx.gradients = ctx.gradients, None
         scaled = None if grad_hidden is None else grad_hidden.mul_(outer.to(grad_hidden.dtype))
-        return (None, scaled, None, None, None, *(grad.mul_(outer.to(grad.dtype)) for grad in grads))
+        return (None, scaled, None, None, None, None, *(grad.mul_(outer.to(grad.dtype)) for grad in grads))
 
 
 def _head_of(model: Any) -> nn.Module:

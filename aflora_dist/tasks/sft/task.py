@@ -148,7 +148,7 @@ class LanguageModelling:
 
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
         inner: Any = unwrap(accelerator, model)
-        self.cross_entropy = ChunkedCrossEntropy(inner)
+        self.cross_entropy = ChunkedCrossEntropy(inner, smoothing=self.config.train.label_smoothing)
         model.eval()
         vocabulary = min(len(self.tokenizer), self.limits.rows)
         tokens = torch.arange(8, device=accelerator.device).unsqueeze(0) % vocabulary
