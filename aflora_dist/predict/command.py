@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
         while start < asked.rows:
             stop = min(start + asked.part, asked.rows)
             values = asked.predict(start, stop, bar.update)
-            on_main(accelerator, lambda values=values: kept[0].append(values))
+            on_main(accelerator, partial(_append, kept, values))
             start = stop
 
     def end() -> None:
@@ -104,6 +105,10 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
 
     on_main(accelerator, end)
     accelerator.end_training()
+
+
+def _append(kept: list[Any], values: list[Any]) -> None:
+    kept[0].append(values)
 
 
 def _listed(names: list[str]) -> str:

@@ -189,6 +189,7 @@ def _adapted(model: Any, source: Source) -> PeftModel:
             adapted = PeftModel.from_pretrained(model, str(source.folder))
         else:
             config = PeftConfig.from_pretrained(str(source.folder))
+            config.base_model_name_or_path = model.config.name_or_path  # it may have been elsewhere then
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
             _fill(adapted, _weights(source), source.folder)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -224,7 +225,10 @@ def _prepared(model: Any, accelerator: Accelerator) -> Any:
     sharded = plugin.zero_stage == 3 if plugin is not None else accelerator.distributed_type == DistributedType.FSDP
     if sharded:
         shard_by_block(accelerator, model)
-        return accelerator.prepare(model)
+        if plugin is not None:
+            return accelerator.prepare(model)
+        # For FSDP2 accelerate wants an optimizer, too: one that has no state, and does no step.
+        return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))[0]
     if plugin is not None:  # it would compute in this dtype
         kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return model.to(accelerator.device, kinds.get(str(accelerator.mixed_precision)))
