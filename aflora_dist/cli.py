@@ -14,6 +14,7 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
        aflora show RUN [--figures FOLDER]
        aflora trace RUN [--ranks N ...] [--json FILE]
        aflora collect FOLDER [--json FILE]
+       aflora predict RUN|ADAPTER FILE [--out OUT]
        aflora to-lora RUN OUT
        aflora merge RUN OUT [--base MODEL] [--max-shard-size SIZE] [--trust_remote_code]
        aflora --version
@@ -26,6 +27,8 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
   show    a run's story in the terminal, finished or not; its figures as PNG or SVG
   trace   profiler traces before, during and after the freezing, range by range and rank by rank
   collect the runs under a folder as a table: mean and deviation over seeds
+  predict label a file with a run's model, or have its prompts answered, row for row
+          (several processes: accelerate launch -m aflora_dist.predict ...)
   to-lora a run's adapter as plain LoRA, for whatever serves LoRA
   merge   a run's adapter in its model's weights, for whatever serves models
 """
@@ -68,6 +71,10 @@ def _run(line: list[str]) -> int:
             from .view.collect import main as collect
 
             return collect(arguments)
+        case ["predict", *arguments]:
+            from .predict.command import main as predict
+
+            return predict(arguments)
         case ["to-lora" | "merge" as command, *arguments]:
             from .serve.main import main as serve
 
