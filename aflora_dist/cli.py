@@ -24,7 +24,7 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
   launch-files
           write the configurations for `accelerate launch`, and the Slurm scripts, into a folder
   show    a run's story in the terminal, finished or not; its figures as PNG or SVG
-  trace   profiler traces before, amid and after the freezing, range by range and rank by rank
+  trace   profiler traces before, during and after the freezing, range by range and rank by rank
   collect the runs under a folder as a table: mean and deviation over seeds
   to-lora a run's adapter as plain LoRA, for whatever serves LoRA
   merge   a run's adapter in its model's weights, for whatever serves models

@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from .names import grid, matrix_position
+from .names import WHOLE_BLOCK, grid, matrix_position, whole_blocks
 from .store.records import Event, Update
 from .traces import WindowReport, range_paths, short_name
 
@@ -20,19 +20,26 @@ _MOST_RANGES = 40  # rows of bars; a training has a dozen
 _MAP = "viridis"
 
 
-def freeze_map(names: Sequence[str], frozen: Mapping[str, int], total_steps: int) -> Figure:
+def freeze_map(
+    names: Sequence[str], frozen: Mapping[str, int], total_steps: int, ends: Sequence[tuple[int, int]] = ()
+) -> Figure:
     """Fig. 5: layer by matrix kind, the colour being the step after which the matrix froze.
 
     Args:
         names: All freezable matrices.
-        frozen: Name -> step; who is not in it still trains.
+        frozen: Name -> step; who is not in it still trains. Names of others are left out.
         total_steps: T, the end of the colour scale.
+        ends: (step, the lowest block that trains from then on), with `freezing.prefix`: a row more, for whole blocks.
     """
     columns, rows = grid(names)
+    frozen = {name: frozen[name] for name in names if name in frozen}
     at: dict[tuple[int, int], int | None] = {}
     for name in names:
         where = matrix_position(name)
         at[rows.index(where.kind), columns.index((where.stack, where.layer))] = frozen.get(name)
+    if any(lowest for _, lowest in ends):
+        at |= {(len(rows), i): step for i, step in enumerate(whole_blocks(ends, len(columns)))}
+        rows = [*rows, WHOLE_BLOCK]
     figure = Figure(figsize=(max(5.0, 2.6 + 0.5 * len(columns)), 1.7 + 0.34 * len(rows)), layout="constrained")
     axis = figure.add_subplot()
     scale: Any = ScalarMappable(Normalize(0, max(total_steps - 1, 1)), _MAP)

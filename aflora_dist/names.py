@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+WHOLE_BLOCK = "the whole block"  # the row of what freezes with all matrices of a block
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?P<module>.+)\.aflora\.(?P<adapter>[^.]+)\.(?P<tensor>A|B|s_d|s_b)")
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d{1,9})\.(?P<module>.*)")
@@ -216,3 +217,16 @@ def grid(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
     """
     positions = [matrix_position(name) for name in names]
     return sorted({(p.stack, p.layer) for p in positions}), sorted({p.kind for p in positions})
+
+
+def whole_blocks(ends: Iterable[tuple[int, int]], blocks: int) -> list[int | None]:
+    """After which step each block had frozen whole, from the bottom; None: it trains.
+
+    Args:
+        ends: (step, the lowest block that trains from then on).
+
+    >>> whole_blocks([(3, 1), (8, 3)], 4)
+    [3, 8, 8, None]
+    """
+    known = list(ends)
+    return [next((step for step, lowest in known if lowest > block), None) for block in range(blocks)]

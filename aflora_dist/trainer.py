@@ -43,7 +43,8 @@ class FreezingCallback(TrainerCallback):
         trainer: Not needed; Trainer introduces itself when training begins.
         initial_epochs: t_i in epochs; by default one, or a tenth of the training where that is less. Of data without
             a length (a stream with max_steps) all of the training is one epoch, as it is to Trainer.
-        final_epochs: t_f in epochs; by default 70% of the training.
+        final_epochs: t_f in epochs; by default 70% of the training. With rule=threshold there is none.
+        prefix_epochs: t_p in epochs, with `prefix`; by default half of t_f.
         freezable: What may freeze, as in `AdaptiveFreezing`.
         on_freeze: Called with each `FreezeEvent`.
         **options: Those of `FreezingOptions`.
@@ -61,6 +62,7 @@ class FreezingCallback(TrainerCallback):
         *,
         initial_epochs: float | None = None,
         final_epochs: float | None = None,
+        prefix_epochs: float | None = None,
         freezable: Choice = None,
         on_freeze: Callable[[FreezeEvent], None] | None = None,
         **options: Unpack[FreezingKeywords],
@@ -68,6 +70,7 @@ class FreezingCallback(TrainerCallback):
         self.trainer = trainer
         self.initial_epochs = initial_epochs
         self.final_epochs = final_epochs
+        self.prefix_epochs = prefix_epochs
         self.freezable = freezable
         self.on_freeze = on_freeze
         self.options = FreezingOptions(**options)
@@ -143,8 +146,15 @@ class FreezingCallback(TrainerCallback):
             per_epoch = len(loader) / args.gradient_accumulation_steps if has_length(loader) else total
         initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
         final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
-        t_i, t_f = whole_steps(initial, final, total)
-        return FreezingConfig(total_steps=total, initial_steps=t_i, final_steps=t_f, **self.options.keywords())
+        t_p = None if self.prefix_epochs is None else round(per_epoch * self.prefix_epochs)
+        t_i, t_f = whole_steps(initial, 0.0 if self.options.rule == "threshold" else final, total)
+        return FreezingConfig(
+            total_steps=total,
+            initial_steps=t_i,
+            final_steps=t_f,
+            prefix_steps=None if t_p is None else min(t_p, total - t_i),
+            **self.options.keywords(),
+        )
 
     # -- what Trainer does before it tells, or in another way than is right here -------------------
 
@@ -178,7 +188,9 @@ class FreezingCallback(TrainerCallback):
                     f"exactly: it was saved without FreezingCallback, with save_only_model, or its saving was cut "
                     f"short. Take another checkpoint, or start from the beginning (resume_from_checkpoint=None)."
                 )
-            self._thaw(trainer, found.training["progress"]["parts"]["freezing"]["numels"])
+            progress = found.training["progress"]
+            since = {name for event in progress["parts"]["freezing"]["events"] for name in event["frozen"]}
+            self._thaw(trainer, since.union(progress["engine"]["names"]))
         return original(max_steps, train_dataloader, None)
 
     def _thaw(self, trainer: Trainer, names: Any) -> None:
@@ -196,7 +208,7 @@ class FreezingCallback(TrainerCallback):
         trainer.optimizer = None  # it has let go of them: Trainer makes another one
 
     def _load_best_model(self, trainer: Trainer, original: Callable[..., Any]) -> None:
-        """As Trainer, but whatever has frozen since: DeepSpeed's files of then do not fit its optimizer of now."""
+        """As Trainer, but whatever has frozen since: DeepSpeed's earlier files do not fit its optimizer any more."""
         best = _find(trainer, Path(trainer.state.best_model_checkpoint))
         if best is None or self.freezing is None:
             original()

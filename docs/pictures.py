@@ -1,6 +1,7 @@
-"""The documentation's own pictures: `python docs/pictures.py freezing`, `python docs/pictures.py run RUN`.
+"""The documentation's own pictures: `python docs/pictures.py runs/demo`, after `make demo`.
 
-The first draws Eq. 5 with the schedule that trains; the second is what `aflora show RUN` prints, as a terminal has it.
+All from one run: what `aflora show` prints of it, as a terminal has it, and its figures. Without a run, Eq. 5 alone,
+drawn by the schedule that trains. What is measured draws its own: `python -m profiling.compare` and others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from aflora_dist.freezing import CubicSchedule
-from aflora_dist.view.show import Run, print_run
+from aflora_dist.view.show import Run, print_run, write_figures
 
 IMAGES = Path(__file__).resolve().parent / "images"
 # The paper's Table 5 with 57 updates an epoch: t_i is 1 epoch, t_f 14, T 20.
@@ -69,11 +70,11 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def terminal(run: Path, path: Path, width: int = 92) -> Path:
+def terminal(run: Run, path: Path, width: int = 92) -> Path:
     """What `aflora show` prints of a run, as an SVG that fetches no font."""
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    print_run(Run(run), console)
-    drawn = console.export_svg(title=f"aflora show {run}")
+    print_run(run, console)
+    drawn = console.export_svg(title=f"aflora show runs/{run.path.name}")
     drawn = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
     drawn = drawn.replace("font-family: Fira Code, monospace", "font-family: ui-monospace, Menlo, Consolas, monospace")
     path.write_text(drawn)
@@ -82,14 +83,14 @@ def terminal(run: Path, path: Path, width: int = 92) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="docs/pictures.py", description="Draw the documentation's pictures.")
-    parser.add_argument("picture", choices=("freezing", "run"))
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="for run: the directory of a run")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the directory of the demo's run")
     parser.add_argument("--out", type=Path, default=IMAGES, help="the folder")
     args = parser.parse_args(argv)
-    if (args.picture == "run") != (args.run is not None):
-        parser.error("run needs the directory of a run, and freezing none")
-    out = args.out / f"{args.picture}.svg"
-    print(f"wrote {save(freezing(), out) if args.run is None else terminal(args.run, out)}")
+    drawn = [save(freezing(), args.out / "freezing.svg")]
+    if args.run is not None:
+        run = Run(args.run)
+        drawn += [terminal(run, args.out / "run.svg"), *write_figures(run, args.out, "png")]
+    print(*(f"wrote {path}" for path in drawn), sep="\n")
     return 0
 
 

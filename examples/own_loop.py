@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/own_loop", help="the adapter's folder")
     args = parser.parse_args()
 
-    # Several processes on CPUs talk over gloo; without being told so each would train alone.
+    # Several processes on CPUs talk over gloo; without this each would train alone.
     several = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several else [])
     if (plugin := accelerator.state.deepspeed_plugin) is not None:

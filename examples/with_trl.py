@@ -1,6 +1,7 @@
 """TRL's supervised fine-tuning: the same callback. Needs pip install trl.
 
 python examples/with_trl.py
+sbatch launch/slurm/gpu.sbatch examples/with_trl.py     # started again it goes on from its last checkpoint
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from small import language_model, problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from aflora_dist import AFLoRAConfig, FreezingCallback
@@ -22,7 +24,9 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or a hub id; an embedded language model if not given")
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8, help="examples per process and update")
-    parser.add_argument("--out", default="runs/with_trl", help="the adapter's folder")
+    parser.add_argument("--save-every", type=int, default=8, help="updates between two checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/with_trl", help="checkpoints and, in adapter/, the adapter")
     args = parser.parse_args()
 
     name, file = args.model, {}
@@ -45,7 +49,8 @@ def main() -> None:
             learning_rate=1e-2,
             max_length=64,
             logging_steps=4,
-            save_strategy="no",
+            save_steps=args.save_every,
+            seed=args.seed,
             report_to="none",
             bf16=False,
         ),
@@ -53,10 +58,10 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[freezing],
     )
-    trainer.train()
-    trainer.save_model(args.out)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.out) if Path(args.out).is_dir() else None)
+    trainer.save_model(f"{args.out}/adapter")
     assert freezing.freezing is not None
-    print(f"{len(freezing.freezing.events)} freezes; wrote {args.out}/")
+    print(f"{len(freezing.freezing.events)} freezes; wrote {args.out}/adapter/")
 
 
 if __name__ == "__main__":

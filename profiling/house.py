@@ -23,13 +23,13 @@ PICTURE = ROOT / "docs" / "images" / "house.svg"
 FLOORS = {
     **dict.fromkeys(("errors", "names", "version"), 1),
     **dict.fromkeys(("options", "compat", "extras", "untrusted", "weights", "hub", "notices"), 2),
-    **dict.fromkeys(("processes", "freezing"), 3),
+    **dict.fromkeys(("processes", "freezing", "leaving"), 3),
     **dict.fromkeys(("adapter", "engines"), 4),
     "control": 5,
     **dict.fromkeys(("methods", "tasks", "store"), 6),
     **dict.fromkeys(("figures", "traces", "watch"), 7),
     "training": 8,
-    **dict.fromkeys(("trainer", "serve", "plan", "view", "launch_files"), 9),
+    **dict.fromkeys(("trainer", "serve", "predict", "plan", "view", "launch_files"), 9),
     **dict.fromkeys(("cli", "training.run"), 10),
 }
 ENTRY = (

@@ -2,6 +2,7 @@
 
     python -m profiling.schedule                                                       # 1,140 updates
     accelerate launch --config_file launch/zero2.yaml -m profiling.schedule --batch 1  # any engine
+    python -m profiling.schedule speed      # seconds of a step with and without freezing: see profiling/speed.py
 
 The model's weights are random and so are its few tokens, the freezing is real: every update is observed,
 every decision ranks real scores, every freeze rebuilds the optimizer. Small batches keep it short and make
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,12 +33,16 @@ from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezeEvent, FreezingCon
 from aflora_dist.adapter.architectures import target_modules
 from aflora_dist.processes import launched_accelerator
 
+from . import speed
 from .methods import shared_copy
 from .models import SHAPES, build
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the schedule and return what schedule.json holds."""
+    """Run the schedule and return what schedule.json holds; with "speed" first, what speed.json does."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["speed"]:
+        return speed.main(given[1:])
     parser = argparse.ArgumentParser(prog="python -m profiling.schedule", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="deberta-v3-base", help=f"{', '.join(SHAPES)}, a hub id, or a folder")
     parser.add_argument("--layers", type=int, help="keep only so many layers of a built-in shape")
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--final-epochs", type=float, default=14.0, help="t_f")
     parser.add_argument("--steps-per-epoch", type=int, default=57, help="57: MRPC in batches of 64")
     parser.add_argument("--out", type=Path, default=Path("runs/schedule"))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
 
     accelerator = launched_accelerator()
     if accelerator.state.deepspeed_plugin is not None:

@@ -64,6 +64,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_trainer.py": {
         "test_resuming_is_exact_before_between_and_after_the_freezes": ("single", "zero3"),
+        "test_lora_goes_on_in_the_middle_of_a_prefix": ("zero3",),
         "test_resuming_with_deepspeed_s_own_optimizer_and_schedule_is_exact": ("zero1-*",),
         "test_the_same_trainer_resumes_from_before_its_freezes_and_trains_again": ("single", "fsdp2"),
     },
@@ -73,6 +74,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_preferences_and_rewards_freeze_the_same_on_every_engine": ("single-*", "ddp-reward"),
         "test_all_freezes_and_the_whole_adapter_is_saved": ("single-*", "ddp-reward", "zero3-sft"),
         "test_resuming_is_exact": ("single-sft", "zero3-sft"),
+        "test_sft_of_lora_freezes_as_trainer_does": ("single",),
     },
     "test_saving.py": {"test_what_the_pages_save_is_all_that_was_trained": ("cpu", "zero3", "fsdp2")},
     "test_control.py": {
@@ -122,6 +124,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_a_job_interrupted_in_four_ways_comes_back_and_ends_with_the_same_model": NONE,
         "test_several_tasks_a_node_are_so_many_ranks_and_a_port_in_use_is_passed_over": NONE,
         "test_a_signal_to_the_ranks_saves_and_ends_the_job": NONE,
+        "test_a_script_of_one_s_own_runs_on_all_nodes_and_comes_back": NONE,
     },
     "test_meeting.py": {"test_ranks_that_are_started_anew_hear_nothing_of_what_those_before_them_said": NONE},
     "methods/test_methods.py": {
@@ -149,9 +152,10 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "watch/test_trackers.py": {"test_a_tracker_has_one_run_with_all_that_the_run_directory_has": ("mlflow",)},
     "test_docs.py": {  # `make docs` builds the site
         "test_the_site_holds_every_page_and_fetches_nothing": NONE,
+        "test_its_search_finds_pages_where_there_is_no_server": NONE,
         "test_the_api_pages_say_what_the_docstrings_say": NONE,
         "test_every_cell_of_the_matrix_names_a_test_that_exists": NONE,
-        "test_commands_run": ("CONTRIBUTING.md", "README.md", "index.md"),
+        "test_commands_run": ("CONTRIBUTING.md", "README.md", "install.md"),
         "test_python_runs": ("README.md",),
     },
     "test_install.py": {  # a training of the demo in an environment of its own

@@ -15,9 +15,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,12 +35,14 @@ import aflora_dist.cli
 from aflora_dist.options import Config
 from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main as train
+from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
 from tests.pages import PAGES, ROOT, Block, blocks, classifier, snippets, with_trl
 from tests.runs import command_line
 from tests.slurm import submit
 from tests.small_lm import make_small_language_model, write_problems
 from tests.test_export import adapter_for
 
+GENERATED = {"index.md", "contributing.md", "changelog.md", "security.md"}  # files of the root, by docs/hooks.py
 PAGES_AND_CHANGES = [*PAGES, ROOT / "CHANGELOG.md"]
 
 
@@ -47,8 +50,13 @@ def named(pages: list[Path]) -> Any:
     return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
 
 
+# Read from the first line to the last: each block finds what those before it have left.
+TUTORIALS = [page for page in PAGES if page.name in ("classifier.md", "large_models.md")]
+
+
 def having(language: str) -> list[Path]:
-    return [page for page in PAGES if any(block.language == language for block in blocks(page))]
+    pages = [page for page in PAGES if page not in TUTORIALS]
+    return [page for page in pages if any(block.language == language for block in blocks(page))]
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +85,31 @@ def test_the_site_holds_every_page_and_fetches_nothing(site: Path) -> None:
     listed = re.findall(r"^ +- .*: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert len(listed) == len(set(listed))
     pages = {path.stem for path in site.glob("*.html")}
-    assert pages >= {path.stem for path in (ROOT / "docs").glob("*.md")} | {"contributing", "changelog", "security"}
+    assert pages >= {Path(name).stem for name in (*GENERATED, *(ROOT / "docs").glob("*.md"))}
     for page in site.glob("*.html"):
         text = page.read_text(encoding="utf-8")
         fetched = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=\"?((?:https?:)?//[^\" >]+)", text)
         assert fetched == [], page.name
+    shown = "".join(page.read_text() for page in PAGES)
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert f"images/{picture.name})" in shown, f"no page shows {picture.name}"
     for picture in (ROOT / "docs" / "images").glob("*.svg"):
         assert re.findall(r"url\(\W*http[^)]*|(?:href|src)=\"http[^\"]*", picture.read_text()) == []
+
+
+def test_its_search_finds_pages_where_there_is_no_server(site: Path) -> None:
+    if CHROMIUM is None or CHROMEDRIVER is None:
+        pytest.skip("needs Chromium and ChromeDriver (Debian: chromium, chromium-driver)")
+    typed = "box.dispatchEvent(new Event('keyup'))"
+    found = "return [...document.querySelectorAll('.md-search-result__item a')].map(a => a.getAttribute('href'))"
+    with Browser() as page:
+        page.open((site / "plan.html").as_uri())
+        page.run("document.querySelector('[name=query]').value = 'granularity'")
+        end = time.monotonic() + 30
+        while not (links := page.run(found)) and time.monotonic() < end:
+            page.run("const box = document.querySelector('[name=query]'); box.focus();" + typed)
+            time.sleep(0.5)
+    assert any("anything.html" in link for link in links)
 
 
 def test_the_api_pages_say_what_the_docstrings_say(site: Path) -> None:
@@ -100,10 +126,9 @@ def test_the_api_pages_say_what_the_docstrings_say(site: Path) -> None:
 @named(PAGES_AND_CHANGES)
 def test_links_and_files_exist(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    generated = {"contributing.md", "changelog.md", "security.md"}
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path = target.split("#")[0]
-        if path and not re.match(r"\w+:", path) and path not in generated:
+        if path and not re.match(r"\w+:", path) and path not in GENERATED:
             assert (page.parent / path).exists(), f"{page.name} links to {target}"
     for path in re.findall(r"`((?:aflora_dist|tests|launch|ds_configs|profiling|examples|docs|\.ci)/[\w./*-]*)`", text):
         assert list(ROOT.glob(path.rstrip("/"))), f"{page.name} names {path}"
@@ -173,10 +198,6 @@ def test_every_error_that_is_quoted_is_in_the_code() -> None:
             continue  # PEFT's
         for part in message.split("..."):
             assert part.strip() in code, message
-    table = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("## When something goes wrong")[1]
-    for message in re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE):
-        for part in re.split(r"\.\.\.|\b(?:DIR|HOST|N)\b", message):
-            assert part.strip(" :") in code, message
 
 
 def test_versions_are_those_that_are_pinned() -> None:
@@ -201,7 +222,11 @@ def test_what_every_project_has_can_be_read() -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """What the snippets and commands find: small models, data, runs."""
+    """What the snippets and commands find: small models, data, runs.
+
+    Attributes:
+        tutorial: Commands find what those before them have left in `folder`, and nothing else.
+    """
 
     folder: Path
     encoder: Path
@@ -209,14 +234,20 @@ class Place:
     reviews: Path
     problems: Path
     run: Path
+    tutorial: bool = False
+
+
+def clone(folder: Path) -> Path:
+    """The repository's own folders, in one to work in."""
+    for name in ("launch", "ds_configs", "examples", "docs", "tests", ".ci", "Makefile", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def place(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A folder to work in, with the repository's own folders in it, and a finished run outside of it."""
-    folder = tmp_path_factory.mktemp("place")
-    for name in ("launch", "ds_configs", "examples", "docs", "tests", ".ci", "Makefile", "pyproject.toml"):
-        (folder / name).symlink_to(ROOT / name)
+    folder = clone(tmp_path_factory.mktemp("place"))
     outside = tmp_path_factory.mktemp("outside")
     problems = outside / "problems"
     problems.mkdir()
@@ -310,6 +341,8 @@ def shrunk(arguments: list[str], place: Place, run: Path | None = None) -> list[
         small |= {"data.validation_file": place.reviews / "dev.csv", "train.epochs": 2, "train.batch_size": 16}
     if config.method.name == "aflora":
         small |= {"freezing.initial_epochs": 0.3, "freezing.final_epochs": 0.3, "freezing.every": 1}
+    if place.tutorial:
+        small = {key: value for key, value in small.items() if key not in ("data.train_file", "data.validation_file")}
     known = {f"{name}.{key}" for name, group in vars(config).items() if is_dataclass(group) for key in vars(group)}
     return [*arguments, *command_line({key: value for key, value in small.items() if key in known})]
 
@@ -331,12 +364,13 @@ def run_main_job(arguments: list[str], place: Place) -> None:
         first, *_ = sorted((place.folder / "trained" / "checkpoints").glob("step_*"))
         assert train([*shrunk(arguments[: at - 1], place, place.folder / "trained"), "--resume", str(first)]) == 0
         return
-    small = shrunk(arguments, place, place.folder / "trained")
+    small = shrunk(arguments, place, None if place.tutorial else place.folder / "trained")
     _, resolved = parsed(*small)
-    if (what := re.sub(r"^preset:.*\n", "", resolved, flags=re.MULTILINE)) in RUN_ALREADY:
+    if (what := re.sub(r"^preset:.*\n|^ +dir: .*\n", "", resolved, flags=re.MULTILINE)) in RUN_ALREADY:
         return
     RUN_ALREADY.add(what)
-    shutil.rmtree(place.folder / "trained", ignore_errors=True)
+    if not place.tutorial:
+        shutil.rmtree(place.folder / "trained", ignore_errors=True)
     assert train(small) == 0
 
 
@@ -405,11 +439,10 @@ def run_script(words: list[str], place: Place) -> None:
         drawn.mkdir(exist_ok=True)
         supply(arguments, place.folder, place.run)
         assert runpy.run_path(str(script))["main"]([*arguments, "--out", str(drawn)]) == 0
-        if arguments == ["freezing"]:
-            kept, new = (folder / "freezing.svg" for folder in (ROOT / "docs" / "images", drawn))
-            if f"Matplotlib v{matplotlib.__version__}" in kept.read_text():
-                drawn_now, drawn_then = (re.sub(r"\b[mp][0-9a-f]{10}\b", "", path.read_text()) for path in (new, kept))
-                assert drawn_now == drawn_then, "the picture is not what the schedule draws: draw it anew"
+        kept, new = (folder / "freezing.svg" for folder in (ROOT / "docs" / "images", drawn))
+        if f"Matplotlib v{matplotlib.__version__}" in kept.read_text():
+            drawn_now, drawn_then = (re.sub(r"\b[mp][0-9a-f]{10}\b", "", path.read_text()) for path in (new, kept))
+            assert drawn_now == drawn_then, "the picture is not what the schedule draws: draw it anew"
     else:
         raise AssertionError(f"nobody runs {name}")
 
@@ -432,7 +465,8 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
     command, *arguments = words
     if command == "train":
         return run_main_job(arguments, place)
-    supply(arguments, place.folder, profiled() if command == "trace" else place.run, several=command == "collect")
+    if not place.tutorial:
+        supply(arguments, place.folder, profiled() if command == "trace" else place.run, several=command == "collect")
     if command == "plan":
         own = {"--ranks", "--engines", "--examples", "--json", "--mixed_precision"}
         first = next((i for i, word in enumerate(arguments) if word in own), len(arguments))
@@ -509,8 +543,29 @@ def test_commands_run(
                     raise
 
 
+@named(TUTORIALS)
+def test_a_tutorial_runs_from_its_first_block_to_its_last(
+    page: Path, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    here = replace(place, folder=tmp_path, tutorial=True)
+    names: dict[str, Any] = {}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.code, str(page), "exec"), names)
+        elif not block.remark.startswith("not run: "):
+            for words in commands(block):
+                try:
+                    run_command(words, here, lambda: pytest.fail("no tutorial has a profile"))
+                except BaseException as error:
+                    error.add_note(f"{page.name}, line {block.line}: {shlex.join(words)}")
+                    raise
+
+
 def test_every_block_is_run_or_says_why_not() -> None:
     for page in PAGES_AND_CHANGES:
         for block in blocks(page):
-            assert block.language in ("python", "bash", "text"), f"{page.name}, line {block.line}: {block.language!r}"
-            assert re.fullmatch(r"|not run: .+|run: on its own", block.remark), f"{page.name}, line {block.line}"
+            where = f"{page.name}, line {block.line}"
+            assert block.language in ("python", "bash", "text", "diff"), f"{where}: {block.language!r}"
+            assert re.fullmatch(r"|not run: .+|run: on its own", block.remark), where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,18 @@ def test_an_own_loop(engine: str, ranks: int, tiny_model: Path, tmp_path: Path) 
     assert trained_vectors(tiny_model, tmp_path) == 12
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("what", "engine", "ranks"), [("lora", "single", 1), ("full", "zero2", 2), ("pattern", "ddp", 2)]
+)
+def test_anything_freezes(what: str, engine: str, ranks: int, tiny_model: Path) -> None:
+    small = [what, "--model", tiny_model, "--examples", 64, "--batch", 4]
+    said = run("freeze_anything.py", *small, engine=engine, ranks=ranks)
+    assert re.search(r"^\d+ parameters froze; of what may freeze 0 still train", said, re.MULTILINE)
+    blocks = [int(block) for block in re.findall(r"backward ends at block (\d)", said)]
+    assert blocks[-1] == (0 if what == "pattern" else 2)
+
+
 def test_trainer(tiny_model: Path, tmp_path: Path) -> None:
     said = run("with_trainer.py", "--model", tiny_model, "--examples", 64, "--batch", 8, "--out", tmp_path)
     assert re.search(r"accuracy [01]\.\d{3}, [2-8] freezes", said)
@@ -58,9 +71,14 @@ def test_trainer(tiny_model: Path, tmp_path: Path) -> None:
 def test_trl(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     model = make_small_language_model(tmp_path / "model")
-    said = run("with_trl.py", "--model", model, "--examples", 32, "--batch", 4, "--out", tmp_path / "out")
-    assert re.search(r"^[2-9] freezes", said, re.MULTILINE)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "AFLORA"
+    small = ["--model", model, "--examples", 32, "--batch", 4, "--save-every", 4, "--out", tmp_path / "out"]
+    assert re.search(r"^[2-9] freezes", run("with_trl.py", *small), re.MULTILINE)
+    adapter = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
+    kept = adapter.read_bytes()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    run("with_trl.py", *small)  # as after a preemption
+    assert adapter.read_bytes() == kept
+    assert json.loads((adapter.parent / "adapter_config.json").read_text())["peft_type"] == "AFLORA"
 
 
 def test_the_main_job_and_what_others_make_of_its_adapter(tiny_model: Path, tmp_path: Path) -> None:

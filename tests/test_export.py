@@ -118,7 +118,7 @@ def test_a_run_s_lora_computes_the_same_where_the_package_is_unknown(
 ) -> None:
     folder, expected, untrained = run
     assert aflora("to-lora", folder, tmp_path / "lora") == 0
-    assert "vLLM rejects such an adapter" in capsys.readouterr().out
+    assert "vLLM does since August 2026" in capsys.readouterr().out
     found = read_elsewhere("AutoModelForSequenceClassification", tiny_model, tmp_path / "lora", how, tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (expected - untrained).abs().max() > 0.1
@@ -256,7 +256,8 @@ def test_the_card_tells_task_figures_command_and_versions(run: Any, tmp_path: Pa
         f"aflora to-lora {folder} {tmp_path / 'lora'}",
         "batch_size: 16",
         "- peft ",
-        "vLLM rejects",
+        "its pull request 53555",
+        "Labels: 0 `negative`, 1 `positive`.",
         "library_name: peft",
     ):
         assert said in card

@@ -193,7 +193,7 @@ def test_a_run_is_shown_collected_and_exported_where_the_main_job_is_not_install
 @pytest.mark.parametrize(
     ("arguments", "user", "missing"),
     [
-        (["train", "--preset", "demo"], "The main job", EXTRAS["train"]),
+        (["train", "--preset", "demo"], "aflora train", EXTRAS["train"]),
         (["plan", "--preset", "demo"], "aflora plan", EXTRAS["train"]),
         (["show", "RUN", "--figures", "figures"], "aflora show --figures", ("matplotlib",)),
     ],

@@ -106,6 +106,7 @@ def one(plan: Plan) -> EnginePlan:
     return only
 
 
+LOWEST_FIRST = {"freezing.score": "front_to_back", "freezing.prefix": True, "freezing.prefix_epochs": 0.3}
 CASES = [*((engine, "no") for engine in EVERY), ("ddp", "bf16"), ("zero2", "bf16"), ("zero3", "bf16")]
 
 
@@ -164,24 +165,49 @@ def test_freezes_send_what_was_planned(engine: str, measured: Any, tiny_model: P
         {"adapter.freezing": "never"},
         {"freezing.pairwise": True, "freezing.every": 3},
         {"freezing.shape": "quadratic", "adapter.freezable": "all"},
+        {"method.name": "lora", "freezing.enabled": True, "freezing.score": "smallest_first"},
+        {"method.name": "full", "freezing.enabled": True, "freezing.unit": "block", **LOWEST_FIRST},
     ],
     ids=str,
 )
 def test_other_methods_and_options(chosen: dict[str, Any], tiny_model: Path, reviews: Path, tmp_path: Path) -> None:
     arguments = options(tmp_path / "run", tiny_model, reviews, **{"train.epochs": 2, **chosen})
-    if "method.name" in chosen:
+    if "method.name" in chosen and "freezing.enabled" not in chosen:
         arguments = without_freezing(arguments)
     plan = plan_of(arguments, "single", 1)
     assert run_main(arguments) == 0
     first, last = lines(tmp_path / "run", "metrics.jsonl")[0], lines(tmp_path / "run", "metrics.jsonl")[-1]
     log = lines(tmp_path / "run", "freeze_log.jsonl") if plan.freezes else []
     assert [(e.step, e.freezes) for e in plan.freezes] == [(line["step"], len(line["frozen"])) for line in log]
+    for event, line in zip(plan.freezes, log, strict=True):
+        assert event.trainable.least <= line["trainable_params"] <= event.trainable.most
+        assert event.remaining == line["remaining"]
+        if "freezing.score" in chosen:  # an order that is known
+            assert event.trainable.least == event.trainable.most
     assert plan.parameters.start + plan.parameters.head == first["trainable_params"]
     start, end = one(plan).optimizer_bytes
     assert (sum(start), sum(end)) == (first["optimizer_state_bytes"], last["optimizer_state_bytes"])
     rates = [plan.steps.learning_rates[group] for group in ("adapter", "head")]
     warmed = lines(tmp_path / "run", "metrics.jsonl")[plan.steps.warm_up]
     assert [warmed["lr"], warmed["head_lr"]] == rates
+
+
+def test_what_freezes_with_a_block_is_foretold_as_far_as_scores_allow(
+    tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    arguments = options(tmp_path / "run", tiny_model, reviews, **{"train.epochs": 3, "freezing.prefix": True})
+    plan = plan_of(arguments, "single", 1)
+    assert any("the rest of a block" in assumption for assumption in plan.assumptions)
+    assert run_main(arguments) == 0
+    log = {line["step"]: line for line in lines(tmp_path / "run", "freeze_log.jsonl")}
+    for event in plan.freezes:
+        assert event.trainable.least <= log[event.step]["trainable_params"] <= event.trainable.most
+        assert event.remaining == log[event.step]["remaining"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    found = plan.parameters
+    assert found.average.least <= result["avg_trainable_params"] <= found.average.most
+    assert found.end + found.head == [*log.values()][-1]["trainable_params"]
+    assert sum(one(plan).optimizer_bytes[1]) == [*log.values()][-1]["optimizer_state_bytes"]
 
 
 def test_of_a_language_model_those_examples_count_that_carry_loss(tmp_path: Path) -> None:
@@ -277,6 +303,26 @@ def test_what_a_run_refuses_a_plan_refuses_in_its_words(
     assert words in refusal
     assert refusal == said(run_main, asked, capsys)
     assert not (tmp_path / "run").exists()
+
+
+NOT_TO_FREEZE = {
+    "no name": (["lora", "--freezing.freezable", "nothing"], "chooses none of the"),
+    "no pattern": (["lora", "--freezing.freezable", "("], "no regular expression"),
+    "all": (["full", "--freezing.freezable", ".*"], "All that trains may freeze"),
+    "no blocks": (["full", "--freezing.freezable", ".*pooler.*", "--freezing.prefix", "true"], "numbered blocks"),
+    "no matrices": (["vera", "--method.options", '{"r": 4}'], "VeRA's matrices"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TO_FREEZE)
+def test_what_cannot_freeze_is_refused_by_a_plan_as_by_a_run(
+    case: str, tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, words = NOT_TO_FREEZE[case]
+    asked = without_freezing(options(tmp_path / "run", tiny_model, reviews))
+    asked += ["--freezing.enabled", "true", "--method.name", *wrong]
+    assert words in said(plan_main, [*asked, "--ranks", "1"], capsys)
+    assert words in said(run_main, asked, capsys)
 
 
 ON_ENGINES = {

@@ -56,11 +56,16 @@ def run(engine: str, *runs: list[str]) -> list[list[dict[str, Any]]]:
 
 
 @cache
-def trained(engine: str) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
-    """A folder; what the ranks saw of a training to the end (`whole`), and with the best model loaded (`best`)."""
+def trained(engine: str) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """A folder; what the ranks saw of a training to the end (`whole`), with the best model loaded (`best`), and `lora`.
+
+    The last is of another method and other scores.
+    """
     folder = Path(mkdtemp(prefix=f"trainer-{engine}-"))
-    runs = [[str(folder / name), "--options", json.dumps(o)] for name, o in (("whole", FOURTHS), ("best", BEST))]
-    return folder, *run(engine, *runs)
+    told = {"whole": (FOURTHS, []), "best": (BEST, []), "lora": (FOURTHS, ["--lora"])}
+    runs = [[str(folder / name), "--options", json.dumps(o), *more] for name, (o, more) in told.items()]
+    whole, best, lora = run(engine, *runs)
+    return folder, whole, best, lora
 
 
 def trainers_scale(labels: torch.Tensor) -> float:
@@ -127,7 +132,7 @@ def marked(engines: tuple[str, ...]) -> list[Any]:
 
 @pytest.mark.parametrize("engine", marked(EVERY))
 def test_the_freeze_log_is_that_of_an_own_loop(engine: str) -> None:
-    _, whole, _ = trained(engine)
+    _, whole, *_ = trained(engine)
     assert {rank["kind"] for rank in whole} == {engine}
     for rank in whole:
         assert rank["steps"] == STEPS
@@ -137,7 +142,7 @@ def test_the_freeze_log_is_that_of_an_own_loop(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", marked(EVERY))
 def test_what_is_saved_is_the_whole_adapter(engine: str) -> None:
-    folder, (whole, *_), _ = trained(engine)
+    folder, (whole, *_), *_ = trained(engine)
     for saved_in in (folder / "whole" / "model", folder / "whole" / f"checkpoint-{STEPS}"):
         assert_close(plain(whole["values"]), saved(saved_in), 0.0)
     assert plain(whole["values"]).keys() == saved(folder / "whole" / "checkpoint-4").keys()
@@ -147,7 +152,7 @@ def test_what_is_saved_is_the_whole_adapter(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", marked(EVERY))
 def test_the_best_model_comes_back_though_matrices_froze_since(engine: str) -> None:
-    folder, _, (best, *_) = trained(engine)
+    folder, _, (best, *_), _ = trained(engine)
     checkpoint = folder / "best" / "checkpoint-4"
     assert Path(best["best"]) == checkpoint
     assert [e for e in best["events"] if e["step"] >= 4]
@@ -159,7 +164,7 @@ def test_the_best_model_comes_back_though_matrices_froze_since(engine: str) -> N
 @pytest.mark.parametrize("engine", EVERY)
 def test_resuming_is_exact_before_between_and_after_the_freezes(engine: str, tmp_path: Path) -> None:
     """To the bit on the same engine, and within 1e-5 from a checkpoint of one process or of another engine."""
-    folder, (whole, *_), _ = trained(engine)
+    folder, (whole, *_), *_ = trained(engine)
     others = [trained(source)[0] for source in dict.fromkeys(("single", BEFORE[engine])) if source != engine]
     sources = [folder / "whole" / f"checkpoint-{step}" for step in (4, 8)]
     sources += [other / "whole" / "checkpoint-4" for other in others]
@@ -170,6 +175,28 @@ def test_resuming_is_exact_before_between_and_after_the_freezes(engine: str, tmp
         assert_same_log(first["events"], whole["events"], rel=1e-12 if exact else 1e-5, since=at)
         assert_close(first["values"], whole["values"], 0.0 if exact else 1e-5)
         assert first["rates"] == pytest.approx(whole["rates"][-len(first["rates"]) :], rel=1e-12)
+
+
+@pytest.mark.parametrize("engine", marked(EVERY))
+def test_lora_freezes_with_its_lowest_blocks_as_on_one_process(engine: str) -> None:
+    (one, *_) = trained("single")[3]
+    assert [event["backward_from"] for event in one["events"]][-1] == 1
+    for rank in trained(engine)[3]:
+        assert_same_log(rank["events"], one["events"], rel=1e-4)
+        assert_close(rank["values"], one["values"], 2e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", EVERY)
+def test_lora_goes_on_in_the_middle_of_a_prefix(engine: str, tmp_path: Path) -> None:
+    """From a checkpoint of another engine."""
+    (one, *_), (before, *_) = trained("single")[3], trained(BEFORE[engine])[3]
+    assert [event["backward_from"] for event in before["events"] if event["step"] < 8][-1] == 1
+    ((first, *_),) = run(
+        engine, [str(tmp_path), "--lora", "--resume", str(trained(BEFORE[engine])[0] / "lora" / "checkpoint-8")]
+    )
+    assert_same_log(first["events"], one["events"], rel=1e-4, since=8)
+    assert_close(first["values"], one["values"], 2e-5)
 
 
 ADAMW = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
@@ -251,7 +278,7 @@ def test_no_checkpoint_of_what_is_not_finite_takes_the_place_of_a_good_one(tmp_p
 @pytest.mark.parametrize("source", ["zero3", "fsdp2"])
 def test_one_process_resumes_from_a_sharded_checkpoint(source: str, tmp_path: Path) -> None:
     """accelerate #4206, transformers #28320: of such an adapter only rank 0's slice came back."""
-    folder, (whole, *_), _ = trained(source)
+    folder, (whole, *_), *_ = trained(source)
     ((resumed,),) = run("single", [str(tmp_path), "--resume", str(folder / "whole" / "checkpoint-4")])
     assert_same_log(resumed["events"], whole["events"], since=4)
     assert_close(resumed["values"], whole["values"], 1e-5)
@@ -260,12 +287,21 @@ def test_one_process_resumes_from_a_sharded_checkpoint(source: str, tmp_path: Pa
 @pytest.mark.parametrize("engine", marked(EVERY))
 def test_the_same_trainer_resumes_from_before_its_freezes_and_trains_again(engine: str, tmp_path: Path) -> None:
     """Under DeepSpeed Trainer itself cannot train twice."""
-    _, (whole, *_), _ = trained(engine)
+    _, (whole, *_), *_ = trained(engine)
     ((first, *_),) = run(engine, [str(tmp_path), "--options", json.dumps(FOURTHS), "--again"])
     events, resumed = first["resumed"]
     assert_same_log(events, whole["events"], rel=1e-12, since=4)
     assert_close(resumed, whole["values"], 0.0)
     assert first["again"] == ([], STEPS)
+
+
+def test_the_same_trainer_resumes_from_before_its_lowest_block_froze_whole(tmp_path: Path) -> None:
+    """What froze besides matrices trains again, and embeddings' outputs are as they were."""
+    (one, *_) = trained("single")[3]
+    ((first, *_),) = run("single", [str(tmp_path), "--options", json.dumps(FOURTHS), "--lora", "--again"])
+    events, resumed = first["resumed"]
+    assert_same_log(events, one["events"], rel=1e-12, since=4)
+    assert_close(resumed, one["values"], 0.0)
 
 
 # -- ways of using Trainer, in one process -----------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 
 from tests.selection import is_chosen
 from tests.test_trainer import EVERY, FOURTHS, assert_close, assert_same_log, loop, marked, plain, run, saved
+from tests.test_trainer import trained as trainers
 
 pytest.importorskip("trl")
 KINDS = ("sft", "dpo", "reward", "grpo")
@@ -51,6 +52,14 @@ def test_sft_freezes_as_an_own_loop_does(engine: str) -> None:
     for rank in trained(engine)[1]["sft"]:
         assert rank["kind"] == engine
         assert_same_log(rank["events"], loop())
+
+
+@pytest.mark.parametrize("engine", marked(("single", "zero2", "fsdp2")))
+def test_sft_of_lora_freezes_as_trainer_does(engine: str, tmp_path: Path) -> None:
+    """With another score, unit and pattern, and a prefix."""
+    (seen,) = run(engine, [str(tmp_path / "sft"), "--trl", "sft", "--lora"])
+    for rank in seen:
+        assert_same_log(rank["events"], trainers("single")[3][0]["events"], rel=1e-4)
 
 
 @each(("dpo", "reward"))

@@ -7,8 +7,9 @@ from .adapted import Adapted
 from .architectures import ARCHITECTURES, default_targets, kind_of, target_modules
 from .config import AFLoRAConfig
 from .folding import Folding
+from .labels import label_mapping, read_labels
 from .layer import AFLoRALayer
-from .lora import lora_config, save_as_lora
+from .lora import save_as_lora, write_lora
 from .model import AFLoRAModel
 from .path import AFLoRAPath, lora_up
 from .precision import beyond_float16, check_precision, widen
@@ -26,12 +27,14 @@ __all__ = [
     "check_precision",
     "default_targets",
     "kind_of",
-    "lora_config",
+    "label_mapping",
     "lora_up",
     "names_to_save",
+    "read_labels",
     "save_as_lora",
     "save_peft",
     "state_dict_of",
     "target_modules",
     "widen",
+    "write_lora",
 ]

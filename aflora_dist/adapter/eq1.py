@@ -1,4 +1,4 @@
-"""Eq. 1 of the paper, y = W0 x + s_b * (B (s_d * (A x))), as autograd functions that path.py goes through.
+"""The fast way through Eq. 1, as autograd functions. Eq. 1 in plain lines is `equation_1`, at the top of path.py.
 
 They stand before (`Down`) and behind (`Up`) the base layer instead of replacing it, so they never read
 its weight: a base layer that is quantized, or whose weight ZeRO-3 gathers only inside its own forward,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..compat.deepspeed import whole_shape
 from ..errors import AFLoRAError
+from ..freezing import FreezingConfig
 from ..names import named_modules, named_parameters
 from .adapted import Adapted
 from .architectures import kind_of
@@ -51,6 +52,12 @@ class Matrices:
             for name, parameter in named_parameters(self._model).items()
             if id(parameter) in chosen and parameter.requires_grad and len(whole_shape(parameter)) > 1
         ]
+        if not names and tuners:
+            raise AFLoRAError(
+                "This adapter trains nothing of two dimensions and more, which is what may freeze by default: VeRA's "
+                "matrices, for one, are shared by all layers and never train. Choose what else may freeze with "
+                "AdaptiveFreezing(..., freezable=...) or freezing.freezable, or train without freezing."
+            )
         if not names:
             raise AFLoRAError(
                 "To know what may freeze, AdaptiveFreezing needs an AFLoRA model (peft.get_peft_model(model, "
@@ -111,8 +118,40 @@ def freezable_names(model: nn.Module, pattern: str | None = None) -> set[str]:
     """What may freeze of a model that is not prepared: by a regular expression, or as what adapts it says.
 
     Raises:
-        AFLoRAError: Nothing may.
+        AFLoRAError: Nothing may, or it is no regular expression.
     """
     if pattern is None:
         return {*adapter_of(model).freezable()}
-    return {name for name, p in named_parameters(model).items() if p.requires_grad and re.fullmatch(pattern, name)}
+    expression = as_expression(pattern)
+    trained = [name for name, p in named_parameters(model).items() if p.requires_grad]
+    return {name for name in trained if expression.fullmatch(name)} or none_chosen(pattern, trained)
+
+
+def as_expression(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+    """A user's regular expression over names of parameters.
+
+    Raises:
+        AFLoRAError: It is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise AFLoRAError(f"freezable={pattern!r} is no regular expression over parameter names: {error}.") from None
+
+
+def none_chosen(choice: object, trained: Sequence[str]) -> NoReturn:
+    """Raise AFLoRAError: nothing that trains was chosen."""
+    raise AFLoRAError(
+        f"freezable={choice!r} chooses none of the {len(trained)} parameters that train: {', '.join(trained[:3])}, ... "
+        f"A regular expression has to match whole names."
+    )
+
+
+def refuse_all(found: Collection[str], trained: Collection[str], config: FreezingConfig) -> None:
+    """Raise AFLoRAError if all that trains would freeze, and nothing would be left to train at the end."""
+    if found and len(found) == len(trained) and (config.final_steps or config.rule != "rank"):
+        raise AFLoRAError(
+            "All that trains may freeze, so that nothing would be left to train at the end. Leave something out "
+            "(AdaptiveFreezing(..., freezable=...), freezing.freezable), or have the last one train on, with "
+            "rule='rank' and final_steps=0 (t_f) in FreezingConfig, freezing.final_epochs=0 in the main job."
+        )

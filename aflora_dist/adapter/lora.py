@@ -5,7 +5,7 @@ With alpha = r, LoRA computes W0 + B' A'; A' = A and B' = diag(s_b) B diag(s_d) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,38 @@ from .layer import AFLoRALayer
 from .path import lora_up
 
 
-def lora_config(config: Mapping[str, Any], layers: Sequence[str]) -> LoraConfig:
-    """The LoRA configuration for what an adapter_config.json of ours says, on these layers, by full name."""
+def write_lora(
+    folder: Path,
+    config: Mapping[str, Any],
+    paths: Mapping[str, tuple[Tensor, Tensor, Tensor, Tensor]],
+    whole: Mapping[str, Tensor],
+) -> None:
+    """Write PEFT's folder of a LoRA adapter that computes what an AFLoRA adapter does.
+
+    Args:
+        folder: Is there.
+        config: Of the AFLoRA adapter, as its adapter_config.json has it.
+        paths: A, B, s_d and s_b by the name that the adapter's file has for their layer (base_model.model. ...).
+        whole: What it holds besides, by its names there.
+    """
+    tensors = dict(whole)
+    for layer, (A, B, s_d, s_b) in paths.items():
+        tensors[f"{layer}.lora_A.weight"] = A.detach().clone().contiguous()
+        tensors[f"{layer}.lora_B.weight"] = lora_up(B, s_d, s_b)
     bias = config.get("bias", "none")
-    return LoraConfig(
+    LoraConfig(
         r=config["r"],
         lora_alpha=config["r"],
-        target_modules=list(layers),
+        target_modules=[of_base(layer) for layer in paths],
         modules_to_save=config.get("modules_to_save"),
         bias="lora_only" if bias == "aflora_only" else bias,
         task_type=config.get("task_type"),
+        auto_mapping=config.get("auto_mapping"),
         base_model_name_or_path=config.get("base_model_name_or_path"),
         revision=config.get("revision"),
         inference_mode=True,
-    )
+    ).save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()
@@ -57,17 +75,17 @@ def save_as_lora(model: PeftModel, directory: str | Path, adapter_name: str = "d
     directory = Path(directory)
     if (directory / "adapter_config.json").exists():
         raise FileExistsError(f"{directory} already holds an adapter; choose another folder.")
-    tensors: dict[str, Tensor] = {}
-    targets = []
-    for name, layer in named_modules(model).items():
-        if isinstance(layer, AFLoRALayer) and adapter_name in layer.aflora:
-            path = layer.path(adapter_name)
-            tensors[f"{name}.lora_A.weight"] = path.A.detach().clone().contiguous()
-            tensors[f"{name}.lora_B.weight"] = lora_up(path.B, path.s_d, path.s_b)
-            targets.append(of_base(name))
+    layers = {
+        name: layer.path(adapter_name)
+        for name, layer in named_modules(model).items()
+        if isinstance(layer, AFLoRALayer) and adapter_name in layer.aflora
+    }
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors |= {key: value.detach().clone().contiguous() for key, value in saved.items() if not is_adapter(key)}
     directory.mkdir(parents=True, exist_ok=True)
-    lora_config(config.to_dict(), targets).save_pretrained(str(directory))
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_lora(
+        directory,
+        config.to_dict(),
+        {name: (path.A, path.B, path.s_d, path.s_b) for name, path in layers.items()},
+        {key: value.detach().clone().contiguous() for key, value in saved.items() if not is_adapter(key)},
+    )
     return directory

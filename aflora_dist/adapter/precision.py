@@ -81,7 +81,7 @@ def check_precision(model: nn.Module, accelerator: Accelerator) -> None:
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which casts all of it
         return
-    how = "(from_pretrained(..., dtype=...); in the main job model.dtype)"
+    how = "(from_pretrained(..., dtype=...); in aflora train model.dtype)"
     for name, parameter in named_parameters(model).items():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise UnsupportedEngineError(

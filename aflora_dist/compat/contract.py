@@ -88,16 +88,29 @@ def lists() -> dict[str, list[Private]]:
     return {library: import_module(f"aflora_dist.compat.{library}").PRIVATE for library in SEEN}
 
 
+_PAGE = """\
+# Private interfaces
+
+PyTorch, accelerate, DeepSpeed, PEFT and transformers have no public way to take parameters out of a training. What is
+used instead is listed here and in `aflora_dist/compat/`, a file for each library; a test reads the code and fails on
+what is not listed. It is looked for before it is used, but for what lies on objects that are made later, and attaching
+the freezing rehearses a drop of nothing and a snapshot restored: a release that breaks it says so in the first second,
+with the release to install.
+
+This page is written by `python -m aflora_dist.compat.contract > docs/private.md`."""
+
+
 def main() -> None:
-    """Print every list as a Markdown table, a line for what one owner has to one end."""
-    print("| library | seen on | interface | needed to | until there is |\n|---|---|---|---|---|")
+    """Print every list as a page of the documentation, a line for what one owner has to one end."""
+    print(_PAGE)
     for library, entries in lists().items():
+        print(f"\n## {library} {SEEN[library]}\n\n| interface | needed to | until there is |\n|---|---|---|")
         rows: dict[tuple[str, str, str, str], list[str]] = {}
         for e in entries:
             rows.setdefault((e.since, e.owner, e.why, e.instead), []).append(f"`{e.name}`")
         for (since, owner, why, instead), names in rows.items():
-            seen = f"{since} to {SEEN[library]}" if since else SEEN[library]
-            print(f"| {library} | {seen} | {', '.join(names)} of `{owner}` | {why} | {instead} |")
+            first = f" (since {since})" if since else ""
+            print(f"| {', '.join(names)} of `{owner}`{first} | {why} | {instead} |")
 
 
 if __name__ == "__main__":

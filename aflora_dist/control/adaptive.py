@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ..adapter.freezable import adapter_of
 from ..adapter.precision import beyond_float16, check_precision
 from ..adapter.saving import names_to_save, save_peft
-from ..engines import Engine, create_engine
-from ..engines.rehearsal import rehearse
+from ..engines import Engine, create_engine, rehearse
 from ..errors import AFLoRAError, DivergedError, writing
 from ..freezing import ORDERS, FreezeEvent, FreezingConfig, policy_for
 from ..processes import on_main, refuse_lonely_processes
@@ -189,10 +188,11 @@ class AdaptiveFreezing:
         if self._own_clock:
             self.progress.close()
         self.engine.observer = None
-        if self._after_batch in self.progress.after_batch:
-            self.progress.after_batch.remove(self._after_batch)
+        self.progress.after_batch = [call for call in self.progress.after_batch if call != self._after_batch]
         self.progress.parts.pop("freezing", None)
         self._adapter.detach(waived=waived)
+        if self._prefix is not None:
+            self._prefix.take_back()
 
     def ended(self) -> None:
         """The training is over: warn if it was shorter than the schedule was told."""

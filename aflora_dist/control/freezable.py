@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from ..adapter.freezable import as_expression, none_chosen, refuse_all
 from ..engines import Engine
 from ..errors import AFLoRAError
 from ..freezing import FreezingConfig
@@ -46,10 +47,7 @@ class Chosen:
             self._aliases[known[id(parameter)]].append(name)
         chosen = self._matching(choice) if isinstance(choice, str | re.Pattern) or callable(choice) else set(choice)
         if not chosen:
-            raise AFLoRAError(
-                f"freezable={choice!r} chooses none of the {len(engine.trainable)} parameters that train: "
-                f"{', '.join(engine.trainable[:3])}, ... A regular expression has to match whole names."
-            )
+            none_chosen(choice, engine.trainable)
         self._names = [name for name in engine.trainable if chosen & set(self._aliases[name])]
         self._check(chosen)
 
@@ -57,16 +55,9 @@ class Chosen:
         """Of the parameters that train, by every name that they have."""
         trained = [(name, alias) for name in self._engine.trainable for alias in self._aliases[name]]
         if isinstance(choice, str | re.Pattern):
-            try:
-                pattern = re.compile(choice)
-            except re.error as error:
-                raise AFLoRAError(
-                    f"freezable={choice!r} is no regular expression over parameter names: {error}."
-                ) from None
-            chosen = {alias for _, alias in trained if pattern.fullmatch(alias)}
-        else:
-            chosen = {alias for name, alias in trained if choice(alias, self._engine.parameters[name])}
-        return chosen
+            pattern = as_expression(choice)
+            return {alias for _, alias in trained if pattern.fullmatch(alias)}
+        return {alias for name, alias in trained if choice(alias, self._engine.parameters[name])}
 
     def _check(self, chosen: Collection[str]) -> None:
         first = {alias: name for name, aliases in self._aliases.items() for alias in aliases}
@@ -113,10 +104,5 @@ def names_of(source: Freezable, engine: Engine, config: FreezingConfig) -> list[
             "given, AFLoRAConfig(freezable=..., freezing='adaptive') of an AFLoRA adapter, and AdaptiveFreezing(..., "
             "freezable=...)."
         )
-    if found and len(found) == len(trained) and (config.final_steps or config.rule != "rank"):
-        raise AFLoRAError(
-            "All that trains may freeze, so that nothing would be left to train at the end. Leave something out "
-            "(AdaptiveFreezing(..., freezable=...)), or have the last one train on, with rule='rank' and final_steps=0 "
-            "(t_f) in FreezingConfig."
-        )
+    refuse_all(found, trained, config)
     return found

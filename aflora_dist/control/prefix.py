@@ -6,17 +6,26 @@ theirs is run backward and none of their activations is kept, on any engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..adapter.freezable import refuse_all
 from ..compat.transformers import recomputes_reentrantly
 from ..engines import Engine
 from ..errors import AFLoRAError
 from ..freezing import CubicSchedule, FreezingConfig
-from ..names import matrix_position, named_parameters
+from ..names import matrix_position, named_modules, named_parameters, of_base
+from ..notices import logger
+
+# What an encoder holds beside its blocks and gives to the lowest of them, too: embeddings of relative positions (those
+# of DeBERTa and MPNet), their norm, and a convolution over the embeddings.
+_GIVEN = re.compile(r"(rel_embeddings|relative_attention_bias|LayerNorm|conv)\.")
 
 
 class Prefix:
@@ -29,65 +38,24 @@ class Prefix:
         freezable: What freezes by its score.
 
     Attributes:
-        blocks: From the bottom: all parameters of a block that the optimizer was given. What lies before the first
-            block (embeddings) belongs to it.
+        blocks: From the bottom, as far as something in each may freeze by its score: all parameters of a block that
+            the optimizer was given. What lies before the first block (embeddings), or beside the blocks and goes into
+            all of them, belongs to it.
         frozen: How many of them have frozen whole.
 
     Raises:
-        AFLoRAError: There are no numbered blocks of one stack; a trained weight below is tied to one above; or
-            reentrant checkpointing, which has no gradient for a block whose input needs none.
+        AFLoRAError: There are no numbered blocks of one stack; all that trains would freeze; a trained weight below is
+            tied to one above; or reentrant checkpointing, which has no gradient for a block whose input needs none.
     """
 
     def __init__(self, engine: Engine, freezable: Sequence[str], config: FreezingConfig) -> None:
         self.schedule: CubicSchedule = config.prefix_schedule()
         self._freezable = set(freezable)
         trained = {name for group in engine.members for name in group}
-        order = [name for name in engine.parameters if name in trained]
-        self.blocks = self._find(order)
+        self.blocks = blocks_from_below(engine.model, trained, freezable, config)
         self.frozen = 0
         self._model = engine.model
         self._handles: list[Any] = []
-        self._refuse(engine.model)
-
-    def _find(self, order: Sequence[str]) -> list[list[str]]:
-        stacks = {matrix_position(name).stack for name in self._freezable} - {""}
-        if len(stacks) != 1 or any(matrix_position(name).layer < 0 for name in self._freezable):
-            where = f"in {len(stacks)} stacks" if len(stacks) > 1 else "outside of numbered blocks"
-            raise AFLoRAError(
-                f"FreezingConfig(prefix=True) freezes a model's blocks from the bottom, and what may freeze here lies "
-                f"{where}. Drop prefix, or choose with freezable=... what lies in the blocks of one stack."
-            )
-        (stack,) = stacks
-        blocks: dict[int, list[str]] = {}
-        below: list[str] = []
-        for name in order:
-            found = matrix_position(name)
-            if found.stack == stack and found.layer >= 0:
-                blocks.setdefault(found.layer, []).append(name)
-            elif not blocks:
-                below.append(name)
-        ordered = [blocks[number] for number in sorted(blocks)]
-        ordered[0] = below + ordered[0]
-        return ordered
-
-    def _refuse(self, model: nn.Module) -> None:
-        ids = {id(p): name for name, p in named_parameters(model).items()}
-        twins: dict[str, list[str]] = {}
-        for alias, parameter in named_parameters(model, remove_duplicate=False).items():
-            twins.setdefault(ids[id(parameter)], []).append(alias)
-        tied = [name for name in self.blocks[0] if len(twins[name]) > 1]
-        if tied:
-            raise AFLoRAError(
-                f"FreezingConfig(prefix=True) freezes {tied[0]} with the lowest block, and it is one weight with "
-                f"{next(alias for alias in twins[tied[0]] if alias != tied[0])}, which would train on. Drop prefix, "
-                f"or let that weight not train."
-            )
-        if recomputes_reentrantly(model):
-            raise AFLoRAError(
-                "FreezingConfig(prefix=True): a block that torch checkpoints reentrantly has no gradient where its "
-                "input needs none. Switch it on with "
-                "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
-            )
 
     def due(self, step: int, remaining: Iterable[str]) -> list[str]:
         """What freezes after this step besides what did by its score.
@@ -111,19 +79,104 @@ class Prefix:
         """Nobody needs a gradient of the embeddings any more, for which PEFT asks where activations are recomputed."""
         if not self.frozen or self._handles:
             return
+        self._look()
         models = [module for module in self._model.modules() if isinstance(module, PreTrainedModel)]
         embeddings = {id(found): found for model in models if (found := model.get_input_embeddings()) is not None}
         for module in embeddings.values():  # after the hook that asks
             self._handles.append(module.register_forward_hook(lambda module, inputs, output: output.detach()))
 
-    def _take_back(self) -> None:
+    def _look(self) -> None:
+        """Warn if the next output of the lowest block needs a gradient all the same: what it is given then trains."""
+        found = matrix_position(self.blocks[0][-1])
+        where = f"{found.stack}.{found.layer}"
+        block = next(module for name, module in named_modules(self._model).items() if of_base(name) == where)
+
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return
+            handle.remove()
+            if (output[0] if isinstance(output, tuple) else output).requires_grad:
+                logger.warning(
+                    f"all of {where} has frozen, and the backward pass still goes through it: something that trains "
+                    f"outside of the blocks goes into them. Let it not train, or prefix=True saves no time."
+                )
+
+        handle = block.register_forward_hook(look)
+        self._handles.append(handle)
+
+    def take_back(self) -> None:
+        """Leave the model's modules as they were."""
         while self._handles:
             self._handles.pop().remove()
 
     def restore(self, frozen: Iterable[str]) -> None:
         """As after these have frozen."""
         gone, self.frozen = set(frozen), 0
-        self._take_back()
+        self.take_back()
         while self.frozen < len(self.blocks) and not {*self.blocks[self.frozen]} - gone:
             self.frozen += 1
         self._let_go()
+
+
+def blocks_from_below(
+    model: nn.Module, trained: Collection[str], freezable: Collection[str], config: FreezingConfig
+) -> list[list[str]]:
+    """Names of all parameters of each block that train, as `Prefix.blocks` and with its errors.
+
+    Args:
+        model: Unwrapped; may be on the meta device.
+        trained: Names of what the optimizer updates from the start.
+        freezable: What of it freezes by its score.
+    """
+    stacks = {matrix_position(name).stack for name in freezable} - {""}
+    if len(stacks) != 1 or any(matrix_position(name).layer < 0 for name in freezable):
+        where = f"in {len(stacks)} stacks" if len(stacks) > 1 else "outside of numbered blocks"
+        raise AFLoRAError(
+            f"FreezingConfig(prefix=True) freezes a model's blocks from the bottom, and what may freeze here lies "
+            f"{where}. Drop prefix, or choose with freezable=... what lies in the blocks of one stack."
+        )
+    (stack,) = stacks
+    around, _, _ = stack.rpartition(".")
+    blocks: dict[int, list[str]] = {}
+    below: list[str] = []
+    for name in named_parameters(model):
+        found, inside = matrix_position(name), of_base(name).removeprefix(f"{around}.")
+        if name not in trained:
+            continue
+        if found.stack == stack and found.layer >= 0:
+            blocks.setdefault(found.layer, []).append(name)
+        elif not blocks or (around and _GIVEN.match(inside)):
+            below.append(name)
+    ordered = [blocks[number] for number in sorted(blocks)]
+    ordered[0] = below + ordered[0]
+    may = set(freezable)
+    ordered = list(takewhile(lambda block: may & {*block}, ordered))
+    if not ordered:
+        raise AFLoRAError(
+            f"FreezingConfig(prefix=True) freezes a model's blocks from the bottom, and in the lowest one that trains "
+            f"nothing may freeze: {blocks[min(blocks)][0]}, ... Drop prefix, or choose that with freezable=..., too."
+        )
+    if config.prefix_schedule().final_steps:
+        refuse_all(may.union(*ordered), trained, config)
+    _refuse(model, ordered[0])
+    return ordered
+
+
+def _refuse(model: nn.Module, lowest: Sequence[str]) -> None:
+    ids = {id(p): name for name, p in named_parameters(model).items()}
+    twins: dict[str, list[str]] = {}
+    for alias, parameter in named_parameters(model, remove_duplicate=False).items():
+        twins.setdefault(ids[id(parameter)], []).append(alias)
+    tied = [name for name in lowest if len(twins[name]) > 1]
+    if tied:
+        raise AFLoRAError(
+            f"FreezingConfig(prefix=True) freezes {tied[0]} with the lowest block, and it is one weight with "
+            f"{next(alias for alias in twins[tied[0]] if alias != tied[0])}, which would train on. Drop prefix, "
+            f"or let that weight not train."
+        )
+    if recomputes_reentrantly(model):
+        raise AFLoRAError(
+            "FreezingConfig(prefix=True): a block that torch checkpoints reentrantly has no gradient where its "
+            "input needs none. Switch it on with "
+            "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+        )

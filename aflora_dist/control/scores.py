@@ -13,7 +13,7 @@ from ..engines import Engine, Move, place
 from ..engines.transfer import Piece
 from ..freezing import ORDERS, FreezingConfig, FreezingScore, MatrixScore, PartialImportance, fixed_scores
 from ..freezing.quantile import quantile
-from ..freezing.score import averages
+from ..freezing.score import OF_VALUES, averages
 
 
 class Scores(ABC):
@@ -110,7 +110,7 @@ class MatrixScores(Scores):
         scale: Tensor | float,
         step: int,
     ) -> None:
-        values = None if self.config.score == "gradient" else weights()
+        values = weights() if self.config.score in OF_VALUES else None
         self._buckets[bucket].observe(gradients, values, scale, step)
 
     def _take(self) -> None:
@@ -180,7 +180,7 @@ class ElementScores(Scores):
         scale: Tensor | float,
         step: int,
     ) -> None:
-        values = weights() if self.config.score in ("sensitivity", "relative") else None
+        values = weights() if self.config.score in OF_VALUES else None
         self.shards[bucket].observe(gradients, values, scale, step)
 
     def means(self) -> dict[str, float]:

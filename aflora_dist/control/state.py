@@ -86,7 +86,7 @@ class FreezingState:
         }
 
     def select(self, record: Mapping[str, Any]) -> None:
-        """Train what trained when this was recorded, so that an optimizer's state of then can be loaded. A collective.
+        """Train what trained when this was recorded, so that the optimizer's state can be loaded. A collective.
 
         Raises:
             AFLoRAError: As `check`.

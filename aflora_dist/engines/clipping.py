@@ -136,7 +136,7 @@ class Clipping:
         if observing and not self.accelerator.sync_gradients:
             raise UnsupportedEngineError(_CLIP_ONCE)
         self._refuse_unseen_change()
-        norm = original(parameters, max_norm, norm_type)
+        norm = self._clip(original, parameters, max_norm, norm_type)
         if observing:
             whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
             # What torch.nn.utils.clip_grad_norm_ multiplied the gradients with.
@@ -149,6 +149,24 @@ class Clipping:
             self._clipped_gradients = [weakref.ref(gradient) for gradient in self._gradients()]
             self._note()
         return norm
+
+    def _clip(
+        self, original: Callable[..., Tensor], parameters: list[Any], max_norm: float, norm_type: float
+    ) -> Tensor:
+        """Clip, by their joint norm also where FSDP2 shards some gradients and not all, which torch does not take."""
+        kinds = [
+            [p for p in parameters if p.grad is not None and isinstance(p.grad, DTensor) is sharded]
+            for sharded in (False, True)
+        ]
+        if not all(kinds):
+            return original(parameters, max_norm, norm_type)
+        self.accelerator.unscale_gradients()
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in those], norm_type) for those in kinds]
+        whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        total = torch.linalg.vector_norm(torch.stack(whole), norm_type)
+        for those in kinds:
+            torch.nn.utils.clip_grads_with_norm_(those, max_norm, total)
+        return total
 
     def _clip_grad_value(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self.observed():

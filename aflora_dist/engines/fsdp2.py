@@ -1,16 +1,23 @@
-"""FSDP2: a rank holds its rows of every parameter, and observes them; of several replicas (HSDP) the first observes."""
+"""FSDP2: a rank holds its rows of every parameter, and observes them; of several replicas (HSDP) the first observes.
+
+What is left out of the sharding (FSDP's `ignored_modules`: tensors too small to be worth it, as an adapter's) is on
+every rank. FSDP2 does not look after it: here its gradients are averaged over the ranks, as DDP would.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from ..compat.torch import after_backward
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
 from ..processes import rank
@@ -26,6 +33,42 @@ class Fsdp2Engine(NativeEngine):
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
         super().__init__(accelerator, model, optimizer)
         self._places = {p: _place(name, p) for name, p in self.parameters.items()}
+        self._replicated = [p for p in self.parameters.values() if p.requires_grad and not isinstance(p, DTensor)]
+        self._queued = False
+        for parameter in self._replicated:  # as DDP: however they were drawn
+            dist.broadcast(parameter.detach(), 0)
+
+    def watch(self, done: Callable[[bool], None]) -> None:
+        super().watch(done)
+        arrived = weakref.WeakMethod(self._arrived)  # autograd holds hooks where no garbage collector looks
+
+        def hook(parameter: Tensor) -> None:
+            if (method := arrived()) is not None:
+                method()
+
+        for parameter in self._replicated:
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook).remove)
+
+    def _arrived(self) -> None:
+        if not self._queued and self.accelerator.sync_gradients:
+            self._queued = True
+            after_backward(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The gradients of what is replicated become the means over the ranks, in one message for each dtype."""
+        self._queued = False
+        trained = [p for p in self._replicated if p.requires_grad]
+        for dtype in dict.fromkeys(p.dtype for p in trained):
+            those = [p for p in trained if p.dtype == dtype]
+            flat = torch.cat([self._gradient(p).reshape(-1) for p in those])
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            for parameter, mean in zip(those, flat.split([p.numel() for p in those]), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(mean.view_as(parameter))
+                elif mean.any():  # used on another rank
+                    parameter.grad = mean.view_as(parameter).clone()
 
     def _local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor

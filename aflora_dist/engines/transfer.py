@@ -83,22 +83,46 @@ def _view(placed: Placed, fragment: Fragment) -> Tensor:
 
 @torch.no_grad()
 def carry(moves: Sequence[Move], source: Placed, target: Placed, device: torch.device) -> None:
-    """Copy what stays on this rank and exchange what does not, one message for each pair of ranks. A collective.
+    """Copy what stays on this rank and exchange what does not. A collective.
+
+    In rounds of bounded size, in each of them a message for each pair of ranks: of a large model half may move.
 
     Args:
-        moves: The plan; what this rank does not hold or get is of no concern to it.
+        moves: The plan, the same on every rank; what this rank does not hold or get is of no concern to it.
         source, target: Views to read and to write, of one kind of state (values, or one of Adam's moments).
         device: Where the process group takes its tensors from.
     """
-    here = rank()
+    for move in moves:
+        if move.source == rank() == move.target:
+            _view(target, move.fragment).copy_(_view(source, move.fragment))
+    for some in _rounds(moves):
+        _exchange(some, source, target, device)
+
+
+def _rounds(moves: Iterable[Move]) -> Iterator[list[Move]]:
+    """What changes its rank, cut so that at most CHUNK_BYTES of float32 are on their way at a time."""
+    most = room = max(CHUNK_BYTES // 4, 1)
+    some: list[Move] = []
+    for move in moves:
+        start, left = move.fragment.start, move.fragment.numel if move.source != move.target else 0
+        while left:
+            numel = min(left, room)
+            some.append(Move(Fragment(move.fragment.name, start, numel), move.source, move.target))
+            start, left, room = start + numel, left - numel, room - numel
+            if room == 0:
+                yield some
+                some, room = [], most
+    if some:
+        yield some
+
+
+def _exchange(moves: Sequence[Move], source: Placed, target: Placed, device: torch.device) -> None:
     away: dict[int, list[Tensor]] = defaultdict(list)
     home: dict[int, list[Tensor]] = defaultdict(list)
     for move in moves:
-        if move.source == here == move.target:
-            _view(target, move.fragment).copy_(_view(source, move.fragment))
-        elif move.source == here:
+        if move.source == rank():
             away[move.target].append(_view(source, move.fragment))
-        elif move.target == here:
+        elif move.target == rank():
             home[move.source].append(_view(target, move.fragment))
     outgoing = {peer: torch.cat([view.to(device) for view in views]) for peer, views in away.items()}
     incoming = {

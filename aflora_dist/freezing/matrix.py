@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..options import ScoreKind
-from .score import Fragment
+from .score import OF_VALUES, Fragment
 
 
 class PartialImportance:
@@ -46,12 +46,13 @@ class PartialImportance:
 
     def _importances(self, gradients: Sequence[Tensor], weights: Sequence[Tensor] | None) -> Iterable[Tensor]:
         """I of each fragment, but for its sign; only one of them exists at a time, besides the gradients."""
-        if self.kind == "gradient":
+        if self.kind not in OF_VALUES:
             return gradients
         assert weights is not None, "this score needs the weights"
         pairs = zip(gradients, weights, strict=True)
         if self.kind == "sensitivity":
             return (g.float() * w.float() for g, w in pairs)
+        assert self.kind == "relative", self.kind
         tiny = torch.finfo(torch.float32).eps
         return (g.float() / w.float().abs().clamp_min(tiny) for g, w in pairs)
 

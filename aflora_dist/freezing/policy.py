@@ -55,10 +55,14 @@ class FreezingPolicy:
             scores: Score of each matrix that is still trainable (Eq. 4).
             count: floor(r(t) N).
         """
-        means = self._means(scores)
-        missing = count - (len(self.units) - len(means))
-        ranked = sorted(means, key=lambda unit: (means[unit], unit))
+        ranked = self.ranked(scores)
+        missing = count - (len(self.units) - len(ranked))
         return [name for unit in ranked[: max(missing, 0)] for name in self.units[unit]]
+
+    def ranked(self, scores: Mapping[str, float]) -> list[str]:
+        """The units that still train, by rising score, and name where that is equal."""
+        means = self._means(scores)
+        return sorted(means, key=lambda unit: (means[unit], unit))
 
     def _means(self, scores: Mapping[str, float]) -> dict[str, float]:
         """Of each unit that still trains."""

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ..options import ScoreKind
 
+# The kinds of I that look at a weight's value, too: it is passed to `observe` for these alone.
+OF_VALUES: tuple[ScoreKind, ...] = ("sensitivity", "relative")
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -106,7 +109,7 @@ class FreezingScore:
             self.averages["previous"].copy_(now)
         else:
             importance.abs_().mul_(scale)
-        if self.kind in ("sensitivity", "relative"):
+        if self.kind in OF_VALUES:
             assert weights is not None, "this score needs the weights"
             magnitude = torch.cat([w.to(torch.float32) for w in weights]).abs_()
             if self.kind == "sensitivity":

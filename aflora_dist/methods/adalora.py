@@ -36,7 +36,7 @@ class AdaLora(Peft):
         if config.data.task == "sft" and self.options.get("orth_reg_weight") != 0:
             raise AFLoRAError(
                 "AdaLoRA's orthogonal regularisation is added by PEFT to the loss that the model computes, and for "
-                "language models the main job computes it itself, token by token. Train without: "
+                "language models aflora train computes it itself, token by token. Train without: "
                 """--method.options '{"orth_reg_weight": 0}', or with method.name=lora."""
             )
 

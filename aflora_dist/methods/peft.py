@@ -13,6 +13,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from ..adapter.architectures import ARCHITECTURES, default_targets, find_targets
+from ..adapter.labels import label_mapping
 from ..adapter.precision import widen
 from ..adapter.saving import save_peft
 from ..compat.deepspeed import is_sharded
@@ -28,9 +29,9 @@ _OURS |= {"inference_mode", "runtime_config"}
 _OWN_TARGETS = {"ln_tuning", "trainable_tokens"}  # they train norms and embeddings, not linear layers
 _NOT_HERE = {
     "adaption_prompt": "it puts learned tokens into the attention of one kind of model, which no adapted layer holds",
-    "poly": "it needs to be told the task of each example, and the main job trains on one task",
+    "poly": "it needs to be told the task of each example, and aflora train has one task",
     "shadow": "it replaces what the model's blocks hand on, which the adapted layers of other models do not expect",
-    "xlora": "it mixes adapters that were trained before, and the main job begins with none",
+    "xlora": "it mixes adapters that were trained before, and aflora train begins with none",
 }
 
 
@@ -59,7 +60,10 @@ class PeftMethod(FreezingMethod):
             AFLoRAError: PEFT cannot put it in: no module matched, an option has no such value.
         """
         try:
-            return get_peft_model(model, tuning(), **options)
+            config = tuning()
+            if self.task_type == TaskType.SEQ_CLS and model.config.num_labels > 1:
+                config.auto_mapping = label_mapping([name for _, name in sorted(model.config.id2label.items())])
+            return get_peft_model(model, config, **options)
         except AFLoRAError:
             raise
         except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, AssertionError) as error:
@@ -92,12 +96,12 @@ class Peft(PeftMethod):
             )
         self.kind = kinds[self.name]
         if reason := _refusal(self.name, self.kind):
-            raise AFLoRAError(f"The main job cannot train method.name={self.name}: {reason}.")
+            raise AFLoRAError(f"aflora train cannot train method.name={self.name}: {reason}.")
         for option in self.options:
             self._check_option(option)
         if self.options.get("use_asa"):
             raise AFLoRAError(
-                f"method.options use_asa: {self.name} would have to be told of every update, which the main job does "
+                f"method.options use_asa: {self.name} would have to be told of every update, which aflora train does "
                 f"for adalora alone. Leave it out."
             )
         self._prefix = ""
@@ -106,7 +110,7 @@ class Peft(PeftMethod):
     def _check_option(self, option: str) -> None:
         known = sorted(f.name for f in dataclasses.fields(self.kind) if f.init and f.name not in self._set_here())
         if option in self._set_here():
-            raise AFLoRAError(f"method.options {option} is set by the main job. Leave it out.")
+            raise AFLoRAError(f"method.options {option} is set by aflora train. Leave it out.")
         if option not in known:
             raise AFLoRAError(
                 f"{self.kind.__name__} has no option {option!r}. method.options of {self.name}: {', '.join(known)}."
@@ -179,6 +183,6 @@ def _refusal(name: str, kind: Any) -> str:
     if issubclass(kind, PromptLearningConfig):
         return (
             "it learns tokens that stand before the text instead of layers, and they would shift the positions by "
-            "which the main job deals texts and counts loss. Adapt layers, as with lora, or use transformers' Trainer"
+            "which texts are distributed and loss is counted. Adapt layers, as with lora, or use transformers' Trainer"
         )
     return _NOT_HERE.get(name, "")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from ..freezing import CubicSchedule, FreezingPolicy
+
+_ORDERS = 4  # in which units might freeze: random ones, tried to see what moves, and what freezes besides
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class PlannedFreeze:
 
     Attributes:
         step: t, the global batch after which it happens, from 0.
-        freezes: How many matrices.
-        remaining: How many still train afterwards.
+        freezes: How many matrices; with `prefix`, what else freezes with a block counts, too.
+        remaining: How many matrices still train afterwards.
         trainable: Elements that the optimizer then updates, the head's included.
     """
 
@@ -44,53 +47,115 @@ class PlannedFreeze:
     trainable: Elements
 
 
+@dataclass(frozen=True)
+class PlannedPrefix:
+    """What freezes besides matrices when all of the lowest blocks' have (`freezing.prefix`).
+
+    Attributes:
+        schedule: r_p(t).
+        blocks: From the bottom: names of all that trains of a block, with their elements.
+    """
+
+    schedule: CubicSchedule
+    blocks: Sequence[Mapping[str, int]]
+
+
 class Freezes:
     """The freezes of a training.
 
     Args:
         schedule: When.
-        policy: How many units (matrices, or pairs of them) freeze one after the other.
+        policy: How many units (matrices, or layers or blocks of them) freeze one after the other.
         numels: Elements of each freezable matrix.
         trainable: Elements that train at the start.
+        order: Names of the units as they freeze; None where the scores will say.
+        prefix: What freezes besides.
     """
 
     def __init__(
-        self, schedule: CubicSchedule, policy: FreezingPolicy, numels: Mapping[str, int], trainable: int
+        self,
+        schedule: CubicSchedule,
+        policy: FreezingPolicy,
+        numels: Mapping[str, int],
+        trainable: int,
+        order: Sequence[str] | None = None,
+        prefix: PlannedPrefix | None = None,
     ) -> None:
-        self.schedule, self.trainable = schedule, trainable
-        sizes = sorted(sum(numels[name] for name in names) for names in policy.units.values())
-        self._least, self._most = [0, *accumulate(sizes)], [0, *accumulate(reversed(sizes))]
-        self._units, self._in_unit = len(policy), len(numels) // max(len(policy), 1)
-        self.counts = self._counts()  # (t, frozen from then on)
+        self.schedule, self.trainable, self.order = schedule, trainable, order
+        self._of_unit, self._matrices = policy.units, len(numels)
+        sizes = {unit: sum(numels[name] for name in names) for unit, names in policy.units.items()}
+        ordered = sorted(sizes.values()) if order is None else [sizes[unit] for unit in order]
+        self._least = [0, *accumulate(ordered)]
+        self._most = self._least if order is not None else [0, *accumulate(reversed(ordered))]
+        self._units = len(policy)
+        self._blocks = prefix.blocks if prefix else ()
+        self._rests = [[name for name in block if name not in numels] for block in self._blocks]
+        besides = (sum(block[name] for name in rest) for block, rest in zip(self._blocks, self._rests, strict=True))
+        self._beside = [0, *accumulate(besides)]
+        self.counts = _growth(schedule, self._units)  # (t, frozen from then on)
+        self._allowed = _growth(prefix.schedule, len(self._blocks)) if prefix else []
+        self._orders = [order] if order is not None else _shuffled(list(policy.units))
+        self._walks = [self._walk(one) for one in self._orders]
+        self._whole = [[(step, blocks) for step, _, blocks in walk] for walk in self._walks]
 
-    def _counts(self) -> list[tuple[int, int]]:
-        """Found by bisection: of a long training, most updates freeze nothing."""
-        steps, step, frozen = range(self.schedule.total_steps), 0, 0
-        found: list[tuple[int, int]] = []
-        while True:
-            step = bisect_left(steps, frozen + 1, lo=step, key=lambda t: self.schedule.count(t, self._units))
-            if step == len(steps):
-                return found
-            frozen = self.schedule.count(step, self._units)
-            found.append((step, frozen))
+    def _walk(self, order: Sequence[str]) -> list[tuple[int, int, int]]:
+        """(t, units frozen, blocks frozen whole from then on), wherever one of them grows."""
+        counts, allowed = dict(self.counts), dict(self._allowed)
+        place = {name: i for i, unit in enumerate(order, 1) for name in self._of_unit[unit]}
+        done = [max(place.get(name, 0) for name in block) for block in self._blocks]
+        units = blocks = permitted = 0
+        found: list[tuple[int, int, int]] = []
+        for step in sorted({*counts, *allowed}):
+            units, permitted, before = counts.get(step, units), allowed.get(step, permitted), (units, blocks)
+            while blocks < len(done) and done[blocks] <= units and (blocks < permitted or not self._rests[blocks]):
+                blocks += 1
+            if (units, blocks) != before:
+                found.append((step, units, blocks))
+        return found
+
+    @property
+    def tried(self) -> list[list[list[str]]]:
+        """What each freeze takes, in some orders in which units may freeze, or in the known one."""
+        return [self._names(order, walk) for order, walk in zip(self._orders, self._walks, strict=True)]
+
+    def _names(self, order: Sequence[str], walk: Sequence[tuple[int, int, int]]) -> list[list[str]]:
+        frozen = [(0, 0), *((units, blocks) for _, units, blocks in walk)]
+        return [
+            [name for unit in order[a:b] for name in self._of_unit[unit]]
+            + [name for rest in self._rests[c:d] for name in rest]
+            for (a, c), (b, d) in pairwise(frozen)
+        ]
 
     @property
     def events(self) -> list[PlannedFreeze]:
-        found, frozen = [], 0
-        for step, count in self.counts:
-            newly, remaining = (count - frozen) * self._in_unit, (self._units - count) * self._in_unit
-            found.append(PlannedFreeze(step, newly, remaining, self._left(count)))
-            frozen = count
+        """All that are certain: all, but for those with `prefix` of a block's rest alone while scores are awaited."""
+        each = self._matrices // max(self._units, 1)  # where the scores will say, units are taken to be of one size
+        found: list[PlannedFreeze] = []
+        frozen, whole, remaining = 0, 0, self._matrices
+        for step, units, blocks in self._certain():
+            newly = each * (units - frozen)
+            if self.order is not None:
+                newly = sum(len(self._of_unit[unit]) for unit in self.order[frozen:units])
+            elif units == self._units:
+                newly = remaining
+            beside, remaining = sum(len(rest) for rest in self._rests[whole:blocks]), remaining - newly
+            found.append(PlannedFreeze(step, newly + beside, remaining, self._left(step)))
+            frozen, whole = units, blocks
         return found
+
+    def _certain(self) -> list[tuple[int, int, int]]:
+        if self.order is not None or not self._blocks:
+            return self._walks[0]
+        return [(step, units, 0) for step, units in self.counts]
 
     @property
     def average(self) -> Elements:
         """Over all updates."""
         total = self.schedule.total_steps
-        firsts, frozen = [0, *(step + 1 for step, _ in self.counts)], [0, *(count for _, count in self.counts)]
+        steps = sorted({step for growth in (self._allowed, *self._whole) for step, _ in growth})
         parts = [
-            (self._left(count), (end - first) / total)
-            for count, (first, end) in zip(frozen, pairwise([*firsts, total]), strict=True)
+            (self._left(first - 1), (end - first) / total)
+            for first, end in pairwise([0, *(step + 1 for step in steps), total])
         ]
         least, expected, most = (
             sum(getattr(left, kind) * share for left, share in parts) for kind in ("least", "expected", "most")
@@ -98,11 +163,48 @@ class Freezes:
         return Elements(least, expected, most)
 
     @property
-    def end(self) -> Elements:
-        return self._left(self.counts[-1][1] if self.counts else 0)
+    def beside(self) -> set[str]:
+        """Names of what has frozen at the end besides matrices."""
+        whole = _latest(self._whole[0], self.schedule.total_steps)
+        return {name for rest in self._rests[:whole] for name in rest}
 
-    def _left(self, frozen: int) -> Elements:
-        evenly = self._least[-1] * frozen / max(self._units, 1)
+    @property
+    def end(self) -> Elements:
+        return self._left(self.schedule.total_steps)
+
+    def _left(self, step: int) -> Elements:
+        """What trains after the global batch `step`."""
+        frozen = _latest(self.counts, step)
+        evenly = self._least[-1] * frozen / max(self._units, 1) if self.order is None else self._least[frozen]
+        beside = [self._beside[_latest(whole, step)] for whole in self._whole]
+        low, high = min(beside), max(beside)
+        if self.order is None and frozen < self._units:
+            low, high = 0, self._beside[_latest(self._allowed, step)]
         return Elements(
-            self.trainable - self._most[frozen], self.trainable - evenly, self.trainable - self._least[frozen]
+            self.trainable - self._most[frozen] - high,
+            self.trainable - evenly - sum(beside) / len(beside),
+            self.trainable - self._least[frozen] - low,
         )
+
+
+def _shuffled(units: list[str]) -> list[list[str]]:
+    chance = random.Random(0)
+    return [chance.sample(units, len(units)) for _ in range(_ORDERS)]
+
+
+def _growth(schedule: CubicSchedule, total: int) -> list[tuple[int, int]]:
+    """(t, floor(r(t) N) from then on), found by bisection: of a long training, most updates freeze nothing."""
+    steps, step, frozen = range(schedule.total_steps), 0, 0
+    found: list[tuple[int, int]] = []
+    while True:
+        step = bisect_left(steps, frozen + 1, lo=step, key=lambda t: schedule.count(t, total))
+        if step == len(steps):
+            return found
+        frozen = schedule.count(step, total)
+        found.append((step, frozen))
+
+
+def _latest(growth: Sequence[tuple[int, int]], step: int) -> int:
+    """How many there are after this step."""
+    at = bisect_left(growth, step + 1, key=lambda entry: entry[0])
+    return growth[at - 1][1] if at else 0

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..adapter.freezable import freezable_names
+from ..adapter.freezable import freezable_names, refuse_all
+from ..control.prefix import blocks_from_below
 from ..engines import examine
-from ..freezing import ORDERS, FreezingPolicy
+from ..freezing import ORDERS, FreezingPolicy, fixed_scores
 from ..freezing.score import averages
 from ..methods import Method
 from ..methods.base import FreezingMethod
@@ -22,12 +21,11 @@ from ..names import is_adapter
 from ..options import Config
 from ..training.build import create_optimizer
 from . import layout
-from .events import Elements, Freezes
+from .events import Elements, Freezes, PlannedPrefix
 from .launches import Launch
 from .layout import FLOAT32, Trained
 from .records import EnginePlan
 
-_ORDERS = 4  # in which matrices might freeze: random ones, tried to see what moves
 # Bytes in state.safetensors: a rank's random states (PyTorch's, numpy's and Python's) with their entries, and what the
 # entry of a tensor has in the file's header besides the parameter's name.
 _RANDOM_STATES, _ENTRY = 15_600, 75
@@ -72,8 +70,19 @@ class PlannedModel:
             moments=len(examine(optimizer, torch.device("cpu")).moments),
         )
         self.start = int(self.trained.numels.sum())
-        self.freezes = Freezes(schedule, self.policy, self.numels, self.start) if schedule else None
-        self.certain = freezing is None or not self.freezes or (freezing.rule == "rank" and not freezing.prefix)
+        self.freezes: Freezes | None = None
+        if freezing and schedule:
+            refuse_all(self.numels, [name for name, _, _ in members], freezing)
+            order, prefix = None, None
+            if freezing.score in ORDERS:
+                order = self.policy.ranked(fixed_scores(freezing.score, self.numels, freezing.seed))
+            if freezing.prefix:
+                sizes = {name: p.numel() for name, p, _ in members}
+                blocks = blocks_from_below(model, sizes, self.numels, freezing)
+                each = [{name: sizes[name] for name in block} for block in blocks]
+                prefix = PlannedPrefix(freezing.prefix_schedule(), each)
+            self.freezes = Freezes(schedule, self.policy, self.numels, self.start, order, prefix)
+        self.certain = freezing is None or not self.freezes or freezing.rule == "rank"
         self.head = sum(p.numel() for name, p, _ in members if method.is_head(name))
         self.learning_rates = {
             "head" if method.is_head(names[id(group["params"][0])]) else "adapter": float(group["lr"])
@@ -101,7 +110,8 @@ class PlannedModel:
         engine, ranks, trained = launch.engine, launch.num_processes, self.trained
         if engine == "fsdp2" and launch.half:  # accelerate has what trains in float32 then
             trained = dataclasses.replace(trained, itemsizes=np.full_like(trained.itemsizes, FLOAT32))
-        left = ~trained.freezable
+        beside = self.freezes.beside if self.freezes else ()
+        left = ~trained.freezable & np.array([name not in beside for name in self._at])
         return EnginePlan(
             engine=engine,
             ranks=ranks,
@@ -119,14 +129,8 @@ class PlannedModel:
         """Bytes that freezes send between ranks: the most of one, and the mean of all together."""
         if self.freezes is None or launch.engine not in ("zero1", "zero2"):
             return [0, 0]
-        chance, found = random.Random(0), []
-        counts = [0, *(count for _, count in self.freezes.counts)]
-        for _ in range(_ORDERS):
-            order = list(self.policy.units.values())
-            chance.shuffle(order)
-            events = [[name for names in order[a:b] for name in names] for a, b in pairwise(counts)]
-            found.append(self.sent(launch, events))
-        return [max(map(max, found)), sum(map(sum, found)) // _ORDERS]
+        found = [self.sent(launch, events) for events in self.freezes.tried]
+        return [max(map(max, found)), sum(map(sum, found)) // len(found)]
 
     def sent(self, launch: Launch, events: Iterable[Iterable[str]]) -> list[int]:
         """Bytes that each freeze sends between ranks, of freezes of these matrices one after the other."""

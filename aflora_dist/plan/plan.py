@@ -62,8 +62,11 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         assumptions.append(
             f"with freezing.rule={config.freezing.rule} the scores decide how many matrices freeze, every "
             f"{config.freezing.every} updates; what is said of the average and the end is so by the paper's rule"
-            if not config.freezing.prefix
-            else "with freezing.prefix the scores decide when the rest of a block freezes: it is not counted"
+        )
+    if config.freezing.prefix and planned.freezes and planned.freezes.order is None:
+        assumptions.append(
+            "with freezing.prefix the scores decide when the rest of a block freezes: what is said of it is of random "
+            "orders, and freezes of a rest alone are not listed"
         )
 
     return Plan(
@@ -76,7 +79,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         matrices=len(planned.numels),
         engines=[_engine(config, launch, able.refused.get(launch), data, planned) for launch in launches],
         directory=config.run.dir,
-        writes=written(config.run),
+        writes=written(config.run, config.method.name != "full"),
         directory_taken=_complaint(refuse_taken, config.run),
         assumptions=assumptions,
     )

@@ -21,6 +21,11 @@ _LOADING = {
 model.load_adapter("FOLDER")                     # a model of transformers 5.18 or later
 model = PeftModel.from_pretrained(model, "FOLDER")  # or PEFT
 ```""",
+    "lora": """PEFT loads it without this package:
+
+```python
+model = PeftModel.from_pretrained(model, "FOLDER")
+```""",
     "merge": """The adapter is in the weights; transformers, or a server, loads it like any other model:
 
 ```python
@@ -33,27 +38,32 @@ def write_card(folder: Path, source: Source, command: str, run: Path, out: Path,
     """Write README.md, with all that is known of how the adapter came to be.
 
     Args:
-        command: to-lora or merge.
+        command: to-lora or merge; lora for an adapter of PEFT's own that nothing was done to.
         notes: Sentences about what to mind.
     """
     base = _name(str(source.config["base_model_name_or_path"]))
     header = {
         "base_model": base,
-        "library_name": "peft" if command == "to-lora" else "transformers",
-        "tags": ["aflora", "lora"] if command == "to-lora" else ["aflora"],
+        "library_name": "transformers" if command == "merge" else "peft",
+        "tags": ["aflora"] if command == "merge" else ["aflora", "lora"],
     }
     parts = [
         f"---\n{yaml.safe_dump(header)}---",
-        f"# {Path(base).name}, fine-tuned with AFLoRA",
+        f"# {Path(base).name}, fine-tuned with {'AFLoRA' if source.layers else source.config['peft_type']}",
         _LOADING[command],
         *notes,
+        *_labels(source),
         *_training(source),
         "## Versions",
         "\n".join(
             [f"- aflora_dist {__version__}"]
             + [f"- {name} {version(name)}" for name in ("torch", "transformers", "peft", "safetensors")]
         ),
-        f"Exported with `{shlex.join(['aflora', command, str(run), str(out)])}` from an adapter for `{base}`.",
+        *(
+            [f"Exported with `{shlex.join(['aflora', command, str(run), str(out)])}` from an adapter for `{base}`."]
+            if command in ("to-lora", "merge")
+            else []
+        ),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -62,6 +72,17 @@ def _name(base: str) -> str:
     """The base model as PEFT's own cards name it, as the adapter does; the id of one that lies in the hub's cache."""
     found = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", base)
     return f"{found[1]}/{found[2]}" if found else base
+
+
+def _labels(source: Source) -> list[str]:
+    labels = source.labels or []
+    said = ", ".join(f"{number} {_quoted(label)}" for number, label in enumerate(labels))
+    return [f"Labels: {said}."] if labels else []
+
+
+def _quoted(text: str) -> str:
+    """In letters that are no Markdown."""
+    return "`" + "".join(c if c.isprintable() and c != "`" else "?" for c in text) + "`"
 
 
 def _training(source: Source) -> list[str]:

@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter import lora_up
 from ..errors import AFLoRAError
 from ..names import of_base
-from ..tasks.glue import TASKS
 from ..untrusted import read_object, reading
 from .base import Shards, Skeleton, beside_weights, find_base, load_config
 from .card import write_card
@@ -146,10 +145,10 @@ class Merged:
                 break
         if self.task_type != "SEQ_CLS":
             return
-        task = TASKS.get(self.source.run.task) if self.source.run else None
-        if task is not None and task.labels is not None and len(task.labels) == self.config.num_labels:
-            self.config.id2label = dict(enumerate(task.labels))
-            self.config.label2id = {label: i for i, label in enumerate(task.labels)}
+        labels = self.source.labels
+        if labels is not None and len(labels) == self.config.num_labels:
+            self.config.id2label = dict(enumerate(labels))
+            self.config.label2id = {label: i for i, label in enumerate(labels)}
         self.config.problem_type = "regression" if self.config.num_labels == 1 else "single_label_classification"
 
     def _check_places(self, skeleton: Skeleton) -> None:

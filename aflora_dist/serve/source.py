@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ import torch
 from peft import TaskType
 from torch import Tensor
 
+from ..adapter import read_labels
 from ..errors import AFLoRAError, writing
 from ..names import of_base
 from ..store.checkpoint import StoredTensors
 from ..store.records import CONFIG, Result, Settings, read_result, read_settings
+from ..tasks.glue import TASKS
 from ..untrusted import check_copied, read_object, reading
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -41,13 +43,13 @@ TOKENIZER = (
 
 @dataclass(frozen=True)
 class Source:
-    """An AFLoRA adapter.
+    """An adapter.
 
     Attributes:
         folder: Where adapter_config.json lies.
         config: Its content.
         tensors: adapter_model.safetensors, each read when asked for.
-        layers: Names of the adapted layers, as the adapter's file has them (base_model.model. ...).
+        layers: Names of the layers that AFLoRA adapts, as the adapter's file has them (base_model.model. ...).
         whole: Of modules that train whole and of trained biases: key in the file, by the model's own name.
         run: config.yaml of the run, where the adapter lies in one.
         result: result.json of the run, likewise.
@@ -56,7 +58,7 @@ class Source:
 
     folder: Path
     config: dict[str, Any]
-    tensors: StoredTensors
+    tensors: Mapping[str, Tensor]
     layers: list[str]
     whole: dict[str, str]
     run: Settings | None
@@ -97,6 +99,16 @@ class Source:
         return tensor
 
     @property
+    def labels(self) -> list[str] | None:
+        """Class names by number; None where nothing says them."""
+        if (found := read_labels(self.config)) is not None:
+            return found
+        if self.result is not None and self.result.labels:
+            return self.result.labels
+        task = TASKS.get(self.run.task) if self.run is not None else None  # of a run of an earlier release
+        return None if task is None or task.labels is None else list(task.labels)
+
+    @property
     def tokenizer(self) -> list[Path]:
         """The files of a tokenizer that lies beside the adapter, or of a chat template alone."""
         found = sorted({path for pattern in TOKENIZER for path in self.folder.glob(pattern) if path.is_file()})
@@ -107,8 +119,11 @@ class Source:
         return any(path.name not in _TEMPLATES for path in self.tokenizer)
 
 
-def read_adapter(path: Path) -> Source:
+def read_adapter(path: Path, any_method: bool = False) -> Source:
     """The adapter in a run's directory, or in an adapter's folder.
+
+    Args:
+        any_method: Take one of another method than AFLoRA, too, with nothing of its tensors.
 
     Raises:
         AFLoRAError: There is none, it is of another method, or it is not whole.
@@ -118,12 +133,15 @@ def read_adapter(path: Path) -> Source:
         unfinished = " The run has not ended: --resume ends it." if (path / "config.yaml").is_file() else ""
         raise AFLoRAError(f"{path} is neither a run's directory with adapter/ nor an adapter's folder.{unfinished}")
     config = read_object(folder / _CONFIG)
-    if config.get("peft_type") != "AFLORA":
+    others = config.get("peft_type") != "AFLORA"
+    if others and not any_method:
         raise AFLoRAError(
             f"{folder} holds an adapter of the method {config.get('peft_type')}, not of AFLoRA: PEFT itself loads it, "
             f"and its merge_and_unload merges it."
         )
     _check_config(config, folder / _CONFIG)
+    if others:
+        return Source(folder, config, {}, [], {}, *_run(folder.parent))
     if not (folder / _WEIGHTS).is_file():
         raise AFLoRAError(f"{folder} has no {_WEIGHTS}: save the adapter in that format (PEFT's default).")
     with reading(folder / _WEIGHTS, "It is damaged."):
@@ -146,15 +164,16 @@ def read_adapter(path: Path) -> Source:
 
 def _check_config(config: dict[str, Any], path: Path) -> None:
     """Raise unless what is used of adapter_config.json is of the type that PEFT writes."""
-    config.setdefault("bias", "none")
     for key in ("task_type", "base_model_name_or_path", "revision"):
         if not isinstance(config.setdefault(key, None), str | None):
             raise AFLoRAError(f"{path}: {key} is no text.")
     if config["task_type"] not in (None, *TaskType):
         raise AFLoRAError(f"{path}: task_type is none of {', '.join(TaskType)}.")
+    if config.get("peft_type") != "AFLORA":
+        return
     if isinstance(config.get("r"), bool) or not isinstance(config.get("r"), int) or config["r"] < 1:
         raise AFLoRAError(f"{path}: the rank r is no positive whole number.")
-    if config["bias"] not in ("none", "all", "aflora_only"):
+    if config.setdefault("bias", "none") not in ("none", "all", "aflora_only"):
         raise AFLoRAError(f"{path}: bias is none of none, all, aflora_only.")
     modules = config.get("modules_to_save") or []
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):

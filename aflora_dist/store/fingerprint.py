@@ -1,4 +1,4 @@
-"""What a training's outcome hangs on besides its configuration, as short texts to compare: tokens and base weights.
+"""What a training's outcome depends on besides its configuration, as short texts to compare: tokens and base weights.
 
 Tokens are read whole, for a changed template, tokenizer or reader shows in them. Of the weights each tensor is read by
 its name, type, shape and some of its bytes: enough to tell a base that was trained on, little enough for any size.

@@ -63,6 +63,7 @@ class Event:
     step: int
     frozen: list[str]
     scores: dict[str, float]
+    backward_from: int | None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Result:
         last_epoch: After how many epochs the last of them was.
         best_epoch: After how many epochs that was whose adapter was kept; None: the last one's.
         best_metric: By what it was chosen.
+        labels: Class names by number, of a classifier.
         traces: Relative to the run's directory.
     """
 
@@ -88,6 +90,7 @@ class Result:
     engine: str | None
     world_size: int | None
     steps: int | None
+    labels: list[str]
     train_examples: int | None
     train_seconds: float | None
     samples_per_second: float | None
@@ -195,12 +198,14 @@ class Run:
 
     @property
     def names(self) -> list[str]:
-        """All matrices that were ranked at some time, in the model's order."""
-        return list(dict.fromkeys(name for event in self.events for name in (*event.scores, *event.frozen)))
+        """All matrices that were ranked at some time, in the model's order; not what froze with a block."""
+        ranked = dict.fromkeys(name for event in self.events for name in event.scores)
+        return list(ranked or dict.fromkeys(name for event in self.events for name in event.frozen))
 
     @property
     def frozen(self) -> dict[str, int]:
-        return {name: event.step for event in self.events for name in event.frozen}
+        frozen = {name: event.step for event in self.events for name in event.frozen}
+        return {name: frozen[name] for name in self.names if name in frozen}
 
     @property
     def total_steps(self) -> int:
@@ -261,8 +266,8 @@ def read_outcome(path: Path, problems: list[str]) -> Outcome | None:
         path,
         settings,
         result,
-        None if result is None else _digest(repr(result).encode(errors="replace")),
-        _digest(first) if ended else None,
+        None if result is None else hashlib.sha256(repr(result).encode(errors="replace")).hexdigest(),
+        hashlib.sha256(first).hexdigest() if ended else None,
     )
 
 
@@ -354,7 +359,3 @@ def _bytes(path: Path, problems: list[str], most: int = -1) -> bytes:
     except OSError as error:
         problems.append(f"{path} could not be read: {error.strerror or error}.")
         return b""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

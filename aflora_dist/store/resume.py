@@ -39,6 +39,7 @@ _FREE = {
     "train.eval_batch_size",
     "train.gradient_checkpointing",
 }
+LABELS = "labels"  # told as they are, where all else is told by a fingerprint
 RATES = {"train.learning_rate", "train.head_learning_rate"}  # may be lowered where a training diverged
 
 
@@ -168,7 +169,8 @@ class Checkpointer:
     """Saves a training's state and restores it.
 
     Args:
-        data: What must not change between a run and its continuation: name -> fingerprint; None: not known.
+        data: What must not change between a run and its continuation: name -> fingerprint (of LABELS the class names,
+            as JSON); None: not known.
         resolved: The configuration as YAML.
     """
 
@@ -264,8 +266,13 @@ class Checkpointer:
             return
         for name, here in self.data.items():
             if None not in (here, there.get(name)) and there[name] != here:
+                if name == LABELS:
+                    raise AFLoRAError(
+                        f"{loaded.path} is of a run whose labels are {there[name]}, and those of the data that were "
+                        f"loaded now are {here}. Go on with the data of then, or begin another run."
+                    )
                 raise AFLoRAError(
-                    f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with those of then, or "
+                    f"{loaded.path} is of a run on other {name} than what was loaded now. Go on with the original, or "
                     f"begin another run."
                 )
 

@@ -27,8 +27,9 @@ from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
 
 # Everything that a run writes; `overwrite` deletes these and nothing else.
 _FILES = (CONFIG, FREEZE_LOG, METRICS, RESULT)
-_FOLDERS = ("checkpoints", "adapter", "tensorboard", "trackers")
-_PUT_ASIDE = (FREEZE_LOG, METRICS, "adapter", RESULT)  # of a finished run, when it is taken up: as abandoned_NAME
+LORA = "lora"
+_FOLDERS = ("checkpoints", "adapter", LORA, "tensorboard", "trackers")
+_PUT_ASIDE = (FREEZE_LOG, METRICS, "adapter", LORA, RESULT)  # of a finished run, when it is taken up: as abandoned_NAME
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class GoingOn:
     events: list[dict[str, Any]]
 
 
-def written(config: RunConfig) -> list[str]:
-    """What a run of this configuration leaves in its directory."""
+def written(config: RunConfig, adapter: bool = True) -> list[str]:
+    """What a run of this configuration leaves in its directory, where an adapter is what it trains, or the model."""
     there = {
+        LORA: adapter,
         "checkpoints": config.save_every != 0,
         "tensorboard": "tensorboard" in config.trackers,
         "trackers": bool({*config.trackers} - {"tensorboard"}),

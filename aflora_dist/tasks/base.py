@@ -34,11 +34,13 @@ class Task(Protocol):
         name: What result.json calls it.
         train_examples: How many there are to train on, once they are loaded.
         limits: What the model can take, once it is loaded.
+        labels: Class names by number, once the data are loaded; None where there are no classes.
     """
 
     name: str
     train_examples: int
     limits: Limits
+    labels: list[str] | None
 
     def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:
         """Load data and pretrained model. A collective.
@@ -60,7 +62,7 @@ class Task(Protocol):
         """What is trained on and what is measured with, once the batches are made: datasets, and lists of answers."""
 
     def batches(self, accelerator: Accelerator) -> tuple[GlobalBatchSampler, DataLoader[Batch]]:
-        """Tokenise, and deal: this rank's training batches, one micro-batch each. A collective.
+        """Tokenise, and distribute: this rank's training batches, one micro-batch each. A collective.
 
         Raises:
             AFLoRAError: On every rank: there is less than one batch of examples.

@@ -32,10 +32,11 @@ class Classification:
         self.config = config
         self.name = config.data.task
         self.train_examples = 0
+        self.labels: list[str] | None = None
 
     def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:
         self.data = load_data(self.config.data, self.config.train.seed)
-        self.train_examples = len(self.data.train)
+        self.train_examples, self.labels = len(self.data.train), self.data.labels
         if self.data.labels is None and self.config.train.label_smoothing:
             raise AFLoRAError(
                 "train.label_smoothing is for classes, and the labels are numbers to regress to: drop it."

@@ -189,7 +189,7 @@ def _own(config: DataConfig, seed: int) -> Data:
     if held is not None:
         tables["validation"] = held
     names, labels = _named_by_the_hub(tables, config) or encode_labels(tables, config.label_column, config.regression)
-    positive = _positive(config, names)
+    positive = positive_class(config, names)
     if PartialState().is_main_process:
         print(*dict.fromkeys(_told(tables, config, names, labels["train"])), sep="\n", flush=True)
     splits = {}
@@ -198,8 +198,12 @@ def _own(config: DataConfig, seed: int) -> Data:
         splits[split] = _standard(rows, tuple(config.text_columns), "label of its own")
     train = weighted(splits["train"], [(len(table.rows), weight) for table, weight in parts], seed)
     train, validation = split_off(config, train, splits.get("validation"), seed, tables["train"].name)
-    metrics = ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
-    return Data("files", train, {"validation": validation}, names, metrics, positive)
+    return Data("files", train, {"validation": validation}, names, metrics_for(names), positive)
+
+
+def metrics_for(names: list[str] | None) -> tuple[str, ...]:
+    """What is measured of your own classes, by their names; None: of numbers that are regressed to."""
+    return ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
 
 
 def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list[str], dict[str, list[int]]] | None:
@@ -221,7 +225,7 @@ def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list
     return kind.names, labels
 
 
-def _positive(config: DataConfig, names: list[str] | None) -> int:
+def positive_class(config: DataConfig, names: list[str] | None) -> int:
     """The class whose F1 is measured."""
     if config.positive_label is None:
         return 1
@@ -249,7 +253,7 @@ def _told(tables: dict[str, Rows], config: DataConfig, names: list[str] | None, 
         none_of = f"; it has no example of {listed(without)}" if without else ""
         yield f"{column} {len(names):,} classes for {len(labels):,} examples: {listed(names)}{none_of}."
         if len(names) == 2:
-            yield f"F1 is that of the class {listed([names[_positive(config, names)]])} (data.positive_label)."
+            yield f"F1 is that of the class {listed([names[positive_class(config, names)]])} (data.positive_label)."
     for table in tables.values():
         for name in config.text_columns:
             empty = pc.equal(pc.utf8_trim_whitespace(table.rows.data.column(name)), "")

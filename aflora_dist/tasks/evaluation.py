@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,28 @@ from .metrics import compute
 
 
 @torch.no_grad()
-def predict(
-    model: nn.Module, batches: DataLoader[Batch], examples: int, regression: bool, accelerator: Accelerator
+def gather_logits(
+    model: nn.Module,
+    batches: DataLoader[Batch],
+    examples: int,
+    width: int,
+    accelerator: Accelerator,
+    done: Callable[[int], Any] = lambda _: None,
 ) -> Tensor:
-    """What the model says of each example: class numbers or values, (examples,), in the data's order. A collective.
+    """What the model says of each example: float32, (examples, width), in the data's order. A collective.
 
     Args:
         batches: With an `EvaluationSampler` as batch sampler.
+        width: As many as there are classes; 1 in a regression.
+        done: Told how many more examples the ranks have been through together.
     """
     model.eval()
-    found = torch.zeros(examples, device=accelerator.device)
+    found = torch.zeros(examples, width, device=accelerator.device)
     order: Any = batches.batch_sampler
-    for mine, batch in zip(order.shares(), batches, strict=True):
+    for together, mine, batch in zip(order.rounds, order.shares(), batches, strict=True):
         logits = model(**move(batch, accelerator.device)).logits.float()
-        predicted = logits.squeeze(-1) if regression else logits.argmax(-1)
-        found[mine] = predicted[: len(mine)].to(found.dtype)
+        found[mine] = logits[: len(mine)]
+        done(len(together))
     return accelerator.reduce(found, "sum")  # a value of one rank, zeros of the others
 
 
@@ -46,7 +54,9 @@ def evaluate(
     metrics = {}
     for split, batches in splits.items():
         labels = np.asarray(data.evaluation[split]["label"][:], dtype=np.float64)
-        predictions = predict(model, batches, len(labels), data.labels is None, accelerator)
+        width = 1 if data.labels is None else len(data.labels)
+        logits = gather_logits(model, batches, len(labels), width, accelerator)
+        predictions = logits.squeeze(-1) if data.labels is None else logits.argmax(-1)
         values = compute(data.metrics, labels, predictions.double().cpu().numpy(), data.positive)
         metrics.update({f"{name}{split.removeprefix('validation')}": value for name, value in values.items()})
     return metrics

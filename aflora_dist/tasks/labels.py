@@ -110,6 +110,32 @@ def encode_labels(
     return names, numbered
 
 
+def given_labels(table: Rows, column: str, names: list[str] | None) -> tuple[list[float | None], int | None]:
+    """The labels that a file has which a trained model is to label, to compare with.
+
+    Args:
+        names: Of the classes that the model knows, by number; None: numbers were regressed to.
+
+    Returns:
+        Class numbers, or values; None where a row has none, or one that the model does not know. And the first row
+        with one that it does not know.
+    """
+    place = {name: number for number, name in enumerate(names or ())}
+    if names is not None and not any(_WHOLE.fullmatch(name) for name in names):
+        place |= {str(number): number for number in range(len(names))}  # a file may hold numbers, as GLUE's do
+    found: list[float | None] = []
+    unknown = None
+    for row, value in enumerate(table.rows[column][:]):
+        text = str(int(value)) if isinstance(value, bool) else str(value)
+        number = as_number(text)
+        near = (text, text.strip(), "" if number is None else _class_of(number))
+        label = number if names is None else next((place[name] for name in near if name in place), None)
+        found.append(label)
+        if label is None and value is not None and text.strip() and unknown is None:
+            unknown = row
+    return found, unknown
+
+
 def as_number(cell: str) -> float | None:
     """What a cell stands for that is written as a number; NaN and infinity are none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from ..processes.meeting import meet
 from ..store import fingerprint
 from ..store.best import BestEpoch, check_metric
 from ..store.held import Held
-from ..store.resume import Checkpointer, find
+from ..store.resume import LABELS, Checkpointer, find
 from ..store.rundir import RunDirectory
 from ..tasks.base import Task
 from ..tasks.classification import Classification
@@ -159,11 +160,12 @@ def trained_on(config: Config, task: Task) -> dict[str, str | None]:
     trained, measured = task.tokens()
     name = resolve_name(config.model.name, config.data.task == "sft")
     found = {
+        LABELS: None if task.labels is None else json.dumps(task.labels, ensure_ascii=False),
         "training data": fingerprint.of_examples(trained),
         "base weights": fingerprint.of_weights(name, config.model.revision),
         "settings of the base model (config.json)": fingerprint.of_settings(name, config.model.revision),
     }
-    if config.run.keep_best is not None:  # what is kept hangs on it
+    if config.run.keep_best is not None:  # what is kept depends on it
         found["validation data"] = fingerprint.of_examples(measured)
     return found
 

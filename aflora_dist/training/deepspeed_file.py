@@ -25,8 +25,7 @@ _FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 # Sections that say what train.* says.
 _OURS = {
     "scheduler": "train.learning_rate, train.head_learning_rate and train.warmup_ratio are the schedule",
-    "optimizer": "the main job trains with AdamW, by train.learning_rate, train.head_learning_rate and "
-    "train.weight_decay",
+    "optimizer": "aflora train uses AdamW, by train.learning_rate, train.head_learning_rate and train.weight_decay",
 }
 _UNUSED = {  # features of DeepSpeed's own data loader and model, which a main job does not use
     "data_efficiency": "data.* says what is trained on",
@@ -216,7 +215,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _raise_all(where: str, complaints: Iterable[str]) -> None:
-    """Raise for all of them at once: a file is mended in one go."""
+    """Raise for all of them at once: a file is corrected in one go."""
     if found := list(complaints):
         raise AFLoRAError(f"{where}: {found[0]}" if len(found) == 1 else "\n  - ".join([f"{where}:", *found]))
 

@@ -33,7 +33,10 @@ def print_summary(result: Result, directory: str, console: Console | None = None
         names = ", ".join(path.rsplit("/", 1)[-1] for path in result.traces)
         table.add_row("traces", f"{names}, in {directory}/tensorboard/profile/ (*.json.gz opens in Perfetto)")
     table.add_row("look", f"aflora show {directory}, or tensorboard --logdir {directory}/tensorboard")
-    table.add_row("files", f"{directory}/ (adapter/, freeze_log.jsonl, metrics.jsonl, result.json, tensorboard/)")
+    stock = "" if result.method == "full" else "lora/ for servers, "
+    table.add_row(
+        "files", f"{directory}/ (adapter/, {stock}freeze_log.jsonl, metrics.jsonl, result.json, tensorboard/)"
+    )
     (console or Console()).print(table)
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..errors import AFLoRAError, writing
 from ..extras import require
-from ..names import grid, matrix_position
+from ..names import WHOLE_BLOCK, grid, matrix_position, whole_blocks
 from ..store.records import Run as Run
 from .terminal import console as create_console
 from .terminal import warn
@@ -71,7 +71,12 @@ def print_freeze_map(run: Run, console: Console) -> None:
     if len(columns) * len(rows) > _LARGEST_MAP:
         console.print(f"{len(run.frozen)} of {len(run.names)} matrices frozen, in too many places for a map.")
         return
-    at = {(where.kind, (where.stack, where.layer)): name for name in run.names if (where := matrix_position(name))}
+    frozen = run.frozen
+    at = {(w.kind, (w.stack, w.layer)): frozen.get(name) for name in run.names if (w := matrix_position(name))}
+    ends = _ends(run)
+    if any(lowest for _, lowest in ends):
+        at |= {(WHOLE_BLOCK, columns[i]): step for i, step in enumerate(whole_blocks(ends, len(columns)))}
+        rows = [*rows, WHOLE_BLOCK]
     width = len(str(run.total_steps))
     # As many layers side by side as fit.
     room = max(1, (console.width - max(map(len, rows)) - 4) // (width + 3))
@@ -85,10 +90,9 @@ def print_freeze_map(run: Run, console: Console) -> None:
         for kind in rows:
             cells = []
             for column in part:
-                name = at.get((kind, column))
-                step = run.frozen.get(name) if name is not None else None
+                step = at.get((kind, column))
                 if step is None:
-                    cells.append(Text("trains" if name is not None else ""))
+                    cells.append(Text("trains" if (kind, column) in at else ""))
                     continue
                 shade = round(step / max(run.total_steps - 1, 1) * (len(_COLOURS) - 1))
                 cells.append(
@@ -97,6 +101,10 @@ def print_freeze_map(run: Run, console: Console) -> None:
             table.add_row(kind, *cells)
         console.print(table)
     console.print(f"{len(run.frozen)} of {len(run.names)} projection matrices frozen in {len(run.events)} events.")
+
+
+def _ends(run: Run) -> list[tuple[int, int]]:
+    return [(event.step, event.backward_from or 0) for event in run.events]
 
 
 def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
@@ -115,7 +123,7 @@ def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
     columns, rows = grid(run.names)
     events = run.events if len(columns) * len(rows) <= _LARGEST_MAP else []
     if events:
-        drawn["freeze_map"] = freeze_map(run.names, run.frozen, run.total_steps)
+        drawn["freeze_map"] = freeze_map(run.names, run.frozen, run.total_steps, _ends(run))
     if any(event.scores for event in events):
         drawn["scores"] = score_curves(run.events, run.total_steps)
     paths = []

@@ -153,7 +153,6 @@ class TrainingLog:
             return
         steps, seconds = self.step - self._since[0], self.seconds() - self._since[1]
         self._since = (self.step, self.seconds())
-        frozen, freezable = len(self.control.frozen), len(self.control.freezable)
         line = {
             "step": self.step - 1,
             "epoch": self.step / self.updates_per_epoch,
@@ -162,7 +161,7 @@ class TrainingLog:
             "head_lr": rates[-1],
             "grad_norm": float(norm) if norm is not None and np.isfinite(float(norm)) else None,  # JSON has no NaN
             "trainable_params": self.progress.engine.trainable_params,
-            "frozen": frozen,
+            "frozen": len(self.control.frozen),
             **self.control.metrics(),
             "skipped": self.progress.skipped,
             "optimizer_state_bytes": state_bytes,
@@ -176,7 +175,10 @@ class TrainingLog:
         self.telemetry.scalars({f"train/{k}": v for k, v in line.items() if k != "step"}, self.step - 1)
         self.telemetry.scores(scores, self.step - 1)
         self.bar.set_postfix(
-            loss=f"{mean:.3f}", frozen=f"{frozen}/{freezable}", trainable=f"{line['trainable_params']:,}", refresh=False
+            loss=f"{mean:.3f}",
+            frozen=f"{line['frozen']}/{len(self.control.freezable)}",
+            trainable=f"{line['trainable_params']:,}",
+            refresh=False,
         )
 
     def _rates(self, tokens_before: int, seconds: float) -> dict[str, float]:
@@ -243,7 +245,8 @@ class TrainingLog:
         self.evaluations.append(metrics)
         self.evaluated_at.append(self.step)
         self.telemetry.scalars({f"eval/{name}": value for name, value in metrics.items()}, self.step - 1)
-        self.telemetry.freeze_map(self.control.freezable, self.control.frozen, self.total_steps, self.step - 1)
+        ends = [(event.step, getattr(event, "backward_from", 0)) for event in self.control.events]
+        self.telemetry.freeze_map(self.control.freezable, self.control.frozen, self.total_steps, self.step - 1, ends)
         self._say(
             "  ".join([f"epoch {self.epoch(len(self.evaluations)):g}:"] + [f"{k} {v:.4f}" for k, v in metrics.items()])
         )
@@ -266,7 +269,7 @@ class TrainingLog:
             f"since epoch {since:g}. The schedules of learning rate and freezing were for all {self.total_steps} "
             f"updates (T), of which {self.step} were done."
         )
-        if training := len(self.control.freezable) - len(self.control.frozen):
+        if training := len({*self.control.freezable} - {*self.control.frozen}):
             logger.warning(
                 f"{training} of {len(self.control.freezable)} projection matrices had not frozen yet. "
                 f"For a whole schedule set train.epochs to what the best epoch needs, or raise run.patience."
@@ -339,6 +342,7 @@ class TrainingLog:
             "mixed_precision": str(accelerator.mixed_precision),
             "steps": self.step,
             "skipped_updates": self.progress.skipped,
+            "labels": task.labels,
             "train_examples": task.train_examples,
             "train_seconds": self.train_seconds,
             "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,

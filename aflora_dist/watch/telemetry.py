@@ -61,12 +61,19 @@ class Telemetry:
         if tags:
             self.scalars(tags, step)
 
-    def freeze_map(self, names: Sequence[str], frozen: Mapping[str, int], total_steps: int, step: int) -> None:
+    def freeze_map(
+        self,
+        names: Sequence[str],
+        frozen: Mapping[str, int],
+        total_steps: int,
+        step: int,
+        ends: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """Fig. 5 as it stands now."""
         if names and self.watchers:
             from ..figures import freeze_map  # matplotlib, only where something is drawn
 
-            self.figure("freezing/Fig. 5", freeze_map(names, frozen, total_steps), step)
+            self.figure("freezing/Fig. 5", freeze_map(names, frozen, total_steps, ends), step)
 
     def windows(self, run: Path, step: int) -> None:
         """The profiler's windows of a run side by side, as bars and as tables: what `aflora trace` says."""

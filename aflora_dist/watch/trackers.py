@@ -62,7 +62,7 @@ class Tracker:
             self._tracker = self._start(hyperparameters)
         except Exception as error:
             raise AFLoRAError(
-                f"The tracker {name} did not start: {one_line(error)}. Mend that, or leave {name} out of run.trackers; "
+                f"The tracker {name} did not start: {one_line(error)}. Fix that, or leave {name} out of run.trackers; "
                 f"the run goes on with --resume."
             ) from error
 

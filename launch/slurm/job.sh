@@ -1,12 +1,28 @@
 # What the job scripts have in common: one accelerate launch per node, and coming back after a preemption.
-# Sourced with the main job's options as arguments. The run's directory must lie on a file system that all nodes see.
+# Sourced with the options of `aflora train` as arguments, or with a script of your own (FILE.py, or -m MODULE) and its
+# arguments. What they write must lie on a file system that all nodes see.
 #
 # Preemption and time limit: Slurm sends USR1 to this shell ahead of the end. Launchers do not pass signals on, so
-# the wish goes by a file; all ranks save after the same update and leave; this shell puts the job back into the
+# the request goes by a file; all ranks save after the same update and leave; this shell puts the job back into the
 # queue, and the next start goes on with --resume. A node that fails puts the job back by itself (--requeue).
+# A script of your own gets USR1 in every rank, which ignores it unless the script handles it, and AFLORA_GRACE seconds
+# (60); then the job goes back into the queue. The script has to go on from its last checkpoint by itself.
+
+target=(-m aflora_dist.training.run)
+own=
+case ${1:-} in
+-m) own=1 target=(-m "${2:?-m needs a module}"); shift 2 ;;
+*.py)
+    [ -f "$1" ] || { echo "aflora: there is no script $1 below $PWD" >&2; exit 2; }
+    own=1 target=("$1"); shift ;;
+esac
 
 run_dir=runs/aflora
 arguments=()
+if [ -n "$own" ]; then
+    arguments=("$@")
+    set --
+fi
 while (($#)); do
     case $1 in
     --run.dir) run_dir=${2:?--run.dir needs a folder}; shift ;;
@@ -24,26 +40,49 @@ done
 
 # Job arrays: one element per preset and seed.
 #   AFLORA_SEEDS="0 1 2" AFLORA_PRESETS="glue/cola glue/rte" sbatch --array=0-5 launch/slurm/gpu.sbatch --run.dir runs/table
+# A script of your own finds its seed where its arguments say {seed}.
+#   AFLORA_SEEDS="0 1 2" sbatch --array=0-2 launch/slurm/gpu.sbatch train.py --seed {seed} --out runs/mine/seed_{seed}
 job=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     read -ra seeds <<<"${AFLORA_SEEDS:-$SLURM_ARRAY_TASK_ID}"
     read -ra presets <<<"${AFLORA_PRESETS:-}"
     seed=${seeds[SLURM_ARRAY_TASK_ID % ${#seeds[@]}]}
-    arguments+=(--train.seed "$seed")
-    if ((${#presets[@]})); then
-        preset=${presets[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}
-        arguments+=(--preset "$preset")
-        run_dir=$run_dir/${preset//\//_}
+    if [ -n "$own" ]; then
+        arguments=("${arguments[@]//\{seed\}/$seed}")
+    else
+        arguments+=(--train.seed "$seed")
+        if ((${#presets[@]})); then
+            preset=${presets[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}
+            arguments+=(--preset "$preset")
+            run_dir=$run_dir/${preset//\//_}
+        fi
+        run_dir=$run_dir/seed_$seed
     fi
-    run_dir=$run_dir/seed_$seed
+elif [[ -n $own && "${arguments[*]}" == *{seed}* ]]; then
+    echo "aflora: {seed} stands for the seed of an element of a job array: sbatch --array=0-2 ..." >&2
+    exit 2
 fi
 
-mkdir -p "$run_dir"
-rm -f "$run_dir/stop" # meant for an earlier start
-export AFLORA_STOP_CLEARED=1 # one that is there from here on is meant for this start, however early it comes
-asked=
-trap 'asked=1; touch "$run_dir/stop"' USR1
+asked= patience=
+if [ -n "$own" ]; then
+    what="${target[*]}"
+    ask() {
+        [ -z "$asked" ] || return
+        asked=1
+        scancel --signal=USR1 "$SLURM_JOB_ID"
+        (sleep "${AFLORA_GRACE:-60}" && scontrol requeue "$job") & # ends what is still running
+        patience=$!
+    }
+else
+    what=$run_dir
+    arguments+=(--run.dir "$run_dir" --resume)
+    mkdir -p "$run_dir"
+    rm -f "$run_dir/stop" # meant for an earlier start
+    export AFLORA_STOP_CLEARED=1 # one that is there from here on is meant for this start, however early it comes
+    ask() { asked=1; touch "$run_dir/stop"; }
+fi
+trap ask USR1
 
 AFLORA_MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Another port at each start: the last one's may still be closing; and one that nothing uses here, on the first node.
@@ -52,7 +91,7 @@ while grep -Eqs "^ *[0-9]+: [0-9A-F]+:$(printf %04X $AFLORA_MAIN_PORT) " /proc/n
     AFLORA_MAIN_PORT=$((20000 + (AFLORA_MAIN_PORT - 20000 + 1) % 20000))
 done
 export AFLORA_MAIN_ADDRESS AFLORA_MAIN_PORT
-echo "aflora: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES node(s), $run_dir"
+echo "aflora: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES node(s), $what"
 
 # One launcher a node, with the CPUs of all tasks that the job has there: it starts the ranks.
 # One that ends badly ends all: nobody waits in a collective for ranks that are gone.
@@ -61,7 +100,7 @@ cpus=$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
 threads=$((cpus / ${AFLORA_PROCESSES_PER_NODE:-1}))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
-    --kill-on-bad-exit=1 bash launch/slurm/node.sh "${arguments[@]}" --run.dir "$run_dir" --resume &
+    --kill-on-bad-exit=1 bash launch/slurm/node.sh "${target[@]}" "${arguments[@]}" &
 step=$!
 while :; do
     wait "$step" # returns early when the trap has run
@@ -69,8 +108,9 @@ while :; do
 done
 wait "$step"
 status=$?
+[ -z "$patience" ] || kill "$patience" 2>/dev/null
 
-if [ -n "$asked" ] && [ "$status" -eq 0 ] && [ ! -e "$run_dir/result.json" ]; then
+if [ -n "$asked" ] && { [ -n "$own" ] || { [ "$status" -eq 0 ] && [ ! -e "$run_dir/result.json" ]; }; }; then
     echo "aflora: job $job goes back into the queue"
     scontrol requeue "$job" || exit 1
     exit 0

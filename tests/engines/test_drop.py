@@ -32,8 +32,8 @@ def printed(engine: str, ranks: int, mark: str, module: str, *arguments: str) ->
 
 
 @functools.cache
-def heavy(engine: str) -> list[dict[str, Any]]:
-    return printed(engine, 2, "HEAVY ", "heavy")
+def heavy(engine: str, *arguments: str) -> list[dict[str, Any]]:
+    return printed(engine, 2, "HEAVY ", "heavy", *arguments)
 
 
 @pytest.mark.parametrize("engine", EVERY)
@@ -60,8 +60,17 @@ def test_a_freeze_moves_only_what_changes_its_owner(engine: str) -> None:
 @pytest.mark.parametrize("engine", EVERY)
 def test_a_freeze_needs_no_more_memory_than_a_step(engine: str) -> None:
     for found in heavy(engine):
-        assert found["step peak"] > 4 * found["head bytes"]  # the measure sees the head, its gradient and its state
+        assert found["step peak"] > 4 * found["bytes"]  # the measure sees the head, its gradient and its state
         assert found["freeze peak"] <= 1.1 * found["step peak"]
+
+
+@pytest.mark.parametrize("engine", EVERY)
+def test_half_of_a_model_freezes_in_the_memory_of_a_step(engine: str) -> None:
+    """In units of blocks, in full fine-tuning: what changes its rank under ZeRO-1 and 2 goes in bounded pieces."""
+    for found in heavy(engine, "blocks"):
+        assert found["step peak"] > 3 * found["bytes"]
+        assert found["freeze peak"] <= 1.1 * found["step peak"]
+        assert (found["moved"] > found["bytes"] / 4 / 8) == (engine in ("zero1", "zero2"))
 
 
 @pytest.mark.parametrize(

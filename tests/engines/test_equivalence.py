@@ -28,6 +28,11 @@ CASES: dict[str, list[str]] = {
 }
 
 
+OF_FSDP2 = {
+    "offload": ["--offload", "--clip", "0.05"],
+    "replicated adapter": ["--replicated", "--clip", "0.05"],
+    "replicated adapter, accumulation 3": ["--replicated", "--accumulation", "3", "--clip", "0.05"],
+}
 THREE = ("clip", "a group of matrices", "groups of A and of B", "by quantile")  # cases on three ranks
 FOUR = {"ddp": ("plain",), "zero2": ("plain",), "fsdp2": ("plain", "two replicas")}  # and on four
 EVERY = (*ENGINES, "fsdp2")
@@ -37,7 +42,7 @@ def cases(engine: str, processes: int) -> dict[str, list[str]]:
     """Name of a case and what tests/workers/tiny.py is told."""
     known = CASES | {"two replicas": ["--replicas", "2", "--clip", "0.05"]}
     if processes <= 2:
-        return CASES | ({"offload": ["--offload", "--clip", "0.05"]} if engine == "fsdp2" else {})
+        return CASES | (OF_FSDP2 if engine == "fsdp2" else {})
     if processes == 3:
         test = f"tests/engines/test_equivalence.py::{test_three_ranks_equal_one_process.__name__}"
         return {case: known[case] for case in THREE if is_chosen(f"{test}[{engine}-{case}]")}
@@ -67,7 +72,10 @@ def decisions(result: dict[str, Any]) -> list[tuple[int, list[str]]]:
     return [(event["step"], event["frozen"]) for event in result["events"]]
 
 
-def check_against_one_process(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+def check_against_one_process(
+    results: list[dict[str, Any]], reference: dict[str, Any], counted_once: bool = True
+) -> None:
+    """`counted_once`: each element's optimizer state is on as many ranks as any other's."""
     matrices = sum(len(names) for _, names in decisions(reference))
     assert matrices >= 8
     for result in results:
@@ -86,10 +94,8 @@ def check_against_one_process(results: list[dict[str, Any]], reference: dict[str
             assert torch.equal(value, result["final"][name]), name
         # optimizer state falls by exactly the frozen share, over all ranks
         for event in result["events"]:
-            assert (
-                event["optimizer_state_bytes"] * result["initial_params"]
-                == event["trainable_params"] * result["initial_bytes"]
-            )
+            falls = event["optimizer_state_bytes"] * result["initial_params"]
+            assert (falls == event["trainable_params"] * result["initial_bytes"]) == counted_once
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "bf16"])
@@ -115,6 +121,13 @@ def test_four_ranks_equal_one_process(engine: str) -> None:
 
 def test_offload_to_the_cpu_equals_one_process() -> None:
     check_against_one_process(run("fsdp2", 2)["offload"], one_process("clip"))
+
+
+@pytest.mark.parametrize("more", ["", ", accumulation 3"])
+def test_an_adapter_that_is_left_out_of_the_sharding_equals_one_process(more: str) -> None:
+    """The head is sharded: both are clipped by one norm."""
+    results = run("fsdp2", 2)[f"replicated adapter{more}"]
+    check_against_one_process(results, one_process("clip"), counted_once=False)
 
 
 def test_replicas_of_shards_equal_one_process() -> None:

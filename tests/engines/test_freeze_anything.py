@@ -18,92 +18,163 @@ from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, Freezin
 from aflora_dist.compat.transformers import checkpoint_activations
 from tests.launch import launch_series
 from tests.loop import Loop
-from tests.workers.anything import Training, build
+from tests.workers.anything import CUT, Training, build, tensors_of
 from tests.workers.tiny import global_batch
 
+LOWEST = {"prefix": True, "prefix_steps": 0, "score": "front_to_back", "final_steps": 3}
+SIZES = {"lora": 20, "full": 12, "by pattern": 10}
+# What tests/workers/anything.py is told.
 KINDS: dict[str, list[str]] = {
     "lora": ["lora"],
     "full": ["full"],
     "by pattern": ["full", "--freezable", r'".*\\.LayerNorm\\.(weight|bias)"'],
-}
-LOWEST = {"prefix": True, "prefix_steps": 0, "score": "front_to_back", "final_steps": 3}
-KINDS |= {
-    "one block": ["aflora", "--freezing", json.dumps(LOWEST)],
     "one block, recomputed": ["aflora", "--recompute", "--freezing", json.dumps(LOWEST)],
 }
-SIZES = {"lora": 20, "full": 12, "by pattern": 10}
 KINDS |= {
-    name: [kind, "--freezing", json.dumps(options)]
-    for name, (kind, options) in {
-        "change": ("aflora", {"score": "change"}),
-        "random": ("lora", {"score": "random", "seed": 3}),
-        "layers by number": ("lora", {"score": "front_to_back", "unit": "layer"}),
-        "means": ("full", {"granularity": "matrix"}),
-        "means of blocks": ("lora", {"granularity": "matrix", "score": "sensitivity", "unit": "block"}),
-        "fallen": ("lora", {"rule": "threshold", "threshold": 0.97, "final_steps": 0}),
-        "prefix": ("aflora", {"prefix": True, "prefix_steps": 2, "score": "front_to_back"}),
-        "prefix of all": ("full", {"prefix": True, "prefix_steps": 3, "unit": "block", "score": "front_to_back"}),
+    name: [kind, *more, "--freezing", json.dumps(options)]
+    for name, (kind, more, options) in {
+        "one block": ("aflora", [], LOWEST),
+        "one block of deberta": ("deberta", [], {**LOWEST, "unit": "block"}),
+        "change": ("aflora", [], {"score": "change"}),
+        "random": ("lora", ["--accumulation", "2"], {"score": "random", "seed": 3}),
+        "layers by number": ("lora", [], {"score": "front_to_back", "unit": "layer"}),
+        "means": ("full", ["--clip", "0.1"], {"granularity": "matrix"}),
+        "means of blocks": ("lora", [], {"granularity": "matrix", "score": "sensitivity", "unit": "block"}),
+        "fallen": ("lora", [], {"rule": "threshold", "threshold": 0.97, "final_steps": 0}),
+        "momentum": ("full", ["--momentum"], {"unit": "block"}),
+        "prefix": ("aflora", [], {"prefix": True, "prefix_steps": 2, "score": "front_to_back"}),
+        "prefix of all": ("full", [], {"prefix": True, "prefix_steps": 3, "unit": "block", "score": "front_to_back"}),
     }.items()
 }
-ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+GO_ON = ("means", "fallen", "momentum", "prefix of all")  # what each engine goes on with where the one before was cut
+RANKS = {"ddp": 3, "zero1": 2, "zero2": 3, "zero3": 2, "fsdp2": 3}
+BEFORE = dict(zip([*RANKS, "single"], ["single", *RANKS], strict=True))
+EARLY = {"total_steps": 40, "initial_steps": 30, "final_steps": 5}
+COUNTED = {
+    name: ["full", "--count", "--freezing", json.dumps({**EARLY, **options})]
+    for name, options in {"by element": {}, "means": {"granularity": "matrix"}, "an order": {"score": "random"}}.items()
+}
 
 
 @functools.cache
-def run(engine: str, processes: int) -> dict[str, list[dict[str, Any]]]:
-    """What each rank saw of each kind."""
-    worker = ["profiling.fsdp_on_cpu"] if engine == "fsdp2" else []
+def run(engine: str) -> dict[str, list[dict[str, Any]]]:
+    """What each rank saw of each kind; of those of `GO_ON` from where another engine was cut, too; and counts."""
     with tempfile.TemporaryDirectory() as out:
-        folders = {kind: Path(out) / str(number) for number, kind in enumerate(KINDS)}
-        runs = [[*worker, "tests.workers.anything", str(folders[kind]), *told] for kind, told in KINDS.items()]
-        launch_series(engine, processes, runs)
-        return {
-            kind: [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
-            for kind, folder in folders.items()
-        }
+        told = dict(KINDS)
+        if engine != "single":
+            told |= {f"count {kind}": arguments for kind, arguments in COUNTED.items()}
+            told |= {f"go on, {kind}": going_on(engine, kind, Path(out)) for kind in GO_ON}
+        if engine == "fsdp2":
+            told["replicated"] = [*KINDS["lora"], "--replicated"]
+            told["go on, replicated"] = [*going_on(engine, "lora", Path(out)), "--replicated"]
+        return launched(engine, told, Path(out))
+
+
+def going_on(engine: str, kind: str, out: Path) -> list[str]:
+    """What to tell the worker to go on with a kind, having written where it was cut."""
+    (folder := out / f"{kind} until then").mkdir()
+    torch.save(run(BEFORE[engine])[kind][0], folder / "rank0.pt")
+    return [*KINDS[kind], "--from", str(folder)]
+
+
+def launched(engine: str, told: dict[str, list[str]], out: Path) -> dict[str, list[dict[str, Any]]]:
+    worker, ranks = ["profiling.fsdp_on_cpu"] if engine == "fsdp2" else [], RANKS.get(engine, 1)
+    folders = {kind: out / str(number) for number, kind in enumerate(told)}
+    runs = [[*worker, "tests.workers.anything", str(folders[kind]), *arguments] for kind, arguments in told.items()]
+    launch_series(engine, ranks, runs)
+    return {
+        kind: [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+        for kind, folder in folders.items()
+    }
 
 
 def decisions(events: list[dict[str, Any]]) -> list[tuple[int, list[str]]]:
     return [(event["step"], event["frozen"]) for event in events]
 
 
+def check(result: dict[str, Any], reference: dict[str, Any], start: int = 0) -> None:
+    """Against one process; `start`: the global batches that another engine did."""
+    assert decisions(result["events"]) == decisions(reference["events"])
+    for event, expected in zip(result["events"], reference["events"], strict=True):
+        if event["step"] >= start:
+            assert event["scores"] == pytest.approx(expected["scores"], rel=1e-4, abs=0)
+        assert event["trainable_params"] == expected["trainable_params"]
+        assert event["backward_from"] == expected["backward_from"]
+    assert result["losses"] == pytest.approx(reference["losses"][start:], abs=1e-5)
+    assert result["final"].keys() == reference["final"].keys()
+    for name, value in result["final"].items():
+        torch.testing.assert_close(value, reference["final"][name], rtol=0, atol=2e-5, msg=name)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_freeze_what_one_process_does(engine: str, kind: str) -> None:
-    (reference,) = run("single", 1)[kind]
+@pytest.mark.parametrize("engine", RANKS)
+def test_ranks_freeze_what_one_process_does(engine: str, kind: str) -> None:
+    (reference,) = run("single")[kind]
     number = sum(len(names) for _, names in decisions(reference["events"]))
     assert number == SIZES.get(kind, number) != 0
-    for result in run(engine, 2)[kind]:
-        assert (result["kind"], result["world_size"]) == (engine, 2)
-        assert decisions(result["events"]) == decisions(reference["events"])
-        for event, expected in zip(result["events"], reference["events"], strict=True):
-            assert event["scores"] == pytest.approx(expected["scores"], rel=1e-4, abs=0)
-            assert event["trainable_params"] == expected["trainable_params"]
-        assert result["losses"] == pytest.approx(reference["losses"], abs=1e-5)
-        for name, value in result["final"].items():
-            torch.testing.assert_close(value, reference["final"][name], rtol=0, atol=2e-5, msg=name)
+    for result in run(engine)[kind]:
+        assert (result["kind"], result["world_size"]) == (engine, RANKS[engine])
+        check(result, reference)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", GO_ON)
+@pytest.mark.parametrize("engine", BEFORE)
+def test_an_engine_goes_on_where_another_one_was_cut(engine: str, kind: str, tmp_path: Path) -> None:
+    """With other ranks, in the middle of a schedule, and of a prefix."""
+    (reference,) = run("single")[kind]
+    if engine == "single":
+        results = launched(engine, {kind: going_on(engine, kind, tmp_path)}, tmp_path)[kind]
+    else:
+        results = run(engine)[f"go on, {kind}"]
+    for result in results:
+        assert result["events"][-1]["step"] >= CUT
+        assert kind == "fallen" or result["events"][0]["step"] < CUT
+        check(result, reference, start=CUT)
+
+
+@pytest.mark.distributed
+def test_what_is_left_out_of_the_sharding_goes_on_from_another_engine_and_to_the_bit() -> None:
+    (reference,) = run("single")["lora"]
+    for result, resumed in zip(run("fsdp2")["replicated"], run("fsdp2")["go on, replicated"], strict=True):
+        check(result, reference)
+        check(resumed, reference, start=CUT)
+        assert result["again"][2] == result["losses"][CUT:]
+        assert all(torch.equal(value, result["again"][1][name]) for name, value in result["final"].items())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", RANKS)
+def test_between_decisions_nothing_is_sent_and_only_elements_scores_are_kept(engine: str) -> None:
+    found = {kind: run(engine)[f"count {kind}"] for kind in COUNTED}
+    for kind, results in found.items():
+        for rank in results:
+            assert rank["observed"] == rank["free"], kind
+            assert (rank["largest"] > 12) == (kind == "by element")  # there are 12 matrices: one number for each
+    assert all(rank["observed"] > 0 for rank in found["means"])
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ["single", *ENGINES])
+@pytest.mark.parametrize("engine", ["single", *RANKS])
 def test_what_is_frozen_stays_and_a_snapshot_goes_on_to_the_bit(engine: str, kind: str) -> None:
-    for result in run(engine, 1 if engine == "single" else 2)[kind]:
+    for result in run(engine)[kind]:
         assert len(result["at_freeze"]) == sum(len(event["frozen"]) for event in result["events"])
         for name, value in result["at_freeze"].items():
             assert torch.equal(value, result["final"][name]), name
             assert name not in result["trainable"]
         events, values, losses = result["again"]
         assert decisions(events) == decisions(result["events"])
-        assert losses == result["losses"][5:]
+        assert losses == result["losses"][CUT:]
         assert all(torch.equal(value, values[name]) for name, value in result["final"].items())
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["change", "one block", "one block, recomputed"])
-@pytest.mark.parametrize("engine", ["single", *ENGINES])
+@pytest.mark.parametrize("kind", ["change", "one block", "one block, recomputed", "one block of deberta"])
+@pytest.mark.parametrize("engine", ["single", *RANKS])
 def test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_backward(engine: str, kind: str) -> None:
-    for result in run(engine, 1 if engine == "single" else 2)[kind]:
+    for result in run(engine)[kind]:
         lowest, above = result["kept"]
         if kind == "change":
             assert lowest[0] > 0
@@ -237,18 +308,6 @@ def test_between_decisions_nothing_is_sent_and_nothing_of_a_matrix_s_size_is_kep
         assert freezing.progress.snapshot()[1]["parts"]["freezing"]["window"]["begun"] == 20
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """All tensors that an object of control or freezing holds itself."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for part in value.values() for tensor in tensors_of(part)]
-    if isinstance(value, list | tuple):
-        return [tensor for part in value for tensor in tensors_of(part)]
-    ours = type(value).__module__.startswith(("aflora_dist.control", "aflora_dist.freezing"))
-    return tensors_of(vars(value)) if ours and not isinstance(value, FreezingConfig) else []
-
-
 def test_one_number_a_matrix_goes_back_to_an_earlier_snapshot() -> None:
     """And is recorded again at once, as if the steps since had never been."""
     training = Training("full", FreezingConfig(total_steps=40, initial_steps=30, final_steps=5, granularity="matrix"))
@@ -270,6 +329,8 @@ def test_a_prefix_is_refused_where_it_would_not_end_the_backward_pass() -> None:
         AdaptiveFreezing(training.accelerator, training.model, training.optimizer, config)
     with pytest.raises(AFLoRAError, match="outside of numbered blocks"):
         Training("full", config, freezable=r"bert\.pooler\.dense\.weight")
+    with pytest.raises(AFLoRAError, match="in the lowest one that trains nothing may freeze"):
+        Training("full", config, freezable=r".*layer\.1\..*dense\.weight")
 
 
 REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {

@@ -378,7 +378,7 @@ def test_another_method_freezes_where_it_is_told_to_and_resumes_to_the_bit(
     [
         ({"method.name": "loraa", "method.options": "{}"}, r"no method 'loraa'.*adalora.*lora.*vera"),
         ({"method.options": '{"rank": 8}'}, r"LoraConfig has no option 'rank'.*lora_alpha.*r,"),
-        ({"method.options": '{"task_type": "X"}'}, r"task_type is set by the main job"),
+        ({"method.options": '{"task_type": "X"}'}, r"task_type is set by aflora train"),
         ({"method.options": '{"target_modules": ["nothing"]}'}, r"PEFT cannot put lora into this model: No modules"),
         ({"method.options": '{"r": -1}'}, r"PEFT cannot put lora into this model"),
         ({"method.name": "aflora"}, r"method.options \(r, lora_alpha\) is for PEFT's other methods"),
@@ -395,7 +395,7 @@ def test_another_method_freezes_where_it_is_told_to_and_resumes_to_the_bit(
         ({"method.name": "prefix_tuning", "method.options": "{}"}, r"cannot train method.name=prefix_tuning: .*before"),
         ({"method.name": "p_tuning", "method.options": "{}"}, r"cannot train method.name=p_tuning"),
         ({"method.name": "xlora", "method.options": "{}"}, r"mixes adapters that were trained before"),
-        ({"method.name": "adalora", "method.options": '{"total_step": 5}'}, r"total_step is set by the main job"),
+        ({"method.name": "adalora", "method.options": '{"total_step": 5}'}, r"total_step is set by aflora train"),
         ({"method.name": "adalora", "method.options": '{"tinit": 24}'}, r"schedule does not fit: .*24 \+ 4 .*has 24"),
         ({"method.name": "adalora", "method.options": '{"init_r": 8}'}, r"init_r=8 and target_r=8"),
     ],

@@ -84,7 +84,7 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in lines(out, "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("preset", [name for name, chosen in PRESETS.items() if chosen["model.name"] in LAYOUT])
+@pytest.mark.parametrize("preset", [name for name, chosen in PRESETS.items() if chosen.get("model.name") in LAYOUT])
 def test_every_preset_trains_on_the_layout_that_it_names(preset: str, hub: Path, tmp_path: Path) -> None:
     done = start("single", of_preset(preset, hub, tmp_path / "run"))
     assert done.returncode == 0, done.stderr

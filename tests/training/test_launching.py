@@ -312,6 +312,30 @@ def test_job_scripts_share_the_node_s_threads_and_hide_gpus_from_cpu_jobs(
     assert done.stdout.splitlines()[-1].strip() == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "array", "started"),
+    [
+        (["--run.dir", "OUT"], None, "-m aflora_dist.training.run --run.dir OUT --resume"),
+        (["examples/with_trl.py", "--out", "OUT"], None, "examples/with_trl.py --out OUT"),
+        (["-m", "mine.train", "--run.dir", "OUT"], None, "-m mine.train --run.dir OUT"),
+        (["examples/with_trl.py", "--out={seed}"], "1", "examples/with_trl.py --out=7"),
+        (["examples/with_trl.py", "--out={seed}"], None, "{seed} stands for the seed"),
+        (["examples/no_such.py"], None, "there is no script examples/no_such.py"),
+    ],
+)
+def test_job_scripts_start_the_main_job_or_a_script_of_one_s_own(
+    given: list[str], array: str | None, started: str, tmp_path: Path
+) -> None:
+    elements = {} if array is None else {"SLURM_ARRAY_TASK_ID": array, "SLURM_ARRAY_JOB_ID": "6", "AFLORA_SEEDS": "3 7"}
+    arguments = [word.replace("OUT", str(tmp_path / "run")) for word in given]
+    done = submit(ROOT / "launch" / "slurm" / "cpu.sbatch", arguments, ROOT, tmp_path, **elements)
+    expected = started.replace("OUT", str(tmp_path / "run"))
+    if done.returncode == 0:
+        assert done.stdout.splitlines()[-1].endswith(f" bash launch/slurm/node.sh {expected}")
+    else:
+        assert expected in done.stderr
+
+
 class Lock:
     """The lock of a compilation, as torch takes it."""
 

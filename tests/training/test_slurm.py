@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,9 @@ def cluster() -> Iterator[SlurmCluster]:
 class Job:
     """One job (or array) of the shipped script for nodes without GPUs."""
 
-    def __init__(self, cluster: SlurmCluster, out: Path, sbatch: list[str], arguments: list[str], **env: str) -> None:
+    def __init__(
+        self, cluster: SlurmCluster, out: Path, sbatch: list[str], arguments: Sequence[str | Path], **env: str
+    ) -> None:
         self.cluster, self.out = cluster, out
         tools = str(Path(sys.executable).parent)
         cluster.env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -47,7 +49,7 @@ class Job:
             **env,
         }
         command = ["sbatch", "--parsable", f"--chdir={ROOT}", f"--output={out}", "--cpus-per-task=1", *sbatch]
-        self.id = cluster.run(*command, "launch/slurm/cpu.sbatch", *arguments, cwd=ROOT).strip()
+        self.id = cluster.run(*command, "launch/slurm/cpu.sbatch", *map(str, arguments), cwd=ROOT).strip()
 
     def said(self) -> str:
         return "".join(
@@ -166,3 +168,34 @@ def test_an_array_of_seeds_is_collected_into_a_table(
     assert row["mean"] == pytest.approx((first + second) / 2)
     assert row["deviation"] == pytest.approx(abs(first - second) / 2**0.5)
     assert f"{row['mean']:.4f}" in capsys.readouterr().out
+
+
+# Waits to be interrupted the first time, and says who it is the second.
+OWN = """
+import signal, sys, time
+from pathlib import Path
+from accelerate import PartialState
+
+ranks = PartialState(cpu=True, backend="gloo")
+seed, out = int(sys.argv[1]), Path(sys.argv[2])
+saved = out / f"saved_{ranks.process_index}"
+if seed % 2 and not saved.exists():
+    signal.signal(signal.SIGUSR1, lambda *_: (saved.write_text(""), sys.exit(1)))
+    (out / f"ready_{ranks.process_index}").write_text("")
+    time.sleep(300)
+(out / f"done_{seed}_{ranks.process_index}").write_text(str(ranks.num_processes))
+"""
+
+
+def test_a_script_of_one_s_own_runs_on_all_nodes_and_comes_back(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """An array: the second element is interrupted, saves on every rank, and goes on after its requeue."""
+    script = tmp_path / "own.py"
+    script.write_text(OWN)
+    variables = {"AFLORA_SEEDS": "2 5", "AFLORA_LAUNCH": "launch/ddp.yaml"}
+    job = Job(cluster, tmp_path / "out-%a.txt", ["--nodes=2", "--array=0-1"], [script, "{seed}", tmp_path], **variables)
+    job.wait(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job.id}_1")
+    job.wait_for_end()
+    assert all((tmp_path / f"done_{seed}_{rank}").read_text() == "2" for seed in (2, 5) for rank in (0, 1))
+    assert all((tmp_path / f"saved_{rank}").exists() for rank in (0, 1))
+    assert "start 2, 2 node(s), " + str(script) in job.said()

@@ -1,5 +1,6 @@
 """What a freeze moves and holds beside a trained head of 16 million elements, counted below the library.
 
+With "blocks" as its argument, what the freeze of half of a model's blocks does that trains whole, 25 million elements.
 Prints, as JSON, what each rank saw: bytes through torch.distributed at a drop and at a whole freeze, the elements whose
 owner changed (by brute force from who owned what), and the peak memory of a step and of a freeze.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
+from aflora_dist.engines import transfer
 from profiling.traffic import Traffic
 from tests.workers.tiny import GLOBAL_BATCH, VOCABULARY, global_batch
 
@@ -52,6 +55,17 @@ def owners(engine: Any) -> dict[str, np.ndarray]:
     return found
 
 
+def build(blocks: bool) -> Any:
+    """A model that trains whole, or one whose head does."""
+    set_seed(0)
+    if blocks:
+        shape = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 2048}
+        return BertForSequenceClassification(BertConfig(**shape, vocab_size=VOCABULARY))
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    base = BertForSequenceClassification(BertConfig(**shape, vocab_size=VOCABULARY, num_labels=CLASSES))
+    return get_peft_model(base, AFLoRAConfig(r=4, task_type="SEQ_CLS"))
+
+
 def main(arguments: list[str] | None = None) -> None:
     gc.collect()
     ground = memory("VmRSS")
@@ -62,14 +76,14 @@ def main(arguments: list[str] | None = None) -> None:
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = GLOBAL_BATCH // accelerator.num_processes
         plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = 1_000_000
-    set_seed(0)
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    base = BertForSequenceClassification(BertConfig(**shape, vocab_size=VOCABULARY, num_labels=CLASSES))
-    model = get_peft_model(base, AFLoRAConfig(r=4, task_type="SEQ_CLS"))
+    blocks = bool(arguments)
+    model, never = build(blocks), FreezingConfig(total_steps=1000, initial_steps=900, final_steps=10)
+    if blocks:
+        never = replace(never, granularity="matrix", unit="block")
+        transfer.CHUNK_BYTES = 2**20  # small beside this model, as 64 MiB are beside those that people train
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    del base
+    trained = sum(parameter.numel() for parameter in optimizer.param_groups[0]["params"])
     model, optimizer = accelerator.prepare(model, optimizer)
-    never = FreezingConfig(total_steps=1000, initial_steps=900, final_steps=10)
     freezing = AdaptiveFreezing(accelerator, model, optimizer, never)
     share = GLOBAL_BATCH // accelerator.num_processes
 
@@ -93,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     gc.collect()
     reset_peak()
     with Traffic() as freeze:
-        freezing.freeze(names[2:4])
+        freezing.freeze([n for n in names if int(n.split(".layer.")[1].split(".")[0]) < 4] if blocks else names[2:4])
     freeze_peak = memory("VmHWM") - ground
     after = owners(engine)
     moved = {name: int((after[name] != before[name]).sum()) for name in after}
@@ -106,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         "moved of matrices": sum(moved[name] for name in freezing.remaining),
         "step peak": step_peak,
         "freeze peak": freeze_peak,
-        "head bytes": 4 * CLASSES * WIDTH,
+        "bytes": 4 * trained,
     }
     print(f"\nHEAVY {json.dumps(found)}\n", end="", flush=True)
     accelerator.end_training()

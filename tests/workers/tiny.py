@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="no")
     parser.add_argument("--offload", action="store_true", help="FSDP2: parameters and optimizer state in CPU memory")
     parser.add_argument("--replicas", type=int, default=1, help="HSDP: how many hold the same shards")
+    parser.add_argument("--replicated", action="store_true", help="FSDP2: the adapter is left out of the sharding")
     args = parser.parse_args(arguments)
     args.out.mkdir(exist_ok=True)
 
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         options["cpu"] = True
         os.environ["FSDP_OFFLOAD_PARAMS"] = str(args.offload).lower()
+        os.environ["FSDP_IGNORED_MODULES"] = r".*\.aflora(\..*)?" if args.replicated else "nothing"
         if args.replicas > 1:
             shards = int(os.environ["WORLD_SIZE"]) // args.replicas
             options["parallelism_config"] = ParallelismConfig(dp_replicate_size=args.replicas, dp_shard_size=shards)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, set_seed
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -26,7 +26,17 @@ BATCH, BATCHES, LENGTH, VOCABULARY, EPOCHS, RATE = 12, 4, 8, 64, 3, 1e-2
 STEPS = EPOCHS * BATCHES
 
 
-def build_llama(**adapter: Any) -> PeftModel:
+# LoRA's matrices of feed-forward layers freeze, and in the end all of the lowest block.
+LORA: dict[str, Any] = {
+    "score": "change",
+    "unit": "layer",
+    "prefix": True,
+    "prefix_epochs": 0.0,
+    "freezable": r".*\.mlp\..*\.lora_[AB]\.default\.weight",
+}
+
+
+def build_llama(lora: bool = False, **adapter: Any) -> PeftModel:
     """Two layers, four heads that share two keys and values."""
     set_seed(0)
     base = LlamaForCausalLM(
@@ -43,6 +53,10 @@ def build_llama(**adapter: Any) -> PeftModel:
             pad_token_id=0,
         )
     )
+    if lora:
+        layers = ["q_proj", "v_proj", "up_proj", "down_proj"]
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=layers, init_lora_weights=False)
+        return get_peft_model(base, config)
     return get_peft_model(base, AFLoRAConfig(r=4, task_type="CAUSAL_LM", **adapter))
 
 
@@ -108,7 +122,7 @@ def values(callback: FreezingCallback) -> dict[str, torch.Tensor]:
     """All of the adapter, whole. A collective."""
     assert callback.freezing is not None
     engine = callback.freezing.engine
-    found = engine.values([name for name in engine.parameters if "aflora" in name])
+    found = engine.values([name for name in engine.parameters if "lora" in name])
     return {name: value.detach().float().cpu().clone() for name, value in found.items()}
 
 
@@ -128,20 +142,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="of TrainingArguments")
     parser.add_argument("--resume", default=None)
     parser.add_argument("--again", action="store_true", help="then resume from step 4, and train once more")
+    parser.add_argument("--lora", action="store_true", help="LoRA, and what freezes of it: see LORA")
     parser.add_argument("--trl", default=None, help="a trainer of TRL instead, see trl_trainers.py")
     args = parser.parse_args(arguments)
     args.out.mkdir(exist_ok=True)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = "true"  # else get_state_dict refuses
     options = settings(args.out, ranks, **args.options)
-    callback = FreezingCallback()
+    callback = FreezingCallback(**(LORA if args.lora else {}))
     common: dict[str, Any] = {"train_dataset": Examples(), "eval_dataset": Examples(), "callbacks": [callback]}
     if args.trl:
         from tests.workers.trl_trainers import build
 
-        trainer = build(args.trl, options, callback)
+        trainer = build(args.trl, options, callback, lora=args.lora)
     else:
-        trainer = Trainer(model=build_llama(), args=arguments_of(TrainingArguments, options), **common)
+        trainer = Trainer(model=build_llama(args.lora), args=arguments_of(TrainingArguments, options), **common)
     trainer.train(resume_from_checkpoint=args.resume)
     assert callback.freezing is not None
     events = [vars(event) for event in callback.freezing.events]
@@ -160,7 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.again:
         trainer.train(resume_from_checkpoint=str(args.out / "checkpoint-4"))
         result["resumed"] = [vars(event) for event in callback.freezing.events], values(callback)
-        trainer.train()
+        if not args.lora:  # of which nothing is left to freeze
+            trainer.train()
         result["again"] = callback.freezing.events, callback.freezing.step
     torch.save(result, args.out / f"rank{os.environ.get('RANK', '0')}.pt")
 

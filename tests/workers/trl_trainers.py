@@ -38,10 +38,10 @@ def texts() -> list[str]:
     return [" ".join(f"w{token}" for token in example["input_ids"].tolist()) for example in examples()]
 
 
-def build(kind: str, options: dict[str, Any], callback: FreezingCallback) -> Trainer:
+def build(kind: str, options: dict[str, Any], callback: FreezingCallback, lora: bool = False) -> Trainer:
     """A trainer of TRL: "sft" on the very batches of Trainer, "dpo", "reward" or "grpo" on data like it."""
     # Before any TrainingArguments: under ZeRO-3 a model made after them is sharded as it is made, which takes weights.
-    model = build_reward_model() if kind == "reward" else build_llama()
+    model = build_reward_model() if kind == "reward" else build_llama(lora)
     common: dict[str, Any] = {"model": model, "processing_class": tokenizer(), "callbacks": [callback]}
     if kind == "sft":
         rows = [{"input_ids": example["input_ids"].tolist()} for example in examples()]

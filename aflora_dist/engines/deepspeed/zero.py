@@ -195,6 +195,7 @@ class ZeroEngine(Engine):
         new = list(zip(self._partitions(), self._layout(), strict=True))
         self.carry(moves, place((flat, spans) for _, flat, spans, _ in old), place((p.detach(), s) for p, s in new))
         states = [(position, spans, state) for position, _, spans, state in old]
+        numbers = {position: {key: state[key] for key in self.traits.scalars} for position, _, state in states if state}
         del old
         held = [key for key in self.traits.moments if any(key in state for _, _, state in states)]
         fresh: list[dict[str, Any]] = [{} for _ in new]
@@ -207,11 +208,9 @@ class ZeroEngine(Engine):
             for _, _, state in states:
                 state.pop(key, None)
             del source
-        numbers = {position: state for position, _, state in states if state}
         for (position, _), (flat, _), state in zip(self._group_parameters(), new, fresh, strict=True):
             if position in numbers:  # not in a group that a checkpoint brings back: it gets its state from there
-                scalars = {key: copy.deepcopy(numbers[position][key]) for key in self.traits.scalars}
-                self.optimizer.state[flat] = {**scalars, **state}
+                self.optimizer.state[flat] = {**copy.deepcopy(numbers[position]), **state}
 
     # -- state by name -----------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """ZeRO-3: every parameter is cut into equal pieces, one per rank; sub-groups of pieces form partitions.
 
-A drop re-forms the partitions and moves nothing between ranks.
+A drop (`Engine.drop` and `ZeroEngine.select`, which call `_replace` here) re-forms the partitions and moves nothing
+between ranks.
 """
 
 from __future__ import annotations

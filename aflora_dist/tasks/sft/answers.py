@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,6 @@ class Answer:
         return said is not None and right is not None and math.isclose(said, right, rel_tol=1e-6, abs_tol=1e-6)
 
 
-@torch.no_grad()
 def answer(
     model: nn.Module,
     batches: DataLoader[Batch],
@@ -71,6 +70,32 @@ def answer(
     Returns:
         The share that is right, and a few answers as Markdown.
     """
+    said = generate_answers(model, batches, tokenizer, max_new_tokens, end, accelerator)
+    given = [Answer(place, text, answers[place]) for place, text in said]
+    right = torch.tensor(float(sum(one.correct for one in given)), device=accelerator.device)
+    share = accelerator.reduce(right, "sum").item() / len(answers)
+    shown = sorted(gather_object([one for one in given if one.place < _SHOWN]), key=lambda one: one.place)
+    return share, "\n\n".join(
+        f"**{asked[one.place]}**\n\n{one.said}\n\n_{'right' if one.correct else f'wrong: {one.right}'}_"
+        for one in shown
+    )
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    batches: DataLoader[Batch],
+    tokenizer: Any,
+    max_new_tokens: int,
+    end: End,
+    accelerator: Accelerator,
+    done: Callable[[int], Any] = lambda _: None,
+) -> list[tuple[int, str]]:
+    """What is said to this rank's share of the prompts, with their places in the data. A collective.
+
+    Args:
+        done: Told how many more prompts the ranks have answered together.
+    """
     model.eval()
     generator: Any = unwrap(accelerator, model)
     if "generate" not in vars(generator):
@@ -79,7 +104,7 @@ def answer(
     known = generator.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, end.token, *(known if isinstance(known, list) else [known])} - {None}
     given = []
-    for mine, batch in zip(order.shares(), batches, strict=True):
+    for together, mine, batch in zip(order.rounds, order.shares(), batches, strict=True):
         prompts = move(batch, accelerator.device)
         with accelerator.autocast():
             tokens = generator.generate(
@@ -97,11 +122,6 @@ def answer(
             ids = list(itertools.takewhile(lambda token: token not in stops, row.tolist()))
             said = tokenizer.decode(ids, skip_special_tokens=True)
             said = (said.partition(end.text)[0] if end.text else said).strip()
-            given.append(Answer(place, said, answers[place]))
-    right = torch.tensor(float(sum(one.correct for one in given)), device=accelerator.device)
-    share = accelerator.reduce(right, "sum").item() / len(answers)
-    shown = sorted(gather_object([one for one in given if one.place < _SHOWN]), key=lambda one: one.place)
-    return share, "\n\n".join(
-        f"**{asked[one.place]}**\n\n{one.said}\n\n_{'right' if one.correct else f'wrong: {one.right}'}_"
-        for one in shown
-    )
+            given.append((place, said))
+        done(len(together))
+    return given

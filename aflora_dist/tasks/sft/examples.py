@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -12,7 +13,7 @@ import pyarrow as pa
 from ...errors import AFLoRAError
 from ...options import DataConfig
 from ...untrusted import load_json
-from ..reading import Rows, as_json_column, exact, listed
+from ..reading import Rows, as_json_column, exact, listed, read_table
 from ..sources import at_most, evaluation_rows, split_off, training_rows, weighted
 from .problems import word_problems
 
@@ -61,6 +62,27 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
     train = train.select_columns(_choose(train.column_names, where, True))
     held = held.select_columns(_choose(held.column_names, where, False))
     return at_most(config.max_train_examples, train, seed), at_most(config.max_eval_examples, held)
+
+
+def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]:
+    """A file of what a language model is to be asked: its rows, and the same as for evaluation, with an answer each.
+
+    Where the file has no answers they are empty.
+
+    Raises:
+        AFLoRAError: On every rank: a row is no prompt; with its line.
+    """
+    table = read_table(name, {*_COLUMNS, *config.columns.values()}).renamed(config.columns)
+    if "answer" not in table.columns:
+        rows = table.rows.add_column("answer", [""] * len(table.lines))
+        table = replace(table, columns=[*table.columns, "answer"], rows=rows)
+    prompts = _examples(table, trained=False)
+    if "text" in prompts.column_names:
+        raise AFLoRAError(
+            f"{name} has no column of prompts (messages, prompt, instruction), and plain text is not answered. "
+            f"data.columns says which column stands for one of these."
+        )
+    return table, prompts
 
 
 def _examples(table: Rows, trained: bool) -> datasets.Dataset:

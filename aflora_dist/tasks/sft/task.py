@@ -33,6 +33,7 @@ class LanguageModelling:
     """Fine-tuning a causal language model; the loss is the mean over the global batch's loss-carrying tokens."""
 
     name = "sft"
+    labels: list[str] | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
