@@ -327,6 +327,7 @@ def shrunk(arguments: list[str], place: Place, run: Path | None = None) -> list[
     """The main job's arguments with its smallest model, data and training behind them."""
     config, _ = parsed(*arguments)
     files = {"data.path": "null", "data.name": "null", "data.hold_out": 0, "data.max_eval_examples": 8}
+    files |= {"data.subset": "null", "data.validation_split": "null", "data.columns": "{}", "data.mix": "{}"}
     small: dict[str, Any] = files | {"run.tensorboard": False, "run.trackers": "[]", "profile.enabled": False}
     if run is not None:
         small["run.dir"] = run

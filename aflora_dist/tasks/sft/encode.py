@@ -58,6 +58,7 @@ SAID = {
 }
 
 
+_STRETCH = 1_000_000  # characters that are made into tokens at once: a token takes some hundred bytes meanwhile
 # An assistant that thinks nothing: <think></think>, or its end alone where the generation prompt has begun it.
 _NO_THOUGHT = re.compile(r"\s*(<[^<>]*think[^<>]*>)?\s*</[^<>]*think[^<>]*>")
 
@@ -124,14 +125,35 @@ class Encoder:
         return row["text"]
 
     def _texts(self, texts: list[str]) -> list[Marked]:
-        """Plain text with its end: it has no completion, so all of it carries loss."""
+        """Plain text with its end: it has no completion, so all of it carries loss.
+
+        A long one becomes several examples, each of which begins with the last token of the one before it.
+        """
         end, special = self.tokenizer.eos_token_id, {*self.tokenizer.all_special_ids}
         found = []
-        for ids in self.tokenizer(texts)["input_ids"]:
+        for ids in map(self._ids, texts):
             ended = ids if end is None or ids[-1:] == [end] else [*ids, end]
             twice = any(len(two) == 2 and two[0] == two[1] in special for two in (ended[:2], ended[-2:]))
-            found.append((ended, [True] * len(ended), Note.TWICE if twice else Note(0)))
+            for start in range(0, max(len(ended) - 1, 1), max(self.max_length - 1, 1)):
+                piece = ended[start : start + self.max_length]
+                found.append((piece, [True] * len(piece), Note.TWICE if twice and not start else Note(0)))
         return found
+
+    def _ids(self, text: str) -> list[int]:
+        """A text's tokens; of a long text's, stretch by stretch, cut before blanks, where no token goes on."""
+        stretches, start = [], 0
+        while len(text) - start > _STRETCH:
+            last = start + _STRETCH
+            at = next((i for i in range(last, start, -1) if text[i].isspace() and not text[i - 1].isspace()), last)
+            stretches.append(text[start:at])
+            start = at
+        whole: list[int] = self.tokenizer(text[start:])["input_ids"]
+        if not stretches:
+            return whole
+        plain = self._tokens([text[start:]])["input_ids"][0]
+        before = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
+        ids = [token for stretch in stretches for token in self._tokens([stretch])["input_ids"][0]]
+        return [*whole[:before], *ids, *whole[before:]]
 
     def _turns(self, row: Mapping[str, Any]) -> tuple[list[Turn], Tools]:
         try:
