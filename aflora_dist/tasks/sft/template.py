@@ -166,7 +166,9 @@ class Template:
         """A call whose arguments are an object, or its JSON text (as OpenAI has it), whichever the template writes."""
         function = call.get("function", call) if isinstance(call, dict) else None
         arguments = function.get("arguments") if isinstance(function, dict) else None
-        if not isinstance(arguments, str | dict) or isinstance(arguments, str) is self._calls_as_text():
+        if function is None or not isinstance(arguments, str | dict):
+            return call
+        if isinstance(arguments, str) is self._calls_as_text():
             return call
         if isinstance(arguments, dict):
             meant: Any = json.dumps(arguments, ensure_ascii=False)
