@@ -117,7 +117,7 @@ def _print_example(console: Console, task: LanguageModelling, row: int, example:
         else:
             lead = "  learned | " if learned else "    given | "
             whole.append("".join(f"{lead}{line}\n" for line in text.removesuffix("\n").split("\n")))
-    console.print(whole, soft_wrap=not in_colour)
+    console.print(whole, soft_wrap=not in_colour, end="\n" if in_colour else "")
 
 
 def _stretches(ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
@@ -183,7 +183,7 @@ def _print_lengths(console: Console, lengths: np.ndarray, config: Config) -> Non
     edges = np.unique(np.linspace(low, high + 1, min(_BINS, high - low + 1) + 1).round().astype(int))
     counts, _ = np.histogram(lengths, edges)
     width = len(f"{high:,}")
-    for start, end, count in zip(edges, edges[1:], counts, strict=True):
+    for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True):
         bar = "█" * -(-int(count) * _WIDTH // max(int(counts.max()), 1))
         console.print(
             Text(f"  {start:>{width},} to {end - 1:>{width},} ").append(bar, style="cyan").append(f" {count:,}")
