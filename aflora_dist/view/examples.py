@@ -9,6 +9,7 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -55,31 +56,42 @@ def main(arguments: list[str]) -> int:
     PartialState(cpu=True)  # no GPU is needed, and none is taken
     config, _ = parse(_written_out(rest))
     launch: Any = Launch(engine="single", mixed_precision="no", on_gpu=False)
-    task = create_task(config)
+    # Dealt one by one: that a batch is more than there are is said in the end, and refuses nothing here.
+    task = create_task(replace(config, train=replace(config.train, batch_size=1, accumulation=1)))
     task.load(launch, weights=False)
     task.limits.check_length("data.max_length", config.data.max_length)
     sampler, _ = task.batches(launch)
     console = create_console()
-    (trained,), measured = task.tokens()
+    (trained,), _ = task.tokens()
+    measured = 0
     if isinstance(task, LanguageModelling):
         for row in range(min(options.show, len(trained))):
             _print_example(console, task, row, trained[row])
         _print_shares(console, trained)
+        measured = len(task.held)
     elif isinstance(task, Classification):
         for row, example in enumerate(task.data.train.select(range(min(options.show, len(task.data.train))))):
             _print_labelled(console, task, row, example, len(trained[row]["input_ids"]))
         _print_labels(console, task)
+        measured = sum(map(len, task.data.evaluation.values()))
     _print_lengths(console, np.asarray(sampler.sizes), config)
-    per_epoch = sampler.updates_per_epoch
-    left_out = len(sampler.lengths) - per_epoch * config.train.batch_size
-    total = config.train.updates(per_epoch)
-    console.print(
-        f"\nAn epoch has {per_epoch:,} updates of {config.train.batch_size} examples"
-        + (f" ({left_out:,} are left out at its end, others in each)" if left_out else "")
-        + f"; {total / per_epoch:g} epochs are {total:,} updates. "
-        + f"{sum(map(len, measured)):,} examples are there to measure with."
-    )
+    console.print("\n" + _updates(config, len(sampler.lengths)))
+    console.print(f"{measured:,} examples are there to measure with.")
     return 0
+
+
+def _updates(config: Config, examples: int) -> str:
+    """How many updates there are of so many examples."""
+    size = config.train.batch_size
+    per_epoch, left_out = divmod(examples, size)
+    if not per_epoch:
+        return f"{examples:,} examples are fewer than one batch of train.batch_size={size}: lower it to train on them."
+    total = config.train.updates(per_epoch)
+    others = f" ({left_out:,} are left out at its end, others in each)" if left_out else ""
+    return (
+        f"An epoch has {per_epoch:,} updates of {size} examples{others}; {total / per_epoch:g} epochs are {total:,} "
+        f"updates."
+    )
 
 
 def _written_out(arguments: Sequence[str]) -> list[str]:

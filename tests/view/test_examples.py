@@ -65,7 +65,9 @@ def test_colour_says_so_on_a_terminal(chats: list[str], monkeypatch: pytest.Monk
     assert "\x1b[1;32m" in said
     assert "learned |" not in said
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "learned |" in printed(chats, monkeypatch, force_terminal=True)
+    said = printed(chats, monkeypatch, force_terminal=True)
+    assert "learned |" in said
+    assert "28 examples are fewer than one batch of train.batch_size=64" in said
 
 
 def test_a_classifier_s_labels_are_counted_in_every_split(
