@@ -10,6 +10,7 @@ from .version import __version__
 
 USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...]
        aflora plan [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...] [--ranks N ...]
+       aflora data [FILE|NAME|CONFIG.yaml] [--GROUP.KEY VALUE ...] [--show N]
        aflora launch-files FOLDER
        aflora show RUN [--figures FOLDER]
        aflora trace RUN [--ranks N ...] [--json FILE]
@@ -22,6 +23,7 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
   train   fine-tune with AFLoRA; `aflora train --help` lists all options
           (several processes: accelerate launch -m aflora_dist.training.run ...)
   plan    what that would train, freeze, hold and move, without weights or a GPU
+  data    what a training would be given: examples, which tokens carry loss, lengths, labels
   launch-files
           write the configurations for `accelerate launch`, and the Slurm scripts, into a folder
   show    a run's story in the terminal, finished or not; its figures as PNG or SVG
@@ -55,6 +57,11 @@ def _run(line: list[str]) -> int:
             from .plan.command import main as plan
 
             return plan(arguments)
+        case ["data", *arguments]:
+            require("train", "aflora data")
+            from .view.examples import main as data
+
+            return data(arguments)
         case ["launch-files", *arguments]:
             from .launch_files import main as launch_files
 

@@ -111,6 +111,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "training/test_best_epoch.py": {
         "test_the_adapter_is_the_best_epoch_s_after_a_restart_too": ("single", "zero3"),
     },
+    "training/test_updates.py": {"test_all_of_it_at_once_resumes_to_the_bit": ("single",)},
     "training/test_hub_runs.py": {
         "test_every_engine_and_precision_trains_what_float32_trains": ("single-bf16", "ddp-bf16", "zero3-no"),
         "test_every_preset_trains_on_the_layout_that_it_names": ("llm/math10k", "official/stsb"),
