@@ -24,6 +24,7 @@ from profiling.launches import count_calls, count_launches, per_call
 from profiling.methods import create
 from profiling.models import build
 from profiling.overhead import main as overhead
+from profiling.schedule import main as schedule
 from profiling.throughput import main as throughput
 from profiling.throughput import summary
 from profiling.trainings import Allocating, Training, evenly, peft_config
@@ -305,3 +306,19 @@ def test_throughput_is_measured_on_two_ranks(tiny_model: Path, tmp_path: Path) -
     assert all(r["examples"] == 16 and 0 <= r["padding"] < 1 for r in report["rounds"])
     for name in ("throughput.json", "throughput.md", "throughput.png"):
         assert (tmp_path / name).exists()
+
+
+def test_a_training_that_becomes_faster_is_measured_beside_its_plan(tiny_model: Path, tmp_path: Path) -> None:
+    small = ["--model", str(tiny_model), "--steps", "10", "--batch-size", "4", "--max-length", "16"]
+    report = schedule(["speed", *small, "--variants", "LoRA, blocks", "full, blocks", "--out", str(tmp_path)])
+    assert [*report["variants"]] == ["LoRA", "LoRA, blocks", "full", "full, blocks"]
+    assert [*report["ratios"]] == ["LoRA, blocks", "full, blocks"]
+    for name in report["ratios"]:
+        found = report["variants"][name]
+        assert len(found["seconds"]) == 10
+        assert found["planned_moment_bytes"]
+        assert found["furthest_from_plan"] == 0
+        assert [*found["backward_from"].values()][-1] == 2
+        kept = [*found["saved_bytes"].values()]
+        assert kept[-1] < kept[0] / 2
+    assert {path.name for path in tmp_path.iterdir()} == {"speed.json", "speed.md", "speed.png"}

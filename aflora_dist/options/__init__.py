@@ -49,6 +49,7 @@ CHANGES_NOTHING = {
     "run",
     "profile",
     "data.path",
+    "data.name",  # of the same data, as tokens tell
     "data.train_file",
     "data.validation_file",
     "data.tokens_per_micro_batch",

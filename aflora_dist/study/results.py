@@ -29,7 +29,8 @@ def settings_of(config: Config) -> dict[str, Any]:
     """
     mine, default = _flat(asdict(config)), _flat(asdict(Config()))
     changed = {name: value for name, value in mine.items() if value != default.get(name) and name != "train.seed"}
-    files = {name: Path(changed[name]).name for name in ("data.train_file", "data.validation_file") if name in changed}
+    sources = ("data.name", "data.train_file", "data.validation_file")
+    files = {name: Path(changed[name]).name for name in sources if name in changed}
     free = [name for name in changed if name in CHANGES_NOTHING or name.partition(".")[0] in CHANGES_NOTHING]
     return {name: value for name, value in changed.items() if name not in free} | files
 

@@ -14,7 +14,7 @@ from ..options import DataConfig
 from ..processes import first_on_node
 from .reading import Rows, exact, listed, read_table, told_apart
 
-_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _HELD_OUT = ("validation", "valid", "dev", "test")
 _TO_EVALUATE = (
     "{where} has no examples for evaluation: name data.validation_file, or data.validation_split of a data set, or say "
@@ -44,7 +44,7 @@ def training_rows(config: DataConfig, wanted: Collection[str]) -> list[tuple[Row
         first = _file_rows(config.train_file, config, wanted)
     found = [(first, 1.0)]
     for source, weight in config.mix.items():
-        if source.lower().endswith(_FILES):
+        if source.lower().endswith(FILES):
             found.append((_file_rows(source, config, wanted), weight))
         else:
             name, _, subset = source.partition(":")

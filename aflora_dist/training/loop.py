@@ -169,5 +169,7 @@ def save_adapter(training: Training) -> None:
     def write() -> None:
         with writing("The adapter", run.adapter, "Make room, then --resume: the last checkpoint is whole."):
             method.save(model, run.adapter, values)
+            if not (run.adapter / "adapter_config.json").exists():  # a model of its own wants its tokenizer
+                training.task.tokenizer.save_pretrained(str(run.adapter))
 
     on_main(training.accelerator, write)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from aflora_dist import AFLoRAError
 from aflora_dist.options import Config, DataConfig, ModelConfig, TrainConfig
+from aflora_dist.tasks.sft import encode as encoding
 from aflora_dist.tasks.sft.answers import Answer, last_number
 from aflora_dist.tasks.sft.batching import IGNORED
 from aflora_dist.tasks.sft.encode import Encoder
@@ -87,6 +88,34 @@ def test_plain_text_carries_loss_to_its_end() -> None:
     found = encode({"text": ["Ada has 3 apples"]})
     assert found["input_ids"][0][-1] == 3
     assert found["count"] == [len(found["input_ids"][0]) - 1]
+
+
+def test_a_long_text_becomes_several_examples_and_each_of_its_tokens_is_learned_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = " ".join(f"Ada has {i} apples ." for i in range(1, 60))
+    (whole,) = encode({"text": [text]}, max_length=10_000)["input_ids"]
+    monkeypatch.setattr(encoding, "_STRETCH", 50)
+    encoder = Encoder(make_small_tokenizer(), 16, "completions", None, "it")
+    longest = []
+    inner = encoder.tokenizer
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            longest.append(max(map(len, [texts] if isinstance(texts, str) else texts)))
+            return inner(texts, **options)
+
+    encoder.tokenizer = Watched()
+    found = encoder({"text": [text, "Ada"]})
+    assert max(longest) <= 50
+    pieces = found["input_ids"][:-1]
+    assert max(map(len, pieces)) == 16
+    assert not any(found["cut"])
+    assert [pieces[0][0], *(label for row in found["labels"][:-1] for label in row if label != IGNORED)] == whole
+    assert found["input_ids"][-1] == encode({"text": ["Ada"]})["input_ids"][0]
 
 
 def test_what_is_asked_ends_where_the_assistant_speaks() -> None:
