@@ -45,7 +45,7 @@ def test_survivors_keep_their_state_and_nothing_of_the_frozen_remains(engine: st
 
 @pytest.mark.parametrize("engine", EVERY)
 def test_a_freeze_moves_only_what_changes_its_owner(engine: str) -> None:
-    """Beside a trained head of 16 million elements, counted below the library."""
+    """Beside a trained head of three million elements, counted below the library."""
     for found in heavy(engine):
         agreement = 8 + 16  # bytes of optimizer state for the log; that the ranks agree
         assert found["drop of nothing"] == 0
