@@ -15,6 +15,9 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
        aflora show RUN [--figures FOLDER]
        aflora trace RUN [--ranks N ...] [--json FILE]
        aflora collect FOLDER [--json FILE]
+       aflora study FILE.yaml [--small] [--dry_run] [--GROUP.KEY VALUE ...]
+       aflora reproduce [NAME] [--small] [--dry_run] [--GROUP.KEY VALUE ...]
+       aflora predict RUN|ADAPTER FILE [--out OUT]
        aflora to-lora RUN OUT
        aflora merge RUN OUT [--base MODEL] [--max-shard-size SIZE] [--trust_remote_code]
        aflora --version
@@ -28,6 +31,11 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
   show    a run's story in the terminal, finished or not; its figures as PNG or SVG
   trace   profiler traces before, during and after the freezing, range by range and rank by rank
   collect the runs under a folder as a table: mean and deviation over seeds
+  study   a grid of trainings, shared by whoever runs the same command; tables with honest differences
+  reproduce
+          the studies that come along: the paper's tables, and controls of them
+  predict label a file with a run's model, or have its prompts answered, row for row
+          (several processes: accelerate launch -m aflora_dist.predict ...)
   to-lora a run's adapter as plain LoRA, for whatever serves LoRA
   merge   a run's adapter in its model's weights, for whatever serves models
 """
@@ -75,6 +83,14 @@ def _run(line: list[str]) -> int:
             from .view.collect import main as collect
 
             return collect(arguments)
+        case ["study" | "reproduce" as command, *arguments]:
+            from .study.command import main as study
+
+            return study(command, arguments)
+        case ["predict", *arguments]:
+            from .predict.command import main as predict
+
+            return predict(arguments)
         case ["to-lora" | "merge" as command, *arguments]:
             from .serve.main import main as serve
 

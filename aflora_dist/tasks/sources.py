@@ -67,14 +67,12 @@ def evaluation_rows(config: DataConfig, wanted: Collection[str]) -> Rows | None:
 def split_off(
     config: DataConfig, train: datasets.Dataset, held: datasets.Dataset | None, seed: int, where: str
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """What to train on, and what to measure with: where there is nothing of its own, data.hold_out of the former.
+    """What to train on, and what to measure with: data.hold_out of the former, where it is said.
 
     Raises:
-        AFLoRAError: There is neither; or there is both.
+        AFLoRAError: There is neither that nor something of its own.
     """
-    if held is not None:
-        if config.hold_out:
-            raise AFLoRAError("data.hold_out is for data without a part for evaluation; there is one. Leave it out.")
+    if held is not None and not config.hold_out:
         return train, held
     if not 0 < config.hold_out < len(train):
         raise AFLoRAError(_TO_EVALUATE.format(where=where, rows=len(train)))

@@ -283,3 +283,16 @@ def test_options_of_transformers_are_led_to_ours() -> None:
 def test_an_unknown_task_lists_those_that_exist() -> None:
     with pytest.raises(AFLoRAError, match="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, demo, files"):
         load_data(DataConfig(task="snli"), seed=0)
+
+
+def test_what_is_held_out_serves_instead_of_the_validation_split(tmp_path: Path) -> None:
+    """The reviews have 1,000 of their own; none of them is looked at, and no example is on both sides."""
+    whole = load_data(DataConfig(task="demo"), seed=0)
+    data = load_data(DataConfig(task="demo", hold_out=500), seed=3)
+    assert (len(data.train), len(data.evaluation["validation"])) == (len(whole.train) - 500, 500)
+    parts = sorted([*data.train["text"][:], *data.evaluation["validation"]["text"][:]])
+    assert parts == sorted(whole.train["text"][:])
+    other = load_data(DataConfig(task="demo", hold_out=500), seed=4)
+    assert other.evaluation["validation"]["text"][:] != data.evaluation["validation"]["text"][:]
+    with pytest.raises(AFLoRAError, match="how many of its 7,530 examples"):
+        load_data(DataConfig(task="demo", hold_out=10_000), seed=0)

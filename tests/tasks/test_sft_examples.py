@@ -193,7 +193,7 @@ def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) 
         ({"question": ["a"], "reply": ["b"]}, {}, r'columns question, reply, .*"messages".*"prompt" and "completion"'),
         ({"prompt": ["a"], "answer": [1]}, {}, r'columns prompt, answer, .*"instruction"'),
         ({"text": ["a", "b"]}, {"validation_file": None}, "data.hold_out how many of its 2 examples"),
-        ({"text": ["a", "b"]}, {"hold_out": 1}, "Leave it out"),
+        ({"text": ["a", "b"]}, {"hold_out": 2}, "data.hold_out how many of its 2 examples"),
         ({"text": ["a", "b"]}, {"name": "demo"}, "both given: name one"),
     ],
 )
@@ -205,6 +205,16 @@ def test_what_is_not_understood_is_refused_with_what_is(
     chosen = {"task": "sft", "train_file": str(path), "validation_file": str(path), **options}
     with pytest.raises(AFLoRAError, match=said):
         load_examples(DataConfig(**chosen), seed=0)
+
+
+def test_what_is_held_out_serves_instead_of_data_for_evaluation(tmp_path: Path) -> None:
+    for name, texts in (("train", ["a", "b", "c"]), ("other", ["x"])):
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(str(tmp_path / f"{name}.parquet"))
+    trained, other = (str(tmp_path / f"{name}.parquet") for name in ("train", "other"))
+    config = DataConfig(task="sft", hold_out=1, train_file=trained, validation_file=other)
+    train, held = load_examples(config, seed=0)
+    assert sorted(row["text"] for row in [*train, *held]) == ["a", "b", "c"]
+    assert len(held) == 1
 
 
 @pytest.mark.parametrize(
