@@ -39,7 +39,7 @@ from aflora_dist.control import AdaptiveFreezing, Progress
 from aflora_dist.engines import create_engine
 from aflora_dist.methods.choose import create_method
 from aflora_dist.options import Config
-from aflora_dist.plan.layout import FLOAT32, MOMENTS
+from aflora_dist.plan.layout import FLOAT32
 from aflora_dist.plan.model import PlannedModel
 from aflora_dist.tasks.data import load_data
 from aflora_dist.tasks.model import load_base
@@ -170,8 +170,9 @@ def prepared(config: Config, base: Any, head: list[str], args: argparse.Namespac
     method = create_method(config)
     model = method.adapt(copy.deepcopy(base) if config.method.name == "full" else shared_copy(base), head)
     method.check(args.steps)
-    freezes = PlannedModel(config, method, model).freezes
-    planned = {e.step: e.trainable.expected * MOMENTS * FLOAT32 for e in freezes.events} if freezes else {}
+    plan = PlannedModel(config, method, model)
+    bytes_each = plan.trained.moments * FLOAT32
+    planned = {e.step: e.trainable.expected * bytes_each for e in plan.freezes.events} if plan.freezes else {}
     accelerator = Accelerator()
     optimizer = create_optimizer(config, model, method)
     ready, optimizer = accelerator.prepare(model.train(), optimizer)

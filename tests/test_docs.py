@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 import aflora_dist.cli
 from aflora_dist.options import Config
-from aflora_dist.training.command_line import parse
+from aflora_dist.training.command_line import OPTIONS, parse
 from aflora_dist.training.run import main as train
 from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
 from tests.pages import PAGES, ROOT, Block, blocks, classifier, snippets, with_trl
@@ -134,6 +134,26 @@ def test_links_and_files_exist(page: Path) -> None:
         assert list(ROOT.glob(path.rstrip("/"))), f"{page.name} names {path}"
     for command in re.findall(r"`(pytest [^`]+)`", text):
         read_by_pytest(shlex.split(command)[1:])
+
+
+def test_figures_that_decide_stand_on_the_page_that_measured_them() -> None:
+    page = (ROOT / "docs" / "worth_it.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*) \| .*?\]\((\w+\.md)[^)]*\) \|$", page, re.MULTILINE)
+    assert len(rows) > 8
+    for text, measured in rows:
+        figures = re.findall(r"\d[\d,]*\.\d+|\d[\d,]*,\d{3}", text)
+        known = (ROOT / "docs" / measured).read_text(encoding="utf-8")
+        assert [figure for figure in figures if figure not in known] == [], text
+
+
+@named(PAGES)
+def test_every_option_that_is_named_exists(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    groups = "|".join({option.split(".")[0] for option in OPTIONS if "." in option})
+    for code in re.findall(r"`([^`\n]+)`", text):
+        for name in re.findall(rf"(?<![\w./])(?:--)?((?:{groups})\.[a-z_]+)\b(?![.\w(/])", code):
+            other = name == "freezing.progress" or name.endswith((".jsonl", ".csv"))  # an attribute; files
+            assert name in OPTIONS or other, f"{page.name} names {name}"
 
 
 # -- the matrix of engines, the errors, the versions ---------------------------------------------
@@ -269,7 +289,7 @@ def with_export(place: Place) -> dict[str, Any]:
 
 # By page, what its snippets find before them.
 BEFORE: dict[str, Callable[[Place], dict[str, Any]]] = {
-    "README.md": lambda place: classifier(place.encoder),
+    "README.md": lambda place: classifier(place.encoder) | {"accelerator": Accelerator(cpu=True)},
     "own_loop.md": lambda place: classifier(place.encoder),
     "moving.md": lambda place: classifier(place.encoder) | {"accelerator": Accelerator(cpu=True)},
     "trainer.md": lambda place: with_trl(place.decoder),
@@ -327,6 +347,7 @@ def shrunk(arguments: list[str], place: Place, run: Path | None = None) -> list[
     """The main job's arguments with its smallest model, data and training behind them."""
     config, _ = parsed(*arguments)
     files = {"data.path": "null", "data.name": "null", "data.hold_out": 0, "data.max_eval_examples": 8}
+    files |= {"data.subset": "null", "data.validation_split": "null", "data.columns": "{}", "data.mix": "{}"}
     small: dict[str, Any] = files | {"run.tensorboard": False, "run.trackers": "[]", "profile.enabled": False}
     if run is not None:
         small["run.dir"] = run
@@ -436,6 +457,8 @@ def run_script(words: list[str], place: Place) -> None:
                 read_by_its_parser(lambda _: main(), arguments)
         else:
             run_main_job(["examples/reviews.yaml", *arguments], place)
+    elif script.name == "accuracy.py":
+        assert runpy.run_path(str(script))["main"]([*arguments, "--out", str(place.folder / "accuracy.md")]) == 0
     elif script.name == "pictures.py":
         drawn = place.folder / "drawn"
         drawn.mkdir(exist_ok=True)
@@ -470,26 +493,33 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
     command, *arguments = words
     if command == "train":
         return run_main_job(arguments, place)
-    if not place.tutorial:
+    if command == "data":  # of any file, with the smallest model
+        arguments = [str(place.problems / "train.jsonl"), *arguments[1:], "--model.name", str(place.decoder)]
+    elif not place.tutorial:
         supply(arguments, place.folder, profiled() if command == "trace" else place.run, several=command == "collect")
         shutil.copyfile(place.reviews / "dev.csv", place.folder / "reviews.csv")
     if command == "plan":
         own = {"--ranks", "--engines", "--examples", "--json", "--mixed_precision"}
         first = next((i for i, word in enumerate(arguments) if word in own), len(arguments))
         arguments = [*shrunk(arguments[:first], place), *arguments[first:]]
+    if command in ("study", "reproduce") and arguments:  # tests/study does such runs
+        arguments = [*arguments, "--dry_run"]
     assert aflora(command, *arguments) == 0
     return None
 
 
 def run_sbatch(words: list[str], place: Place) -> None:
     """With stand-ins for Slurm's commands; tests/training/test_slurm.py submits these scripts to a real Slurm."""
-    options = [word for word in words if word.endswith(".sbatch")]
-    assert len(options) == 1
-    (script,) = options
-    arguments = words[words.index(script) + 1 :]
-    started = submit(place.folder / script, arguments, place.folder, place.folder / "slurm")
+    at = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+    options, script, arguments = words[:at], words[at], words[at + 1 :]
+    element = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "0"}
+    array = element if any(option.startswith("--array=") for option in options) else {}
+    started = submit(place.folder / script, arguments, place.folder, place.folder / "slurm", **array)
     assert started.returncode == 0, started.stderr
-    run_main_job(arguments, place)
+    if arguments[0].endswith(".py"):
+        run_script([word.replace("{seed}", "0") for word in arguments], place)
+    else:
+        run_main_job(arguments, place)
 
 
 def read_by_pip(words: list[str], place: Place) -> None:
