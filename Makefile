@@ -28,6 +28,8 @@ PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 THREADS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # Tests and the demo use what is installed and reach no hub.
 QUIET := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Of the many processes that tests start none compiles the library's modules again.
+CACHED := PYTHONDONTWRITEBYTECODE=
 # Each environment compiles DeepSpeed's operators for itself: another's are made anew, or lack functions.
 EXTENSIONS = TORCH_EXTENSIONS_DIR="$(CURDIR)/$(1)/extensions"
 # What runs on CPUs sees no GPU; `make gpu` does, and the demo with GPUS=N.
@@ -43,11 +45,13 @@ demo: $(READY)
 
 # First what ranks would compile: two workers' would wait for each other's compilers.
 operators: $(READY)
+	@echo 'Compiling what DeepSpeed needs on CPUs (a minute or two, once) ...'
 	@$(QUIET) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -W ignore -m tests.operators \
 	  > $(VENV)/operators.log 2>&1 || { cat $(VENV)/operators.log; exit 1; }
 test test-all test-rest: operators
 test test-all test-rest test-fast: $(READY)
-	$(QUIET) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/$(PYTEST) $(SELECTED)
+	@echo 'Testing: a dot passed, an s was skipped (why stands at the end), an F failed. It takes minutes.'
+	@$(QUIET) $(CACHED) $(call EXTENSIONS,$(VENV)) $(ON_CPUS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/$(PYTEST) $(SELECTED)
 test: SELECTED := -m "not whole"
 test-rest: SELECTED := -m whole
 test-fast: SELECTED := -m "not distributed"

@@ -10,12 +10,14 @@ import argparse
 import io
 import re
 from pathlib import Path
+from unittest import mock
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from aflora_dist.freezing import CubicSchedule
+from aflora_dist.view import examples
 from aflora_dist.view.show import Run, print_run, write_figures
 
 IMAGES = Path(__file__).resolve().parent / "images"
@@ -74,22 +76,37 @@ def terminal(run: Run, path: Path, width: int = 92) -> Path:
     """What `aflora show` prints of a run, as an SVG that fetches no font."""
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     print_run(run, console)
-    drawn = console.export_svg(title=f"aflora show runs/{run.path.name}")
+    return _as_svg(console, f"aflora show runs/{run.path.name}", path)
+
+
+def _as_svg(console: Console, title: str, path: Path) -> Path:
+    drawn = console.export_svg(title=title)
     drawn = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
     drawn = drawn.replace("font-family: Fira Code, monospace", "font-family: ui-monospace, Menlo, Consolas, monospace")
     path.write_text(drawn)
     return path
 
 
+def given(chats: Path, path: Path, width: int = 92) -> Path:
+    """What `aflora data` prints of a file of chats, likewise."""
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    with mock.patch.object(examples, "create_console", return_value=console):
+        examples.main([str(chats), "--show", "1", "--data.max_length", "128", "--train.batch_size", "16"])
+    return _as_svg(console, f"aflora data {chats.name} --show 1", path)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="docs/pictures.py", description="Draw the documentation's pictures.")
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the directory of the demo's run")
+    parser.add_argument("--chats", type=Path, metavar="FILE", help="chats, to show what a training would be given")
     parser.add_argument("--out", type=Path, default=IMAGES, help="the folder")
     args = parser.parse_args(argv)
     drawn = [save(freezing(), args.out / "freezing.svg")]
     if args.run is not None:
         run = Run(args.run)
         drawn += [terminal(run, args.out / "run.svg"), *write_figures(run, args.out, "png")]
+    if args.chats is not None:
+        drawn.append(given(args.chats, args.out / "data.svg"))
     print(*(f"wrote {path}" for path in drawn), sep="\n")
     return 0
 

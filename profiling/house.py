@@ -29,7 +29,7 @@ FLOORS = {
     **dict.fromkeys(("methods", "tasks", "store"), 6),
     **dict.fromkeys(("figures", "traces", "watch"), 7),
     "training": 8,
-    **dict.fromkeys(("trainer", "serve", "predict", "plan", "view", "launch_files"), 9),
+    **dict.fromkeys(("trainer", "serve", "predict", "plan", "view", "study", "launch_files"), 9),
     **dict.fromkeys(("cli", "training.run"), 10),
 }
 ENTRY = (

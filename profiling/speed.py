@@ -170,9 +170,9 @@ def prepared(config: Config, base: Any, head: list[str], args: argparse.Namespac
     method = create_method(config)
     model = method.adapt(copy.deepcopy(base) if config.method.name == "full" else shared_copy(base), head)
     method.check(args.steps)
-    freezes = PlannedModel(config, method, model).freezes
-    # AdamW's two moments
-    planned = {e.step: e.trainable.expected * 2 * FLOAT32 for e in freezes.events} if freezes else {}
+    plan = PlannedModel(config, method, model)
+    bytes_each = plan.trained.moments * FLOAT32
+    planned = {e.step: e.trainable.expected * bytes_each for e in plan.freezes.events} if plan.freezes else {}
     accelerator = Accelerator()
     optimizer = create_optimizer(config, model, method)
     ready, optimizer = accelerator.prepare(model.train(), optimizer)

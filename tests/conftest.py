@@ -119,14 +119,13 @@ def profiled(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(engine, epochs) -> directory of an uninterrupted run with checkpoints after every 5 updates."""
+    """engine -> directory of an uninterrupted run with checkpoints after every 5 updates."""
     folder = tmp_path_factory.mktemp("undisturbed")
 
-    def run(engine: str, epochs: int = 4) -> Path:
-        ended = folder / f"{engine}_{epochs}"
-        if not ended.exists():
-            start_all(engine, [options(ended, tiny_model, reviews, **{"train.epochs": epochs})])
-        return ended
+    def run(engine: str) -> Path:
+        if not (folder / engine).exists():
+            start_all(engine, [options(folder / engine, tiny_model, reviews)])
+        return folder / engine
 
     return run
 

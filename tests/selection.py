@@ -111,17 +111,18 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "training/test_best_epoch.py": {
         "test_the_adapter_is_the_best_epoch_s_after_a_restart_too": ("single", "zero3"),
     },
+    "training/test_updates.py": {"test_all_of_it_at_once_resumes_to_the_bit": ("single",)},
     "training/test_hub_runs.py": {
         "test_every_engine_and_precision_trains_what_float32_trains": ("single-bf16", "ddp-bf16", "zero3-no"),
         "test_every_preset_trains_on_the_layout_that_it_names": ("llm/math10k", "official/stsb"),
         "test_a_run_over_pickles_in_float16_is_planned_merged_and_made_lora": ("glue/rte",),
     },
-    "training/test_errors.py": {  # each starts the real launcher
+    "training/test_errors.py": {
         "test_lonely_processes_are_noticed": NONE,
         "test_a_full_disk_of_the_main_process_ends_every_rank_with_the_reason": NONE,
     },
     "training/test_slurm.py": {  # the array of seeds stays
-        "test_a_job_interrupted_in_four_ways_comes_back_and_ends_with_the_same_model": NONE,
+        "test_a_job_interrupted_in_three_ways_comes_back_and_ends_with_the_same_model": NONE,
         "test_several_tasks_a_node_are_so_many_ranks_and_a_port_in_use_is_passed_over": NONE,
         "test_a_signal_to_the_ranks_saves_and_ends_the_job": NONE,
         "test_a_script_of_one_s_own_runs_on_all_nodes_and_comes_back": NONE,
@@ -131,6 +132,10 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_methods_train_alike_on_two_ranks_and_go_on_in_one_process": ("ddp", "zero3"),
         "test_a_method_trains_saves_and_resumes_to_the_bit": ("lora", "full"),
         "test_a_language_model_is_trained_by_a_method_and_loads_again": ("lora",),
+    },
+    # Each option of a study is said once in these two; the others say more of the same.
+    "study/test_grid.py": {
+        "test_every_shipped_study_is_one": ("paper's-fig5", "small-controls", "small-word_problems")
     },
     "test_plan.py": {
         "test_a_run_does_what_was_planned": ("single-no", "zero1-no", "zero2-bf16", "fsdp2-no"),
@@ -150,7 +155,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "view/test_trace.py": {"test_a_real_run_reads_as_its_json_says": NONE},  # that run again
     "watch/test_trackers.py": {"test_a_tracker_has_one_run_with_all_that_the_run_directory_has": ("mlflow",)},
-    "test_docs.py": {  # `make docs` builds the site
+    "test_docs.py": {
         "test_the_site_holds_every_page_and_fetches_nothing": NONE,
         "test_its_search_finds_pages_where_there_is_no_server": NONE,
         "test_the_api_pages_say_what_the_docstrings_say": NONE,

@@ -347,6 +347,7 @@ def shrunk(arguments: list[str], place: Place, run: Path | None = None) -> list[
     """The main job's arguments with its smallest model, data and training behind them."""
     config, _ = parsed(*arguments)
     files = {"data.path": "null", "data.name": "null", "data.hold_out": 0, "data.max_eval_examples": 8}
+    files |= {"data.subset": "null", "data.validation_split": "null", "data.columns": "{}", "data.mix": "{}"}
     small: dict[str, Any] = files | {"run.tensorboard": False, "run.trackers": "[]", "profile.enabled": False}
     if run is not None:
         small["run.dir"] = run
@@ -454,6 +455,8 @@ def run_script(words: list[str], place: Place) -> None:
                 read_by_its_parser(lambda _: main(), arguments)
         else:
             run_main_job(["examples/reviews.yaml", *arguments], place)
+    elif script.name == "accuracy.py":
+        assert runpy.run_path(str(script))["main"]([*arguments, "--out", str(place.folder / "accuracy.md")]) == 0
     elif script.name == "pictures.py":
         drawn = place.folder / "drawn"
         drawn.mkdir(exist_ok=True)
@@ -485,12 +488,16 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
     command, *arguments = words
     if command == "train":
         return run_main_job(arguments, place)
-    if not place.tutorial:
+    if command == "data":  # of any file, with the smallest model
+        arguments = [str(place.problems / "train.jsonl"), *arguments[1:], "--model.name", str(place.decoder)]
+    elif not place.tutorial:
         supply(arguments, place.folder, profiled() if command == "trace" else place.run, several=command == "collect")
     if command == "plan":
         own = {"--ranks", "--engines", "--examples", "--json", "--mixed_precision"}
         first = next((i for i, word in enumerate(arguments) if word in own), len(arguments))
         arguments = [*shrunk(arguments[:first], place), *arguments[first:]]
+    if command in ("study", "reproduce") and arguments:  # tests/study does such runs
+        arguments = [*arguments, "--dry_run"]
     assert aflora(command, *arguments) == 0
     return None
 

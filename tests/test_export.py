@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -32,21 +34,25 @@ from tests.runs import options
 from tests.small_lm import make_small_language_model
 
 TOKENS = torch.arange(1, 13).view(2, 6)
-# Never imports aflora_dist: argv is kind of model, base, adapter (or - for none), out, how.
+# Never imports aflora_dist; a line on stdin is kind of model, base, adapter (or - for none), out, how.
 READER = """
-import sys, torch, transformers
-kind, base, adapter, out, how = sys.argv[1:]
-labels = {"num_labels": 2} if "Sequence" in kind and adapter != "-" else {}
-model = getattr(transformers, kind).from_pretrained(base, **labels)
-if how == "peft":
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, adapter)
-elif how == "transformers":
-    model.load_adapter(adapter)
-with torch.no_grad():
-    torch.save(model.eval()(torch.arange(1, 13).view(2, 6)).logits, out)
-assert not [name for name in sys.modules if name.startswith("aflora")], "this process must not know the package"
+import json, sys, torch, transformers
+from peft import PeftModel
+for line in sys.stdin:
+    kind, base, adapter, out, how = json.loads(line)
+    labels = {"num_labels": 2} if "Sequence" in kind and adapter != "-" else {}
+    model = getattr(transformers, kind).from_pretrained(base, **labels)
+    if how == "peft":
+        model = PeftModel.from_pretrained(model, adapter)
+    elif how == "transformers":
+        model.load_adapter(adapter)
+    with torch.no_grad():
+        torch.save(model.eval()(torch.arange(1, 13).view(2, 6)).logits, out)
+    assert not [name for name in sys.modules if name.startswith("aflora")], "this process must not know the package"
+    print("read", flush=True)
 """
+
+Elsewhere = Callable[[str, Path, Path | str, str, Path], torch.Tensor]
 
 ways = pytest.mark.parametrize(
     "how",
@@ -67,12 +73,26 @@ def aflora(*arguments: Any) -> int:
     return aflora_dist.cli.main()
 
 
-def read_elsewhere(kind: str, base: Path, adapter: Path | str, how: str, tmp_path: Path) -> torch.Tensor:
-    out = tmp_path / "logits.pt"
-    command = [sys.executable, "-c", READER, kind, str(base), str(adapter), str(out), how]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)  # away from the sources
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """Loads with a process of its own, away from the sources, which takes seconds to start: one for all."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with (folder / "stderr").open("w") as errors:
+        reader = subprocess.Popen(
+            [sys.executable, "-c", READER], cwd=folder, stdin=PIPE, stdout=PIPE, stderr=errors, text=True
+        )
+
+    def read(kind: str, base: Path, adapter: Path | str, how: str, tmp_path: Path) -> torch.Tensor:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        out = tmp_path / "logits.pt"
+        with contextlib.suppress(BrokenPipeError):  # stderr says why
+            print(json.dumps([kind, str(base), str(adapter), str(out), how]), file=reader.stdin, flush=True)
+        assert "read\n" in iter(reader.stdout.readline, ""), (folder / "stderr").read_text()[-3000:]
+        return torch.load(out)
+
+    with reader:
+        yield read
 
 
 @torch.no_grad()
@@ -114,29 +134,29 @@ def run(
 
 @ways
 def test_a_run_s_lora_computes_the_same_where_the_package_is_unknown(
-    how: str, run: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    elsewhere: Elsewhere, how: str, run: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, expected, untrained = run
     assert aflora("to-lora", folder, tmp_path / "lora") == 0
     assert "vLLM does since August 2026" in capsys.readouterr().out
-    found = read_elsewhere("AutoModelForSequenceClassification", tiny_model, tmp_path / "lora", how, tmp_path)
+    found = elsewhere("AutoModelForSequenceClassification", tiny_model, tmp_path / "lora", how, tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (expected - untrained).abs().max() > 0.1
 
 
 @ways
 def test_a_language_model_s_lora_computes_the_same(
-    how: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    elsewhere: Elsewhere, how: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter, expected = adapter_for(llama, tmp_path / "adapter")
     assert aflora("to-lora", adapter, tmp_path / "lora") == 0
     assert "vLLM" not in capsys.readouterr().out
-    found = read_elsewhere("AutoModelForCausalLM", llama, tmp_path / "lora", how, tmp_path)
+    found = elsewhere("AutoModelForCausalLM", llama, tmp_path / "lora", how, tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (found - logits(AutoModelForCausalLM.from_pretrained(llama))).abs().max() > 0.1
 
 
-def test_trained_biases_come_along(llama: Path, tmp_path: Path) -> None:
+def test_trained_biases_come_along(elsewhere: Elsewhere, llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "gpt2"
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50)).save_pretrained(base)
@@ -148,20 +168,20 @@ def test_trained_biases_come_along(llama: Path, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "adapter"))
     expected = logits(model)
     assert aflora("to-lora", tmp_path / "adapter", tmp_path / "lora") == 0
-    found = read_elsewhere("AutoModelForCausalLM", base, tmp_path / "lora", "peft", tmp_path)
+    found = elsewhere("AutoModelForCausalLM", base, tmp_path / "lora", "peft", tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert aflora("merge", tmp_path / "adapter", tmp_path / "merged") == 0
-    found = read_elsewhere("AutoModelForCausalLM", tmp_path / "merged", "-", "", tmp_path)
+    found = elsewhere("AutoModelForCausalLM", tmp_path / "merged", "-", "", tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # -- merge ---------------------------------------------------------------------------------------------------
 
 
-def test_a_merged_run_is_a_classifier_of_its_own(run: Any, tmp_path: Path) -> None:
+def test_a_merged_run_is_a_classifier_of_its_own(elsewhere: Elsewhere, run: Any, tmp_path: Path) -> None:
     folder, expected, _ = run
     assert aflora("merge", folder, tmp_path / "merged", "--max-shard-size", "10KB") == 0
-    found = read_elsewhere("AutoModelForSequenceClassification", tmp_path / "merged", "-", "", tmp_path)
+    found = elsewhere("AutoModelForSequenceClassification", tmp_path / "merged", "-", "", tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -214,14 +234,14 @@ def test_a_merged_weight_is_the_float32_sum_rounded_once(llama: Path, tmp_path: 
     assert torch.equal(new["model.norm.weight"], old["model.norm.weight"])
 
 
-def test_conv1d_layers_of_a_checkpoint_without_prefix_are_merged(tmp_path: Path) -> None:
+def test_conv1d_layers_of_a_checkpoint_without_prefix_are_merged(elsewhere: Elsewhere, tmp_path: Path) -> None:
     torch.manual_seed(0)
     whole = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50))
     whole.transformer.save_pretrained(tmp_path / "base")  # as gpt2 on the hub
     assert "h.0.attn.c_attn.weight" in load_file(tmp_path / "base" / "model.safetensors")
     adapter, expected = adapter_for(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn", "c_proj"])
     assert aflora("merge", adapter, tmp_path / "merged") == 0
-    found = read_elsewhere("AutoModelForCausalLM", tmp_path / "merged", "-", "", tmp_path)
+    found = elsewhere("AutoModelForCausalLM", tmp_path / "merged", "-", "", tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

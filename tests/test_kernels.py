@@ -24,6 +24,10 @@ def interpreted(test: Any) -> Any:
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 HALVES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Each shape in one dtype, one shape in each.
+SHAPES = [(150, 200, 4, dtype) for dtype in HALVES]
+SHAPES += [(1, 48, 1, "bfloat16"), (7, 48, 3, "float32"), (64, 128, 4, "float16")]
+SHAPES += [(130, 48, 32, "bfloat16"), (70, 33, 64, "float32")]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the result, once
 
 
@@ -45,10 +49,7 @@ def assert_close(found: Tensor, left: Tensor, right: Tensor, start: Tensor | flo
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
-    ("rows", "columns", "r"), [(1, 48, 1), (7, 48, 3), (64, 128, 4), (150, 200, 4), (130, 48, 32), (70, 33, 64)]
-)
+@pytest.mark.parametrize(("rows", "columns", "r", "dtype"), SHAPES)
 def test_both_products_in_one_pass_are_those_of_float64(rows: int, columns: int, r: int, dtype: str) -> None:
     g, h, folded = tensors(rows, columns, r, *[HALVES[dtype]] * 3)
     grad_h, M = kernels.up_backward(g, h, folded)
@@ -58,10 +59,7 @@ def test_both_products_in_one_pass_are_those_of_float64(rows: int, columns: int,
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
-    ("rows", "columns", "r"), [(1, 48, 1), (7, 48, 3), (64, 128, 4), (150, 200, 4), (130, 48, 32), (70, 33, 64)]
-)
+@pytest.mark.parametrize(("rows", "columns", "r", "dtype"), SHAPES)
 def test_the_low_rank_path_is_added_in_place(rows: int, columns: int, r: int, dtype: str) -> None:
     y, h, folded = tensors(rows, columns, r, *[HALVES[dtype]] * 3)
     before = y.double()

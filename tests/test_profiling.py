@@ -24,12 +24,11 @@ from profiling.launches import count_calls, count_launches, per_call
 from profiling.methods import create
 from profiling.models import build
 from profiling.overhead import main as overhead
+from profiling.schedule import main as schedule
 from profiling.throughput import main as throughput
 from profiling.throughput import summary
 from profiling.trainings import Allocating, Training, evenly, peft_config
-from profiling.word_problems import main as word_problems
 from tests.launch import launch
-from tests.small_lm import make_small_language_model, write_problems
 
 SMALL = ["--layers", "1", "--batch", "2", "--length", "16", "--steps", "2", "--warmup", "1"]
 LENGTH = 64  # with fewer tokens what is kept of them is less than what is kept of the adapters
@@ -309,21 +308,17 @@ def test_throughput_is_measured_on_two_ranks(tiny_model: Path, tmp_path: Path) -
         assert (tmp_path / name).exists()
 
 
-@pytest.mark.distributed
-def test_word_problems_compare_before_and_after_and_ask_the_export(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = make_small_language_model(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    write_problems(tmp_path / "data" / "train.jsonl", 144, seed=0)
-    write_problems(tmp_path / "data" / "test.jsonl", 2, seed=1)
-    told = "--data DATA --model MODEL --examples 16 --test 2 --batch 8 --max_length 96 --max_new_tokens 4 --questions 2"
-    arguments = told.replace("DATA", str(tmp_path / "data")).replace("MODEL", str(model)).split()
-    rates = json.dumps({"aflora": [0.01]})
-    launch = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu"
-    assert word_problems([str(tmp_path / "out"), *arguments, "--rates", rates, "--launch", launch]) == 0
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert capsys.readouterr().out.endswith(table)  # after what a library may have to say
-    assert [line.split(" |")[0] for line in table.splitlines()[2:4]] == ["| before", "| aflora"]
-    assert "2 of 2 answers have the same tokens (8 in all)" in table
-    assert len((tmp_path / "out" / "held_out.jsonl").read_text().splitlines()) == 128
+def test_a_training_that_becomes_faster_is_measured_beside_its_plan(tiny_model: Path, tmp_path: Path) -> None:
+    small = ["--model", str(tiny_model), "--steps", "10", "--batch-size", "4", "--max-length", "16"]
+    report = schedule(["speed", *small, "--variants", "LoRA, blocks", "full, blocks", "--out", str(tmp_path)])
+    assert [*report["variants"]] == ["LoRA", "LoRA, blocks", "full", "full, blocks"]
+    assert [*report["ratios"]] == ["LoRA, blocks", "full, blocks"]
+    for name in report["ratios"]:
+        found = report["variants"][name]
+        assert len(found["seconds"]) == 10
+        assert found["planned_moment_bytes"]
+        assert found["furthest_from_plan"] == 0
+        assert [*found["backward_from"].values()][-1] == 2
+        kept = [*found["saved_bytes"].values()]
+        assert kept[-1] < kept[0] / 2
+    assert {path.name for path in tmp_path.iterdir()} == {"speed.json", "speed.md", "speed.png"}

@@ -47,14 +47,22 @@ def names_to_save(model: Any) -> list[str]:
             f"{type(model).__name__} holds an AFLoRA adapter, but does not save adapters. Put it in with "
             f"peft.get_peft_model(model, AFLoRAConfig(...)), or with the model's own add_adapter()."
         )
+    chosen = {id(p) for adapter in model.peft_config for p in parameters_by_key(model, adapter).values()}
+    return [name for name, p in named_parameters(model).items() if id(p) in chosen]
+
+
+def parameters_by_key(model: Any, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+    """What the file of an adapter holds, as PEFT chooses: its keys, and the parameters whose values they are.
+
+    Buffers that it holds, too, are left out.
+    """
     blank = {p: torch.empty(whole_shape(p), device="meta") for p in model.parameters()}
     named = named_parameters(model, remove_duplicate=False)
     state = buffers(model) | {name: blank[p] for name, p in named.items()}
-    chosen: set[int] = set()
+    whose = {id(value): p for p, value in blank.items()}
     with without_wrappers(model):
-        for adapter in model.peft_config:
-            chosen |= {id(value) for value in get_peft_model_state_dict(model, state, adapter).values()}
-    return [name for name, p in named_parameters(model).items() if id(blank[p]) in chosen]
+        chosen = get_peft_model_state_dict(model, state, adapter_name)
+    return {key: whose[id(value)] for key, value in chosen.items() if id(value) in whose}
 
 
 def state_dict_of(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -83,6 +83,19 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+@torch.no_grad()
+def assign_sharded(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter a value, also where ZeRO-3 shards it. A collective there; pieces are of rank 0's value."""
+    if not is_sharded(parameter):
+        parameter.copy_(value)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if parameter.numel():  # gathered
+            parameter.copy_(value.view(parameter.shape))
+
+
 def offsets(zero: Any) -> list[list[int]]:
     """Where each parameter of `round_robin_bit16_groups` begins in its group's flat buffer, in elements.
 

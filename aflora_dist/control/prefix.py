@@ -54,7 +54,7 @@ class Prefix:
         trained = {name for group in engine.members for name in group}
         self.blocks = blocks_from_below(engine.model, trained, freezable, config)
         self.frozen = 0
-        self._model = engine.model
+        self._engine, self._model = engine, engine.model
         self._handles: list[Any] = []
 
     def due(self, step: int, remaining: Iterable[str]) -> list[str]:
@@ -66,17 +66,21 @@ class Prefix:
         waiting = set(remaining)
         allowed = self.schedule.count(step, len(self.blocks))
         names: list[str] = []
+        before = self.frozen
         while self.frozen < len(self.blocks) and not waiting & {*self.blocks[self.frozen]}:
             rest = [name for name in self.blocks[self.frozen] if name not in self._freezable]
             if rest and self.frozen >= allowed:
                 break
             names += rest
             self.frozen += 1
-        self._let_go()
+        if self.frozen != before:
+            self._let_go()
         return names
 
     def _let_go(self) -> None:
         """Nobody needs a gradient of the embeddings any more, for which PEFT asks where activations are recomputed."""
+        if self.frozen:
+            self._engine.end_backward_at(self._block(self.frozen))
         if not self.frozen or self._handles:
             return
         self._look()
@@ -87,9 +91,7 @@ class Prefix:
 
     def _look(self) -> None:
         """Warn if the next output of the lowest block needs a gradient all the same: what it is given then trains."""
-        found = matrix_position(self.blocks[0][-1])
-        where = f"{found.stack}.{found.layer}"
-        block = next(module for name, module in named_modules(self._model).items() if of_base(name) == where)
+        where = self.blocks[0][-1]
 
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -97,15 +99,23 @@ class Prefix:
             handle.remove()
             if (output[0] if isinstance(output, tuple) else output).requires_grad:
                 logger.warning(
-                    f"all of {where} has frozen, and the backward pass still goes through it: something that trains "
-                    f"outside of the blocks goes into them. Let it not train, or prefix=True saves no time."
+                    f"the whole block of {where} has frozen, and the backward pass still goes through it: something "
+                    f"that trains outside of the blocks goes into them. Let it not train, or prefix=True saves no time."
                 )
 
-        handle = block.register_forward_hook(look)
+        handle = self._block(0).register_forward_hook(look)
         self._handles.append(handle)
+
+    def _block(self, index: int) -> nn.Module:
+        """The module of a block, as what wraps it; above the highest all of the model."""
+        places = [matrix_position(names[-1]) for names in self.blocks]
+        stack = next(module for name, module in named_modules(self._model).items() if of_base(name) == places[0].stack)
+        number = places[index].layer if index < len(places) else places[-1].layer + 1
+        return dict(stack.named_children()).get(str(number), self._model)
 
     def take_back(self) -> None:
         """Leave the model's modules as they were."""
+        self._engine.end_backward_at(None)
         while self._handles:
             self._handles.pop().remove()
 

@@ -283,6 +283,9 @@ class Engine(Collectives):
     def keep(self, names: Sequence[str]) -> None:
         """Have these parameters in all that is saved, frozen or not, from now on and after the training."""
 
+    def end_backward_at(self, module: nn.Module | None) -> None:
+        """Below this module the backward pass does not run: nothing is to be fetched for it there. None: it does."""
+
     def reload(self) -> None:
         """accelerate has loaded a checkpoint of its own: take note of what it replaced."""
 

@@ -35,6 +35,7 @@ class Fsdp2Engine(NativeEngine):
         self._places = {p: _place(name, p) for name, p in self.parameters.items()}
         self._replicated = [p for p in self.parameters.values() if p.requires_grad and not isinstance(p, DTensor)]
         self._queued = False
+        self._last: FSDPModule | None = None  # where backward ends
         for parameter in self._replicated:  # as DDP: however they were drawn
             dist.broadcast(parameter.detach(), 0)
 
@@ -83,6 +84,13 @@ class Fsdp2Engine(NativeEngine):
         parameter = self.parameters[name]
         numel = self._local(parameter.detach()).numel()
         return Fragment(name, self._offset(parameter), numel) if numel and self._holds_first_copy(parameter) else None
+
+    def end_backward_at(self, module: nn.Module | None) -> None:
+        if self._last is not None:
+            self._last.set_modules_to_backward_prefetch([])
+        self._last = module if isinstance(module, FSDPModule) else None
+        if self._last is not None:  # it would fetch the module before it, which needs nothing any more
+            self._last.set_modules_to_backward_prefetch([self._last])
 
     def synchronise(self, names: Sequence[str]) -> None:
         """What a forward pass without a backward pass (an evaluation) has left gathered is of before."""

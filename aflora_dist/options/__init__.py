@@ -23,6 +23,7 @@ from .job import (
 )
 
 __all__ = [
+    "CHANGES_NOTHING",
     "ORDERS",
     "AdapterConfig",
     "Config",
@@ -41,3 +42,18 @@ __all__ = [
     "TrainConfig",
     "Unit",
 ]
+
+# Groups and options that change neither the model nor the batches: they may differ between a run and its continuation.
+CHANGES_NOTHING = {
+    "preset",
+    "run",
+    "profile",
+    "data.path",
+    "data.name",  # of the same data, as tokens tell
+    "data.train_file",
+    "data.validation_file",
+    "data.tokens_per_micro_batch",
+    "train.accumulation",
+    "train.eval_batch_size",
+    "train.gradient_checkpointing",
+}

@@ -34,7 +34,8 @@ class DataConfig(Checked):
             its examples, as in '{"chats.jsonl": 2, "openai/gsm8k:main": 0.5}': twice, and half of them.
         columns: Which columns stand for those that are understood, as in '{"prompt": "question", "completion":
             "answer"}'.
-        hold_out: Without data for evaluation: so many training examples, drawn at random, serve as such.
+        hold_out: So many training examples, drawn at random, serve for evaluation: where there are no data for it, or
+            instead of those, as where rates are chosen.
         text_columns: For "files": the one or two columns of text.
         label_column: For "files": class names, class numbers, or a float to regress to.
         regression: For "files": whether labels are numbers to regress to. By default floats are, 1.0 as well as 0.5;
@@ -68,7 +69,7 @@ class DataConfig(Checked):
     validation_file: str | None = field(default=None, metadata=_OF_FILES_AND_SFT)
     mix: dict[str, float] = field(default_factory=dict, metadata=_OF_FILES_AND_SFT)
     columns: dict[str, str] = field(default_factory=dict, metadata=_OF_FILES_AND_SFT)
-    hold_out: int = field(default=0, metadata={**_OF_FILES_AND_SFT, **NOT_NEGATIVE})
+    hold_out: int = field(default=0, metadata=NOT_NEGATIVE)
     text_columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
     regression: bool | None = field(default=None, metadata=_OF_FILES)

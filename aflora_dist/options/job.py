@@ -217,6 +217,7 @@ class TrainConfig(Checked):
         max_steps: Optimizer updates in all, instead of so many epochs.
         learning_rate: Peak learning rate of the adapter.
         head_learning_rate: Peak learning rate of the task head.
+        vector_learning_rate: Peak learning rate of AFLoRA's vectors s_d and s_b; learning_rate if not given.
         loraplus_lr_ratio: The learning rate of each B is that of its A times this (LoRA+ has 16 for LoRA).
         optimizer: As torch.optim names it: those that treat every element by itself, for what freezes is taken out.
         optimizer_options: Its own, as in '{"betas": [0.9, 0.95]}', but for rates and weight decay.
@@ -242,6 +243,7 @@ class TrainConfig(Checked):
     max_steps: int | None = field(default=None, metadata=AT_LEAST_ONE)
     learning_rate: float = field(default=1e-2, metadata=NOT_NEGATIVE)
     head_learning_rate: float = field(default=4e-2, metadata=NOT_NEGATIVE)
+    vector_learning_rate: float | None = field(default=None, metadata=NOT_NEGATIVE)
     loraplus_lr_ratio: float = field(default=1.0, metadata=NOT_NEGATIVE)
     optimizer: Literal["AdamW", "Adam", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "SGD"] = "AdamW"
     optimizer_options: dict[str, Any] = field(default_factory=dict)
@@ -298,6 +300,8 @@ class Config:
             raise AFLoRAError("model.train_new is for classifiers: data.task=sft has no use for it.")
         if self.method.name == "aflora" and self.freezing.enabled is False:
             raise AFLoRAError("freezing.enabled=false is for other methods: of AFLoRA say adapter.freezing=never.")
+        if self.method.name != "aflora" and self.train.vector_learning_rate is not None:
+            raise AFLoRAError("train.vector_learning_rate is for AFLoRA's vectors, and method.name is another one.")
         if self.freezing.freezable is not None and not self.freezes:
             raise AFLoRAError("freezing.freezable says what freezes, and nothing does here: drop it.")
         if self.freezes and self.train.max_steps is None:

@@ -21,8 +21,7 @@ from .typed import as_json, finite, integer, number, text, typed
 
 CONFIG, METRICS, FREEZE_LOG, RESULT = "config.yaml", "metrics.jsonl", "freeze_log.jsonl", "result.json"
 _NOT_SETTING = ("run", "profile")  # sections of config.yaml that say nothing about the training
-_LONGEST_CONFIG = 200_000  # bytes; of a run it has a few thousand
-_MOST_NODES = 10_000
+_LONGEST_CONFIG, _MOST_NODES = 200_000, 10_000  # bytes, and values in it; of a run it has a few thousand bytes
 _LONGEST_RECORD = 2**30  # bytes of a log
 
 
@@ -204,8 +203,8 @@ class Run:
 
     @property
     def frozen(self) -> dict[str, int]:
-        frozen = {name: event.step for event in self.events for name in event.frozen}
-        return {name: frozen[name] for name in self.names if name in frozen}
+        ranked = {*self.names}
+        return {name: event.step for event in self.events for name in event.frozen if name in ranked}
 
     @property
     def total_steps(self) -> int:

@@ -18,7 +18,7 @@ from ..control import Progress
 from ..errors import AFLoRAError, DivergedError, writing
 from ..methods import Control
 from ..notices import logger
-from ..options import Config
+from ..options import CHANGES_NOTHING, Config
 from ..processes import on_main
 from ..version import __version__
 from . import checkpoint, records
@@ -26,21 +26,9 @@ from .checkpoint import Checkpoint
 from .parts import LearningRates, Randomness
 from .rundir import GoingOn, RunDirectory
 
-# What may differ between a run and its continuation: it changes neither the model nor the batches.
-_FREE = {
-    "preset",
-    "run",
-    "profile",
-    "data.path",
-    "data.train_file",
-    "data.validation_file",
-    "data.tokens_per_micro_batch",
-    "train.accumulation",
-    "train.eval_batch_size",
-    "train.gradient_checkpointing",
-}
 LABELS = "labels"  # told as they are, where all else is told by a fingerprint
-RATES = {"train.learning_rate", "train.head_learning_rate"}  # may be lowered where a training diverged
+# May be lowered where a training diverged.
+RATES = {"train.learning_rate", "train.head_learning_rate", "train.vector_learning_rate"}
 
 
 def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoint | None:
@@ -141,7 +129,7 @@ def refuse_differences(
     different = [
         f"{key} is {there} there and {here} here"
         for key, (there, here) in _differences(theirs, mine).items()
-        if key not in but and key not in _FREE and key.partition(".")[0] not in _FREE
+        if key not in but and key not in CHANGES_NOTHING and key.partition(".")[0] not in CHANGES_NOTHING
     ]
     if different:
         raise AFLoRAError(f"{where} is of a run with another configuration: {'; '.join(different)}.")

@@ -6,8 +6,6 @@ whole lines behind.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -20,9 +18,9 @@ from typing import IO, Any
 from accelerate import Accelerator
 
 from ..errors import AFLoRAError, writing
-from ..notices import logger
 from ..options import RunConfig
 from ..processes import on_main
+from .lock import LOCK, try_lock
 from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
 
 # Everything that a run writes; `overwrite` deletes these and nothing else.
@@ -141,12 +139,12 @@ class RunDirectory:
     def _take_lock(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         # A POSIX lock ends with its process, kill -9 included, and holds across the nodes of a shared file system.
-        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        self._lock = (self.path / LOCK).open("a+", encoding="utf-8")
         weakref.finalize(self, self._lock.close)
         job = os.environ.get("SLURM_JOB_ID")
         # The lock of a node that broke down may live on for a while.
         patience = time.monotonic() + (120 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0)
-        while not self._try_lock(self._lock):
+        while not try_lock(self._lock):
             if time.monotonic() < patience:
                 time.sleep(2)
                 continue
@@ -165,18 +163,6 @@ class RunDirectory:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
         self._lock.flush()
-
-    @staticmethod
-    def _try_lock(file: IO[str]) -> bool:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            logger.warning(f"no locks on this file system ({error.strerror}): see that one job only runs here.")
-        return True
 
     def _prepare(self, resolved: str, going_on: GoingOn | None) -> None:
         for unfinished in (*self.checkpoints.glob(".step_*"), *self.path.glob(".trace_*")):

@@ -34,12 +34,14 @@ class Task(Protocol):
         name: What result.json calls it.
         train_examples: How many there are to train on, once they are loaded.
         limits: What the model can take, once it is loaded.
+        tokenizer: The model's, once it is loaded.
         labels: Class names by number, once the data are loaded; None where there are no classes.
     """
 
     name: str
     train_examples: int
     limits: Limits
+    tokenizer: Any
     labels: list[str] | None
 
     def load(self, accelerator: Accelerator, *, weights: bool = True) -> tuple[Any, list[str]]:

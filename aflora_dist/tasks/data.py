@@ -76,6 +76,10 @@ def load_data(config: DataConfig, seed: int) -> Data:
         )
     else:
         raise unknown_task(config.task)
+    if config.hold_out and config.task != "files":  # whose own rows have been split
+        split, *_ = data.evaluation
+        train, held = split_off(config, data.train, None, seed, f"data.task={config.task}")
+        data = dataclasses.replace(data, train=train, evaluation={split: held})
     for split, dataset in {"train": data.train, **data.evaluation}.items():
         _check_split(data, split, dataset)
     return dataclasses.replace(

@@ -14,7 +14,7 @@ from ..options import DataConfig
 from ..processes import first_on_node
 from .reading import Rows, exact, listed, read_table, told_apart
 
-_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _HELD_OUT = ("validation", "valid", "dev", "test")
 _TO_EVALUATE = (
     "{where} has no examples for evaluation: name data.validation_file, or data.validation_split of a data set, or say "
@@ -44,7 +44,7 @@ def training_rows(config: DataConfig, wanted: Collection[str]) -> list[tuple[Row
         first = _file_rows(config.train_file, config, wanted)
     found = [(first, 1.0)]
     for source, weight in config.mix.items():
-        if source.lower().endswith(_FILES):
+        if source.lower().endswith(FILES):
             found.append((_file_rows(source, config, wanted), weight))
         else:
             name, _, subset = source.partition(":")
@@ -67,14 +67,12 @@ def evaluation_rows(config: DataConfig, wanted: Collection[str]) -> Rows | None:
 def split_off(
     config: DataConfig, train: datasets.Dataset, held: datasets.Dataset | None, seed: int, where: str
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """What to train on, and what to measure with: where there is nothing of its own, data.hold_out of the former.
+    """What to train on, and what to measure with: data.hold_out of the former, where it is said.
 
     Raises:
-        AFLoRAError: There is neither; or there is both.
+        AFLoRAError: There is neither that nor something of its own.
     """
-    if held is not None:
-        if config.hold_out:
-            raise AFLoRAError("data.hold_out is for data without a part for evaluation; there is one. Leave it out.")
+    if held is not None and not config.hold_out:
         return train, held
     if not 0 < config.hold_out < len(train):
         raise AFLoRAError(_TO_EVALUATE.format(where=where, rows=len(train)))

@@ -28,6 +28,7 @@ from .kept import cache_folder, found_or_made, key, put_in_place
 
 _PROBED = 64  # texts by whose tokens a tokenizer is known that changes without its files: its code, its library
 _PART = 10_000  # examples in a file
+_AT_ONCE = 4_000_000  # bytes of examples that are held as tokens at once, or one example
 _PATIENCE = 3.0  # seconds before a progress bar is shown
 Columns = dict[str, list[Any]]
 
@@ -55,12 +56,14 @@ def made_once(
     tokenize: Callable[[Columns], Columns],
     settings: list[Any],
     name: str,
+    several_rows: bool = False,
 ) -> datasets.Dataset:
-    """What `tokenize` makes of the examples, batch by batch: as many rows, "labels" among the columns. A collective.
+    """What `tokenize` makes of the examples, batch by batch, "labels" among the columns. A collective.
 
     Args:
         settings: What it depends on besides the examples and the tokenizer.
         name: What the progress bar calls it.
+        several_rows: Whether an example may become several.
 
     Raises:
         AFLoRAError: On every rank, where it failed on one.
@@ -69,12 +72,15 @@ def made_once(
     bar = tqdm(total=len(dataset), desc=f"tokenizing {name}", unit=" examples", delay=_PATIENCE, disable=not watched)
     datasets.disable_progress_bars()  # they come at once, in every process and in files
 
+    at_once = _rows_of(dataset, _AT_ONCE)
+
     def mapped(part: datasets.Dataset, **options: Any) -> datasets.Dataset:
-        options |= {"batched": True, "remove_columns": dataset.column_names, "load_from_cache_file": False}
+        options |= {"batched": True, "batch_size": min(1000, at_once), "writer_batch_size": min(1000, at_once)}
+        options |= {"remove_columns": dataset.column_names, "load_from_cache_file": False}
         return part.map(tokenize, **options)
 
     def found_or_tokenized() -> datasets.Dataset:
-        probed = sorted(tokenize(dataset[:_PROBED]).items())
+        probed = sorted(tokenize(dataset[: min(_PROBED, at_once)]).items())
         stem = key(_content(dataset, tokenizer), dataset.column_names, probed, settings)
         starts = range(0, max(len(dataset), 1), _PART)
         parts = {}
@@ -94,7 +100,7 @@ def made_once(
             for file in _by_processes(make_one, missing) if several else map(make_one, missing):
                 bar.update(len(parts[file]))
 
-        lengths = {file: len(rows) for file, rows in parts.items()}
+        lengths = {file: None if several_rows else len(rows) for file, rows in parts.items()}
         return found_or_made(
             f"tokens of {name}", lengths, make, lambda: mapped(dataset, new_fingerprint=stem, keep_in_memory=True)
         )
@@ -111,9 +117,14 @@ def _content(dataset: datasets.Dataset, tokenizer: Any) -> str:
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 content.update(path.name.encode() + path.read_bytes())
-    for examples in dataset.iter(batch_size=10_000):
+    for examples in dataset.iter(batch_size=min(10_000, _rows_of(dataset, _AT_ONCE))):
         content.update(json.dumps(examples).encode())
     return content.hexdigest()
+
+
+def _rows_of(dataset: datasets.Dataset, size: int) -> int:
+    """How many examples have about so many bytes; one at least."""
+    return max(1, size * len(dataset.data) // max(dataset.data.nbytes, 1))
 
 
 def _cores() -> int:

@@ -24,6 +24,7 @@ from ..errors import AFLoRAError, one_line
 from ..freezing import CubicSchedule
 from ..methods import Control, Method
 from ..methods.choose import lora_parameters
+from ..names import adapter_tensor
 from ..options import Config
 from ..processes import launched_accelerator, launched_processes, on_main
 from ..processes.meeting import meet
@@ -248,29 +249,30 @@ def hold(model: nn.Module, new: Sequence[str], train_new: Sequence[str] | None, 
 
 
 def create_optimizer(config: Config, model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """The optimizer over param groups: the adapter, and the head (if it trains) with its own learning rate.
-
-    The adapter's B come behind its other parameters, where they have a learning rate of their own, and biases last.
+    """The optimizer over param groups: the adapter, and what of it has a rate of its own, and the head; biases last.
 
     Raises:
         AFLoRAError: It does not take one of its options.
     """
     train = config.train
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    rates = [train.learning_rate, train.learning_rate * train.loraplus_lr_ratio, train.vector_learning_rate]
+    rates.append(train.head_learning_rate)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared, in_head = name.endswith("bias") and not train.decay_biases, method.is_head(name)
-            up = not in_head and train.loraplus_lr_ratio != 1 and _UP.search(name) is not None
-            groups.setdefault((in_head, up, spared), []).append(parameter)
-    if train.loraplus_lr_ratio != 1 and not any(up for _, up, _ in groups):
+            spared, tensor, which = name.endswith("bias") and not train.decay_biases, adapter_tensor(name), 0
+            if method.is_head(name):
+                which = 3
+            elif train.loraplus_lr_ratio != 1 and _UP.search(name) is not None:
+                which = 1
+            elif train.vector_learning_rate is not None and tensor is not None and not tensor.is_matrix:
+                which = 2
+            groups.setdefault((which, spared), []).append(parameter)
+    if train.loraplus_lr_ratio != 1 and not any(which == 1 for which, _ in groups):
         raise AFLoRAError(f"train.loraplus_lr_ratio is for methods with matrices A and B; {method.name} has none.")
     made = [
-        {
-            "params": groups[in_head, up, spared],
-            "lr": train.head_learning_rate if in_head else train.learning_rate * (train.loraplus_lr_ratio if up else 1),
-            "weight_decay": 0.0 if spared else train.weight_decay,
-        }
-        for in_head, up, spared in sorted(groups)
+        {"params": groups[which, spared], "lr": rates[which], "weight_decay": 0.0 if spared else train.weight_decay}
+        for which, spared in sorted(groups)
     ]
     if odd := sorted({"lr", "weight_decay", "params"} & {*train.optimizer_options}):
         raise AFLoRAError(f"train.optimizer_options names {odd[0]}: rates and weight decay are options of train.*.")

@@ -13,6 +13,7 @@ from ..errors import AFLoRAError
 from ..options import Config
 from ..watch.trackers import TENSORBOARD, check_trackers
 from .config_file import Entries, look_through
+from .help import help_text
 from .presets import PRESETS
 
 _GROUPS = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
@@ -38,6 +39,35 @@ _LAUNCHER = re.compile(
     r"--(local[_-]rank|num_processes|num_machines|mixed_precision|config_file|deepspeed|use_\w+|main_\w+"
     r"|zero_stage|multi_gpu|machine_rank|cpu)\b"
 )
+# What transformers' Trainer calls its options, where the names are far from ours.
+_OF_TRAINER = {
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size, which is of all ranks together",
+    "per_device_eval_batch_size": "train.eval_batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "lr_scheduler_type": "train.schedule",
+    "lr_scheduler_kwargs": "train.schedule_options",
+    "optim": "train.optimizer",
+    "optim_args": "train.optimizer_options",
+    "label_smoothing_factor": "train.label_smoothing",
+    "eval_steps": "run.eval_every",
+    "save_steps": "run.save_every",
+    "logging_steps": "run.log_every",
+    "save_total": "run.keep",
+    "save_total_limit": "run.keep",
+    "load_best_model_at_end": "run.keep_best",
+    "metric_for_best_model": "run.keep_best",
+    "output_dir": "run.dir",
+    "resume_from_checkpoint": "run.resume",
+    "report_to": "run.trackers",
+    "model_name_or_path": "model.name",
+    "dataset_name": "data.name",
+    "dataset_config": "data.subset",
+    "dataset_config_name": "data.subset",
+    "max_seq_length": "data.max_length",
+    "assistant_only_loss": "data.loss_on",
+    "completion_only_loss": "data.loss_on",
+}
 
 
 def parse(arguments: list[str]) -> tuple[Config, str]:
@@ -47,8 +77,11 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
         AFLoRAError: An unknown option, preset or value; the message names it.
         SystemExit: After printing the help that was asked for.
     """
-    if {"-h", "--help"} & {*arguments}:
-        _parser().parse_args(["--help"])
+    for at, word in enumerate(arguments):
+        if word in ("-h", "--help"):
+            asked = next(iter(arguments[at + 1 :]), "")
+            print(help_text(_parser(), _GROUPS, asked if asked in {*_GROUPS, "all"} else ""))
+            raise SystemExit(0)
     files, said = _split(arguments)
     nullable = {name: type(None) in get_args(hint) for name, hint in OPTIONS.items()}
     entries: Entries = {}
@@ -214,6 +247,8 @@ def _instead(unknown: str) -> str:
             "aflora_dist.training.run ...`; other launchers than that and torchrun are not known."
         )
     last = unknown.replace("-", "_").lstrip("_").rpartition(".")[2]
+    if last in _OF_TRAINER:
+        return f"Here it is --{_OF_TRAINER[last]}."
     fields = {name: name.rpartition(".")[2] for name in OPTIONS}
     same = [name for name, field in fields.items() if last in (field, "".join(word[0] for word in field.split("_")))]
     close = same or get_close_matches(unknown.lstrip("-"), [*OPTIONS], n=1, cutoff=0.75)

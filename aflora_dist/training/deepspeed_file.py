@@ -24,8 +24,8 @@ _FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 # Sections that say what train.* says.
 _OURS = {
-    "scheduler": "train.learning_rate, train.head_learning_rate and train.warmup_ratio are the schedule",
-    "optimizer": "aflora train uses AdamW, by train.learning_rate, train.head_learning_rate and train.weight_decay",
+    "scheduler": "train.schedule, train.warmup_ratio and the learning rates are the schedule",
+    "optimizer": "train.optimizer, train.learning_rate, train.head_learning_rate and train.weight_decay say which",
 }
 _UNUSED = {  # features of DeepSpeed's own data loader and model, which a main job does not use
     "data_efficiency": "data.* says what is trained on",

@@ -65,7 +65,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
             sampler.epoch, sampler.start = epoch, progress.step - first
             drawn = iter(training.batches)
             checkpointer.randomness.settle()
-            with log.timed():
+            with log.time.counted():
                 going_on = not evaluation_is_due(training) or evaluate(training, stop_request)
                 for micro_batches in updates(drawn, sampler.micro_batches) if going_on else ():
                     step, trained = progress.step, progress.engine.trainable_params
@@ -141,7 +141,7 @@ def evaluate(training: Training, stop_request: StopRequest) -> bool:
     """Measure the model as it is now; returns whether there is anything left to train. A collective."""
     log, best = training.log, training.best
     ended = training.progress.step == training.total_steps
-    with log.paused():
+    with log.time.paused():
         stop_request.settle(training.run.failure)
         with record_function("aflora.evaluate"):
             evaluation = training.task.evaluate(training.model, training.accelerator)
@@ -169,5 +169,7 @@ def save_adapter(training: Training) -> None:
     def write() -> None:
         with writing("The adapter", run.adapter, "Make room, then --resume: the last checkpoint is whole."):
             method.save(model, run.adapter, values)
+            if not (run.adapter / "adapter_config.json").exists():  # a model of its own wants its tokenizer
+                training.task.tokenizer.save_pretrained(str(run.adapter))
 
     on_main(training.accelerator, write)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from ..tasks.base import Evaluation, Task
 from ..version import __version__
 from .rates import peak
 from .telemetry import Telemetry, open_telemetry, run_summary
+from .timing import TrainingTime
 
 
 class TrainingLog:
@@ -56,14 +55,13 @@ class TrainingLog:
         self.progress, self.control = progress, control
         self.total_steps, self.head_params, self.lora_r8 = total_steps, head_params, lora_r8
         self.updates_per_epoch = updates_per_epoch
-        self.train_seconds = 0.0
+        self.time = TrainingTime()
         self.save_seconds: list[float] = []
         self.trained_sum = 0  # sum over the updates so far of the adapter's trainable elements
         self.evaluations: list[dict[str, float]] = []
         self.evaluated_at: list[int] = []
         self._losses: list[Tensor] = []
         self._since: tuple[int, float] = (0, 0.0)
-        self._started: float | None = None
         # Tokens so far, padding excluded, and up to the last line; None after a checkpoint that does not say.
         self.tokens: int | None = 0
         self._tokens_at_line = 0
@@ -106,31 +104,15 @@ class TrainingLog:
         }
         self.telemetry = open_telemetry(self.config, self.run.path, first_step, facts)
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """What happens inside counts as training time."""
-        self._started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.train_seconds = self.seconds()
-            self._started = None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside does not, in the midst of it."""
-        self.train_seconds, self._started = self.seconds(), None
-        yield
-        self._started = time.perf_counter()
-
     @property
     def step(self) -> int:
         """Global batches done: the one clock's t."""
         return self.progress.step
 
-    def seconds(self) -> float:
+    @property
+    def train_seconds(self) -> float:
         """Training time so far, evaluation excluded."""
-        return self.train_seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
+        return self.time.seconds[0]
 
     def update(self, loss: Tensor, norm: Any, trained: int, tokens: int, rates: list[float]) -> None:
         """Take note of one global batch, after the clock has; every `log_every` of them write a line.
@@ -151,8 +133,8 @@ class TrainingLog:
         state_bytes = self.progress.engine.optimizer_state_bytes()
         if not self.run.writes:
             return
-        steps, seconds = self.step - self._since[0], self.seconds() - self._since[1]
-        self._since = (self.step, self.seconds())
+        steps, seconds = self.step - self._since[0], self.train_seconds - self._since[1]
+        self._since = (self.step, self.train_seconds)
         line = {
             "step": self.step - 1,
             "epoch": self.step / self.updates_per_epoch,
@@ -217,7 +199,8 @@ class TrainingLog:
         return {}, {
             "evaluations": self.evaluations,
             "evaluated_at": self.evaluated_at,
-            "train_seconds": self.seconds(),
+            "train_seconds": self.train_seconds,
+            "train_cpu_seconds": self.time.seconds[1],
             "trained_sum": self.trained_sum,
             "losses": self._over_ranks(),
             "since": self._since,
@@ -229,10 +212,10 @@ class TrainingLog:
         """Whatever was counted can be counted on."""
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        self.evaluations = list(record["evaluations"])
+        self.evaluations, self.trained_sum = list(record["evaluations"]), record["trained_sum"]
         each = [self.updates_per_epoch * (number + 1) for number in range(len(self.evaluations))]
         self.evaluated_at = list(record.get("evaluated_at", each))  # not in checkpoints of earlier releases
-        self.train_seconds, self.trained_sum = record["train_seconds"], record["trained_sum"]
+        self.time.seconds = record["train_seconds"], record.get("train_cpu_seconds", 0.0)  # not in earlier releases'
         self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in record["losses"]]
         self._since = (record["since"][0], record["since"][1])
         counted = record.get("tokens")  # not in checkpoints of earlier releases
@@ -345,6 +328,7 @@ class TrainingLog:
             "labels": task.labels,
             "train_examples": task.train_examples,
             "train_seconds": self.train_seconds,
+            "train_cpu_seconds": self.time.seconds[1] if accelerator.device.type == "cpu" else None,
             "samples_per_second": self.step * self.config.train.batch_size / self.train_seconds,
             **self._rates(0, self.train_seconds),
             "avg_trainable_params": self.trained_sum / self.step,

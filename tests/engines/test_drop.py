@@ -45,7 +45,7 @@ def test_survivors_keep_their_state_and_nothing_of_the_frozen_remains(engine: st
 
 @pytest.mark.parametrize("engine", EVERY)
 def test_a_freeze_moves_only_what_changes_its_owner(engine: str) -> None:
-    """Beside a trained head of 16 million elements, counted below the library."""
+    """Beside a trained head of three million elements, counted below the library."""
     for found in heavy(engine):
         agreement = 8 + 16  # bytes of optimizer state for the log; that the ranks agree
         assert found["drop of nothing"] == 0
@@ -68,7 +68,7 @@ def test_a_freeze_needs_no_more_memory_than_a_step(engine: str) -> None:
 def test_half_of_a_model_freezes_in_the_memory_of_a_step(engine: str) -> None:
     """In units of blocks, in full fine-tuning: what changes its rank under ZeRO-1 and 2 goes in bounded pieces."""
     for found in heavy(engine, "blocks"):
-        assert found["step peak"] > 3 * found["bytes"]
+        assert found["step peak"] > 1.5 * found["bytes"]
         assert found["freeze peak"] <= 1.1 * found["step peak"]
         assert (found["moved"] > found["bytes"] / 4 / 8) == (engine in ("zero1", "zero2"))
 

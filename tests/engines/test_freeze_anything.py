@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ KINDS |= {
 GO_ON = ("means", "fallen", "momentum", "prefix of all")  # what each engine goes on with where the one before was cut
 RANKS = {"ddp": 3, "zero1": 2, "zero2": 3, "zero3": 2, "fsdp2": 3}
 BEFORE = dict(zip([*RANKS, "single"], ["single", *RANKS], strict=True))
+EVERYWHERE = ("lora", "full", "one block", "means")  # the other kinds each on two engines, and on one process
+ELSEWHERE = [kind for kind in KINDS if kind not in EVERYWHERE]
 EARLY = {"total_steps": 40, "initial_steps": 30, "final_steps": 5}
 COUNTED = {
     name: ["full", "--count", "--freezing", json.dumps({**EARLY, **options})]
@@ -56,14 +59,30 @@ COUNTED = {
 }
 
 
+def kinds_of(engine: str) -> list[str]:
+    if engine == "single":
+        return list(KINDS)
+    at = [*RANKS].index(engine)
+    return [*EVERYWHERE, *(kind for number, kind in enumerate(ELSEWHERE) if (number - at) % len(RANKS) in (0, 2))]
+
+
+def pairs(engines: Iterable[str], kinds: Iterable[str] = KINDS) -> Any:
+    known = [(engine, kind) for engine in engines for kind in kinds if kind in kinds_of(engine)]
+    return pytest.mark.parametrize(("engine", "kind"), known)
+
+
+def goes_on(engine: str) -> list[str]:
+    return [kind for kind in GO_ON if kind in kinds_of(BEFORE[engine])]
+
+
 @functools.cache
 def run(engine: str) -> dict[str, list[dict[str, Any]]]:
     """What each rank saw of each kind; of those of `GO_ON` from where another engine was cut, too; and counts."""
     with tempfile.TemporaryDirectory() as out:
-        told = dict(KINDS)
+        told = {kind: KINDS[kind] for kind in kinds_of(engine)}
         if engine != "single":
             told |= {f"count {kind}": arguments for kind, arguments in COUNTED.items()}
-            told |= {f"go on, {kind}": going_on(engine, kind, Path(out)) for kind in GO_ON}
+            told |= {f"go on, {kind}": going_on(engine, kind, Path(out)) for kind in goes_on(engine)}
         if engine == "fsdp2":
             told["replicated"] = [*KINDS["lora"], "--replicated"]
             told["go on, replicated"] = [*going_on(engine, "lora", Path(out)), "--replicated"]
@@ -107,8 +126,7 @@ def check(result: dict[str, Any], reference: dict[str, Any], start: int = 0) -> 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", RANKS)
+@pairs(RANKS)
 def test_ranks_freeze_what_one_process_does(engine: str, kind: str) -> None:
     (reference,) = run("single")[kind]
     number = sum(len(names) for _, names in decisions(reference["events"]))
@@ -119,8 +137,7 @@ def test_ranks_freeze_what_one_process_does(engine: str, kind: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", GO_ON)
-@pytest.mark.parametrize("engine", BEFORE)
+@pytest.mark.parametrize(("engine", "kind"), [(engine, kind) for engine in BEFORE for kind in goes_on(engine)])
 def test_an_engine_goes_on_where_another_one_was_cut(engine: str, kind: str, tmp_path: Path) -> None:
     """With other ranks, in the middle of a schedule, and of a prefix."""
     (reference,) = run("single")[kind]
@@ -156,8 +173,7 @@ def test_between_decisions_nothing_is_sent_and_only_elements_scores_are_kept(eng
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ["single", *RANKS])
+@pairs(["single", *RANKS])
 def test_what_is_frozen_stays_and_a_snapshot_goes_on_to_the_bit(engine: str, kind: str) -> None:
     for result in run(engine)[kind]:
         assert len(result["at_freeze"]) == sum(len(event["frozen"]) for event in result["events"])
@@ -171,8 +187,7 @@ def test_what_is_frozen_stays_and_a_snapshot_goes_on_to_the_bit(engine: str, kin
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["change", "one block", "one block, recomputed", "one block of deberta"])
-@pytest.mark.parametrize("engine", ["single", *RANKS])
+@pairs(["single", *RANKS], ["change", "one block", "one block, recomputed", "one block of deberta"])
 def test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_backward(engine: str, kind: str) -> None:
     for result in run(engine)[kind]:
         lowest, above = result["kept"]
@@ -185,6 +200,13 @@ def test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_back
             assert lowest == (int("recomputed" in kind), False)
             assert above[0] > 0
             assert above[1]
+
+
+@pytest.mark.distributed
+def test_a_backward_pass_that_ends_early_gathers_nothing_below() -> None:
+    """FSDP2 fetches the block before the one at work."""
+    for whole, ended in zip(run("fsdp2")["change"], run("fsdp2")["one block"], strict=True):
+        assert (whole["gathers"], ended["gathers"]) == (2, 1)
 
 
 def test_by_default_the_matrices_of_tuners_and_blocks_freeze_and_nothing_else() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from profiling.gpu import end
 from tests.gpu.worker import STEPS
-from tests.launch import free_port
+from tests.launch import free_port, launch
 from tests.ranks import ROOT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
@@ -45,6 +45,11 @@ def see(device: str, engine: str, folder: Path, *options: str) -> dict[str, Any]
         command = [*torchrun, *worker]
     else:
         command = [*torchrun, *worker]
+    if os.environ.get("AFLORA_GPU_TESTS_ON_CPU") == "1":  # the tests are tried, not the launchers
+        module = ["profiling.fsdp_on_cpu", *worker] if engine == "fsdp2" else worker
+        done = launch(engine.removesuffix("_offload"), 1 if engine == "single" else ranks, "-m", *module)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return json.loads(out.read_text())
     if device == "cpu" and not engine.startswith("zero"):
         environment["ACCELERATE_USE_CPU"] = "true"
     with (folder / "log.txt").open("w") as log:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,15 +16,17 @@ from safetensors.torch import load_file, save_file
 from aflora_dist.store import checkpoint
 from aflora_dist.training.run import main
 from tests import faults
-from tests.launch import ENGINES, MAIN_JOB, ROOT, begin_truly, launch, launch_series
+from tests.launch import ENGINES, ROOT, launch, launch_series
 from tests.runs import assert_same_to_the_bit, begin_job, freezes, lines, options, start, start_all, wait_for, weights
 from tests.selection import is_chosen
 
 ALL = ("single", *ENGINES, "fsdp2")
-PAIRS = [*itertools.product(ALL, ALL), ("single", "offload"), ("offload", "single"), ("offload", "offload")]
+# Each engine goes on from itself, to the bit, and from two others, one before it and one after; ZeRO-2 from every one.
+PAIRS = [(source, ALL[(at + ahead) % len(ALL)]) for ahead in (0, 1, 4) for at, source in enumerate(ALL)]
+PAIRS += [("single", "zero2"), ("ddp", "zero2"), ("zero2", "fsdp2"), ("zero3", "zero2")]
+PAIRS += [("single", "offload"), ("offload", "single"), ("offload", "offload")]
 PAIRS += [("ddpx4", "ddpx4"), ("ddpx4", "zero2")]
 KINDS = {"single": ("single", 1), "offload": ("zero3", 2), "ddpx4": ("ddp", 4)}
-LONG = 40  # epochs of a run that can be caught in the act
 SAVED = 10  # of 24 updates: within the second epoch of four, between two freezes
 SAVED_NAME = f"step_{SAVED:08d}"
 
@@ -113,6 +113,7 @@ OFFICIAL = {  # the authors' rule, saved in the middle of a window; a pooler tha
     "model.train_new": '["classifier"]',
     "train.decay_biases": False,
     "data.pad_to_max_length": True,
+    "data.max_length": 16,
 }
 
 
@@ -266,24 +267,23 @@ def test_a_full_disk_ends_in_an_error_and_spares_what_was_saved(
     assert_same_to_the_bit(tmp_path / "run", undisturbed("single"))
 
 
+def struck(what: str, rank: int, update: int, arguments: list[str]) -> list[str]:
+    """The command of the main job in which something happens to a rank as it begins an update."""
+    return [str(ROOT / "tests" / "workers" / "struck.py"), what, str(rank), str(update), *arguments]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", ["USR1 to one rank", "TERM to one rank", "stop file"])
 def test_a_wish_to_stop_saves_and_leaves_together(
     how: str, undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    arguments = options(folder, tiny_model, reviews, **{"run.save_every": 0, "train.epochs": LONG})
-    job = begin_job("ddp", arguments)
-    wait_for(lambda: (folder / "metrics.jsonl").exists(), job)
-    if how == "stop file":
-        (folder / "stop").touch()
-    else:
-        job.send_signal(signal.SIGUSR1 if how.startswith("USR1") else signal.SIGTERM, rank=1)
-    said, complaints = job.communicate(timeout=60)
-    if (folder / "result.json").exists():
-        pytest.fail("the run ended before it noticed")
-    assert job.returncode == 0, complaints
-    assert "Stopped as asked, after step" in said
+    arguments = options(folder, tiny_model, reviews, **{"run.save_every": 0})
+    what = {"USR1": "SIGUSR1", "TERM": "SIGTERM", "stop": "stop"}[how.split()[0]]
+    done = launch("ddp", 2, *struck(what, 1, 9, arguments))
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "result.json").exists()
+    assert "Stopped as asked, after step" in done.stdout
     assert not (folder / "stop").exists()
     (saved,) = checkpoint.list_checkpoints(folder / "checkpoints")
     assert checkpoint.load(saved).training["progress"]["step"] == len(lines(folder, "metrics.jsonl"))
@@ -291,7 +291,7 @@ def test_a_wish_to_stop_saves_and_leaves_together(
         return  # once is enough
     done = start("ddp", [*arguments, "--resume"])
     assert done.returncode == 0, done.stderr
-    assert_same_to_the_bit(folder, undisturbed("ddp", LONG))
+    assert_same_to_the_bit(folder, undisturbed("ddp"))
 
 
 @pytest.mark.distributed
@@ -327,15 +327,13 @@ def assert_resume_gives_the_same(arguments: list[str], folder: Path, undisturbed
 def test_when_a_rank_is_killed_the_other_ends_with_a_message_and_resume_gives_the_same(
     victim: int, undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
+    """While it begins an update, where the other waits for it; tests/faults.py kills at any moment."""
     folder = tmp_path / "run"
-    arguments = options(folder, tiny_model, reviews, **{"train.epochs": LONG})
-    job = begin_job("zero2", arguments)
-    wait_for(lambda: (folder / "checkpoints" / "step_00000005").exists(), job)
-    job.send_signal(signal.SIGKILL, victim)
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode == -signal.SIGKILL
-    assert ("another rank has ended" in said) == (victim == 1)  # one rank speaks for all of a machine
-    assert_resume_gives_the_same(arguments, folder, undisturbed("zero2", LONG))
+    arguments = options(folder, tiny_model, reviews)
+    done = launch("zero2", 2, *struck("SIGKILL", victim, 9, arguments), timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert ("another rank has ended" in done.stderr) == (victim == 1)  # one rank speaks for all of a machine
+    assert_resume_gives_the_same(arguments, folder, undisturbed("zero2"))
 
 
 @pytest.mark.distributed
@@ -343,15 +341,11 @@ def test_a_rank_killed_under_the_launcher_ends_the_job_and_resume_gives_the_same
     undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    arguments = options(folder, tiny_model, reviews, **{"train.epochs": LONG})
-    job = begin_truly("zero2", 2, *MAIN_JOB, *arguments)
-    wait_for(lambda: (folder / "checkpoints" / "step_00000005").exists(), job)
-    family = psutil.Process(job.pid).children(recursive=True)
-    next(process for process in family if process.environ().get("RANK") == "1").kill()
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode != 0
-    assert "another rank has ended" in said
-    assert_resume_gives_the_same(arguments, folder, undisturbed("zero2", LONG))
+    arguments = options(folder, tiny_model, reviews)
+    done = launch("zero2", 2, *struck("SIGKILL", 1, 9, arguments), true_launch=True)
+    assert done.returncode != 0
+    assert "another rank has ended" in done.stderr
+    assert_resume_gives_the_same(arguments, folder, undisturbed("zero2"))
 
 
 def test_a_finished_run_branches_off_from_an_older_checkpoint_and_keeps_what_it_came_to(

@@ -15,7 +15,7 @@ from aflora_dist.options import DataConfig
 from aflora_dist.tasks.data import Data, load_data
 from aflora_dist.tasks.glue import TASKS
 from aflora_dist.tasks.metrics import compute
-from aflora_dist.training.command_line import parse
+from aflora_dist.training.command_line import _OF_TRAINER, OPTIONS, parse
 
 
 @pytest.fixture(autouse=True)
@@ -247,15 +247,52 @@ def test_presets_are_table_5_and_give_way_to_the_command_line(tmp_path: Path) ->
     assert parse([str(tmp_path / "again.yaml")])[0] == config  # config.yaml reproduces the run
 
 
-def test_help_names_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+def helped(capsys: pytest.CaptureFixture[str], *asked: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        parse(["--help"])
+        parse(["--help", *asked])
     assert stopped.value.code == 0
-    said = capsys.readouterr().out
-    for key in ("--run.dir", "--model.name", "--data.task", "--adapter.r", "--freezing.score", "--train.batch_size"):
-        assert key in said
+    return capsys.readouterr().out
+
+
+def test_help_fits_on_a_screen_and_lists_a_group_or_all_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    first = helped(capsys)
+    assert len(first.splitlines()) <= 40
+    for said in (
+        "--preset",
+        "--model.name",
+        "--data.train_file",
+        "--train.learning_rate",
+        "\n  freezing ",
+        "--help all",
+    ):
+        assert said in first
+    group = helped(capsys, "freezing")
+    assert "--freezing.score (default: gradient)" in group
+    assert "--train.epochs" not in group
+    everything = helped(capsys, "all")
+    assert all(f"--{name} " in everything for name in OPTIONS if name != "preset")
+
+
+def test_options_of_transformers_are_led_to_ours() -> None:
+    assert {ours.partition(",")[0] for ours in _OF_TRAINER.values()} <= {*OPTIONS}
+    for theirs, ours in (("--lr_scheduler_type", "train.schedule"), ("--save-total-limit", "run.keep")):
+        with pytest.raises(AFLoRAError, match=f"There is no option {theirs}. Here it is --{ours}"):
+            parse([theirs, "1"])
 
 
 def test_an_unknown_task_lists_those_that_exist() -> None:
     with pytest.raises(AFLoRAError, match="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, demo, files"):
         load_data(DataConfig(task="snli"), seed=0)
+
+
+def test_what_is_held_out_serves_instead_of_the_validation_split(tmp_path: Path) -> None:
+    """The reviews have 1,000 of their own; none of them is looked at, and no example is on both sides."""
+    whole = load_data(DataConfig(task="demo"), seed=0)
+    data = load_data(DataConfig(task="demo", hold_out=500), seed=3)
+    assert (len(data.train), len(data.evaluation["validation"])) == (len(whole.train) - 500, 500)
+    parts = sorted([*data.train["text"][:], *data.evaluation["validation"]["text"][:]])
+    assert parts == sorted(whole.train["text"][:])
+    other = load_data(DataConfig(task="demo", hold_out=500), seed=4)
+    assert other.evaluation["validation"]["text"][:] != data.evaluation["validation"]["text"][:]
+    with pytest.raises(AFLoRAError, match="how many of its 7,530 examples"):
+        load_data(DataConfig(task="demo", hold_out=10_000), seed=0)

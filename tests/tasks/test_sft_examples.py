@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from aflora_dist import AFLoRAError
 from aflora_dist.options import Config, DataConfig, ModelConfig, TrainConfig
+from aflora_dist.tasks.sft import encode as encoding
 from aflora_dist.tasks.sft.answers import Answer, last_number
 from aflora_dist.tasks.sft.batching import IGNORED
 from aflora_dist.tasks.sft.encode import Encoder
@@ -89,6 +90,34 @@ def test_plain_text_carries_loss_to_its_end() -> None:
     assert found["count"] == [len(found["input_ids"][0]) - 1]
 
 
+def test_a_long_text_becomes_several_examples_and_each_of_its_tokens_is_learned_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = " ".join(f"Ada has {i} apples ." for i in range(1, 60))
+    (whole,) = encode({"text": [text]}, max_length=10_000)["input_ids"]
+    monkeypatch.setattr(encoding, "_STRETCH", 50)
+    encoder = Encoder(make_small_tokenizer(), 16, "completions", None, "it")
+    longest = []
+    inner = encoder.tokenizer
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            longest.append(max(map(len, [texts] if isinstance(texts, str) else texts)))
+            return inner(texts, **options)
+
+    encoder.tokenizer = Watched()
+    found = encoder({"text": [text, "Ada"]})
+    assert max(longest) <= 50
+    pieces = found["input_ids"][:-1]
+    assert max(map(len, pieces)) == 16
+    assert not any(found["cut"])
+    assert [pieces[0][0], *(label for row in found["labels"][:-1] for label in row if label != IGNORED)] == whole
+    assert found["input_ids"][-1] == encode({"text": ["Ada"]})["input_ids"][0]
+
+
 def test_what_is_asked_ends_where_the_assistant_speaks() -> None:
     found = encode({"messages": [CHAT], "answer": [4]})
     asked, whole = found["prompt_ids"][0], found["input_ids"][0]
@@ -164,7 +193,7 @@ def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) 
         ({"question": ["a"], "reply": ["b"]}, {}, r'columns question, reply, .*"messages".*"prompt" and "completion"'),
         ({"prompt": ["a"], "answer": [1]}, {}, r'columns prompt, answer, .*"instruction"'),
         ({"text": ["a", "b"]}, {"validation_file": None}, "data.hold_out how many of its 2 examples"),
-        ({"text": ["a", "b"]}, {"hold_out": 1}, "Leave it out"),
+        ({"text": ["a", "b"]}, {"hold_out": 2}, "data.hold_out how many of its 2 examples"),
         ({"text": ["a", "b"]}, {"name": "demo"}, "both given: name one"),
     ],
 )
@@ -176,6 +205,16 @@ def test_what_is_not_understood_is_refused_with_what_is(
     chosen = {"task": "sft", "train_file": str(path), "validation_file": str(path), **options}
     with pytest.raises(AFLoRAError, match=said):
         load_examples(DataConfig(**chosen), seed=0)
+
+
+def test_what_is_held_out_serves_instead_of_data_for_evaluation(tmp_path: Path) -> None:
+    for name, texts in (("train", ["a", "b", "c"]), ("other", ["x"])):
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(str(tmp_path / f"{name}.parquet"))
+    trained, other = (str(tmp_path / f"{name}.parquet") for name in ("train", "other"))
+    config = DataConfig(task="sft", hold_out=1, train_file=trained, validation_file=other)
+    train, held = load_examples(config, seed=0)
+    assert sorted(row["text"] for row in [*train, *held]) == ["a", "b", "c"]
+    assert len(held) == 1
 
 
 @pytest.mark.parametrize(

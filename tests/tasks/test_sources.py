@@ -13,10 +13,11 @@ from aflora_dist import AFLoRAError
 from aflora_dist.options import DataConfig
 from aflora_dist.tasks.data import load_data
 from aflora_dist.tasks.sft.encode import Encoder
-from aflora_dist.tasks.sft.examples import load_examples
+from aflora_dist.tasks.sft.examples import load_examples, turns
 from aflora_dist.tasks.sft.task import last_number
 from aflora_dist.training.command_line import parse
-from tests.small_lm import make_small_tokenizer
+from tests.runs import command_line, start
+from tests.small_lm import make_small_language_model, make_small_tokenizer
 from tests.tasks import hub_sets
 
 COLUMNS = {"prompt": "question", "completion": "answer"}
@@ -116,8 +117,6 @@ def test_sharegpt_becomes_the_same_tokens_as_messages(tmp_path: Path) -> None:
     asked = [{"from": "human", "value": "how"}, *called, {"from": "observation", "value": "3"}]
     (tmp_path / "calls.jsonl").write_text(json.dumps({"conversations": asked, "system": "be brief"}))
     (row,) = sft(train_file=str(tmp_path / "calls.jsonl"), validation_file=str(tmp_path / "calls.jsonl"))[0]
-    from aflora_dist.tasks.sft.examples import turns
-
     function = {"name": "f", "arguments": {"x": 1}}
     assert turns(row, "another") == [
         {"role": "system", "content": "be brief"},
@@ -163,3 +162,22 @@ def test_classifiers_mix_files_too_and_errors_name_the_line_of_the_right_one(tmp
     (tmp_path / "a.csv").write_text("text,label\na,no\nb,\n")
     with pytest.raises(AFLoRAError, match=r"a.csv, line 3: it has nothing in column 'label'"):
         load_data(DataConfig(train_file=str(tmp_path / "b.csv"), hold_out=2, **options), seed=0)
+
+
+def test_gsm8k_trains_and_is_scored(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    chosen = {
+        "preset": "llm/gsm8k",
+        "data.name": hub_sets.gsm8k(tmp_path / "gsm8k", times=4),
+        "model.name": make_small_language_model(tmp_path / "model"),
+        "train.batch_size": 4,
+        "data.max_length": 128,
+        "data.max_new_tokens": 8,
+        "run.dir": run,
+        "run.tensorboard": False,
+    }
+    done = start("single", command_line(chosen))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert (result["steps"], len(result["evaluations"])) == (12, 3)
+    assert set(result["metrics"]) == {"exact_match", "loss", "perplexity"}

@@ -45,16 +45,16 @@ data.label_column data.loss_on data.max_eval_examples data.max_length data.max_n
 data.mix data.name data.packing data.pad_to_max_length data.path data.positive_label data.regression data.revision
 data.subset data.system data.task data.text_columns data.tokens_per_micro_batch data.train_file data.train_split
 data.validation_file data.validation_split freezing.beta1 freezing.beta2 freezing.enabled freezing.every
-freezing.final_epochs freezing.freezable freezing.granularity freezing.initial_epochs freezing.pairwise freezing.prefix
-freezing.prefix_epochs freezing.rule freezing.score freezing.seed freezing.shape freezing.threshold freezing.unit
-method.name method.options model.attn_implementation model.dtype model.name model.quantize model.revision
-model.train_new model.trust_remote_code preset profile.enabled profile.memory profile.ranks profile.starts
-profile.steps run.dir run.dry_run run.eval_every run.keep run.keep_best run.log_every run.overwrite run.patience
-run.resume run.save_every run.tensorboard run.trackers run.verbose train.accumulation train.batch_size
+freezing.final_epochs freezing.freezable freezing.granularity freezing.initial_epochs freezing.pairwise
+freezing.prefix freezing.prefix_epochs freezing.rule freezing.score freezing.seed freezing.shape freezing.threshold
+freezing.unit method.name method.options model.attn_implementation model.dtype model.name model.quantize
+model.revision model.train_new model.trust_remote_code preset profile.enabled profile.memory profile.ranks
+profile.starts profile.steps run.dir run.dry_run run.eval_every run.keep run.keep_best run.log_every run.overwrite
+run.patience run.resume run.save_every run.tensorboard run.trackers run.verbose train.accumulation train.batch_size
 train.decay_biases train.epochs train.eval_batch_size train.gradient_checkpointing train.head_learning_rate
 train.label_smoothing train.learning_rate train.loraplus_lr_ratio train.max_grad_norm train.max_steps train.optimizer
-train.optimizer_options train.schedule train.schedule_options train.seed train.warmup_ratio train.warmup_steps
-train.weight_decay
+train.optimizer_options train.schedule train.schedule_options train.seed train.vector_learning_rate train.warmup_ratio
+train.warmup_steps train.weight_decay
 """
 
 
@@ -163,6 +163,21 @@ def test_only_the_heads_bias_is_spared_from_weight_decay() -> None:
     assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups[1:]] == [(4e-2, 0.1, 1), (4e-2, 0.0, 1)]
     assert (groups[0]["lr"], groups[0]["weight_decay"]) == (1e-2, 0.1)
     assert groups[2]["params"][0].shape == (2,)
+
+
+def test_vectors_may_have_a_rate_of_their_own() -> None:
+    config, _ = parse(["--preset", "glue/cola", "--train.vector_learning_rate", "0.5"])
+    method = create_method(config)
+    model = method.adapt(outlined(), HEAD)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = create_optimizer(config, model, method).param_groups
+    by_rate = {group["lr"]: {names[id(p)] for p in group["params"]} for group in groups}
+    assert [*by_rate] == [1e-2, 0.5, 4e-2]
+    assert {name.rpartition(".")[2] for name in by_rate[0.5]} == {"s_d", "s_b"}
+    assert {name.rpartition(".")[2] for name in by_rate[1e-2]} == {"A", "B"}
+    assert all("modules_to_save" in name for name in by_rate[4e-2])
+    with pytest.raises(AFLoRAError, match="is for AFLoRA's vectors"):
+        parse(["--preset", "glue/cola", "--method.name", "lora", "--train.vector_learning_rate", "0.5"])
 
 
 def test_a_module_that_is_not_new_cannot_be_chosen() -> None:

@@ -164,7 +164,7 @@ def test_every_rank_ends_and_one_speaks(arguments: list[str]) -> None:
 
 @pytest.mark.distributed
 def test_lonely_processes_are_noticed() -> None:
-    done = launch("zero2", 2, str(ROOT / "tests" / "workers" / "lonely.py"), true_launch=True)
+    done = launch("zero2", 2, str(ROOT / "tests" / "workers" / "lonely.py"))
     assert done.returncode != 0
     assert "2 processes were launched, but this one knows of 1" in done.stderr
 
@@ -189,7 +189,7 @@ def test_a_full_disk_of_the_main_process_ends_every_rank_with_the_reason(
 ) -> None:
     """Within an update, where the others wait for it; and the launcher's SIGTERM is no request to save and go on."""
     arguments = options(tmp_path / "run", tiny_model, reviews, **{"train.epochs": 40, "run.save_every": 0})
-    done = launch("ddp", 2, str(ROOT / "tests" / "workers" / "full_log.py"), *arguments, true_launch=True)
+    done = launch("ddp", 2, str(ROOT / "tests" / "workers" / "full_log.py"), *arguments)
     assert done.returncode != 0
     assert done.stderr.count("aflora: error: freeze_log.jsonl could not be written") == 1
     assert "Stopped as asked" not in done.stdout

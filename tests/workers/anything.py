@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from aflora_dist import AdaptiveFreezing, FreezingConfig
@@ -77,6 +78,16 @@ def create_accelerator(accumulation: int = 1, clip: float = 0.0) -> Accelerator:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
         plugin.deepspeed_config["gradient_clipping"] = clip
     return accelerator
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the all-gathers while entered."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "c10d" and "allgather" in func.name()
+        return func(*args, **(kwargs or {}))
 
 
 class Training:
@@ -164,7 +175,9 @@ class Training:
             loss = self.model(**{k: v[:share] for k, v in global_batch(0).items()}).loss
         for handle in handles:
             handle.remove()
-        self.accelerator.backward(loss)
+        with Gathers() as gathers:
+            self.accelerator.backward(loss)
+        self.gathers = gathers.count
         self.optimizer.zero_grad()
         return list(zip(counts, outputs, strict=True))
 
@@ -231,6 +244,7 @@ def cut(training: Training) -> dict[str, Any]:
         "snapshot": (tensors, record),
         "again": ([vars(e) for e in training.freezing.events], again, training.losses[CONFIG.total_steps :]),
         "kept": training.kept(),
+        "gathers": training.gathers,
     }
 
 

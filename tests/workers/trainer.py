@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         result["resumed"] = [vars(event) for event in callback.freezing.events], values(callback)
         if not args.lora:  # of which nothing is left to freeze
             trainer.train()
-        result["again"] = callback.freezing.events, callback.freezing.step
+        result["again"] = [vars(event) for event in callback.freezing.events], callback.freezing.step
     torch.save(result, args.out / f"rank{os.environ.get('RANK', '0')}.pt")
 
 

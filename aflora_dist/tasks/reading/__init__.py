@@ -4,10 +4,11 @@ What comes out is what the file holds: cells of CSV and TSV are text, JSON and p
 is guessed from values, no row is left out, and what cannot be read is an error that names the line.
 """
 
-from .delimited import Row, plain_rows, read_columns
+from .delimited import Row, is_plain, plain_rows, read_columns
 from .json_values import as_json_column, exact, told_apart
 from .lines import LINE, listed, shown
 from .table import Rows, read_table
+from .whole import whole_rows
 
 __all__ = [
     "LINE",
@@ -15,10 +16,12 @@ __all__ = [
     "Rows",
     "as_json_column",
     "exact",
+    "is_plain",
     "listed",
     "plain_rows",
     "read_columns",
     "read_table",
     "shown",
     "told_apart",
+    "whole_rows",
 ]

@@ -28,14 +28,25 @@ def read_csv(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
         AFLoRAError: A row that has not as many cells as the header; a quote out of place; a wanted column's name that
             stands there twice; an empty file. With the line.
     """
-    return read_columns(path, _quoted_rows(path, ","), wanted, "comma")
+    return read_columns(path, delimited_rows(path), wanted, "comma")
 
 
 def read_tsv(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
     """As `read_csv`; raises as well where it cannot be told whether cells are quoted."""
+    return read_columns(path, delimited_rows(path), wanted, "tab")
+
+
+def delimited_rows(path: Path) -> Iterator[Row]:
+    """The rows of a CSV or TSV, the header first."""
+    if path.suffix.lower() == ".csv":
+        return _quoted_rows(path, ",")
+    return _unquoted_rows(path) if is_plain(path) else _quoted_rows(path, "\t")
+
+
+def is_plain(path: Path) -> bool:
+    """Whether the cells of a TSV are what stands between its tabs: no name in its header is in quotes."""
     _, header = next(plain_rows(path), (0, [""]))
-    quoted = any(name.startswith('"') for name in header)
-    return read_columns(path, _quoted_rows(path, "\t") if quoted else _unquoted_rows(path), wanted, "tab")
+    return not any(name.startswith('"') for name in header)
 
 
 def plain_rows(path: Path) -> Iterator[Row]:

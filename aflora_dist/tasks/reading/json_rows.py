@@ -39,7 +39,7 @@ def read_json(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]
     lines: list[int] = []
     columns: dict[str, None] = {}
     values: dict[str, list[Any]] = {name: [] for name in wanted}
-    for line, row in _rows(path):
+    for line, row in json_rows(path):
         if not isinstance(row, dict):
             raise AFLoRAError(f"{path}, line {line}: {shown(json.dumps(row))} is not an object. {_WANTED}")
         columns.update(dict.fromkeys(row))
@@ -59,8 +59,8 @@ def read_json(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]
     return list(columns), pa.table({LINE: pa.array(lines, pa.int64()), **arrays})
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line in which it begins, value)"""
+def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of JSON lines, or of a list: the line in which it begins, and the value."""
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     begun = False
     for line, text in enumerate(text_lines(path), start=1):

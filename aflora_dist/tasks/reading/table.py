@@ -88,10 +88,11 @@ class Rows:
         columns = [column for column in parts[0].columns if all(column in part.columns for part in parts)]
         shared = [c for c in columns if all(c in part.rows.column_names for part in parts)]
         for column in shared:
-            if odd := next((part for part in parts if part.type(column) != parts[0].type(column)), None):
+            kinds = [part.rows.features[column] for part in parts]
+            if odd := next((part for part, kind in zip(parts, kinds, strict=True) if kind != kinds[0]), None):
                 raise AFLoRAError(
-                    f"Column {column!r} is of the type {parts[0].type(column)} in {parts[0].name} and of "
-                    f"{odd.type(column)} in {odd.name}: what is mixed has to be of one type."
+                    f"Column {column!r} is {kinds[0]} in {parts[0].name} and {odd.rows.features[column]} in "
+                    f"{odd.name}: what is mixed has to be of one type."
                 )
         rows = datasets.concatenate_datasets([part.rows.select_columns(shared) for part in parts])
         untyped = all(part.untyped for part in parts)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import cached_property
 from typing import Any
 
 from ...errors import AFLoRAError
@@ -24,6 +25,9 @@ class Note(IntFlag):
     WRITTEN = 2
     TWICE = 4
     LEFT_OUT = 8
+    REWRITTEN = 16
+    NO_THOUGHT = 32
+    ENDED = 64
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,18 @@ SAID = {
     "(does the generation prompt end in a blank?)",
     Note.WRITTEN: "in whose messages special tokens are written, which are taken for such",
     Note.TWICE: "that begin or end with a special token twice: in the text, and as the tokenizer adds it",
+    Note.REWRITTEN: "of which only the assistant's last words are learned: the chat template writes earlier ones "
+    "otherwise once others follow",
+    Note.NO_THOUGHT: "in which the chat template begins what the assistant says with an empty reasoning part, which is "
+    "learned",
+    Note.ENDED: "to which the end of the assistant's turn is added, which the chat template leaves to the next turn",
     Note.LEFT_OUT: "of which the chat template leaves something out (a turn, thoughts, a tool), or writes it otherwise",
 }
+
+
+_STRETCH = 1_000_000  # characters that are made into tokens at once: a token takes some hundred bytes meanwhile
+# An assistant that thinks nothing: <think></think>, or its end alone where the generation prompt has begun it.
+_NO_THOUGHT = re.compile(r"\s*(<[^<>]*think[^<>]*>)?\s*</[^<>]*think[^<>]*>")
 
 
 class Encoder:
@@ -111,14 +125,35 @@ class Encoder:
         return row["text"]
 
     def _texts(self, texts: list[str]) -> list[Marked]:
-        """Plain text with its end: it has no completion, so all of it carries loss."""
+        """Plain text with its end: it has no completion, so all of it carries loss.
+
+        A long one becomes several examples, each of which begins with the last token of the one before it.
+        """
         end, special = self.tokenizer.eos_token_id, {*self.tokenizer.all_special_ids}
         found = []
-        for ids in self.tokenizer(texts)["input_ids"]:
+        for ids in map(self._ids, texts):
             ended = ids if end is None or ids[-1:] == [end] else [*ids, end]
             twice = any(len(two) == 2 and two[0] == two[1] in special for two in (ended[:2], ended[-2:]))
-            found.append((ended, [True] * len(ended), Note.TWICE if twice else Note(0)))
+            for start in range(0, max(len(ended) - 1, 1), max(self.max_length - 1, 1)):
+                piece = ended[start : start + self.max_length]
+                found.append((piece, [True] * len(piece), Note.TWICE if twice and not start else Note(0)))
         return found
+
+    def _ids(self, text: str) -> list[int]:
+        """A text's tokens; of a long text's, stretch by stretch, cut before blanks, where no token goes on."""
+        stretches, start = [], 0
+        while len(text) - start > _STRETCH:
+            last = start + _STRETCH
+            at = next((i for i in range(last, start, -1) if text[i].isspace() and not text[i - 1].isspace()), last)
+            stretches.append(text[start:at])
+            start = at
+        whole: list[int] = self.tokenizer(text[start:])["input_ids"]
+        if not stretches:
+            return whole
+        plain = self._tokens([text[start:]])["input_ids"][0]
+        before = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
+        ids = [token for stretch in stretches for token in self._tokens([stretch])["input_ids"][0]]
+        return [*whole[:before], *ids, *whole[before:]]
 
     def _turns(self, row: Mapping[str, Any]) -> tuple[list[Turn], Tools]:
         try:
@@ -135,11 +170,36 @@ class Encoder:
         ):
             carries, note = [True] * len(ids), self._noted(chat, named, text)
             if self.loss_on == "completions":
-                carries, joined = carried_by(text, offsets, self.template.spoken(chat, named, text))
+                spans = self.template.spoken(chat, named, text)
+                carries, joined = carried_by(text, offsets, spans)
                 check_offsets(self.tokenizer, text, ids, offsets, carries)
                 note |= Note.JOINED if joined else Note(0)
-            found.append((ids, carries, note))
+                note |= Note.REWRITTEN if len(spans) < self.template.told(chat) else Note(0)
+                note |= Note.NO_THOUGHT if any(_NO_THOUGHT.match(text, *span) for span in spans) else Note(0)
+            found.append(self._ended(chat, ids, carries, note))
         return found
+
+    def _ended(self, chat: Sequence[Turn], ids: list[int], carries: list[bool], note: Note) -> Marked:
+        """With the end of the assistant's turns, which some templates leave to the next; it has to be learned."""
+        end = self._left_to_the_next
+        if end is None:
+            return ids, carries, note
+        carries = [now or (i > 0 and carries[i - 1] and ids[i] == end) for i, now in enumerate(carries)]
+        if chat[-1]["role"] == "assistant" and ids[-1] != end:
+            return [*ids, end], [*carries, True], note | Note.ENDED
+        return ids, carries, note
+
+    @cached_property
+    def _left_to_the_next(self) -> int | None:
+        """The token that ends the assistant's turn, where that stands there only if somebody else speaks next."""
+        after = self.template.after_a_turn()
+        if len(after) < 2 or self._first_added(after[0]) is not None:
+            return None
+        return self._first_added(after[1])
+
+    def _first_added(self, text: str) -> int | None:
+        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        return next((token for token in self._tokens([text])["input_ids"][0] if token in added), None) if text else None
 
     def _tokens(self, texts: list[str], **options: Any) -> Any:
         return self.tokenizer(texts, add_special_tokens=False, **options)  # the template has written them
@@ -166,10 +226,6 @@ class Encoder:
 
     def end_of_turn(self) -> End:
         """What ends the assistant's turn."""
-        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
         after = self.template.after_a_turn()
-        for text in after:
-            for token in self._tokens([text])["input_ids"][0] if text else ():
-                if token in added:
-                    return End(token, "")
-        return End(None, after[-1].strip() if after else "")
+        token = next((token for text in after if (token := self._first_added(text)) is not None), None)
+        return End(None, after[-1].strip() if after else "") if token is None else End(token, "")

@@ -122,6 +122,11 @@ def _alike(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
     return exact(datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns))))
 
 
+def is_understood(columns: Sequence[str]) -> bool:
+    """Whether a language model can be trained on what has these columns, and no label beside a text."""
+    return any(set(columns).issuperset(needed) for needed, _, _ in _FORMS) and "label" not in columns
+
+
 def _choose(found: Sequence[str], where: str, trained: bool) -> list[str]:
     """Those columns that make an example. What is only to be answered needs no completion, but an answer."""
     columns = set(found)

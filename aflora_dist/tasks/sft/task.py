@@ -98,18 +98,23 @@ class LanguageModelling:
         """Tokens of the examples; those without loss are left out, unless they are asked for an answer."""
         data = self.config.data
         encode = Encoder(self.tokenizer, data.max_length, data.loss_on, data.system, name)
-        tokens = made_once(dataset, self.tokenizer, encode, encode.settings, name)
+        plain = "text" in dataset.column_names
+        tokens = made_once(dataset, self.tokenizer, encode, encode.settings, name, several_rows=plain)
         self.limits.check_tokens(self.tokenizer, tokens, name)
         counts, cut = tokens["count"][:], sum(tokens["cut"][:])
         carrying = [i for i, count in enumerate(counts) if count]
         said = [f"{cut:,} cut to data.max_length={data.max_length} tokens"] if cut else []
+        if len(counts) > len(dataset):
+            said.append(
+                f"they are pieces of {len(dataset):,} texts, of at most data.max_length={data.max_length} tokens"
+            )
         if "prompt_ids" not in tokens.column_names and len(carrying) < len(tokens):
             said.append(f"{len(tokens) - len(carrying):,} left out: no token of theirs carries loss")
             tokens = tokens.select(carrying)
         notes = tokens["notes"][:]
         said += [f"{number:,} {what}" for note, what in SAID.items() if (number := sum(bool(n & note) for n in notes))]
         self.end = encode.end_of_turn()
-        end = None if "text" in dataset.column_names or not carrying else self.end.token
+        end = None if plain or not carrying else self.end.token
         if end is not None and not any(end in labels for labels in tokens["labels"]):
             said.append(f"in none {self.tokenizer.convert_ids_to_tokens(end)!r}, the end of a turn, carries loss")
         if said and accelerator.is_main_process:

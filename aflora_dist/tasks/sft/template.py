@@ -8,11 +8,13 @@ up, and must come where it is expected.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from ...errors import AFLoRAError, one_line
+from ...untrusted import load_json
 from ..reading import shown
 from .examples import Turn
 
@@ -49,6 +51,7 @@ class Template:
         self.tokenizer, self.name = tokenizer, name
         self.source: str = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
         self._marked = _MARK.search(_COMMENT.sub("", self.source)) is not None
+        self._text_calls: bool | None = None
         self._forms: dict[str, tuple[bool, bool]] = {}
 
     def render(self, chat: Sequence[Turn], ask: bool = False, tools: Tools = None) -> str:
@@ -79,6 +82,10 @@ class Template:
         """
         return (self._between_marks if self._marked else self._added)(chat, tools, text)
 
+    def told(self, chat: Sequence[Turn]) -> int:
+        """In how many places at least the assistant speaks that a text of this conversation ought to tell."""
+        return 0 if self._marked else sum(turn["role"] == "assistant" for turn in chat)
+
     def _between_marks(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
         start, end = [c for c in _UNUSED if c not in text and c not in self.source][:2]
         spans: list[Span] = []
@@ -102,19 +109,26 @@ class Template:
         return spans
 
     def _added(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
+        """Of turns that stand in the text as they were written when they were said.
+
+        Some templates write an earlier turn otherwise once others follow (without its thoughts, say): nobody will ask
+        for it as it then is, and it is not learned. The last one has to be told.
+        """
         spans = []
+        last = max((i for i, turn in enumerate(chat) if turn["role"] == "assistant"), default=-1)
         for i, turn in enumerate(chat):
             if turn["role"] != "assistant":
                 continue
             before = self.render(chat[:i], True, tools) if i else self._header(turn)
             through = self.render(chat[: i + 1], tools=tools)
-            if not (text.startswith(through) and through.startswith(before)):
+            if text.startswith(through) and through.startswith(before):
+                spans.append((len(before), len(through)))
+            elif i == last:
                 raise AFLoRAError(
                     f"{self.name}: the tokenizer's chat template writes earlier turns anew when another is added, or "
                     f"begins a turn otherwise than it asks for it: it does not tell what the assistant says. Use a "
                     f"template with {{% generation %}} markers, or data.loss_on=all. The example: {shown(chat, 200)}"
                 )
-            spans.append((len(before), len(through)))
         return spans
 
     def _header(self, turn: Turn) -> str:
@@ -132,6 +146,8 @@ class Template:
         Raises:
             ValueError: A part is no text, and the template writes texts alone.
         """
+        if turn.get("tool_calls"):
+            turn = {**turn, "tool_calls": [self._fitted_call(call) for call in turn["tool_calls"]]}
         content = turn.get("content")
         if not isinstance(content, str | list):
             return turn
@@ -145,6 +161,40 @@ class Template:
         if strange is not None:
             raise ValueError(f"the chat template writes texts alone, and a turn has the part {shown(strange, 200)}")
         return {**turn, "content": "".join(map(str, said))}
+
+    def _fitted_call(self, call: Any) -> Any:
+        """A call whose arguments are an object, or its JSON text (as OpenAI has it), whichever the template writes."""
+        function = call.get("function", call) if isinstance(call, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if function is None or not isinstance(arguments, str | dict):
+            return call
+        if isinstance(arguments, str) is self._calls_as_text():
+            return call
+        if isinstance(arguments, dict):
+            meant: Any = json.dumps(arguments, ensure_ascii=False)
+        else:
+            try:
+                meant = load_json(arguments)
+            except ValueError:
+                return call
+        changed = {**function, "arguments": meant}
+        return {**call, "function": changed} if "function" in call else changed
+
+    def _calls_as_text(self) -> bool:
+        """Whether the template writes the arguments of a call right if they are JSON text, and only then."""
+        if self._text_calls is None:
+            right = []
+            for arguments in ({"x": _UNUSED[0]}, json.dumps({"x": _UNUSED[0]}, ensure_ascii=False)):
+                function = {"name": "f", "arguments": arguments}
+                turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+                turn["tool_calls"][0]["id"] = "abcdefghi"  # type: ignore[index] # Mistral's want one of nine letters
+                try:
+                    text = self.render([{"role": "user", "content": "f"}, turn])
+                except AFLoRAError:
+                    text = ""
+                right.append(re.search(rf'(?<!\\)"x": ?"{_UNUSED[0]}', text) is not None)
+            self._text_calls = right == [False, True]
+        return self._text_calls
 
     def _written(self, role: str) -> tuple[bool, bool]:
         """Whether the template writes what this role says as text, and whether as a list of parts."""

@@ -1,0 +1,230 @@
+"""Rows become predictions, part by part: classes and numbers as in the evaluation of a training, answers likewise."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import DataCollatorWithPadding
+
+from ..errors import AFLoRAError
+from ..options import Config
+from ..tasks.batches import BatchShape, evaluation_loader, lengths
+from ..tasks.data import metrics_for, positive_class
+from ..tasks.evaluation import gather_logits
+from ..tasks.glue import TASKS
+from ..tasks.labels import given_labels
+from ..tasks.limits import Limits
+from ..tasks.metrics import compute
+from ..tasks.reading import listed, read_table, shown
+from ..tasks.sft.answers import Answer, generate_answers, last_number
+from ..tasks.sft.batching import PromptCollator
+from ..tasks.sft.encode import Encoder
+from ..tasks.sft.examples import load_prompts
+from ..tasks.tokens import made_once, tokenized
+from .partial import Values
+from .trained import Trained
+
+Done = Callable[[int], Any]
+
+
+class Asking(Protocol):
+    """A file's rows, and what is predicted of them.
+
+    Attributes:
+        columns: Of the file, in its order.
+        rows: How many it has.
+        new: The names of what is predicted of each.
+        part: So many rows are predicted, and kept, at a time.
+    """
+
+    columns: list[str]
+    rows: int
+    new: list[str]
+    part: int
+
+    def prepare(self, model: Any, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
+        """Tokenise. A collective.
+
+        Raises:
+            AFLoRAError: On every rank: the model cannot take a row.
+        """
+
+    def predict(self, start: int, stop: int, done: Done) -> list[Values]:
+        """What is predicted of these rows, on the main process; nothing elsewhere. A collective."""
+
+    def summary(self, values: Callable[[], Iterator[Values]]) -> Iterator[str]:
+        """What a person wants to know of it all: a line each."""
+
+
+def asking(file: str, trained: Trained) -> Asking:
+    """What of a file this model is to be asked. A collective.
+
+    Raises:
+        AFLoRAError: On every rank: the file cannot be read, lacks a column, or a row has nothing to ask; with its line.
+    """
+    return _Answers(file, trained) if trained.says == "an answer" else _Labels(file, trained)
+
+
+class _Labels:
+    """Texts, and pairs of texts, of which a class or a number is predicted."""
+
+    part = 16_384  # long texts are batched with long ones among so many
+
+    def __init__(self, file: str, trained: Trained) -> None:
+        self.config, self.labels = trained.config, trained.labels
+        data = self.config.data
+        self.texts = _text_columns(self.config)
+        whole = read_table(file, {*self.texts, data.label_column, *data.columns.values()})
+        self.columns, self.table = whole.columns, whole.renamed(data.columns)
+        for column in self.texts:
+            if column not in self.table.columns:
+                raise AFLoRAError(f"{self.table.lacks(column)} --data.text_columns says which hold the text.")
+            self.table.check_text(column)
+        self.rows = len(self.table.lines)
+        self.new = ["prediction", *(f"probability_{label}" for label in self.labels or ())]
+
+    def prepare(self, model: Any, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
+        self.model, self.accelerator = model, accelerator
+        data = self.config.data
+        self.shape = BatchShape(accelerator, limits.positions, data.max_length)
+        if data.pad_to_max_length:
+            self.shape.multiple = data.max_length
+        self.collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=self.shape.multiple)
+        limits.check_padding(tokenizer)
+        names = dict(zip(self.texts, ("text", "text_pair"), strict=False))
+        rows = self.table.rows.select_columns(self.texts)
+        rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
+        rows = rows.add_column("label", [0.0 if self.labels is None else 0] * self.rows)  # what they are is not known
+        self.tokens = tokenized(rows, tokenizer, data.max_length, "the file")
+        limits.check_tokens(tokenizer, self.tokens, "the file")
+        full = sum(count >= data.max_length for count in lengths(self.tokens, 1))
+        if full and accelerator.is_main_process:
+            print(
+                f"{full:,} of {self.rows:,} rows have {data.max_length} tokens or more, and are cut there.", flush=True
+            )
+
+    def predict(self, start: int, stop: int, done: Done) -> list[Values]:
+        part = self.tokens.select(range(start, stop))
+        counts = lengths(part, self.shape.multiple)
+        batches = evaluation_loader(self.config, part, counts, self.collate, self.shape)
+        width = 1 if self.labels is None else len(self.labels)
+        logits = gather_logits(self.model, batches, stop - start, width, self.accelerator, done).cpu()
+        if not self.accelerator.is_main_process:
+            return []
+        if self.labels is None:
+            return [[_shortest(value)] for value in logits.squeeze(-1)]
+        best, chances = logits.argmax(-1).tolist(), torch.softmax(logits, -1)
+        pairs = zip(best, chances, strict=True)
+        return [[self.labels[number], *map(_shortest, chance)] for number, chance in pairs]
+
+    def summary(self, values: Callable[[], Iterator[Values]]) -> Iterator[str]:
+        found = [row[0] for row in values()]
+        if self.labels is None:
+            yield f"  from {min(found):g} to {max(found):g}, {statistics.fmean(found):g} on average"
+        else:
+            width = min(max(map(len, self.labels)), 40)
+            for label, count in Counter(found).most_common(20):
+                yield f"  {label[:40]:<{width}}  {count:>{len(f'{self.rows:,}')},}  {count / self.rows:6.1%}"
+        if self.config.data.label_column in self.table.columns:
+            yield from self._compared(found)
+
+    def _compared(self, found: Sequence[Any]) -> Iterator[str]:
+        """How what is predicted fits to labels that the file has, as the evaluation of the training measures it."""
+        data, names = self.config.data, self.labels
+        given, unknown = given_labels(self.table, data.label_column, names)
+        if unknown is not None:
+            label = shown(str(self.table.rows[unknown][data.label_column]))
+            known = "no number" if names is None else f"none of {listed(names)}"
+            yield f"{self.table.where(unknown)}: the label {label} is {known}, so nothing is compared."
+            return
+        there = [row for row, label in enumerate(given) if label is not None]
+        if not there:
+            return
+        numbers = found if names is None else [names.index(label) for label in found]
+        values = compute(
+            TASKS[data.task].metrics
+            if data.task in TASKS
+            else ("accuracy",)
+            if data.task == "demo"
+            else metrics_for(names),
+            np.asarray([given[row] for row in there], dtype=np.float64),
+            np.asarray([numbers[row] for row in there], dtype=np.float32).astype(np.float64),
+            1 if names is None or len(names) != 2 else positive_class(data, names),
+        )
+        said = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        yield f"{said}  ({len(there):,} rows with a label in column {data.label_column!r})"
+
+
+def _text_columns(config: Config) -> list[str]:
+    """Which columns hold what is read: GLUE's own names, where nothing else was said."""
+    task = TASKS.get(config.data.task)
+    given = config.data.text_columns
+    return list(task.text_columns) if task is not None and given == type(config.data)().text_columns else list(given)
+
+
+def _shortest(value: Any) -> float:
+    """A float32 as the shortest decimal number that stands for it."""
+    return float(str(np.float32(value)))
+
+
+class _Answers:
+    """Prompts that a language model answers, greedily, as in the evaluation of a training."""
+
+    part = 512
+    new: list[str]
+
+    def __init__(self, file: str, trained: Trained) -> None:
+        self.config, self.file = trained.config, file
+        data = self.config.data
+        self.table, self.prompts = load_prompts(file, data)
+        self.columns = read_table(file, set()).columns
+        self.rows = len(self.table.lines)
+        self.new = ["prediction"]
+
+    def prepare(self, model: Any, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
+        self.model, self.tokenizer, self.accelerator = model, tokenizer, accelerator
+        data = self.config.data
+        self.shape = BatchShape(accelerator, limits.positions, data.max_length)
+        limits.check_padding(tokenizer)
+        encode = Encoder(tokenizer, data.max_length, data.loss_on, data.system, "the file")
+        self.end = encode.end_of_turn()
+        self.tokens = made_once(self.prompts, tokenizer, encode, encode.settings, "the file")
+        limits.check_tokens(tokenizer, self.tokens, "the file")
+        self.tokens = self.tokens.select_columns(["prompt_ids"])
+        asked, room = lengths(self.tokens, 1, "prompt_ids"), limits.positions
+        longest = max(range(self.rows), key=lambda row: asked[row])
+        if room is not None and asked[longest] + data.max_new_tokens > room:
+            raise AFLoRAError(
+                f"{self.table.where(longest)}: it asks with {asked[longest]} tokens: with an answer of "
+                f"data.max_new_tokens={data.max_new_tokens} that is more than the {room} positions of "
+                f"{limits.name!r}. Leave the row out, or lower --data.max_new_tokens."
+            )
+
+    def predict(self, start: int, stop: int, done: Done) -> list[Values]:
+        part: datasets.Dataset = self.tokens.select(range(start, stop))
+        counts = lengths(part, 1, "prompt_ids")
+        collate = PromptCollator(self.tokenizer.pad_token_id)
+        batches = evaluation_loader(self.config, part, counts, collate, self.shape)
+        most = self.config.data.max_new_tokens
+        said = generate_answers(self.model, batches, self.tokenizer, most, self.end, self.accelerator, done)
+        return [[text] for _, text in sorted(gather_object(said))]
+
+    def summary(self, values: Callable[[], Iterator[Values]]) -> Iterator[str]:
+        found = [row[0] for row in values()]
+        for text in found[:2]:
+            yield f"  {shown(text, 100)}"
+        if silent := sum(not text for text in found):
+            yield f"  {silent:,} answers are empty"
+        right = self.table.rows["answer"][:]
+        there = [row for row, answer in enumerate(right) if answer not in (None, "")]
+        if there and all(last_number(right[row]) is not None for row in there):
+            share = sum(Answer(row, found[row], right[row]).correct for row in there) / len(there)
+            yield f"exact_match {share:.4f}  ({len(there):,} rows with an answer in column 'answer')"

@@ -1,0 +1,139 @@
+"""`aflora predict`: its command line, and the story."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import AFLoRAError
+from ..extras import require
+from ..leaving import guarded
+from ..notices import quiet_libraries
+
+_DESCRIPTION = """Label a file, or have its prompts answered, row for row.
+
+RUN is a run's directory, an adapter's folder (of any of PEFT's methods), a model's folder, or an adapter on the hub
+(OWNER/NAME). FILE is CSV, TSV, JSON lines, JSON or parquet; OUT any of these, by the end of its name. All columns are
+kept, and `prediction` comes behind them; with classes probability_CLASS for each, too.
+On several processes: accelerate launch -m aflora_dist.predict RUN FILE [--out OUT]."""
+_OPTIONS = """Options of the main job go before those of the run: --data.text_columns review (one column, or two for
+pairs), --train.eval_batch_size 256, --data.max_length 512, --data.max_new_tokens 64, --model.name /other/place/of/base,
+--model.trust_remote_code true."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Predict a file; returns the exit status. What a user did wrong is said in a line or two."""
+    quiet_libraries()
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        return guarded(lambda: _run(given), "prediction", "The same command goes on from what was done.")
+    except KeyboardInterrupt:
+        print("\naflora: stopped. The same command goes on from what was done.", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="aflora predict",
+        usage="%(prog)s RUN|ADAPTER FILE [--out OUT] [--overwrite] [--prefix TEXT] [--GROUP.KEY VALUE ...]",
+        description=_DESCRIPTION,
+        epilog=_OPTIONS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN|ADAPTER", help="whose model predicts")
+    parser.add_argument("file", type=Path, metavar="FILE", help="what is predicted")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="what is written; FILE with .predicted if not given")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is there")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="what the names of the new columns begin with")
+    args, options = parser.parse_known_args(arguments)
+    require("train", "aflora predict")
+    from .output import Output
+    from .trained import find_trained
+
+    output = Output(args.file.expanduser(), args.out and args.out.expanduser(), args.overwrite)
+    trained = find_trained(args.run, options)
+    _predict(output, trained, args.prefix)
+
+
+def _predict(output: Any, trained: Any, prefix: str) -> None:
+    """The story. A collective."""
+    from tqdm.auto import tqdm
+
+    from ..processes import launched_processes, on_main
+    from ..training.build import create_accelerator
+    from .asking import asking
+    from .partial import Partial
+    from .trained import for_ranks, load
+
+    quiet_libraries()  # DeepSpeed sets its own level on import
+    accelerator = create_accelerator(for_ranks(trained.config, launched_processes()))
+    asked = asking(str(output.file), trained)
+    new = [prefix + name for name in asked.new]
+    output.check(asked.columns, new)
+    model, tokenizer, limits = load(trained, accelerator)
+    asked.prepare(model, tokenizer, limits, accelerator)
+    kept: list[Partial] = []  # on the main process
+
+    def begin() -> int:
+        kept.append(Partial(output.path, _identity(output.file, trained, new)))
+        return kept[0].rows
+
+    start = on_main(accelerator, begin)
+    if start and accelerator.is_main_process:
+        print(f"Going on after row {start:,}, which an earlier call has come to.", flush=True)
+    with tqdm(
+        total=asked.rows, initial=start, desc="predicting", unit=" rows", disable=not accelerator.is_main_process
+    ) as bar:
+        while start < asked.rows:
+            stop = min(start + asked.part, asked.rows)
+            values = asked.predict(start, stop, bar.update)
+            on_main(accelerator, partial(_append, kept, values))
+            start = stop
+
+    def end() -> None:
+        output.write(asked.columns, new, kept[0].values)
+        print(f"wrote {output.path}: {asked.rows:,} rows, with {_listed(new)}")
+        print(*asked.summary(kept[0].values), sep="\n", flush=True)
+        kept[0].remove()
+
+    on_main(accelerator, end)
+    accelerator.end_training()
+
+
+def _append(kept: list[Any], values: list[Any]) -> None:
+    kept[0].append(values)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"the new column{'s' if len(names) > 1 else ''} {shown}{f' and {len(names) - 4} more' if names[4:] else ''}"
+
+
+def _identity(file: Path, trained: Any, new: list[str]) -> str:
+    """What a prediction hangs on: the file, the model, and how both are read."""
+    from ..store.fingerprint import of_weights
+    from ..version import __version__
+
+    weights = of_weights(str(trained.folder), None)
+    if weights is None:
+        held = sorted(trained.folder.glob("adapter_model.*"))
+        weights = " ".join(_digest(path) for path in held)
+    config = trained.config
+    settings = [asdict(config.model), asdict(config.data), new, trained.labels, __version__]
+    told = json.dumps([_digest(file), weights, settings], default=str)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise AFLoRAError(f"{path} could not be read: {error.strerror or error}.") from None

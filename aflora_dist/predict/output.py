@@ -1,0 +1,211 @@
+"""The rows of a file with what was predicted of them, in a file of the kind that its name ends in."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import AFLoRAError, one_line, writing
+from ..tasks.reading import is_plain, whole_rows
+from .partial import Values
+
+Row = list[str] | dict[str, Any]
+_AT_ONCE = 10_000  # rows
+
+
+class Output:
+    """Where predictions go.
+
+    Args:
+        file: What is predicted.
+        out: What is written; None: beside it, as NAME.predicted.csv.
+        overwrite: Replace what is there.
+
+    Attributes:
+        path: What is written.
+
+    Raises:
+        AFLoRAError: It is there already, is the file that is read, is of no known kind, or its folder is missing.
+    """
+
+    def __init__(self, file: Path, out: Path | None, overwrite: bool) -> None:
+        self.file, self.overwrite = file, overwrite
+        self.path = path = file.with_name(f"{file.stem}.predicted{file.suffix}") if out is None else out
+        if path.suffix.lower() not in _WRITERS:
+            raise AFLoRAError(f"{path}: what kind of file is meant? Let its name end in {', '.join(_WRITERS)}.")
+        if path.is_dir():
+            raise AFLoRAError(f"{path} is a folder. Name a file in it.")
+        if path.exists() and file.exists() and path.samefile(file):
+            raise AFLoRAError(f"{path} is the file that is read, which would be lost. Name another with --out.")
+        if path.exists() and not overwrite:
+            raise AFLoRAError(f"{path} is there already. Name another file with --out, or say --overwrite.")
+        if not path.parent.is_dir():
+            raise AFLoRAError(f"There is no folder {path.parent}. Make it, or name another file with --out.")
+
+    def check(self, columns: Sequence[str], new: Sequence[str]) -> None:
+        """Raise an AFLoRAError if the new columns cannot stand beside those that the file has."""
+        if taken := [name for name in new if name in columns]:
+            raise AFLoRAError(
+                f"{self.file} has a column {taken[0]!r} already, as from a prediction before. Have the new ones called "
+                f"otherwise: --prefix second_ makes it {'second_' + taken[0]!r}."
+            )
+        twice = [name for name in columns if columns.count(name) > 1]
+        if twice and not {self.file.suffix.lower(), self.path.suffix.lower()} <= {".csv", ".tsv"}:
+            raise AFLoRAError(
+                f"{self.file}: the header names column {twice[0]!r} {columns.count(twice[0])} times, which "
+                f"{self.path.suffix} cannot hold. Save it as CSV with other names."
+            )
+
+    def write(self, columns: Sequence[str], new: Sequence[str], values: Callable[[], Iterator[Values]]) -> None:
+        """Write all rows, under another name until the last one is written.
+
+        Args:
+            columns: Those of the file.
+            new: The names of what was predicted.
+            values: Begins to give what was predicted, row by row.
+
+        Raises:
+            AFLoRAError: It cannot be written, or the file has changed meanwhile.
+        """
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with writing("What was predicted", self.path, "Make room; the same command goes on from there."):
+                if self.file.suffix.lower() == self.path.suffix.lower() == ".parquet":
+                    _append_to_parquet(self.file, temporary, new, values())
+                else:
+                    rows = zip(whole_rows(self.file), values(), strict=True)
+                    _WRITERS[self.path.suffix.lower()](temporary, rows, columns, new, self._plain(new, values))
+                self._put_in_place(temporary)
+        except ValueError as error:
+            if "zip()" not in str(error):
+                raise
+            raise AFLoRAError(f"{self.file} has other rows now than when it was read. Start again.") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _plain(self, new: Sequence[str], values: Callable[[], Iterator[Values]]) -> bool:
+        """Whether cells can stand between tabs without quotes, as they did in the file."""
+        suffixes = self.file.suffix.lower(), self.path.suffix.lower()
+        if suffixes != (".tsv", ".tsv") or not is_plain(self.file):
+            return False
+        cells = (cell for row in (new, *values()) for cell in row if isinstance(cell, str))
+        return not any(cell.startswith('"') or {"\t", "\n", "\r"} & {*cell} for cell in cells)
+
+    def _put_in_place(self, temporary: Path) -> None:
+        if not self.overwrite:
+            with suppress(PermissionError, NotImplementedError):
+                os.link(temporary, self.path)  # unlike a rename, it replaces nothing that has come meanwhile
+                return
+            if self.path.exists():
+                raise FileExistsError(17, "it is there by now", str(self.path))
+        temporary.replace(self.path)
+
+
+def _text(value: Any) -> str:
+    """A value as a cell."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
+
+
+def _cells(row: Row, columns: Sequence[str]) -> list[str]:
+    return row if isinstance(row, list) else [_text(row.get(name)) for name in columns]
+
+
+def _record(row: Row, columns: Sequence[str], new: Sequence[str], values: Values) -> dict[str, Any]:
+    held = dict(zip(columns, row, strict=True)) if isinstance(row, list) else row
+    return held | dict(zip(new, values, strict=True))
+
+
+_Pairs = Iterable[tuple[Row, Values]]
+
+
+def _write_cells(
+    path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], delimiter: str, how: int
+) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        quoting: dict[str, Any] = {"quoting": how} if how != csv.QUOTE_NONE else {"quoting": how, "quotechar": None}
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n", **quoting)
+        writer.writerow([*columns, *new])
+        writer.writerows([*_cells(row, columns), *map(_text, values)] for row, values in rows)
+        _sync(file)
+
+
+def _write_csv(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
+    _write_cells(path, rows, columns, new, ",", csv.QUOTE_MINIMAL)
+
+
+def _write_tsv(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
+    _write_cells(path, rows, columns, new, "\t", csv.QUOTE_NONE if plain else csv.QUOTE_ALL)
+
+
+def _write_lines(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row, values in rows:
+            file.write(json.dumps(_record(row, columns, new, values), ensure_ascii=False, default=str) + "\n")
+        _sync(file)
+
+
+def _write_list(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for number, (row, values) in enumerate(rows):
+            file.write("[\n" if number == 0 else ",\n")
+            file.write(json.dumps(_record(row, columns, new, values), ensure_ascii=False, default=str))
+        file.write("\n]\n")
+        _sync(file)
+
+
+def _write_parquet(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
+    held: dict[str, list[Any]] = {name: [] for name in (*columns, *new)}
+    for row, values in rows:
+        record = _record(row, columns, new, values)
+        for name, column in held.items():
+            column.append(record.get(name))
+    arrays = {}
+    for name, column in held.items():
+        try:
+            arrays[name] = pa.array(column)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise AFLoRAError(
+                f"Column {name!r} holds values that a parquet file cannot hold together ({one_line(error)}). Let the "
+                f"name of --out end in .jsonl."
+            ) from None
+    pq.write_table(pa.table(arrays), path)
+
+
+def _sync(file: IO[str]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _append_to_parquet(source: Path, path: Path, new: Sequence[str], values: Iterator[Values]) -> None:
+    """Write a parquet file's own columns, with their own types, and others behind them."""
+    with source.open("rb") as file, pq.ParquetFile(file) as opened, ExitStack() as stack:
+        writer: Any = None
+        for batch in opened.iter_batches(batch_size=_AT_ONCE):
+            table = pa.Table.from_batches([batch])
+            found = list(islice(values, len(batch)))
+            for place, name in enumerate(new):
+                table = table.append_column(name, pa.array([row[place] for row in found]))
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+
+
+_WRITERS = {
+    ".csv": _write_csv,
+    ".tsv": _write_tsv,
+    ".jsonl": _write_lines,
+    ".json": _write_list,
+    ".parquet": _write_parquet,
+}

@@ -1,0 +1,240 @@
+"""What predicts: the model of a run, of an adapter's folder, or of the hub; loaded as the launch's engine wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ..adapter.saving import parameters_by_key
+from ..compat.deepspeed import assign_sharded, is_sharded, whole_shape
+from ..errors import AFLoRAError, one_line
+from ..hub import refusal
+from ..methods.autocast import match_autocast
+from ..options import Config
+from ..serve.source import Source, read_adapter
+from ..store.records import CONFIG, read_settings
+from ..tasks.limits import Limits
+from ..tasks.model import fetch, load_base, load_language_model
+from ..training.build import shard_by_block
+from ..training.command_line import parse
+from ..untrusted import read_object, reading
+from ..weights import weight_files
+
+_FETCHED = ("*.json", "*.safetensors", "adapter_model.bin", "*.jinja", "*.txt", "*.model", "config.yaml")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What was trained, and how.
+
+    Attributes:
+        folder: An adapter's, or a whole model's.
+        config: Of the run, where it is known; else what of it predicting needs.
+        adapter: What is known of the adapter; None: the folder is a whole model's.
+        labels: Class names by number; None where there are no classes.
+        says: What it says of a row.
+    """
+
+    folder: Path
+    config: Config
+    adapter: Source | None
+    labels: list[str] | None
+    says: Literal["a class", "a number", "an answer"]
+
+
+def find_trained(name: str, options: list[str]) -> Trained:
+    """What a run's directory, an adapter's or a model's folder, or an adapter on the hub was trained to say.
+
+    Args:
+        options: Of the main job, as `--GROUP.KEY VALUE`: they go before those of the run.
+
+    Raises:
+        AFLoRAError: There is none, or it says nothing of texts.
+    """
+    path = Path(name)
+    if not path.exists():
+        path = _from_hub(name)
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    run = next((at for at in (path, path.parent) if _is_run(at)), None)
+    if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+        return _whole(folder, run, options)
+    source = read_adapter(path, any_method=True)
+    kind = source.config["task_type"]
+    if kind not in ("SEQ_CLS", "CAUSAL_LM"):
+        raise AFLoRAError(
+            f"{source.folder} holds an adapter for the task {kind or 'that it does not name'}: what is predicted are "
+            f"classes and numbers (SEQ_CLS) and answers (CAUSAL_LM)."
+        )
+    base = source.config["base_model_name_or_path"]
+    config = _config(run, ["--model.name", base] if base else [], kind == "CAUSAL_LM", options)
+    if kind == "CAUSAL_LM":
+        return Trained(source.folder, config, source, None, "an answer")
+    outputs = _outputs(source)
+    if outputs == 1:
+        return Trained(source.folder, config, source, None, "a number")
+    return Trained(source.folder, config, source, _names(source.labels, outputs), "a class")
+
+
+def _whole(folder: Path, run: Path | None, options: list[str]) -> Trained:
+    """A model that was trained whole, or that an adapter was merged into."""
+    content = read_object(folder / "config.json")
+    if not weight_files(folder)[0]:
+        raise AFLoRAError(f"{folder} has a config.json and no weights: it is no model's folder.")
+    named = " ".join(map(str, content.get("architectures") or ()))
+    if "ForSequenceClassification" not in named and "ForCausalLM" not in named and "LMHead" not in named:
+        raise AFLoRAError(f"{folder} holds a {named or 'model of no known class'}, which says no class and no answer.")
+    answers = "ForSequenceClassification" not in named
+    config = _config(run, [], answers, [*options, "--model.name", str(folder)])
+    if answers:
+        return Trained(folder, config, None, None, "an answer")
+    names = content.get("id2label")
+    names = names if isinstance(names, dict) else dict.fromkeys("01")  # transformers leaves out what is its default
+    if len(names) == 1:
+        return Trained(folder, config, None, None, "a number")
+    labels = [str(names.get(str(number)) or f"LABEL_{number}") for number in range(len(names))]
+    return Trained(folder, config, None, labels, "a class")
+
+
+def _is_run(path: Path) -> bool:
+    return (path / CONFIG).is_file() and read_settings(path) is not None
+
+
+def _from_hub(name: str) -> Path:
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise AFLoRAError(f"There is no folder {name}. Name a run's directory, an adapter's folder, or OWNER/NAME.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*_FETCHED, "adapter/*"]))
+    except Exception as error:  # of the network, too
+        reason = refusal(error, name) or one_line(error)
+        raise AFLoRAError(f"There is no folder {name}, and it could not be fetched from the hub: {reason}") from None
+
+
+def _config(run: Path | None, base: list[str], answers: bool, options: list[str]) -> Config:
+    """The run's configuration; what is only for training is as a single batch wants it."""
+    trains = ["--train.accumulation", "1", "--profile.enabled", "false", "--run.trackers", "[]"]
+    if run is None:
+        task = "sft" if answers else "files"
+        known = [*(base or ["--model.name", "demo"]), "--data.task", task]
+        return parse([*known, *trains, *options])[0]
+    # What an adapter names is what it was trained on: a run's model.name may be "demo".
+    return parse([str(run / CONFIG), *trains, "--run.dir", str(run), "--run.overwrite", "false", *options])[0]
+
+
+def _names(known: list[str] | None, outputs: int) -> list[str]:
+    if known is not None and len(known) == outputs:
+        return known
+    return [f"LABEL_{number}" for number in range(outputs)]
+
+
+def _outputs(source: Source) -> int:
+    """How many numbers a classifier says: the rows of the last layer of its head."""
+    heads = {*SEQ_CLS_HEAD_NAMES, *(source.config.get("modules_to_save") or ())}
+    tensors = _weights(source)
+    shapes = [tensors[key].shape for key in tensors if key.endswith(".weight") and heads & {*key.split(".")}]
+    rows = [shape[0] for shape in shapes if len(shape) == 2]
+    if not rows:
+        return 2 if source.labels is None else len(source.labels)
+    return min(rows)
+
+
+def _weights(source: Source) -> Mapping[str, Tensor]:
+    if source.layers:
+        return source.tensors
+    with reading(source.folder, "Is the adapter whole?"):
+        return load_peft_weights(str(source.folder), device="cpu", local_files_only=True)
+
+
+def load(trained: Trained, accelerator: Accelerator) -> tuple[Any, Any, Limits]:
+    """The model, prepared to predict on this launch's engine, its tokenizer, and what it takes. A collective.
+
+    Raises:
+        AFLoRAError: On every rank: something of it is not there, or does not fit.
+    """
+    config = trained.config
+    answers = trained.says == "an answer"
+    fetch(config.model, language_model=answers)
+    if answers:
+        model, tokenizer = load_language_model(config.model, accelerator)
+    else:
+        model, tokenizer, _ = load_base(config.model, trained.labels, accelerator)
+    if (trained.folder / "tokenizer_config.json").is_file():
+        with reading(trained.folder):
+            tokenizer = AutoTokenizer.from_pretrained(trained.folder)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    limits = Limits.of(model, config.model.name)
+    limits.check_length("data.max_length", config.data.max_length)
+    if trained.adapter is not None:
+        model = _adapted(model, trained.adapter)
+    model.eval().requires_grad_(False)
+    return _prepared(model, accelerator), tokenizer, limits
+
+
+def _adapted(model: Any, source: Source) -> PeftModel:
+    """The model with its adapter, also where ZeRO-3 has sharded the model."""
+    try:
+        if not any(map(is_sharded, model.parameters())):
+            adapted = PeftModel.from_pretrained(model, str(source.folder))
+        else:
+            config = PeftConfig.from_pretrained(str(source.folder))
+            config.base_model_name_or_path = model.config.name_or_path  # it may have been elsewhere then
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+            _fill(adapted, _weights(source), source.folder)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        if isinstance(error, AFLoRAError):
+            raise
+        name = model.config.name_or_path
+        raise AFLoRAError(
+            f"The adapter in {source.folder} does not fit {name}, its base model: {one_line(error)}"
+        ) from error
+    if source.config.get("peft_type") != "AFLORA":
+        match_autocast(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def _fill(model: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Give an adapter's parameters the values of its file."""
+    places = parameters_by_key(model)
+    if missing := sorted(places.keys() ^ {*tensors}):
+        raise AFLoRAError(
+            f"The adapter in {folder} cannot be loaded into a model that ZeRO-3 shards ({missing[0]}): use "
+            f"launch/ddp.yaml."
+        )
+    for key, parameter in places.items():
+        if whole_shape(parameter) != tensors[key].shape:
+            raise AFLoRAError(f"The adapter in {folder} is of another model: {key} is {tuple(tensors[key].shape)}.")
+        assign_sharded(parameter, tensors[key])
+
+
+def _prepared(model: Any, accelerator: Accelerator) -> Any:
+    """The model on its device. Only engines that shard what is frozen need to know of it: others have it whole."""
+    plugin = accelerator.state.deepspeed_plugin
+    sharded = plugin.zero_stage == 3 if plugin is not None else accelerator.distributed_type == DistributedType.FSDP
+    if sharded:
+        shard_by_block(accelerator, model)
+        if plugin is not None:
+            return accelerator.prepare(model)
+        # For FSDP2 accelerate wants an optimizer, too: one that has no state, and does no step.
+        return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))[0]
+    if plugin is not None:  # it would compute in this dtype
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return model.to(accelerator.device, kinds.get(str(accelerator.mixed_precision)))
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def for_ranks(config: Config, processes: int) -> Config:
+    """A configuration that so many processes may have: nothing is trained, and no batch is split."""
+    return replace(config, train=replace(config.train, batch_size=max(config.train.batch_size, processes)))

@@ -1,0 +1,123 @@
+"""`aflora study FILE.yaml` and `aflora reproduce NAME`: do a study's runs, and write its tables."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import AFLoRAError, writing
+from ..extras import require
+from .description import read_study, shipped
+from .grid import Grid
+from .results import Results
+from .tables import as_csv, cells, compared, latex, markdown
+from .work import Work, outlook
+
+
+def write_tables(grid: Grid, results: Results, folder: Path) -> list[Path]:
+    """NAME.md, .tex, .csv and the pictures.
+
+    Raises:
+        AFLoRAError: The folder cannot be written.
+    """
+    from .pictures import against_seconds, dots, mean_freeze_map  # matplotlib takes a second
+
+    name, records = grid.study.name, results.records
+    found = cells(grid, records)
+    pairs = compared(grid, found)
+    texts = {f"{name}.md": markdown(grid, records), f"{name}.tex": latex(grid, records)}
+    texts |= {f"{name}{'_' * bool(kind)}{kind}.csv": text for kind, text in as_csv(grid, records).items()}
+    drawn: dict[str, Any] = {f"{name}_seconds.png": against_seconds(found)}
+    if pairs:
+        drawn[f"{name}_differences.png"] = dots(pairs)
+    if "freeze_map" in grid.study.pictures:
+        for task in grid.study.tasks:
+            for method in grid.study.reported:
+                drawn[f"{name}_{task}_{method}_froze.png"] = mean_freeze_map(grid, records, task, method)
+    with writing("The tables", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        for file, figure in drawn.items():
+            if figure is not None:
+                figure.savefig(folder / file, dpi=130)
+    return [folder / file for file in (*texts, *(file for file, figure in drawn.items() if figure is not None))]
+
+
+def main(command: str, arguments: list[str]) -> int:
+    """`aflora study` and `aflora reproduce`; returns the exit status: 3 where runs are left to do."""
+    parser = _parser(command)
+    args, more = parser.parse_known_args(arguments)
+    try:
+        require("train", f"aflora {command}")
+        if command == "reproduce" and args.study is None:
+            print(*(f"{name:10} {read_study(path).title}" for name, path in shipped().items()), sep="\n")
+            return 0
+        study = read_study(_file(command, args.study), args.small)
+        grid = Grid(study.restricted(args.tasks, args.methods, args.seeds), _options(more))
+        results = Results(args.results or args.out / "results")
+        print(f"{study.name}: {outlook(grid.plan(results.records), results)}", flush=True)
+        if args.dry_run:
+            return 0
+        done = args.tables_only or Work(grid, results, args.out / "runs", args.launch, args.at_once).run()
+        for path in write_tables(grid, results, args.out / "tables"):
+            print(f"wrote {path}")
+        return 0 if done else 3
+    except AFLoRAError as error:
+        print(f"aflora: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"aflora {command}",
+        description=(__doc__ or "").partition(": ")[2],
+        epilog="All else is handed on to each run of the main job, as in --model.name roberta-base.",
+        allow_abbrev=False,
+    )
+    if command == "study":
+        parser.add_argument("study", type=Path, metavar="FILE", help="YAML: docs/study.md says what is in it")
+    else:
+        names = ", ".join(shipped())
+        parser.add_argument("study", nargs="?", metavar="NAME", help=f"{names}; none: what each of them is")
+    parser.add_argument("--small", action="store_true", help="what the study's section `small` says: for two cores")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), metavar="FOLDER", help="runs, results, tables")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="instead of OUT/results")
+    for name, kind in (("tasks", str), ("methods", str), ("seeds", int)):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", default=[], metavar="NAME", help="these alone")
+    parser.add_argument("--at_once", type=int, default=1, metavar="N", help="runs side by side, as memory allows")
+    parser.add_argument("--launch", type=shlex.split, metavar="OPTIONS", help="start runs by accelerate launch OPTIONS")
+    parser.add_argument("--dry_run", action="store_true", help="how many runs, and how long; nothing is done")
+    parser.add_argument("--tables_only", action="store_true", help="of the results that there are")
+    return parser
+
+
+def _file(command: str, named: Any) -> Path:
+    if command == "study":
+        return Path(named)
+    if named not in shipped():
+        raise AFLoRAError(
+            f"There is no study {named!r}: there are {', '.join(shipped())}. Yours: aflora study FILE.yaml."
+        )
+    return shipped()[named]
+
+
+def _options(words: list[str]) -> dict[str, str]:
+    """Options for every run, as they stand on the command line."""
+    found: dict[str, str] = {}
+    rest = [*words]
+    while rest:
+        name, sign, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or ("." not in name and name != "--preset"):
+            raise AFLoRAError(f"There is no option {name}: see --help. Options of the main job are --GROUP.KEY VALUE.")
+        if not sign:
+            if not rest or rest[0].startswith("--"):
+                raise AFLoRAError(f"{name} has no value: give one.")
+            value = rest.pop(0)
+        if name in ("--run.dir", "--run.resume", "--run.overwrite", "--train.seed"):
+            raise AFLoRAError(f"{name} is the study's to say: see --out and --seeds.")
+        found[name.removeprefix("--")] = value
+    return found

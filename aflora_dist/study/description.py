@@ -1,0 +1,240 @@
+"""What a study's YAML file says: tasks, methods, seeds, what is searched and what is compared. Runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import AFLoRAError
+from ..untrusted import refuse_deep_yaml
+
+SHIPPED = Path(__file__).with_name("shipped")
+_OF_METHOD = ("sweep", "rates_of", "seconds_of", "title")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method of a study: a row of its table.
+
+    Attributes:
+        options: Of the main job, by their names.
+        sweep: Option -> values to try, searched one option after the other. Where the best value lies at an end, more
+            are tried beyond it.
+        rates_of: Takes what was chosen for that method instead.
+        seconds_of: Trains on as many examples as it sees in the seconds that that method takes.
+    """
+
+    options: dict[str, Any]
+    sweep: dict[str, list[Any]]
+    rates_of: str | None = None
+    seconds_of: str | None = None
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How rates are chosen: by runs with these seeds, evaluated on these data, never on what is reported.
+
+    Attributes:
+        options: Of the main job, for these runs alone; at least data.hold_out, so that they are evaluated on training
+            examples that were held out.
+        metric: As result.json names it; the task's if not given.
+        wider: How many values are tried at most beyond an end.
+    """
+
+    seeds: list[int]
+    options: dict[str, Any]
+    metric: str | None = None
+    wider: int = 2
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, as its file describes it.
+
+    Attributes:
+        settings: Options of the main job that all runs have.
+        tasks: Label -> options; "metric" among them names what of result.json is reported.
+        compare: (method, with which it is compared).
+        paper: Method -> task -> what the paper reports, in points.
+        differs: How the setting differs from the paper's, for the table.
+        pictures: Beside those that every study has: freeze_map (Fig. 5).
+    """
+
+    name: str
+    title: str
+    tasks: dict[str, dict[str, Any]]
+    methods: dict[str, Variant]
+    seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+    compare: list[tuple[str, str]] = field(default_factory=list)
+    sweep: Sweep | None = None
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    differs: str = ""
+    pictures: list[str] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)
+
+    def restricted(self, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> Study:
+        """The part of it with these tasks, methods and seeds; all where none is named.
+
+        Raises:
+            AFLoRAError: It has no such task or method.
+        """
+        for named, there, what in ((tasks, self.tasks, "task"), (methods, self.methods, "method")):
+            for name in named:
+                if name not in there:
+                    raise AFLoRAError(f"{self.name} has no {what} {name!r}: it has {', '.join(there)}.")
+        return replace(
+            self,
+            tasks={name: self.tasks[name] for name in tasks or self.tasks},
+            seeds=list(seeds or self.seeds),
+            only=list(methods or self.reported),
+            compare=[pair for pair in self.compare if not methods or {*pair} <= {*methods}],
+        )
+
+    @property
+    def reported(self) -> list[str]:
+        """The methods that its tables show; others may be there for what is chosen for them."""
+        return [name for name in self.methods if not self.only or name in self.only]
+
+
+def read_study(path: Path, small: bool = False) -> Study:
+    """The study that a file describes.
+
+    Args:
+        small: With what its section `small` says instead.
+
+    Raises:
+        AFLoRAError: It cannot be read, or says what no study has.
+    """
+    said = _document(path)
+    if (other := said.pop("like", None)) is not None:  # another file beside it says what this one does not
+        common = _document(path.with_name(f"{other}.yaml"))
+        said = {**common, **said, "small": {**(common.get("small") or {}), **(said.get("small") or {})}}
+    instead = _mapping(said.pop("small", {}), f"{path}: small")
+    if small and not instead:
+        raise AFLoRAError(f"{path} has no section `small`: leave --small away.")
+    if small:
+        said = _merged(said, instead)
+    known = {option.name for option in fields(Study)} - {"name", "only"}
+    _refuse_unknown(said, known, str(path))
+    for needed in ("tasks", "methods", "seeds"):
+        if not said.get(needed):
+            raise AFLoRAError(f"{path} names no {needed}.")
+    tasks = {name: _mapping(options, f"{path}: tasks.{name}") for name, options in _named(said, "tasks", path)}
+    methods = {name: _variant(name, options, path) for name, options in _named(said, "methods", path)}
+    study = Study(
+        **{
+            **said,
+            "name": path.stem,
+            "title": said.get("title", path.stem),
+            "tasks": tasks,
+            "methods": methods,
+            "settings": _mapping(said.get("settings"), f"{path}: settings"),
+            "compare": [(str(one), str(other)) for one, other in said.get("compare") or []],
+            "sweep": _sweep(said.get("sweep"), path),
+            "paper": {str(name): _mapping(row, f"{path}: paper.{name}") for name, row in _named(said, "paper", path)},
+        }
+    )
+    _check(study, path)
+    return study
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        refuse_deep_yaml(text, yaml.SafeLoader)
+        said = yaml.safe_load(text)
+    except OSError as error:
+        raise AFLoRAError(f"{path}, which is to describe a study, could not be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AFLoRAError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}.") from None
+    if not isinstance(said, dict):
+        raise AFLoRAError(f"{path} must hold tasks, methods and seeds, each with its values below it.")
+    return said
+
+
+def shipped() -> dict[str, Path]:
+    """The studies that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("[!_]*.yaml"))}
+
+
+def _merged(said: dict[str, Any], instead: dict[str, Any]) -> dict[str, Any]:
+    """`methods` and `settings` are merged name by name; whatever else is replaced."""
+    both = {**said, **instead}
+    for key in ("methods", "settings"):
+        ours, theirs = said.get(key) or {}, instead.get(key) or {}
+        both[key] = {
+            name: {**(ours.get(name) or {}), **(theirs.get(name) or {})}
+            if isinstance(ours.get(name, {}), Mapping | None) and isinstance(theirs.get(name, {}), Mapping | None)
+            else theirs.get(name, ours.get(name))
+            for name in {**ours, **theirs}
+        }
+    return both
+
+
+def _named(said: dict[str, Any], key: str, path: Path) -> list[tuple[str, Any]]:
+    return [(str(name), value) for name, value in _mapping(said.get(key), f"{path}: {key}").items()]
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise AFLoRAError(f"{where} must hold names with values, not {value!r}.")
+    return value
+
+
+def _refuse_unknown(said: Mapping[str, Any], known: set[str], where: str) -> None:
+    for name in said:
+        if name not in known:
+            close = get_close_matches(str(name), known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(sorted(known))}."
+            raise AFLoRAError(f"{where}: there is no {name!r}. {hint}")
+
+
+def _variant(name: str, said: Any, path: Path) -> Variant:
+    where = f"{path}: methods.{name}"
+    options = _mapping(said, where)
+    plain = {key: value for key, value in options.items() if "." in key or key == "preset"}
+    own = {key: value for key, value in options.items() if key not in plain}
+    _refuse_unknown(own, {*_OF_METHOD}, where)
+    sweep = _mapping(own.get("sweep"), f"{where}.sweep")
+    for option, values in sweep.items():
+        if not isinstance(values, list) or len(values) < 2:
+            raise AFLoRAError(f"{where}.sweep.{option} must list two values or more, not {values!r}.")
+    return Variant(plain, sweep, own.get("rates_of"), own.get("seconds_of"), own.get("title"))
+
+
+def _sweep(said: Any, path: Path) -> Sweep | None:
+    if said is None:
+        return None
+    _refuse_unknown(_mapping(said, f"{path}: sweep"), {option.name for option in fields(Sweep)}, f"{path}: sweep")
+    return Sweep(**{"options": {}, **said})
+
+
+def _check(study: Study, path: Path) -> None:
+    for name, method in study.methods.items():
+        for other in (method.rates_of, method.seconds_of):
+            if other is not None and other not in study.methods:
+                raise AFLoRAError(f"{path}: methods.{name} refers to {other!r}, which is no method of it.")
+        if method.sweep and study.sweep is None:
+            raise AFLoRAError(f"{path}: methods.{name} has values to try, and no section `sweep` says by which seeds.")
+    for pair in study.compare:
+        for name in pair:
+            if name not in study.methods:
+                raise AFLoRAError(f"{path}: compare names {name!r}, which is no method of it.")
+    if study.sweep is None:
+        return
+    if both := {*study.sweep.seeds} & {*study.seeds}:
+        raise AFLoRAError(f"{path}: seed {min(both)} is the sweep's and is reported, too. Take another.")
+    if not study.sweep.options.get("data.hold_out"):
+        raise AFLoRAError(
+            f"{path}: the sweep would choose by what is reported. Give sweep.options a data.hold_out: so many training "
+            f"examples are held out, and looked at instead."
+        )

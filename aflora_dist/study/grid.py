@@ -1,0 +1,279 @@
+"""Which runs a study consists of, as far as that is known: what is chosen, is chosen by results alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from ..errors import AFLoRAError
+from ..options import Config
+from ..store.best import LOWER_IS_BETTER
+from ..tasks.glue import TASKS
+from ..training.command_line import OPTIONS, parse
+from .description import Study, Sweep, Variant
+from .results import name_of
+
+_STEP = 0.05  # of what `seconds_of` makes of the data: times differ by less from day to day
+Records = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a study.
+
+    Attributes:
+        options: Of the main job, by name; run.dir is not among them.
+        config: What they come to.
+    """
+
+    task: str
+    method: str
+    options: dict[str, Any]
+    config: Config
+
+    @cached_property
+    def name(self) -> str:
+        return name_of(self.config)
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    def line(self) -> list[str]:
+        """As the words of a command."""
+        return _words(self.options)
+
+
+@dataclass
+class Agenda:
+    """The runs of a study as far as its results decide them.
+
+    Attributes:
+        searched: Those by which something is chosen.
+        reported: Those that its tables show: (task, method) -> by seed; absent where a choice is still open.
+        chosen: (task, method) -> what was chosen for it.
+    """
+
+    searched: list[Planned] = field(default_factory=list)
+    reported: dict[tuple[str, str], dict[int, Planned]] = field(default_factory=dict)
+    chosen: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    open: int = 0  # runs that are not known yet
+
+    def runs(self) -> list[Planned]:
+        """Each once; seed by seed, so that tables fill evenly."""
+        seeds = dict.fromkeys(seed for runs in self.reported.values() for seed in runs)
+        shown = [runs[seed] for seed in seeds for runs in self.reported.values() if seed in runs]
+        return list({run.name: run for run in (*self.searched, *shown)}.values())
+
+
+class Grid:
+    """A study's runs.
+
+    Args:
+        more: Options that all runs have besides, as a command line gives them: they win.
+    """
+
+    def __init__(self, study: Study, more: Mapping[str, Any] | None = None) -> None:
+        self.study, self.more = study, dict(more or {})
+        self._configs: dict[str, Config] = {}  # parsing takes a tenth of a second
+        self.metrics = {task: self._metric(task) for task in study.tasks}
+
+    def plan(self, records: Records) -> Agenda:
+        """The runs that are known by these results."""
+        plan = Agenda()
+        for task in self.study.tasks:
+            for method in self.study.reported:
+                options = self._options(task, method, records, plan)
+                if options is None:
+                    plan.open += len(self.study.seeds)
+                else:
+                    plan.reported[task, method] = {
+                        seed: self.run(task, method, options, seed) for seed in self.study.seeds
+                    }
+        return plan
+
+    def run(self, task: str, method: str, options: Mapping[str, Any], seed: int) -> Planned:
+        """One run.
+
+        Raises:
+            AFLoRAError: The main job has no such option, or refuses its value.
+        """
+        own = self.study.methods[method].options
+        given = {**self.study.settings, **self.study.tasks[task]}
+        given.pop("metric", None)
+        if own.get("method.name", "aflora") != "aflora":  # a task says it to whom it may concern
+            unread = ("adapter.",) if own.get("freezing.enabled") else ("adapter.", "freezing.")
+            given = {key: value for key, value in given.items() if not key.startswith(unread)}
+        said = {**given, **own, **self.more}
+        late = {"train.seed": seed, **{name: value for name, value in options.items() if name not in self.more}}
+        try:
+            return Planned(task, method, {**said, **late}, self._config(said, late))
+        except AFLoRAError as error:
+            raise AFLoRAError(f"{self.study.name}, {method} on {task}: {error}") from None
+
+    def _config(self, said: dict[str, Any], late: Mapping[str, Any]) -> Config:
+        """What options come to; numbers that were chosen for a run are put into what the others come to."""
+        kinds = {name: kind for name in late if (kind := OPTIONS.get(name)) in (int, float)}
+        numbers = {name: kind(_number(late[name])) for name, kind in kinds.items()}
+        said = {**said, **{name: value for name, value in late.items() if name not in numbers}}
+        key = json.dumps(said, sort_keys=True)
+        if key not in self._configs:
+            self._configs[key] = parse(_words(said))[0]
+        config, groups = self._configs[key], {name.partition(".")[0] for name in numbers}
+        ours = {g: {n.partition(".")[2]: v for n, v in numbers.items() if n.startswith(f"{g}.")} for g in groups}
+        return replace(config, **{group: replace(getattr(config, group), **ours[group]) for group in groups})
+
+    def _metric(self, task: str) -> str:
+        """What of result.json a task is reported by."""
+        said = self.study.tasks[task].get("metric")
+        if said is not None:
+            return str(said)
+        kind = self.run(task, next(iter(self.study.methods)), {}, 0).config.data.task
+        if kind == "sft":
+            return "loss"
+        return {"mnli": "accuracy_matched"}.get(kind, TASKS[kind].metrics[0] if kind in TASKS else "accuracy")
+
+    def _options(self, task: str, method: str, records: Records, plan: Agenda) -> dict[str, Any] | None:
+        """What was chosen for a method; None where that is open. Runs by which it is chosen are added to the plan."""
+        variant = self.study.methods[method]
+        chosen = self._search(task, variant.rates_of or method, records, plan)
+        if chosen is not None and variant.seconds_of is not None:
+            share = self._share(task, method, variant, chosen, records, plan)
+            chosen = None if share is None else chosen | share
+        if chosen is not None:
+            plan.chosen[task, method] = chosen
+        return chosen
+
+    def _search(self, task: str, method: str, records: Records, plan: Agenda) -> dict[str, Any] | None:
+        """The best value of each option that is searched, one option after the other."""
+        chosen: dict[str, Any] = {}
+        for option, values in self.study.methods[method].sweep.items():
+            assert self.study.sweep is not None
+            best = self._best(task, method, chosen, option, values, self.study.sweep, records, plan)
+            if best is None:
+                return None
+            chosen[option] = best
+        return chosen
+
+    def _best(
+        self,
+        task: str,
+        method: str,
+        chosen: Mapping[str, Any],
+        option: str,
+        values: list[Any],
+        sweep: Sweep,
+        records: Records,
+        plan: Agenda,
+    ) -> Any:
+        tried = list(values)
+        while True:
+            by_value = {
+                value: [
+                    self.run(task, method, {**chosen, **sweep.options, option: value}, seed) for seed in sweep.seeds
+                ]
+                for value in tried
+            }
+            runs = [run for of_value in by_value.values() for run in of_value]
+            known = {run.name for run in plan.searched}
+            plan.searched += [run for run in runs if run.name not in known]
+            if any(run.name not in records for run in runs):
+                return None
+            metric = sweep.metric or self.metrics[task]
+            means = {value: mean_of(of_value, metric, records) for value, of_value in by_value.items()}
+            best = _first_best(means, metric)
+            if best is None:
+                raise AFLoRAError(
+                    f"{self.study.name}, {method} on {task}: no run of the sweep over {option} ended well."
+                )
+            wider = _beyond(tried, best)
+            if wider is None or len(tried) >= len(values) + sweep.wider:
+                return best
+            tried = wider
+
+    def _share(
+        self, task: str, method: str, variant: Variant, chosen: Mapping[str, Any], records: Records, plan: Agenda
+    ) -> dict[str, Any] | None:
+        """So many examples as the method sees in another's seconds; both are run on all of them first."""
+        assert variant.seconds_of is not None
+        others = self._options(task, variant.seconds_of, records, plan)
+        if others is None:
+            return None
+        times = []
+        for name, options in ((method, chosen), (variant.seconds_of, others)):
+            runs = [self.run(task, name, options, seed) for seed in self.study.seeds]
+            known = {run.name for run in plan.searched}
+            plan.searched += [run for run in runs if run.name not in known]
+            if any(run.name not in records for run in runs):
+                return None
+            ended = [records[run.name] for run in runs if "failed" not in records[run.name]]
+            if not ended:
+                raise AFLoRAError(f"{self.study.name}: no run of {name} on {task} has ended well, to take its seconds.")
+            times.append((statistics.fmean(map(seconds_of, ended)), ended[0], runs[0].config.train.batch_size))
+        (alone, record, batch), (theirs, _, _) = times
+        share = min(1.0, round(theirs / alone / _STEP) * _STEP)
+        examples = max(1, int(share * record["train_examples"]) // batch) * batch
+        return {} if share == 1.0 else {"data.max_train_examples": examples}
+
+
+def seconds_of(record: Mapping[str, Any]) -> float:
+    """Of training: the processor's where they are known (on CPUs), which other work beside does not change."""
+    return float(record.get("train_cpu_seconds") or record["train_seconds"])
+
+
+def mean_of(runs: list[Planned], metric: str, records: Records) -> float | None:
+    """Of what the runs came to; None where one of them broke down, or has no such metric.
+
+    Raises:
+        AFLoRAError: A run that ended well has no such metric.
+    """
+    found = []
+    for run in runs:
+        record = records[run.name]
+        if "failed" in record:
+            return None
+        if metric not in record["metrics"]:
+            raise AFLoRAError(f"{run.task} has no metric {metric!r}: it has {', '.join(record['metrics'])}.")
+        found.append(record["metrics"][metric])
+    return None if None in found else statistics.fmean(found)
+
+
+def _first_best(means: Mapping[Any, float | None], metric: str) -> Any:
+    """The value with the best mean; of equals the smallest."""
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    there = {value: mean for value, mean in means.items() if mean is not None and math.isfinite(mean)}
+    return min(there, key=lambda value: (sign * there[value], _number(value)), default=None)
+
+
+def _beyond(tried: list[Any], best: Any) -> list[Any] | None:
+    """One more value beyond the end at which the best lies, as far as its neighbour; None where it lies inside."""
+    in_order = sorted(tried, key=_number)
+    at = in_order.index(best)
+    if 0 < at < len(in_order) - 1 or _number(best) == 0:
+        return None
+    neighbour = in_order[1] if at == 0 else in_order[-2]
+    further = _number(best) ** 2 / _number(neighbour) if _number(neighbour) else 0.0
+    return [*tried, float(f"{further:.3g}")] if further else None
+
+
+def _number(value: Any) -> float:
+    """YAML takes 1e-3 for a text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise AFLoRAError(f"{value!r} is among a sweep's values and no number.") from None
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", _written(value))]
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
+        return json.dumps(value)
+    return str(value)

@@ -1,0 +1,120 @@
+"""What is left of a run: a small JSON file, by which its study goes on where the run's directory is gone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import AFLoRAError, writing
+from ..options import CHANGES_NOTHING, Config
+from ..store.records import Run, dumps, loads
+from ..version import __version__
+
+_KEPT = (
+    *("metrics", "evaluations", "engine", "world_size", "mixed_precision", "steps", "train_examples"),
+    *("train_seconds", "train_cpu_seconds", "avg_trainable_params", "head_params", "lora_r8_trainable_params"),
+    *("freezable_matrices", "freeze_events", "freeze_seconds_total", "peak_memory_bytes"),
+)
+_MOST_MATRICES = 400  # whose steps of freezing are kept
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What a run trains, as option -> value where that is not the default, without its seed.
+
+    What only says where data lie, or how they are cut into micro-batches, is left out: it is the same run.
+    """
+    mine, default = _flat(asdict(config)), _flat(asdict(Config()))
+    changed = {name: value for name, value in mine.items() if value != default.get(name) and name != "train.seed"}
+    sources = ("data.name", "data.train_file", "data.validation_file")
+    files = {name: Path(changed[name]).name for name in sources if name in changed}
+    free = [name for name in changed if name in CHANGES_NOTHING or name.partition(".")[0] in CHANGES_NOTHING]
+    return {name: value for name, value in changed.items() if name not in free} | files
+
+
+def name_of(config: Config) -> str:
+    """The run's name: by what and on what, its seed, and what tells it from all others."""
+    content = json.dumps(sorted(settings_of(config).items()), sort_keys=True)
+    mark = hashlib.sha256(content.encode()).hexdigest()[:10]
+    return f"{config.data.task}-{config.method.name}-{mark}-seed{config.train.seed}"
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Option -> value; what is below an option, as in method.options, stays whole."""
+    return {
+        f"{group}.{name}" if isinstance(of_group, Mapping) else group: value
+        for group, of_group in values.items()
+        for name, value in (of_group.items() if isinstance(of_group, Mapping) else [("", of_group)])
+    }
+
+
+class Results:
+    """The results in a folder, by the name of their run; whoever works on the same folder adds to them.
+
+    Attributes:
+        records: Name -> what the file holds; "failed" instead of metrics tells why a run has none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: dict[str, dict[str, Any]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Look for what others have added.
+
+        Raises:
+            AFLoRAError: A file is damaged.
+        """
+        for file in sorted(self.folder.glob("*-seed*.json")):
+            if file.stem in self.records:
+                continue
+            try:
+                record = loads(file.read_bytes())
+                sound = isinstance(record["settings"], dict) and ("failed" in record or bool(record["evaluations"]))
+            except (OSError, ValueError, KeyError, TypeError):
+                sound = False
+            if not sound:
+                raise AFLoRAError(f"{file} is no run's result, or damaged. Delete it, and the run is done again.")
+            self.records[file.stem] = record
+
+    def keep(self, name: str, config: Config, found: Mapping[str, Any], seconds: float | None) -> None:
+        """Write a run's result.
+
+        Args:
+            found: What result.json holds, or {"failed": why}.
+            seconds: From its start to its end, if it was not interrupted.
+        """
+        record: dict[str, Any] = {"settings": settings_of(config), "seed": config.train.seed}
+        record |= {key: found[key] for key in ("failed", "frozen", *_KEPT) if found.get(key) is not None}
+        record |= {"seconds": seconds, "version": __version__}
+        with writing("A run's result", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".{name}.tmp"
+            temporary.write_text(dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self.folder / f"{name}.json")
+        self.records[name] = loads((self.folder / f"{name}.json").read_bytes())
+
+
+def result_in(path: Path) -> dict[str, Any] | None:
+    """result.json of a run's directory, with the step after which each matrix froze; None: it has not ended."""
+    file = path / "result.json"
+    if not file.is_file():
+        return None
+    result: dict[str, Any] = loads(file.read_bytes())
+    frozen = Run(path).frozen
+    if 0 < len(frozen) <= _MOST_MATRICES:
+        result["frozen"] = frozen
+    return result
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six significant digits: times and metrics have no more."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,275 @@
+"""A study's tables: what its runs came to, and which differences they show. As Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from ..store.best import LOWER_IS_BETTER
+from .differences import Difference, corrected_for, paired
+from .grid import Grid, Records, seconds_of
+
+AVERAGE = "average"  # over the tasks, where there are several
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task; metrics but losses are in points (x 100), as the paper's.
+
+    Attributes:
+        values: After the last epoch, by seed.
+        best: After the best epoch, which is chosen by the very data that are reported: too good, as in the paper.
+        failed: Runs that broke down.
+        missing: Runs that have not been done.
+        trained: Parameters on average over the updates, the head's left out.
+        seconds: Of training; of a CPU's core where that was measured.
+        chosen: What was searched for it.
+        paper: What the paper reports.
+    """
+
+    task: str
+    method: str
+    metric: str
+    values: dict[int, float]
+    best: dict[int, float]
+    failed: int
+    missing: int
+    trained: float | None
+    seconds: float | None
+    chosen: str
+    paper: float | None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values.values()) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
+
+    @property
+    def best_mean(self) -> float | None:
+        return statistics.fmean(self.best.values()) if self.best else None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A method less another one, on a task or on average."""
+
+    task: str
+    method: str
+    other: str
+    difference: Difference
+    better: bool  # whether the difference, as it is, speaks for the method
+
+    @property
+    def said(self) -> str:
+        if not self.difference.seen:
+            return "no difference seen"
+        return f"{self.method if self.better else self.other} is better"
+
+
+def cells(grid: Grid, records: Records) -> list[Cell]:
+    """What the runs that are there came to; a line per task and method."""
+    plan, found = grid.plan(records), []
+    for task in grid.study.tasks:
+        metric = grid.metrics[task]
+        scale = 1.0 if metric in LOWER_IS_BETTER else 100.0
+        best_of = min if metric in LOWER_IS_BETTER else max
+        for method in grid.study.reported:
+            runs = plan.reported.get((task, method), {})
+            there = {seed: records[run.name] for seed, run in runs.items() if run.name in records}
+            ended = {seed: r for seed, r in there.items() if "failed" not in r and r["metrics"].get(metric) is not None}
+            trained = [r["avg_trainable_params"] for r in ended.values() if "avg_trainable_params" in r]
+            chosen = plan.chosen.get((task, method), {})
+            found.append(
+                Cell(
+                    task,
+                    method,
+                    metric,
+                    {seed: scale * _last(r, metric) for seed, r in ended.items()},
+                    {seed: scale * best_of(e[metric] for e in r["evaluations"]) for seed, r in ended.items()},
+                    len(there) - len(ended),
+                    len(grid.study.seeds) - len(there),
+                    statistics.fmean(trained) if trained else None,
+                    statistics.fmean(map(seconds_of, ended.values())) if ended else None,
+                    ", ".join(f"{name.partition('.')[2]} {value}" for name, value in chosen.items()),
+                    grid.study.paper.get(method, {}).get(task),
+                )
+            )
+        for method, quoted in grid.study.paper.items():
+            if task in quoted and method not in grid.study.methods:
+                found.append(Cell(task, method, metric, {}, {}, 0, 0, None, None, "", quoted[task]))
+    return found
+
+
+def _last(record: Mapping[str, list[dict[str, float]]], metric: str) -> float:
+    return record["evaluations"][-1][metric]
+
+
+def compared(grid: Grid, found: Sequence[Cell]) -> list[Compared]:
+    """The comparisons that the study names, task by task and on average, corrected for how many they are."""
+    by = {(cell.task, cell.method): cell for cell in found}
+    tasks = [*grid.study.tasks]
+    several = len(tasks) > 1 and not any(metric in LOWER_IS_BETTER for metric in grid.metrics.values())
+    pairs: list[tuple[str, str, str, Difference | None, bool]] = []
+    for method, other in grid.study.compare:
+        for task in tasks:
+            ours, theirs = by[task, method], by[task, other]
+            pairs.append((task, method, other, paired(ours.values, theirs.values), ours.metric in LOWER_IS_BETTER))
+        if several:
+            ours_mean, theirs_mean = (_averages([by[task, name] for task in tasks]) for name in (method, other))
+            pairs.append((AVERAGE, method, other, paired(ours_mean, theirs_mean), False))
+    there = [(task, method, other, one, lower) for task, method, other, one, lower in pairs if one is not None]
+    corrected = corrected_for([one for _, _, _, one, _ in there])
+    return [
+        Compared(task, method, other, one, (one.mean < 0) == lower)
+        for (task, method, other, _, lower), one in zip(there, corrected, strict=True)
+    ]
+
+
+def _averages(of_method: Sequence[Cell]) -> dict[int, float]:
+    """By seed, of those that all tasks have."""
+    seeds = set.intersection(*({*cell.values} for cell in of_method))
+    return {seed: statistics.fmean(cell.values[seed] for cell in of_method) for seed in sorted(seeds)}
+
+
+# -- as text ------------------------------------------------------------------------------------------
+
+_HEAD = ["task", "method", "seeds", "metric", "last epoch", "best epoch", "trained", "seconds", "chosen", "paper"]
+_HEAD_DIFFERENCES = ["task", "compared", "seeds", "difference", "95% interval", "p, corrected", ""]
+
+
+def _numbers(found: Sequence[Cell]) -> list[list[str]]:
+    rows = []
+    for cell in found:
+        broken = [f"{n} {what}" for n, what in ((cell.failed, "diverged"), (cell.missing, "to do")) if n]
+        digits = 4 if cell.metric in LOWER_IS_BETTER else 2
+        spread = f" ± {cell.deviation:.{digits}f}" if cell.deviation is not None else ""
+        rows.append(
+            [
+                cell.task,
+                cell.method,
+                f"{len(cell.values)}" + (f" ({', '.join(broken)})" if broken else "" if cell.values else " (quoted)"),
+                cell.metric.replace("_", " "),
+                "-" if cell.mean is None else f"{cell.mean:.{digits}f}{spread}",
+                "-" if cell.best_mean is None else f"{cell.best_mean:.{digits}f}",
+                "-" if cell.trained is None else f"{cell.trained:,.0f}",
+                "-" if cell.seconds is None else f"{cell.seconds:,.1f}",
+                cell.chosen or "-",
+                "-" if cell.paper is None else f"{cell.paper:.2f}",
+            ]
+        )
+    return rows
+
+
+def _differences(found: Sequence[Compared]) -> list[list[str]]:
+    rows = []
+    for one in found:
+        d = one.difference
+        between = "-" if d.low is None or d.high is None else f"{d.low:+.2f} to {d.high:+.2f}"
+        corrected = "-" if d.corrected is None else f"{d.corrected:.3f}"
+        names = f"{one.method} - {one.other}"
+        rows.append([one.task, names, str(d.seeds), f"{d.mean:+.2f}", between, corrected, one.said])
+    return rows
+
+
+def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> list[str]:
+    """What one has to know to read the tables."""
+    study = grid.study
+    lines = [f"{study.title}"]
+    lines.append(
+        "Mean and standard deviation over seeds, in points; the best epoch is chosen by the data that are reported, "
+        "and is too good for that. Trained: parameters, on average over the updates, without the head. Seconds: of "
+        "training (on CPUs those of the processor, of the main rank)."
+    )
+    if study.sweep is not None and any(cell.chosen for cell in found):
+        seeds = ", ".join(map(str, study.sweep.seeds))
+        held = study.sweep.options["data.hold_out"]
+        lines.append(f"Chosen by runs with seeds {seeds} on {held} training examples that were held out of them.")
+    if pairs:
+        lines.append(
+            f"Differences are paired by seed; p is Student's t, corrected by Holm's method for {len(pairs)} "
+            "comparisons; a difference is called one where it is below 0.05."
+        )
+    if study.differs:
+        lines.append(f"Setting: {study.differs}")
+    return lines
+
+
+def markdown(grid: Grid, records: Records) -> str:
+    """Both tables, with what one has to know."""
+    found = cells(grid, records)
+    pairs = compared(grid, found)
+    title, *notes = caption(grid, found, pairs)
+    parts = [f"**{title}**", _markdown_table(*_shown(_HEAD, _numbers(found)))]
+    if pairs:
+        parts.append(_markdown_table(_HEAD_DIFFERENCES, _differences(pairs)))
+    return "\n\n".join([*parts, " ".join(notes)]) + "\n"
+
+
+def _shown(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without columns in which nothing stands."""
+    there = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
+    return [head[i] for i in there], [[row[i] for i in there] for row in rows]
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def latex(grid: Grid, records: Records) -> str:
+    """Both tables, for a paper that uses booktabs."""
+    found = cells(grid, records)
+    pairs = compared(grid, found)
+    parts = [_latex_table(*_shown(_HEAD, _numbers(found)))]
+    if pairs:
+        parts.append(_latex_table(_HEAD_DIFFERENCES, _differences(pairs)))
+    notes = "".join(f"% {line}\n" for line in caption(grid, found, pairs))
+    return notes + "\n\n".join(parts) + "\n"
+
+
+def _latex_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in (head, *rows)]
+    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{{'l' * len(head)}}}", *body, r"\end{tabular}"])
+
+
+def _escaped(text: str) -> str:
+    for special in "\\&%$#_{}":
+        text = text.replace(special, rf"\{special}" if special != "\\" else r"\textbackslash ")
+    return text.replace("±", r"$\pm$")
+
+
+def as_csv(grid: Grid, records: Records) -> dict[str, str]:
+    """All numbers, unrounded: "" for what the runs came to, a line per seed; "differences" for those."""
+    found = cells(grid, records)
+    runs = [
+        {
+            "task": c.task,
+            "method": c.method,
+            "metric": c.metric,
+            "seed": seed,
+            "last_epoch": value,
+            "best_epoch": c.best[seed],
+        }
+        | {"trained": c.trained, "seconds": c.seconds, "chosen": c.chosen, "paper": c.paper}
+        for c in found
+        for seed, value in c.values.items()
+    ]
+    pairs = [
+        {"task": one.task, "method": one.method, "other": one.other, **asdict(one.difference), "said": one.said}
+        for one in compared(grid, found)
+    ]
+    texts = {}
+    for name, rows in (("", runs), ("differences", pairs)):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [*rows[0]] if rows else ["task"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        texts[name] = text.getvalue()
+    return texts

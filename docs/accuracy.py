@@ -1,0 +1,104 @@
+"""docs/accuracy.md, made from docs/results: run `python docs/accuracy.py`, which a test holds to what is committed.
+
+    python docs/accuracy.py [--take FOLDER]
+
+docs/results/page.md is the text; what stands there in {{...}} is worked out from the runs' results beside it:
+{{table | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, and {{mean}}, {{trained}} or {{seconds}} of
+STUDY | TASK | METHOD. With --take, results of another folder are put there before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from aflora_dist.study.description import read_study, shipped
+from aflora_dist.study.grid import Grid
+from aflora_dist.study.results import Results
+from aflora_dist.study.tables import Cell, Compared, cells, compared, markdown
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS / "results"
+PICTURES = DOCS / "images"
+NONE = "not measured yet"
+
+
+@cache
+def measured(study: str, task: str) -> tuple[Grid, Results, list[Cell], list[Compared]]:
+    """A shipped study's small setting on a task, with those methods of which there are results."""
+    results = Results(RESULTS)
+    whole = read_study(shipped()[study], small=True)
+    found = cells(Grid(whole.restricted([task], [], [])), results.records)
+    there = [cell.method for cell in found if cell.values or cell.failed]
+    grid = Grid(whole.restricted([task], there, []))
+    found = cells(grid, results.records) if there else []
+    return grid, results, found, compared(grid, found) if there else []
+
+
+def cell_of(study: str, task: str, method: str) -> Cell | None:
+    return next((cell for cell in measured(study, task)[2] if cell.method == method), None)
+
+
+def table(study: str, task: str) -> str:
+    grid, results, found, _ = measured(study, task)
+    return markdown(grid, results.records).rstrip() if found else f"({study}: {NONE})"
+
+
+def difference(study: str, task: str, method: str, other: str) -> str:
+    pairs = measured(study, task)[3]
+    one = next((pair for pair in pairs if (pair.method, pair.other) == (method, other)), None)
+    if one is None or one.difference.low is None or one.difference.high is None:
+        return NONE
+    d = one.difference
+    return f"{d.mean:+.2f} points (95% interval {d.low:+.2f} to {d.high:+.2f}, {d.seeds} seeds): {one.said}"
+
+
+def mean(study: str, task: str, method: str) -> str:
+    cell = cell_of(study, task, method)
+    return NONE if cell is None or cell.mean is None else f"{cell.mean:.2f}"
+
+
+def trained(study: str, task: str, method: str) -> str:
+    cell = cell_of(study, task, method)
+    return NONE if cell is None or cell.trained is None else f"{cell.trained:,.0f}"
+
+
+def seconds(study: str, task: str, method: str) -> str:
+    cell = cell_of(study, task, method)
+    return NONE if cell is None or cell.seconds is None else f"{cell.seconds:.1f} s"
+
+
+MACROS: dict[str, Callable[..., str]] = {
+    function.__name__: function for function in (table, difference, mean, trained, seconds)
+}
+
+
+def page() -> str:
+    """The whole page."""
+
+    def worked_out(found: re.Match[str]) -> str:
+        name, *arguments = (part.strip() for part in found[1].split("|"))
+        return MACROS[name](*arguments)
+
+    return re.sub(r"\{\{(.+?)\}\}", worked_out, (RESULTS / "page.md").read_text(encoding="utf-8"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Make docs/accuracy.md of the results in docs/results.")
+    parser.add_argument("--take", type=Path, metavar="FOLDER", help="put the results there into docs/results before")
+    parser.add_argument("--out", type=Path, default=DOCS / "accuracy.md", help="the page")
+    args = parser.parse_args(argv)
+    if args.take is not None:
+        for file in sorted(args.take.glob("*-seed*.json")):
+            shutil.copyfile(file, RESULTS / file.name)
+    args.out.write_text(page(), encoding="utf-8")
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

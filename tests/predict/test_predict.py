@@ -1,0 +1,243 @@
+"""`aflora predict`: the numbers of the training's evaluation, row for row in a file, on every engine."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from aflora_dist.predict import asking, command
+from aflora_dist.training.run import main as train
+from tests.launch import launch_series
+from tests.runs import options
+from tests.small_lm import make_small_language_model, write_problems
+
+LEARNS = {"train.learning_rate": 0.05, "train.head_learning_rate": 0.05, "train.max_grad_norm": 0}
+
+
+def predict(*arguments: Any) -> int:
+    return command.main([str(argument) for argument in arguments])
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    assert train(options(folder, tiny_model, reviews, **LEARNS)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def regression(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On how many words a text has; dev.csv lies beside the run."""
+    folder = tmp_path_factory.mktemp("regression")
+    for name in ("train", "dev"):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows(
+                [row["text"], len(row["text"].split()) / 8 + 0.01] for row in read(reviews / f"{name}.csv")
+            )
+    assert train(options(folder / "run", tiny_model, folder, **LEARNS)) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model's run; dev.jsonl lies beside it."""
+    folder = tmp_path_factory.mktemp("talker")
+    model = make_small_language_model(folder / "model")
+    write_problems(folder / "train.jsonl", 48, seed=0)
+    write_problems(folder / "dev.jsonl", 13, seed=1)
+    more = {
+        "data.task": "sft",
+        "data.train_file": folder / "train.jsonl",
+        "data.validation_file": folder / "dev.jsonl",
+        "data.max_new_tokens": 12,
+        "train.epochs": 2,
+        "train.learning_rate": 0.02,
+    }
+    assert train(options(folder / "run", model, folder, **more)) == 0
+    return folder / "run"
+
+
+def result(run: Path) -> dict[str, float]:
+    return json.loads((run / "result.json").read_text())["metrics"]
+
+
+def test_a_file_is_labelled_as_the_evaluation_did(
+    classifier: Path, tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.csv"
+    assert predict(classifier, reviews / "dev.csv", "--out", out) == 0
+    said = capsys.readouterr().out
+    given, found = read(reviews / "dev.csv"), read(out)
+    assert [{name: row[name] for name in ("text", "label")} for row in found] == given
+    assert list(found[0]) == ["text", "label", "prediction", "probability_negative", "probability_positive"]
+    labels, predictions = ([row[name] for row in found] for name in ("label", "prediction"))
+    metrics = result(classifier)
+    assert accuracy_score(labels, predictions) == metrics["accuracy"] > 0.9
+    assert f1_score(labels, predictions, pos_label="positive") == metrics["f1"]
+    assert f"accuracy {metrics['accuracy']:.4f}  f1 {metrics['f1']:.4f}  (33 rows with a label" in said
+
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    model, tokenizer = PeftModel.from_pretrained(base, classifier / "lora").eval(), AutoTokenizer.from_pretrained(base)
+    for row in found:  # alone, and so without padding
+        with torch.no_grad():
+            chances = model(**tokenizer(row["text"], return_tensors="pt")).logits.softmax(-1)[0]
+        names = ("probability_negative", "probability_positive")
+        np.testing.assert_allclose([float(row[name]) for name in names], chances, rtol=1e-4)
+        assert row["prediction"] == ("positive" if chances[1] > chances[0] else "negative")
+
+
+def test_numbers_are_those_of_the_evaluation(
+    regression: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(regression, regression.parent / "dev.csv", "--out", tmp_path / "out.csv") == 0
+    found = read(tmp_path / "out.csv")
+    predictions, labels = ([float(row[name]) for row in found] for name in ("prediction", "label"))
+    exact = np.asarray(predictions, dtype=np.float32).astype(np.float64)
+    assert pearsonr(labels, exact).statistic == result(regression)["pearson"]
+    assert f"pearson {result(regression)['pearson']:.4f}" in capsys.readouterr().out
+
+
+def test_answers_are_those_of_the_evaluation(talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    assert predict(talker, talker.parent / "dev.jsonl", "--out", out) == 0
+    assert f"exact_match {result(talker)['exact_match']:.4f}  (13 rows" in capsys.readouterr().out
+    given = [json.loads(line) for line in (talker.parent / "dev.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{name: row[name] for name in given[0]} for row in found] == given
+    assert any(row["prediction"] for row in found)
+    prompts = tmp_path / "prompts.csv"  # nothing but what is asked
+    prompts.write_text("prompt\n" + "".join(f"{row['prompt']}\n" for row in given))
+    assert predict(talker, prompts, "--prefix", "a_") == 0
+    again = read(tmp_path / "prompts.predicted.csv")
+    assert [row["a_prediction"] for row in again] == [row["prediction"] for row in found]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["zero3", "ddp", "zero2", "fsdp2"])
+def test_several_ranks_predict_the_same(
+    engine: str, classifier: Path, regression: Path, talker: Path, reviews: Path, tmp_path: Path
+) -> None:
+    asked = {classifier: reviews / "dev.csv", regression: regression.parent / "dev.csv"}
+    if engine != "fsdp2":  # whose worker wraps BERT's layers
+        asked[talker] = talker.parent / "dev.jsonl"
+    worker = ["profiling.fsdp_on_cpu"] if engine == "fsdp2" else []
+    lines = []
+    for place, (run, file) in enumerate(asked.items()):
+        assert predict(run, file, "--out", tmp_path / f"alone_{place}{file.suffix}") == 0
+        out = tmp_path / f"together_{place}{file.suffix}"
+        lines.append([*worker, "aflora_dist.predict.command", str(run), str(file), "--out", str(out)])
+    for place, ((run, file), said) in enumerate(zip(asked.items(), launch_series(engine, 2, lines), strict=True)):
+        name, value = next(iter(result(run).items()))
+        assert f"{name} {value:.4f}" in said
+        alone, together = (tmp_path / f"{how}_{place}{file.suffix}" for how in ("alone", "together"))
+        if file.suffix == ".jsonl":
+            assert alone.read_bytes() == together.read_bytes()
+            continue
+        for mine, theirs in zip(read(alone), read(together), strict=True):
+            for column in mine:
+                if column.startswith("probability") or (column == "prediction" and run == regression):
+                    np.testing.assert_allclose(float(mine[column]), float(theirs[column]), rtol=1e-5, atol=1e-6)
+                else:
+                    assert mine[column] == theirs[column]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "vera"])
+def test_other_methods_predict_as_they_were_measured(
+    method: str, tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = options(tmp_path / "run", tiny_model, reviews, **LEARNS, **{"method.name": method, "train.epochs": 2})
+    line = line[: line.index("--freezing.initial_epochs")] + line[line.index("--freezing.final_epochs") + 2 :]
+    assert train(line) == 0
+    assert predict(tmp_path / "run", reviews / "dev.csv", "--out", tmp_path / "out.csv") == 0
+    found = read(tmp_path / "out.csv")
+    metrics = result(tmp_path / "run")
+    assert accuracy_score([r["label"] for r in found], [r["prediction"] for r in found]) == metrics["accuracy"]
+    assert {r["prediction"] for r in found} <= {"negative", "positive"}
+
+
+def test_what_was_done_is_not_done_again(
+    classifier: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(asking._Labels, "part", 10)
+    assert predict(classifier, reviews / "dev.csv", "--out", tmp_path / "undisturbed.csv") == 0
+    original: Callable[..., Any] = asking._Labels.predict
+    asked = []
+
+    def fails(self: Any, start: int, stop: int, done: Any) -> Any:
+        if start == 20 and len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(start)
+        return original(self, start, stop, done)
+
+    monkeypatch.setattr(asking._Labels, "predict", fails)
+    out = tmp_path / "out.csv"
+    assert predict(classifier, reviews / "dev.csv", "--out", out) == 130
+    assert not out.exists()
+    assert predict(classifier, reviews / "dev.csv", "--out", out, "--prefix", "other_") == 2
+    assert "a part of another prediction" in capsys.readouterr().err
+    partial = tmp_path / ".out.csv.partial"
+    partial.write_text(partial.read_text() + '[["posit')  # as a process leaves it that is ended while it writes
+    assert predict(classifier, reviews / "dev.csv", "--out", out) == 0
+    assert "Going on after row 20" in capsys.readouterr().out
+    assert asked == [0, 10, 20, 30]
+    assert out.read_bytes() == (tmp_path / "undisturbed.csv").read_bytes()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_cannot_be_predicted_is_refused_before_the_model_is_loaded(
+    classifier: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aflora_dist.predict.trained.load", lambda *_: pytest.fail("the model was loaded"))
+    file = tmp_path / "file.csv"
+
+    def refused(content: str, *more: Any) -> str:
+        file.write_text(content)
+        assert predict(classifier, file, *more) == 2
+        return capsys.readouterr().err
+
+    assert "file.csv is empty" in refused("text,label\n")
+    said = refused("review,stars\ngood film,5\n")
+    assert "no column 'text'; its columns are: review, stars." in said
+    assert "--data.text_columns" in said
+    assert "line 3: 1 fields, expected 2" in refused("text,stars\ngood film,5\nbad\n")
+    assert "has a column 'prediction' already" in refused("text,prediction\ngood film,5\n")
+    assert "is the file that is read" in refused("text\ngood\n", "--out", file, "--overwrite")
+    there = tmp_path / "there.csv"
+    there.write_text("mine\n")
+    assert "is there already" in refused("text\ngood\n", "--out", there)
+    assert there.read_text() == "mine\n"
+    assert "what kind of file" in refused("text\ngood\n", "--out", tmp_path / "out.xlsx")
+    assert "There is no option --text" in refused("text\ngood\n", "--text", "review")
+    assert predict(tmp_path, file) == 2
+    assert "neither a run's directory" in capsys.readouterr().err
+
+
+def test_labels_that_the_training_did_not_know_are_kept_and_said(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.csv"
+    file.write_text("text,label\ngood film,positive\nbad film,\npoor plot,meh\n")
+    assert predict(classifier, file) == 0
+    assert "line 4: the label 'meh' is none of negative, positive" in capsys.readouterr().out
+    assert [row["label"] for row in read(tmp_path / "file.predicted.csv")] == ["positive", "", "meh"]
+    file.write_text("text,label\ngood film,positive\nbad film,\npoor plot,negative\n")
+    assert predict(classifier, file, "--overwrite") == 0
+    assert "(2 rows with a label in column 'label')" in capsys.readouterr().out

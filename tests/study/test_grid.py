@@ -1,0 +1,177 @@
+"""Which runs a study has, what is chosen for them, and by what; nothing is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aflora_dist.errors import AFLoRAError
+from aflora_dist.study.description import read_study, shipped
+from aflora_dist.study.grid import Grid, Planned
+from aflora_dist.study.results import Results, settings_of
+from aflora_dist.study.tables import as_csv, cells, compared, latex, markdown
+from aflora_dist.study.work import outlook
+from aflora_dist.training.command_line import parse
+from tests.study.written import grid_of, keep, settle, write_study
+
+SWEEP = {"seeds": [100, 101], "options": {"data.hold_out": 500}}
+RATES = {"never": {"adapter.freezing": "never", "sweep": {"train.learning_rate": ["1e-3", 1e-2]}}}
+
+
+def rate(run: Planned) -> float:
+    return run.config.train.learning_rate
+
+
+@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("small", [False, True], ids=["paper's", "small"])
+def test_every_shipped_study_is_one(name: str, small: bool) -> None:
+    if small and name == "word_problems":
+        with pytest.raises(AFLoRAError, match="no section `small`"):
+            read_study(shipped()[name], small)
+        return
+    study = read_study(shipped()[name], small)
+    agenda = Grid(study).plan({})
+    assert agenda.runs()
+    assert len(agenda.runs()) + agenda.open >= len(study.tasks) * len(study.methods)
+
+
+def test_the_paper_s_setting_is_the_preset(tmp_path: Path) -> None:
+    run = Grid(read_study(shipped()["fig5"])).plan({}).reported["rte", "aflora"][3]
+    assert settings_of(run.config) == settings_of(parse(["--preset", "glue/rte"])[0])
+    assert run.seed == 3
+
+
+def test_the_best_rate_is_chosen_by_seeds_and_data_that_are_not_reported(tmp_path: Path) -> None:
+    grid, results = grid_of(tmp_path, methods=RATES, sweep=SWEEP), Results(tmp_path / "results")
+    first = grid.plan(results.records)
+    assert {(rate(run), run.seed) for run in first.searched} == {(r, s) for r in (1e-3, 1e-2) for s in (100, 101)}
+    assert (first.reported, first.open) == ({}, 3)
+
+    def accuracy(run: Planned) -> float:  # best at 0.1, which is not among the values: it lies beyond
+        best = 1 - abs(round(10 * (rate(run) - 0.1), 3)) / 100
+        return best if run.config.data.hold_out else 0.5
+
+    agenda = settle(grid, results, accuracy)
+    assert sorted({rate(run) for run in agenda.searched}) == [1e-3, 1e-2, 0.1, 1.0]
+    assert {run.config.data.hold_out for run in agenda.searched} == {500}
+    shown = agenda.reported["reviews", "never"]
+    assert {(rate(run), run.config.data.hold_out) for run in shown.values()} == {(0.1, 0)}
+    assert [*shown] == [0, 1, 2]
+
+
+def test_a_rate_that_breaks_down_is_not_chosen(tmp_path: Path) -> None:
+    grid, results = grid_of(tmp_path, methods=RATES, sweep=SWEEP), Results(tmp_path / "results")
+    for run in grid.plan({}).searched:
+        if rate(run) == 1e-2 and run.seed == 101:
+            results.keep(run.name, run.config, {"failed": "The loss of step 3 is nan."}, 1.0)
+        else:
+            keep(results, run, 0.9 if rate(run) == 1e-2 else 0.6)
+    for run in grid.plan(results.records).searched:
+        if run.name not in results.records:
+            assert rate(run) == 1e-4  # 1e-3 is best, and lies at the end
+            keep(results, run, 0.5)
+    assert grid.plan(results.records).chosen["reviews", "never"] == {"train.learning_rate": "1e-3"}
+
+
+def test_shorter_is_as_much_data_as_the_other_s_seconds_allow(tmp_path: Path) -> None:
+    methods = {"gradient": {}, "shorter": {"adapter.freezing": "never", "seconds_of": "gradient"}}
+    grid, results = grid_of(tmp_path, methods=methods), Results(tmp_path / "results")
+
+    def took(run: Planned) -> dict[str, Any]:
+        seconds = 7.0 if run.config.adapter.freezing == "adaptive" else 10.0
+        return {"accuracy": 0.8, "train_cpu_seconds": seconds, "train_seconds": 100.0}
+
+    agenda = settle(grid, results, took)
+    examples = {run.config.data.max_train_examples for run in agenda.reported["reviews", "shorter"].values()}
+    assert examples == {int(0.7 * 4992) // 64 * 64}
+
+
+def test_a_changed_setting_is_another_run_and_where_data_lie_is_not(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path, methods={"aflora": {}})
+    name = grid.plan({}).runs()[0].name
+    moved = Grid(grid.study, {"run.log_every": "1", "train.eval_batch_size": "7", "data.tokens_per_micro_batch": "99"})
+    assert moved.plan({}).runs()[0].name == name
+    for other in ({"train.epochs": "2"}, {"model.name": "roberta-base"}, {"freezing.score": "random"}):
+        assert Grid(grid.study, other).plan({}).runs()[0].name != name
+    seeds = [run.name for run in grid.plan({}).runs()]
+    assert len({*seeds}) == 3
+    assert {one.rpartition("-seed")[0] for one in seeds} == {name.rpartition("-seed")[0]}
+
+
+def test_equal_runs_of_two_methods_are_one(tmp_path: Path) -> None:
+    same = {"one": {"adapter.freezing": "never"}, "other": {"adapter.freezing": "never"}}
+    assert len(grid_of(tmp_path, methods=same).plan({}).runs()) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"method": {}}, "Did you mean methods?"),
+        ({"methods": {"a": {"rates": 1}}}, "methods.a: there is no 'rates'. Did you mean rates_of?"),
+        ({"methods": {"a": {"rates_of": "b"}}}, "refers to 'b', which is no method of it"),
+        ({"methods": RATES}, "no section `sweep` says by which seeds"),
+        ({"methods": RATES, "sweep": {**SWEEP, "seeds": [2]}}, "seed 2 is the sweep's and is reported, too"),
+        ({"methods": RATES, "sweep": {"seeds": [9]}}, "the sweep would choose by what is reported"),
+        ({"methods": {"a": {}}, "compare": [["a", "b"]]}, "compare names 'b'"),
+        ({"methods": {}}, "names no methods"),
+        ({"methods": {"a": {"train.rate": 1}}}, "mine, a on reviews: There is no option --train.rate"),
+        ({"methods": {"a": {"train.epochs": "many"}}}, "train.epochs must be a whole number"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_said_before_it_runs(said: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(AFLoRAError) as error:
+        Grid(read_study(write_study(tmp_path, **{"methods": {"a": {}}, **said}))).plan({})
+    assert expected in str(error.value)
+
+
+def test_a_damaged_result_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "demo-aflora-0123456789-seed0.json").write_text('{"settings": {')
+    with pytest.raises(AFLoRAError, match="or damaged"):
+        Results(tmp_path)
+
+
+def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
+    """Against numbers worked out by hand: accuracies 0.80, 0.82, 0.84 and 0.79, 0.80, 0.83."""
+    methods = {"never": {"adapter.freezing": "never"}, "random": {"freezing.score": "random"}}
+    paper = {"never": {"reviews": 79.5}, "quoted_method": {"reviews": 80.5}}
+    grid = grid_of(tmp_path, methods=methods, compare=[["never", "random"]], paper=paper, differs="a test.")
+    results = Results(tmp_path / "results")
+    values = {"never": [0.80, 0.82, 0.84], "adaptive": [0.79, 0.80, 0.83]}
+    settle(grid, results, lambda run: values[run.config.adapter.freezing][run.seed])
+    found = cells(grid, results.records)
+    assert [cell.mean for cell in found[:2]] == pytest.approx([82.0, 80.6667], abs=1e-3)
+    (pair,) = compared(grid, found)
+    assert pair.difference.mean == pytest.approx(4 / 3)
+    assert pair.said == "no difference seen"
+    text = markdown(grid, results.records)
+    assert "| reviews | never | 3 | accuracy | 82.00 ± 2.00 | 82.00 | 100 | 10.0 | 79.50 |" in text
+    assert "| reviews | quoted_method | 0 (quoted) | accuracy | - | - | - | - | 80.50 |" in text
+    assert "| reviews | never - random | 3 | +1.33 | -0.10 to +2.77 | 0.057 | no difference seen |" in text
+    assert text.rstrip().endswith("Setting: a test.")
+    assert r"quoted\_method" in latex(grid, results.records)
+    assert r"82.00 $\pm$ 2.00" in latex(grid, results.records)
+    numbers = as_csv(grid, results.records)
+    assert "reviews,never,accuracy,1,82.0," in numbers[""]
+    assert numbers["differences"].count("\n") == 2
+
+
+def test_an_outlook_counts_what_is_left_and_how_long_it_takes(tmp_path: Path) -> None:
+    grid, results = grid_of(tmp_path, methods={"aflora": {}}), Results(tmp_path / "results")
+    assert outlook(grid.plan({}), results).startswith("3 of 3 runs to do, how long is known")
+    keep(results, grid.plan({}).runs()[0], 0.8)  # took 12 s
+    assert outlook(grid.plan(results.records), results) == "2 of 3 runs to do, about 24 s one after the other."
+    settle(grid, results, lambda run: 0.8)
+    assert outlook(grid.plan(results.records), results) == "all 3 runs are done."
+
+
+def test_a_result_holds_what_a_study_needs_and_no_more(tmp_path: Path) -> None:
+    grid, results = grid_of(tmp_path, methods={"aflora": {}}), Results(tmp_path / "results")
+    keep(results, grid.plan({}).runs()[0], 0.8, traces=["large"])
+    (file,) = (tmp_path / "results").iterdir()
+    record = json.loads(file.read_text())
+    assert record["settings"]["data.max_train_examples"] == 4992
+    assert "traces" not in record
+    assert Results(tmp_path / "results").records == results.records

@@ -1,0 +1,31 @@
+"""The page on accuracy is made from the results that are committed beside it."""
+
+from __future__ import annotations
+
+import runpy
+
+from aflora_dist.study.results import Results
+from tests.launch import ROOT
+
+SCRIPT = ROOT / "docs" / "accuracy.py"
+
+
+def test_the_page_is_what_the_committed_results_make_of_it() -> None:
+    made = runpy.run_path(str(SCRIPT))["page"]()
+    assert made == (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8"), "run python docs/accuracy.py"
+    assert "{{" not in made
+
+
+def test_it_answers_in_its_first_ten_lines() -> None:
+    first = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8").splitlines()[:10]
+    said = " ".join(first)
+    assert "seeds): " in said, "no difference was measured"
+    assert "For whom" in said
+
+
+def test_committed_results_are_of_runs_of_one_process_on_a_cpu() -> None:
+    """Seconds are compared among them."""
+    records = [r for r in Results(ROOT / "docs" / "results").records.values() if "failed" not in r]
+    assert records
+    assert {(r["engine"], r["world_size"]) for r in records} == {("single", 1)}
+    assert all(r["train_cpu_seconds"] for r in records)
