@@ -493,7 +493,9 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
     command, *arguments = words
     if command == "train":
         return run_main_job(arguments, place)
-    if command == "data":  # of any file, with the smallest model
+    if command == "data" and place.tutorial:
+        arguments = [*arguments, "--model.name", str(place.encoder)]
+    elif command == "data":  # of any file, with the smallest model
         arguments = [str(place.problems / "train.jsonl"), *arguments[1:], "--model.name", str(place.decoder)]
     elif not place.tutorial:
         supply(arguments, place.folder, profiled() if command == "trace" else place.run, several=command == "collect")

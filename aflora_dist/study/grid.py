@@ -104,12 +104,14 @@ class Grid:
             AFLoRAError: The main job has no such option, or refuses its value.
         """
         own = self.study.methods[method].options
-        given = {**self.study.settings, **self.study.tasks[task]}
+        given, more = {**self.study.settings, **self.study.tasks[task]}, self.more
         given.pop("metric", None)
-        if own.get("method.name", "aflora") != "aflora":  # a task says it to whom it may concern
+        if own.get("method.name", "aflora") != "aflora":  # what all are told is for whom it may concern
             unread = ("adapter.",) if own.get("freezing.enabled") else ("adapter.", "freezing.")
-            given = {key: value for key, value in given.items() if not key.startswith(unread)}
-        said = {**given, **own, **self.more}
+            given, more = (
+                {key: value for key, value in of.items() if not key.startswith(unread)} for of in (given, more)
+            )
+        said = {**given, **own, **more}
         late = {"train.seed": seed, **{name: value for name, value in options.items() if name not in self.more}}
         try:
             return Planned(task, method, {**said, **late}, self._config(said, late))

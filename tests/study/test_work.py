@@ -209,6 +209,7 @@ def test_collect_reads_a_study_s_folder(undisturbed: tuple[Path, tuple[Any, ...]
 
 
 @pytest.mark.whole
+@pytest.mark.timeout(1800)
 def test_an_array_of_jobs_shares_a_study_and_a_killed_one_is_made_up_for(
     undisturbed: tuple[Path, tuple[Any, ...], Path], tmp_path: Path
 ) -> None:
@@ -231,11 +232,11 @@ def test_an_array_of_jobs_shares_a_study_and_a_killed_one_is_made_up_for(
             return cluster.run("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T").split()
 
         job = submit()
-        cluster.wait_until(lambda: len([*out.glob("results/*.json")]) >= 2, timeout=200)
+        cluster.wait_until(lambda: len([*out.glob("results/*.json")]) >= 2, timeout=500)
         cluster.run("scancel", "--signal=KILL", f"{job}_1")
-        cluster.wait_until(lambda: {*states(job)} <= {"COMPLETED", "CANCELLED", "FAILED"}, timeout=300)
+        cluster.wait_until(lambda: {*states(job)} <= {"COMPLETED", "CANCELLED", "FAILED"}, timeout=600)
         second = submit()  # whatever the killed one has left
-        cluster.wait_until(lambda: {*states(second)} == {"COMPLETED"}, timeout=300)
+        cluster.wait_until(lambda: {*states(second)} == {"COMPLETED"}, timeout=600)
     shutil.rmtree(folder, ignore_errors=True)
     assert without_times(out / "results", file) == expected
     begun = [path.read_text().count("Fine-tuning ") for path in out.glob("runs/*/printed.txt")]
