@@ -82,9 +82,8 @@ def main() -> None:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    accelerator.print(
-        f"{len(freezing.frozen)} parameters froze; {len(freezing.remaining)} of the freezable still train"
-    )
+    left = len(freezing.remaining)
+    accelerator.print(f"{len(freezing.frozen)} parameters froze; of what may freeze {left} still train")
     accelerator.end_training()
 
 

@@ -431,6 +431,8 @@ def run_module(words: list[str], place: Place) -> None:
     name, *arguments = words
     if name == "aflora_dist.training.run":
         run_main_job(arguments, place)
+    elif name == "aflora_dist.predict":
+        run_aflora(["predict", *arguments], place, lambda: place.run)
     elif name == "aflora_dist.compat.contract":
         with contextlib.redirect_stdout(io.StringIO()) as out:
             importlib.import_module(name).main()
@@ -482,16 +484,22 @@ def supply(arguments: list[str], folder: Path, run: Path, several: bool = False)
             shutil.copytree(run, folder / word / ("one" if several else ""), dirs_exist_ok=True)
         if word == "OUT":
             shutil.rmtree(folder / word, ignore_errors=True)
+        if word in ("reviews.csv", "--out"):  # of aflora predict
+            for written in (*folder.glob("reviews.predicted.*"), *folder.glob("labelled.*")):
+                written.unlink()
 
 
 def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> None:
     command, *arguments = words
     if command == "train":
         return run_main_job(arguments, place)
-    if command == "data":  # of any file, with the smallest model
+    if command == "data" and place.tutorial:
+        arguments = [*arguments, "--model.name", str(place.encoder)]
+    elif command == "data":  # of any file, with the smallest model
         arguments = [str(place.problems / "train.jsonl"), *arguments[1:], "--model.name", str(place.decoder)]
     elif not place.tutorial:
         supply(arguments, place.folder, profiled() if command == "trace" else place.run, several=command == "collect")
+        shutil.copyfile(place.reviews / "dev.csv", place.folder / "reviews.csv")
     if command == "plan":
         own = {"--ranks", "--engines", "--examples", "--json", "--mixed_precision"}
         first = next((i for i, word in enumerate(arguments) if word in own), len(arguments))

@@ -97,7 +97,8 @@ class Prefix:
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return
             handle.remove()
-            if (output[0] if isinstance(output, tuple) else output).requires_grad:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, torch.Tensor) and first.requires_grad:
                 logger.warning(
                     f"the whole block of {where} has frozen, and the backward pass still goes through it: something "
                     f"that trains outside of the blocks goes into them. Let it not train, or prefix=True saves no time."

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -82,20 +83,8 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
     kept: list[Partial] = []  # on the main process
 
     def begin() -> int:
-        kept.append(Partial(output.path, _identity(output.file, trained, new)))
+        kept.append(held.enter_context(closing(Partial(output.path, _identity(output.file, trained, new)))))
         return kept[0].rows
-
-    start = on_main(accelerator, begin)
-    if start and accelerator.is_main_process:
-        print(f"Going on after row {start:,}, which an earlier call has come to.", flush=True)
-    with tqdm(
-        total=asked.rows, initial=start, desc="predicting", unit=" rows", disable=not accelerator.is_main_process
-    ) as bar:
-        while start < asked.rows:
-            stop = min(start + asked.part, asked.rows)
-            values = asked.predict(start, stop, bar.update)
-            on_main(accelerator, partial(_append, kept, values))
-            start = stop
 
     def end() -> None:
         output.write(asked.columns, new, kept[0].values)
@@ -103,7 +92,21 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
         print(*asked.summary(kept[0].values), sep="\n", flush=True)
         kept[0].remove()
 
-    on_main(accelerator, end)
+    with ExitStack() as held:
+        start = on_main(accelerator, begin)
+        if start and accelerator.is_main_process:
+            print(f"Going on after row {start:,}, which an earlier call has come to.", flush=True)
+        watched = accelerator.is_main_process
+        bar = held.enter_context(
+            closing(tqdm(total=asked.rows, initial=start, desc="predicting", unit=" rows", disable=not watched))
+        )
+        while start < asked.rows:
+            stop = min(start + asked.part, asked.rows)
+            values = asked.predict(start, stop, bar.update)
+            on_main(accelerator, partial(_append, kept, values))
+            start = stop
+        bar.close()
+        on_main(accelerator, end)
     accelerator.end_training()
 
 

@@ -88,8 +88,11 @@ class Partial:
         for line in iter(self._file.readline, ""):
             yield from load_json(line)
 
+    def close(self) -> None:
+        """Another process may go on from here."""
+        self._file.close()
+
     def remove(self) -> None:
         """All is written elsewhere."""
-        self._file.close()
         with suppress(FileNotFoundError):
             self.path.unlink()

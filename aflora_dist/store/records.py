@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,7 @@ class Result:
     Attributes:
         metrics: Of what adapter/ holds; None: not a number.
         evaluations: After each epoch, or every run.eval_every updates.
-        last_epoch: After how many epochs the last of them was.
-        best_epoch: After how many epochs that was whose adapter was kept; None: the last one's.
+        last_epoch, best_epoch: After how many epochs the last was, and the one whose adapter was kept (None: the last).
         best_metric: By what it was chosen.
         labels: Class names by number, of a classifier.
         traces: Relative to the run's directory.
@@ -114,7 +114,6 @@ class Settings:
     model: str
     task: str
     epochs: float | None
-    max_steps: int | None
     seed: int | None
     values: dict[str, Any]
 
@@ -127,12 +126,8 @@ def as_result(record: Any) -> Result:
     """
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         raise ValueError("it holds no metrics")
-    chosen = {
-        f"{which}_{key}": value
-        for which in ("last", "best")
-        if isinstance(record.get(which), dict)
-        for key, value in record[which].items()
-    }
+    told = [(which, record.get(which)) for which in ("last", "best")]
+    chosen = {f"{which}_{key}": value for which, part in told if isinstance(part, dict) for key, value in part.items()}
     return typed(Result, {**record, **chosen, "task": record.get("task", "?")})
 
 
@@ -159,9 +154,9 @@ class Run:
         self.result = read_result(path, self.problems)
 
     def _settings(self) -> Settings:
-        if not _exists(self.path):
+        if not os.path.exists(self.path):
             raise AFLoRAError(f"There is no folder {self.path}.")
-        if not _exists(self.path / CONFIG):
+        if not os.path.exists(self.path / CONFIG):
             what = "a run's directory: it has no config.yaml" if self.path.is_dir() else "a folder"
             raise AFLoRAError(f"{self.path} is not {what}. Name what was run.dir.")
         settings = read_settings(self.path)
@@ -213,8 +208,8 @@ class Run:
         done = max(steps, default=0) + 1
         if self.result is not None and self.result.steps is not None:
             return max(self.result.steps, done)
-        if self.settings.max_steps:
-            return max(self.settings.max_steps, done)
+        if most := integer(self.settings.values["train"].get("max_steps")):
+            return max(most, done)
         last, epochs = self.metrics[-1] if self.metrics else None, self.settings.epochs
         if last is None or not last.epoch or not epochs or not 0 < epochs / last.epoch < 1e6:
             return done
@@ -256,7 +251,7 @@ def read_outcome(path: Path, problems: list[str]) -> Outcome | None:
         problems.append(str(error))
         return None
     if settings is None:
-        if _exists(path / METRICS) and _exists(path / FREEZE_LOG):
+        if os.path.exists(path / METRICS) and os.path.exists(path / FREEZE_LOG):
             problems.append(f"{path} has a run's logs, but its config.yaml is not a run's; it is left out.")
         return None
     result = read_result(path, problems)
@@ -278,7 +273,7 @@ def read_config(path: Path) -> Any:
     """
     file = path / CONFIG
     try:
-        if not file.is_file() and _exists(file):
+        if not file.is_file() and os.path.exists(file):
             raise AFLoRAError(f"{file} is not a file.")
         content, loader = file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         untrusted.refuse_deep_yaml(content, loader)
@@ -316,14 +311,13 @@ def read_settings(path: Path) -> Settings | None:
     except ValueError:
         return None
     values["train"].pop("seed", None)
-    steps = integer(train.get("max_steps"))
-    return Settings(model, task, number(train.get("epochs")), steps, integer(train.get("seed")), values)
+    return Settings(model, task, number(train.get("epochs")), integer(train.get("seed")), values)
 
 
 def read_result(path: Path, problems: list[str]) -> Result | None:
     """result.json in a folder; None: there is none, or it cannot be read, which is a problem."""
     file = path / RESULT
-    if not _exists(file):
+    if not os.path.exists(file):
         return None
     found: list[str] = []
     content = _bytes(file, found)
@@ -337,17 +331,9 @@ def read_result(path: Path, problems: list[str]) -> Result | None:
     return None
 
 
-def _exists(path: Path) -> bool:
-    try:
-        path.stat()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def _bytes(path: Path, problems: list[str], most: int = -1) -> bytes:
     try:
-        if not _exists(path):
+        if not os.path.exists(path):
             return b""
         if not path.is_file():
             raise OSError("it is not a file")

@@ -83,7 +83,7 @@ def _goes_on(run: RunDirectory, theirs: Mapping[str, Any], result: Mapping[str, 
     """Whether a run that ended early waits longer now; says what will be."""
     said = _flatten(theirs)
     before, now = said.get("run.patience"), run.config.patience
-    done, epochs = result.get("last", {}).get("epoch", 0), said.get("train.epochs", 0)
+    done, epochs = result.get("last", {}).get("epoch", len(result.get("evaluations", ()))), said.get("train.epochs", 0)
     ended_whole = result.get("steps", 0) >= said["train.max_steps"] if said.get("train.max_steps") else done >= epochs
     if before == now:
         return False

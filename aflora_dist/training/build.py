@@ -86,9 +86,8 @@ class Training:
         method.check_engine(engine_kind(accelerator), str(accelerator.mixed_precision))
         create_schedule(config, torch.optim.SGD([torch.zeros(())]), self.total_steps)  # likewise
         optimizer = create_optimizer(config, model, method)
-        head_params = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and method.is_head(n))
-        lora_r8 = lora_parameters(model)
-        flops = flops_per_token(model, method.is_head)
+        of_head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and method.is_head(n))
+        sizes = (of_head, lora_parameters(model), flops_per_token(model, method.is_head))
         accumulate(config, accelerator, self.sampler.micro_batches)
         shard_by_block(accelerator, model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -110,20 +109,10 @@ class Training:
         self._windows = create_windows(config, self.control, self.total_steps)
         snapshots = config.profile.memory and any(window.freezes for window in self._windows)
         self._history = MemoryHistory() if snapshots and accelerator.device.type == "cuda" else None
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first was skipped
         self.scheduler = create_schedule(config, progress.engine.optimizer, self.total_steps)
         data = on_main(accelerator, lambda: trained_on(config, task))
         self.log = TrainingLog(
-            config,
-            run,
-            accelerator,
-            progress,
-            self.control,
-            self.total_steps,
-            self.sampler.updates_per_epoch,
-            head_params,
-            lora_r8,
-            flops,
+            config, run, accelerator, progress, self.control, self.total_steps, self.sampler.updates_per_epoch, *sizes
         )
         self.checkpointer = Checkpointer(run, accelerator, progress, self.scheduler, data, resolved)
         self.first_step = self.checkpointer.claim(self.resumed)  # all that can be refused has been
@@ -292,6 +281,7 @@ def create_schedule(config: Config, optimizer: torch.optim.Optimizer, total_step
     Raises:
         AFLoRAError: It does not take one of its options, or the rise is longer than the training.
     """
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first one was skipped
     name: str = config.train.schedule
     options = dict(config.train.schedule_options)
     rise = warm_up(config, total_steps)

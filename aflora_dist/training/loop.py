@@ -66,7 +66,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
             drawn = iter(training.batches)
             checkpointer.randomness.settle()
             with log.time.counted():
-                going_on = not evaluation_is_due(training) or evaluate(training, stop_request)
+                going_on = not evaluation_is_due(training) or measure(training, stop_request)
                 for micro_batches in updates(drawn, sampler.micro_batches) if going_on else ():
                     step, trained = progress.step, progress.engine.trainable_params
                     loss, norm = update(training, micro_batches, sampler.scale(step - first))
@@ -85,7 +85,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
                         accelerator.wait_for_everyone()
                         accelerator.end_training()
                         return None
-                    if evaluation_is_due(training) and not evaluate(training, stop_request):
+                    if evaluation_is_due(training) and not measure(training, stop_request):
                         going_on = False
                         break
             if not going_on:
@@ -137,7 +137,7 @@ def evaluation_is_due(training: Training) -> bool:
     return due and training.log.evaluated_at[-1:] != [step]
 
 
-def evaluate(training: Training, stop_request: StopRequest) -> bool:
+def measure(training: Training, stop_request: StopRequest) -> bool:
     """Measure the model as it is now; returns whether there is anything left to train. A collective."""
     log, best = training.log, training.best
     ended = training.progress.step == training.total_steps

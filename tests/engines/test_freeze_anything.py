@@ -19,6 +19,7 @@ from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, Freezin
 from aflora_dist.compat.transformers import checkpoint_activations
 from tests.launch import launch_series
 from tests.loop import Loop
+from tests.selection import is_chosen
 from tests.workers.anything import CUT, Training, build, tensors_of
 from tests.workers.tiny import global_batch
 
@@ -76,15 +77,43 @@ def goes_on(engine: str) -> list[str]:
 
 
 @functools.cache
+def needed() -> set[tuple[str, str]]:
+    """(engine, kind) of all that the tests look at that are run."""
+    found: set[tuple[str, str]] = set()
+
+    def ask(test: Any, parameters: str, *looked_at: tuple[str, str]) -> None:
+        if is_chosen(f"tests/engines/test_freeze_anything.py::{test.__name__}{parameters}"):
+            found.update(looked_at)
+
+    for engine in BEFORE:
+        for kind in KINDS:
+            here, one, said = (engine, kind), ("single", kind), f"[{engine}-{kind}]"
+            ask(test_ranks_freeze_what_one_process_does, said, here, one)
+            ask(test_what_is_frozen_stays_and_a_snapshot_goes_on_to_the_bit, said, here)
+            ask(test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_backward, said, here)
+            before = ((BEFORE[engine], kind), (engine, f"go on, {kind}"))
+            ask(test_an_engine_goes_on_where_another_one_was_cut, said, one, *before)
+        counts = ((engine, f"count {kind}") for kind in COUNTED)
+        ask(test_between_decisions_nothing_is_sent_and_only_elements_scores_are_kept, f"[{engine}]", *counts)
+    lora = (("single", "lora"), (BEFORE["fsdp2"], "lora"))
+    left_out = (("fsdp2", "replicated"), ("fsdp2", "go on, replicated"))
+    ask(test_what_is_left_out_of_the_sharding_goes_on_from_another_engine_and_to_the_bit, "", *lora, *left_out)
+    blocks = (("fsdp2", "change"), ("fsdp2", "one block"))
+    ask(test_a_backward_pass_that_ends_early_gathers_nothing_below, "", *blocks)
+    return found
+
+
+@functools.cache
 def run(engine: str) -> dict[str, list[dict[str, Any]]]:
     """What each rank saw of each kind; of those of `GO_ON` from where another engine was cut, too; and counts."""
+    told = KINDS | {f"count {kind}": arguments for kind, arguments in COUNTED.items()}
+    told["replicated"] = [*KINDS["lora"], "--replicated"]
+    told = {kind: arguments for kind, arguments in told.items() if (engine, kind) in needed()}
     with tempfile.TemporaryDirectory() as out:
-        told = {kind: KINDS[kind] for kind in kinds_of(engine)}
-        if engine != "single":
-            told |= {f"count {kind}": arguments for kind, arguments in COUNTED.items()}
-            told |= {f"go on, {kind}": going_on(engine, kind, Path(out)) for kind in goes_on(engine)}
-        if engine == "fsdp2":
-            told["replicated"] = [*KINDS["lora"], "--replicated"]
+        for kind in GO_ON:
+            if (engine, f"go on, {kind}") in needed() and engine != "single":
+                told[f"go on, {kind}"] = going_on(engine, kind, Path(out))
+        if (engine, "go on, replicated") in needed():
             told["go on, replicated"] = [*going_on(engine, "lora", Path(out)), "--replicated"]
         return launched(engine, told, Path(out))
 

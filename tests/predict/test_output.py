@@ -128,7 +128,7 @@ def test_a_part_that_was_cut_is_left_out_and_two_do_not_write_at_once(tmp_path: 
     kept = Partial(tmp_path / "out.csv", "one")
     kept.append(predicted(3))
     kept.append([["line\nbreak", 0.5]])
-    kept._file.close()
+    kept.close()
     path = tmp_path / ".out.csv.partial"
     for cut in (1, 5, 12):
         path.write_bytes(path.read_bytes()[:-cut])
@@ -137,9 +137,10 @@ def test_a_part_that_was_cut_is_left_out_and_two_do_not_write_at_once(tmp_path: 
         assert list(again.values()) == predicted(3)
         again.append([["line\nbreak", 0.5]])
         assert list(again.values())[3] == ["line\nbreak", 0.5]
-        again._file.close()
+        again.close()
     with pytest.raises(AFLoRAError, match="another prediction"):
         Partial(tmp_path / "out.csv", "two")
     again = Partial(tmp_path / "out.csv", "one")
     again.remove()
+    again.close()
     assert not path.exists()

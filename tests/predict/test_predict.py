@@ -22,7 +22,7 @@ from tests.launch import launch_series
 from tests.runs import options
 from tests.small_lm import make_small_language_model, write_problems
 
-LEARNS = {"train.learning_rate": 0.05, "train.head_learning_rate": 0.05, "train.max_grad_norm": 0}
+LEARNS = {"train.epochs": 8, "train.learning_rate": 0.05, "train.head_learning_rate": 0.05, "train.max_grad_norm": 0}
 
 
 def predict(*arguments: Any) -> int:
@@ -95,7 +95,10 @@ def test_a_file_is_labelled_as_the_evaluation_did(
     assert f"accuracy {metrics['accuracy']:.4f}  f1 {metrics['f1']:.4f}  (33 rows with a label" in said
 
     base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
-    model, tokenizer = PeftModel.from_pretrained(base, classifier / "lora").eval(), AutoTokenizer.from_pretrained(base)
+    model, tokenizer = (
+        PeftModel.from_pretrained(base, classifier / "lora").eval(),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
     for row in found:  # alone, and so without padding
         with torch.no_grad():
             chances = model(**tokenizer(row["text"], return_tensors="pt")).logits.softmax(-1)[0]
@@ -163,7 +166,7 @@ def test_several_ranks_predict_the_same(
 def test_other_methods_predict_as_they_were_measured(
     method: str, tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = options(tmp_path / "run", tiny_model, reviews, **LEARNS, **{"method.name": method, "train.epochs": 2})
+    line = options(tmp_path / "run", tiny_model, reviews, **(LEARNS | {"method.name": method}))
     line = line[: line.index("--freezing.initial_epochs")] + line[line.index("--freezing.final_epochs") + 2 :]
     assert train(line) == 0
     assert predict(tmp_path / "run", reviews / "dev.csv", "--out", tmp_path / "out.csv") == 0
@@ -179,10 +182,12 @@ def test_what_was_done_is_not_done_again(
     monkeypatch.setattr(asking._Labels, "part", 10)
     assert predict(classifier, reviews / "dev.csv", "--out", tmp_path / "undisturbed.csv") == 0
     original: Callable[..., Any] = asking._Labels.predict
-    asked = []
+    asked: list[int] = []
+    interrupted: list[int] = []
 
     def fails(self: Any, start: int, stop: int, done: Any) -> Any:
-        if start == 20 and len(asked) == 2:
+        if start == 20 and not interrupted:
+            interrupted.append(start)
             raise KeyboardInterrupt
         asked.append(start)
         return original(self, start, stop, done)
