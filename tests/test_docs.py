@@ -459,6 +459,7 @@ def run_script(words: list[str], place: Place) -> None:
         else:
             run_main_job(["examples/reviews.yaml", *arguments], place)
     elif script.name == "accuracy.py":
+        (place.folder / "images").mkdir(exist_ok=True)
         assert runpy.run_path(str(script))["main"]([*arguments, "--out", str(place.folder / "accuracy.md")]) == 0
     elif script.name == "pictures.py":
         drawn = place.folder / "drawn"
