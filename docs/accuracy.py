@@ -3,8 +3,8 @@
     python docs/accuracy.py [--take FOLDER]
 
 docs/results/page.md is the text; what stands there in {{...}} is worked out from the runs' results beside it:
-{{table | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, and {{mean}}, {{trained}} or {{seconds}} of
-STUDY | TASK | METHOD. With --take, results of another folder are put there before.
+{{table | STUDY | TASK}}, {{picture | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, and {{mean}},
+{{trained}} or {{seconds}} of STUDY | TASK | METHOD. With --take, results of another folder are put there before.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 from aflora_dist.study.description import read_study, shipped
 from aflora_dist.study.grid import Grid
+from aflora_dist.study.pictures import dots
 from aflora_dist.study.results import Results
 from aflora_dist.study.tables import Cell, Compared, cells, compared, markdown
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
-PICTURES = DOCS / "images"
 NONE = "not measured yet"
 
 
@@ -72,8 +72,14 @@ def seconds(study: str, task: str, method: str) -> str:
     return NONE if cell is None or cell.seconds is None else f"{cell.seconds:.1f} s"
 
 
+def picture(study: str, task: str) -> str:
+    """Of the differences, where there is more than one seed; `main` draws it."""
+    there = any(pair.difference.low is not None for pair in measured(study, task)[3])
+    return f"![{study} on {task}: differences with their intervals](images/{study}_{task}.png)" if there else ""
+
+
 MACROS: dict[str, Callable[..., str]] = {
-    function.__name__: function for function in (table, difference, mean, trained, seconds)
+    function.__name__: function for function in (table, picture, difference, mean, trained, seconds)
 }
 
 
@@ -96,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         for file in sorted(args.take.glob("*-seed*.json")):
             shutil.copyfile(file, RESULTS / file.name)
     args.out.write_text(page(), encoding="utf-8")
+    for study, task in re.findall(r"!\[(\w+) on (\w+): differences", args.out.read_text(encoding="utf-8")):
+        dots(measured(study, task)[3]).savefig(args.out.parent / "images" / f"{study}_{task}.png", dpi=130)
     print(f"wrote {args.out}")
     return 0
 

@@ -25,7 +25,7 @@ class Variant:
         options: Of the main job, by their names.
         sweep: Option -> values to try, searched one option after the other. Where the best value lies at an end, more
             are tried beyond it.
-        rates_of: Takes what was chosen for that method instead.
+        rates_of: Takes what was chosen for that method, before it searches further itself.
         seconds_of: Trains on as many examples as it sees in the seconds that that method takes.
     """
 
@@ -223,6 +223,8 @@ def _check(study: Study, path: Path) -> None:
         for other in (method.rates_of, method.seconds_of):
             if other is not None and other not in study.methods:
                 raise AFLoRAError(f"{path}: methods.{name} refers to {other!r}, which is no method of it.")
+            if other is not None and (study.methods[other].seconds_of or study.methods[other].rates_of == name):
+                raise AFLoRAError(f"{path}: methods.{name} refers to {other!r}, which takes from others itself.")
         if method.sweep and study.sweep is None:
             raise AFLoRAError(f"{path}: methods.{name} has values to try, and no section `sweep` says by which seeds.")
     for pair in study.compare:

@@ -143,7 +143,7 @@ class Grid:
     def _options(self, task: str, method: str, records: Records, plan: Agenda) -> dict[str, Any] | None:
         """What was chosen for a method; None where that is open. Runs by which it is chosen are added to the plan."""
         variant = self.study.methods[method]
-        chosen = self._search(task, variant.rates_of or method, records, plan)
+        chosen = self._search(task, method, records, plan)
         if chosen is not None and variant.seconds_of is not None:
             share = self._share(task, method, variant, chosen, records, plan)
             chosen = None if share is None else chosen | share
@@ -152,14 +152,15 @@ class Grid:
         return chosen
 
     def _search(self, task: str, method: str, records: Records, plan: Agenda) -> dict[str, Any] | None:
-        """The best value of each option that is searched, one option after the other."""
-        chosen: dict[str, Any] = {}
-        for option, values in self.study.methods[method].sweep.items():
+        """The best value of each option that is searched, one option after the other, behind what another's came to."""
+        variant = self.study.methods[method]
+        chosen = {} if variant.rates_of is None else self._search(task, variant.rates_of, records, plan)
+        for option, values in variant.sweep.items():
+            if chosen is None:
+                return None
             assert self.study.sweep is not None
             best = self._best(task, method, chosen, option, values, self.study.sweep, records, plan)
-            if best is None:
-                return None
-            chosen[option] = best
+            chosen = None if best is None else {**chosen, option: best}
         return chosen
 
     def _best(

@@ -62,6 +62,14 @@ def test_the_best_rate_is_chosen_by_seeds_and_data_that_are_not_reported(tmp_pat
     assert [*shown] == [0, 1, 2]
 
 
+def test_a_sweep_comes_on_top_of_what_another_method_s_came_to(tmp_path: Path) -> None:
+    methods = {**RATES, "vectors": {"rates_of": "never", "sweep": {"train.vector_learning_rate": [0.1, 0.2, 0.3]}}}
+    grid, results = grid_of(tmp_path, methods=methods, sweep=SWEEP), Results(tmp_path / "results")
+    agenda = settle(grid, results, lambda run: 0.8 - abs((run.config.train.vector_learning_rate or 0.5) - 0.2))
+    vectors = {"train.learning_rate": agenda.chosen["reviews", "never"]["train.learning_rate"]}
+    assert agenda.chosen["reviews", "vectors"] == {**vectors, "train.vector_learning_rate": 0.2}
+
+
 def test_a_rate_that_breaks_down_is_not_chosen(tmp_path: Path) -> None:
     grid, results = grid_of(tmp_path, methods=RATES, sweep=SWEEP), Results(tmp_path / "results")
     for run in grid.plan({}).searched:
@@ -112,6 +120,7 @@ def test_equal_runs_of_two_methods_are_one(tmp_path: Path) -> None:
         ({"method": {}}, "Did you mean methods?"),
         ({"methods": {"a": {"rates": 1}}}, "methods.a: there is no 'rates'. Did you mean rates_of?"),
         ({"methods": {"a": {"rates_of": "b"}}}, "refers to 'b', which is no method of it"),
+        ({"methods": {"a": {"rates_of": "b"}, "b": {"rates_of": "a"}}}, "which takes from others itself"),
         ({"methods": RATES}, "no section `sweep` says by which seeds"),
         ({"methods": RATES, "sweep": {**SWEEP, "seeds": [2]}}, "seed 2 is the sweep's and is reported, too"),
         ({"methods": RATES, "sweep": {"seeds": [9]}}, "the sweep would choose by what is reported"),
