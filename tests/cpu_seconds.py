@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import resource
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import psutil
 import pytest
@@ -41,7 +41,7 @@ class Meter:
         self.spent: dict[str, float] = defaultdict(float)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self) -> Iterator[None]:
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         now = cpu_seconds()
         report.user_properties = [*report.user_properties, (PROPERTY, now - self.last)]

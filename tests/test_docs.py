@@ -412,8 +412,9 @@ def read_by_its_parser(main: Callable[..., Any], arguments: list[str]) -> None:
 
 def read_by_pytest(arguments: list[str]) -> None:
     for word in arguments:
-        if word.startswith("tests"):
-            assert list(ROOT.glob(word.split("::")[0])), f"pytest {word}"
+        if word.startswith("tests"):  # files, and plugins
+            file = word.split("::")[0] if "/" in word or word == "tests" else word.replace(".", "/") + ".py"
+            assert list(ROOT.glob(file)), f"pytest {word}"
 
 
 def run_launcher(arguments: list[str], place: Place) -> None:

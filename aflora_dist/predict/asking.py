@@ -30,7 +30,7 @@ from ..tasks.sft.encode import Encoder
 from ..tasks.sft.examples import load_prompts
 from ..tasks.tokens import made_once, tokenized
 from .partial import Values
-from .trained import Trained
+from .trained import TrainedModel
 
 Done = Callable[[int], Any]
 
@@ -64,7 +64,7 @@ class Asking(Protocol):
         """What a person wants to know of it all: a line each."""
 
 
-def asking(file: str, trained: Trained) -> Asking:
+def asking(file: str, trained: TrainedModel) -> Asking:
     """What of a file this model is to be asked. A collective.
 
     Raises:
@@ -78,7 +78,7 @@ class _Labels:
 
     part = 16_384  # long texts are batched with long ones among so many
 
-    def __init__(self, file: str, trained: Trained) -> None:
+    def __init__(self, file: str, trained: TrainedModel) -> None:
         self.config, self.labels = trained.config, trained.labels
         data = self.config.data
         self.texts = _text_columns(self.config)
@@ -181,7 +181,7 @@ class _Answers:
     part = 512
     new: list[str]
 
-    def __init__(self, file: str, trained: Trained) -> None:
+    def __init__(self, file: str, trained: TrainedModel) -> None:
         self.config, self.file = trained.config, file
         data = self.config.data
         self.table, self.prompts = load_prompts(file, data)

@@ -71,14 +71,14 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
     from ..training.build import create_accelerator
     from .asking import asking
     from .partial import Partial
-    from .trained import for_ranks, load
+    from .trained import for_ranks, load_trained
 
     quiet_libraries()  # DeepSpeed sets its own level on import
     accelerator = create_accelerator(for_ranks(trained.config, launched_processes()))
     asked = asking(str(output.file), trained)
     new = [prefix + name for name in asked.new]
     output.check(asked.columns, new)
-    model, tokenizer, limits = load(trained, accelerator)
+    model, tokenizer, limits = load_trained(trained, accelerator)
     asked.prepare(model, tokenizer, limits, accelerator)
     kept: list[Partial] = []  # on the main process
 
@@ -88,7 +88,7 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
 
     def end() -> None:
         output.write(asked.columns, new, kept[0].values)
-        print(f"wrote {output.path}: {asked.rows:,} rows, with {_listed(new)}")
+        print(f"wrote {output.path}: {asked.rows:,} row{'s' if asked.rows > 1 else ''}, with {_listed(new)}")
         print(*asked.summary(kept[0].values), sep="\n", flush=True)
         kept[0].remove()
 

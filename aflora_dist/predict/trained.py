@@ -36,7 +36,7 @@ _FETCHED = ("*.json", "*.safetensors", "adapter_model.bin", "*.jinja", "*.txt", 
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """What was trained, and how.
 
     Attributes:
@@ -54,7 +54,7 @@ class Trained:
     says: Literal["a class", "a number", "an answer"]
 
 
-def find_trained(name: str, options: list[str]) -> Trained:
+def find_trained(name: str, options: list[str]) -> TrainedModel:
     """What a run's directory, an adapter's or a model's folder, or an adapter on the hub was trained to say.
 
     Args:
@@ -80,14 +80,14 @@ def find_trained(name: str, options: list[str]) -> Trained:
     base = source.config["base_model_name_or_path"]
     config = _config(run, ["--model.name", base] if base else [], kind == "CAUSAL_LM", options)
     if kind == "CAUSAL_LM":
-        return Trained(source.folder, config, source, None, "an answer")
+        return TrainedModel(source.folder, config, source, None, "an answer")
     outputs = _outputs(source)
     if outputs == 1:
-        return Trained(source.folder, config, source, None, "a number")
-    return Trained(source.folder, config, source, _names(source.labels, outputs), "a class")
+        return TrainedModel(source.folder, config, source, None, "a number")
+    return TrainedModel(source.folder, config, source, _names(source.labels, outputs), "a class")
 
 
-def _whole(folder: Path, run: Path | None, options: list[str]) -> Trained:
+def _whole(folder: Path, run: Path | None, options: list[str]) -> TrainedModel:
     """A model that was trained whole, or that an adapter was merged into."""
     content = read_object(folder / "config.json")
     if not weight_files(folder)[0]:
@@ -98,13 +98,13 @@ def _whole(folder: Path, run: Path | None, options: list[str]) -> Trained:
     answers = "ForSequenceClassification" not in named
     config = _config(run, [], answers, [*options, "--model.name", str(folder)])
     if answers:
-        return Trained(folder, config, None, None, "an answer")
+        return TrainedModel(folder, config, None, None, "an answer")
     names = content.get("id2label")
     names = names if isinstance(names, dict) else dict.fromkeys("01")  # transformers leaves out what is its default
     if len(names) == 1:
-        return Trained(folder, config, None, None, "a number")
+        return TrainedModel(folder, config, None, None, "a number")
     labels = [str(names.get(str(number)) or f"LABEL_{number}") for number in range(len(names))]
-    return Trained(folder, config, None, labels, "a class")
+    return TrainedModel(folder, config, None, labels, "a class")
 
 
 def _is_run(path: Path) -> bool:
@@ -156,7 +156,7 @@ def _weights(source: Source) -> Mapping[str, Tensor]:
         return load_peft_weights(str(source.folder), device="cpu", local_files_only=True)
 
 
-def load(trained: Trained, accelerator: Accelerator) -> tuple[Any, Any, Limits]:
+def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, Any, Limits]:
     """The model, prepared to predict on this launch's engine, its tokenizer, and what it takes. A collective.
 
     Raises:

@@ -88,10 +88,8 @@ def _updates(config: Config, examples: int) -> str:
         return f"{examples:,} examples are fewer than one batch of train.batch_size={size}: lower it to train on them."
     total = config.train.updates(per_epoch)
     others = f" ({left_out:,} are left out at its end, others in each)" if left_out else ""
-    return (
-        f"An epoch has {per_epoch:,} updates of {size} examples{others}; {total / per_epoch:g} epochs are {total:,} "
-        f"updates."
-    )
+    updates = f"{per_epoch:,} update{'s' * (per_epoch > 1)} of {size} examples{others}"
+    return f"An epoch has {updates}; {total / per_epoch:g} epochs are {total:,} updates."
 
 
 def _written_out(arguments: Sequence[str]) -> list[str]:

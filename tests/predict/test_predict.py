@@ -210,7 +210,7 @@ def test_what_was_done_is_not_done_again(
 def test_what_cannot_be_predicted_is_refused_before_the_model_is_loaded(
     classifier: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aflora_dist.predict.trained.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("aflora_dist.predict.trained.load_trained", lambda *_: pytest.fail("the model was loaded"))
     file = tmp_path / "file.csv"
 
     def refused(content: str, *more: Any) -> str:

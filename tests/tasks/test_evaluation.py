@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aflora_dist.tasks.batches import loader
 from aflora_dist.tasks.data import Data
-from aflora_dist.tasks.evaluation import evaluate, predict
+from aflora_dist.tasks.evaluation import evaluate, gather_logits
 from aflora_dist.tasks.metrics import compute
 from aflora_dist.tasks.sampler import EvaluationSampler
 
@@ -53,7 +53,7 @@ def on_ranks(world_size: int, rows: list[dict[str, Any]], model: nn.Module, batc
         assert len(batches) == len(list(batches))
         assert all(0 < len(batch["labels"]) <= batch_size for batch in batches)
         sizes.add(len(batches))
-        found.append(predict(model, batches, len(rows), isinstance(model, Reader) and model.classes == 1, alone))
+        found.append(gather_logits(model, batches, len(rows), getattr(model, "classes", 2), alone))
     assert len(sizes) == 1, "sharded engines want as many batches on every rank"
     return found
 
@@ -64,8 +64,7 @@ def on_ranks(world_size: int, rows: list[dict[str, Any]], model: nn.Module, batc
 def test_each_example_counts_once_and_in_its_place(count: int, world_size: int, classes: int) -> None:
     rows, model = texts(count), Reader(classes)
     plain = [model(**collate([row])).logits[0] for row in rows]
-    expected = torch.tensor([float(one[0]) if classes == 1 else one.argmax().item() for one in plain])
-    assert torch.equal(sum(on_ranks(world_size, rows, model, batch_size=4)), expected)
+    assert torch.equal(sum(on_ranks(world_size, rows, model, batch_size=4)), torch.stack(plain).float())
 
 
 def test_ranks_are_given_texts_of_about_the_same_length_and_the_longest_first() -> None:
@@ -78,7 +77,7 @@ def test_ranks_are_given_texts_of_about_the_same_length_and_the_longest_first() 
 
 def test_metrics_pair_each_result_with_its_own_label() -> None:
     rows, model = texts(33), Reader(1)
-    (said,) = on_ranks(1, rows, model, 8)
+    said = on_ranks(1, rows, model, 8)[0].squeeze(-1)
     labels = said.double().numpy() + np.random.default_rng(0).normal(0, 300, 33)
     order = EvaluationSampler([len(row["input_ids"]) for row in rows], 8, rank=0, world_size=1)
     data: Any = Data("x", rows, {"validation_far": {"label": labels}}, None, ("pearson",))  # type: ignore[arg-type, dict-item]
