@@ -1,4 +1,4 @@
-"""What a freeze moves and holds beside a trained head of three million elements, counted below the library.
+"""What a freeze moves and holds beside a trained head of 16 million elements, counted below the library.
 
 With "blocks" as its argument, what the freeze of half of a model's blocks does that trains whole, 14 million elements.
 Prints, as JSON, what each rank saw: bytes through torch.distributed at a drop and at a whole freeze, the elements whose
@@ -28,7 +28,7 @@ from aflora_dist.engines import transfer
 from profiling.traffic import Traffic
 from tests.workers.tiny import GLOBAL_BATCH, VOCABULARY, global_batch
 
-CLASSES, WIDTH = 100_000, 32  # three million elements
+CLASSES, WIDTH = 500_000, 32  # 16 million elements
 
 
 def memory(field: str) -> int:
