@@ -54,7 +54,8 @@ def difference(study: str, task: str, method: str, other: str) -> str:
     if one is None or one.difference.low is None or one.difference.high is None:
         return NONE
     d = one.difference
-    return f"{d.mean:+.2f} points (95% interval {d.low:+.2f} to {d.high:+.2f}, {d.seeds} seeds): {one.said}"
+    after = "" if d.corrected is None else f"; p {d.corrected:.2f} after correction"
+    return f"{d.mean:+.2f} points (95% interval {d.low:+.2f} to {d.high:+.2f}, {d.seeds} seeds{after}): {one.said}"
 
 
 def mean(study: str, task: str, method: str) -> str:

@@ -19,7 +19,7 @@ def test_the_page_is_what_the_committed_results_make_of_it() -> None:
 def test_it_answers_in_its_first_ten_lines() -> None:
     first = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8").splitlines()[:10]
     said = " ".join(first)
-    assert "seeds): " in said, "no difference was measured"
+    assert "after correction): " in said, "no difference was measured"
     assert "For whom" in said
 
 
