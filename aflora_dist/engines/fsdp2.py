@@ -7,8 +7,9 @@ every rank. FSDP2 does not look after it: here its gradients are averaged over t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,56 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from ..compat.torch import after_backward
+from ..compat.torch import after_backward, backward_pass
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
 from ..processes import rank
 from .native import NativeEngine
+
+
+class _Averaging:
+    """Averages gradients over the ranks as long as the model lives, whoever watches it: it is how the model trains.
+
+    Args:
+        trained: What is left out of the sharding; a message for each dtype at the end of a backward pass.
+    """
+
+    def __init__(self, accelerator: Accelerator, trained: Sequence[nn.Parameter]) -> None:
+        self._accelerator, self._trained = weakref.ref(accelerator), trained  # the accelerator holds the model
+        self._pass = -1
+        arrived = weakref.WeakMethod(self._arrived)  # autograd holds hooks where no garbage collector looks
+
+        def hook(parameter: Tensor) -> None:
+            if (method := arrived()) is not None:
+                method()
+
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(hook)
+
+    def _arrived(self) -> None:
+        accelerator = self._accelerator()
+        # Not a flag: a pass that ends with an error forgets what was queued.
+        if self._pass != backward_pass() and accelerator is not None and accelerator.sync_gradients:
+            self._pass = backward_pass()
+            after_backward(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        trained = [p for p in self._trained if p.requires_grad]
+        for dtype in dict.fromkeys(p.dtype for p in trained):
+            those = [p for p in trained if p.dtype == dtype]
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in those])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for parameter, mean in zip(those, flat.split([p.numel() for p in those]), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(mean.view_as(parameter))
+                elif mean.any():  # used on another rank
+                    parameter.grad = mean.view_as(parameter).clone()
+
+
+# A later engine of a model takes the place of an earlier one, whose hooks then do nothing.
+_AVERAGING: WeakKeyDictionary[nn.Module, _Averaging] = WeakKeyDictionary()
 
 
 class Fsdp2Engine(NativeEngine):
@@ -33,43 +79,25 @@ class Fsdp2Engine(NativeEngine):
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
         super().__init__(accelerator, model, optimizer)
         self._places = {p: _place(name, p) for name, p in self.parameters.items()}
-        self._replicated = [p for p in self.parameters.values() if p.requires_grad and not isinstance(p, DTensor)]
-        self._queued = False
         self._last: FSDPModule | None = None  # where backward ends
-        for parameter in self._replicated:  # as DDP: however they were drawn
-            dist.broadcast(parameter.detach(), 0)
+        whole = [p for p in self.parameters.values() if not isinstance(p, DTensor)]
+        for parameter in whole:  # as DDP, what never trains too: however they were drawn
+            if parameter.is_floating_point():  # what is packed into integers is the base model's, and read from a file
+                dist.broadcast(parameter.detach(), 0)
+        if trained := [p for p in whole if p.requires_grad]:
+            self._check_mixed(accelerator)
+            _AVERAGING[self.model] = _Averaging(accelerator, trained)
 
-    def watch(self, done: Callable[[bool], None]) -> None:
-        super().watch(done)
-        arrived = weakref.WeakMethod(self._arrived)  # autograd holds hooks where no garbage collector looks
-
-        def hook(parameter: Tensor) -> None:
-            if (method := arrived()) is not None:
-                method()
-
-        for parameter in self._replicated:
-            self._handles.append(parameter.register_post_accumulate_grad_hook(hook).remove)
-
-    def _arrived(self) -> None:
-        if not self._queued and self.accelerator.sync_gradients:
-            self._queued = True
-            after_backward(self._average)
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """The gradients of what is replicated become the means over the ranks, in one message for each dtype."""
-        self._queued = False
-        trained = [p for p in self._replicated if p.requires_grad]
-        for dtype in dict.fromkeys(p.dtype for p in trained):
-            those = [p for p in trained if p.dtype == dtype]
-            flat = torch.cat([self._gradient(p).reshape(-1) for p in those])
-            dist.all_reduce(flat)
-            flat /= self.world_size
-            for parameter, mean in zip(those, flat.split([p.numel() for p in those]), strict=True):
-                if parameter.grad is not None:
-                    parameter.grad.copy_(mean.view_as(parameter))
-                elif mean.any():  # used on another rank
-                    parameter.grad = mean.view_as(parameter).clone()
+    def _check_mixed(self, accelerator: Accelerator) -> None:
+        """No kernel over many tensors at once takes both kinds; one tensor after the other, all do."""
+        if accelerator.scaler is not None:
+            raise UnsupportedEngineError(
+                "Some of what trains is left out of FSDP2's sharding (ignored_modules), and fp16's scaler takes one "
+                "kind only: use --mixed_precision bf16, or shard everything."
+            )
+        for group in self.optimizer.param_groups:
+            if len({isinstance(p, DTensor) for p in group["params"]}) > 1:
+                group.update({kernel: False for kernel in ("fused", "foreach") if kernel in group})
 
     def _local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor

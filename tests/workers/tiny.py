@@ -50,7 +50,7 @@ def global_batch(step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": (tokens.sum(1) % 2).long()}
 
 
-def build_optimizer(model: nn.Module, groups: str) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, groups: str, foreach: bool | None = None) -> torch.optim.Optimizer:
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     head = [p for n, p in trainable.items() if "classifier" in n]
     matrices = [p for n, p in trainable.items() if n.endswith((".A", ".B"))]
@@ -67,7 +67,7 @@ def build_optimizer(model: nn.Module, groups: str) -> torch.optim.Optimizer:
             {"params": matrices, "lr": 5e-3},
             {"params": head, "lr": 2e-2, "weight_decay": 0.0},
         ]
-    return torch.optim.AdamW(parts, weight_decay=0.1)
+    return torch.optim.AdamW(parts, weight_decay=0.1, foreach=foreach)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="no")
     parser.add_argument("--offload", action="store_true", help="FSDP2: parameters and optimizer state in CPU memory")
     parser.add_argument("--replicas", type=int, default=1, help="HSDP: how many hold the same shards")
-    parser.add_argument("--replicated", action="store_true", help="FSDP2: the adapter is left out of the sharding")
+    parser.add_argument("--replicated", action="store_true", help="FSDP2: a part of the adapter is not sharded")
     args = parser.parse_args(arguments)
     args.out.mkdir(exist_ok=True)
 
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         options["cpu"] = True
         os.environ["FSDP_OFFLOAD_PARAMS"] = str(args.offload).lower()
-        os.environ["FSDP_IGNORED_MODULES"] = r".*\.aflora(\..*)?" if args.replicated else "nothing"
+        os.environ["FSDP_IGNORED_MODULES"] = r".*layer\.0\..*\.aflora(\..*)?" if args.replicated else "nothing"
         if args.replicas > 1:
             shards = int(os.environ["WORLD_SIZE"]) // args.replicas
             options["parallelism_config"] = ParallelismConfig(dp_replicate_size=args.replicas, dp_shard_size=shards)
@@ -109,10 +109,15 @@ def main(arguments: list[str] | None = None) -> None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro
         plugin.deepspeed_config["gradient_clipping"] = args.clip
     model = build_model(**args.adapter)
+    if args.replicated and accelerator.process_index:  # as where ranks draw an adapter without a common seed
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "layer.0" in name and "aflora" in name:
+                    parameter += 0.1
     if args.checkpointing:
         model.enable_input_require_grads()
         checkpoint_activations(model.base_model.model)
-    optimizer = build_optimizer(model, args.groups)
+    optimizer = build_optimizer(model, args.groups, args.replicated or None)  # as torch chooses it on a GPU
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / (2 * args.steps))
     config = FreezingConfig(total_steps=args.steps, initial_steps=args.initial, final_steps=args.final, **args.freezing)
