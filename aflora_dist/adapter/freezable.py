@@ -163,11 +163,19 @@ def none_chosen(choice: object, trained: Sequence[str]) -> NoReturn:
     )
 
 
-def refuse_all(found: Collection[str], trained: Collection[str], config: FreezingConfig) -> None:
-    """Raise AFLoRAError if all that trains would freeze, and nothing would be left to train at the end."""
+def refuse_all(
+    found: Collection[str],
+    trained: Collection[str],
+    config: FreezingConfig,
+    what: str = "All that trains may freeze",
+    remedy: str = "Leave something out (AdaptiveFreezing(..., freezable=...), freezing.freezable), or have the last "
+    "one train on, with rule='rank' and final_steps=0 (t_f) in FreezingConfig, freezing.final_epochs=0 in the main "
+    "job.",
+) -> None:
+    """Raise AFLoRAError if all that trains would freeze, and nothing would be left to train at the end.
+
+    Args:
+        what, remedy: How the message begins, and what it says to do.
+    """
     if found and len(found) == len(trained) and (config.final_steps or config.rule != "rank"):
-        raise AFLoRAError(
-            "All that trains may freeze, so that nothing would be left to train at the end. Leave something out "
-            "(AdaptiveFreezing(..., freezable=...), freezing.freezable), or have the last one train on, with "
-            "rule='rank' and final_steps=0 (t_f) in FreezingConfig, freezing.final_epochs=0 in the main job."
-        )
+        raise AFLoRAError(f"{what}, so that nothing would be left to train at the end. {remedy}")
