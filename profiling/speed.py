@@ -1,7 +1,7 @@
 """A training that becomes faster as it goes: seconds of a step through a whole schedule, with and without freezing.
 
     python -m profiling.schedule speed                                  # the reviews, the demo's encoder
-    python -m profiling.schedule speed --accuracy 0 1 2 --steps 133     # trains each, too: an epoch
+    python -m profiling.schedule speed --accuracy 0 1 2 --steps 117     # trains each, too: an epoch
 
 All train in one process, on the same batches: of each update every variant takes its step, in another order each time.
 Where blocks freeze whole, from the bottom on (`freezing.prefix`), the backward pass ends above them. Beside the clock
@@ -149,6 +149,11 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         first, _ = configured(args.variants[0], args, Path(name))
         data = load_data(first.data, first.train.seed)
+        if (most := len(data.train) // args.batch_size) < args.steps:
+            raise SystemExit(
+                f"--steps {args.steps} of --batch-size {args.batch_size} take more than the {len(data.train):,} "
+                f"examples there are for training, of which none comes twice: --steps {most} at most."
+            )
         base, tokenizer, head = load_base(first.model, data.labels)
         examples = tokenized(data.train, tokenizer, args.max_length, "the training split")
         variants = {name: prepared(configured(name, args, Path(name))[0], base, head, args) for name in args.variants}

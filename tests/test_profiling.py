@@ -322,3 +322,8 @@ def test_a_training_that_becomes_faster_is_measured_beside_its_plan(tiny_model: 
         kept = [*found["saved_bytes"].values()]
         assert kept[-1] < kept[0] / 2
     assert {path.name for path in tmp_path.iterdir()} == {"speed.json", "speed.md", "speed.png"}
+
+
+def test_more_updates_than_there_are_examples_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--steps 118 .* the 7,530 examples .*--steps 117 at most"):
+        schedule(["speed", "--model", "no such model", "--steps", "118", "--out", str(tmp_path)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -18,6 +18,7 @@ from .adapted import Adapted
 from .architectures import kind_of
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
+_FROZEN: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class Matrices:
@@ -37,8 +38,10 @@ class Matrices:
     def freezable(self) -> list[str]:
         """Trained parameters of two dimensions and more: of the tuner's, or of attention and feed-forward layers.
 
+        None are left where an earlier training froze them all.
+
         Raises:
-            AFLoRAError: There are none, or the architecture is not known.
+            AFLoRAError: There never were any, or the architecture is not known.
         """
         modules = named_modules(self._model)
         tuners = [module for module in modules.values() if isinstance(module, BaseTunerLayer)]
@@ -52,24 +55,25 @@ class Matrices:
             for name, parameter in named_parameters(self._model).items()
             if id(parameter) in chosen and parameter.requires_grad and len(whole_shape(parameter)) > 1
         ]
-        if not names and tuners:
+        if names or frozen_before(self._model):
+            return names
+        if tuners:
             raise AFLoRAError(
                 "This adapter trains nothing of two dimensions and more, which is what may freeze by default: VeRA's "
                 "matrices, for one, are shared by all layers and never train. Choose what else may freeze with "
                 "AdaptiveFreezing(..., freezable=...) or freezing.freezable, or train without freezing."
             )
-        if not names:
-            raise AFLoRAError(
-                "To know what may freeze, AdaptiveFreezing needs an AFLoRA model (peft.get_peft_model(model, "
-                "AFLoRAConfig(...))), another of PEFT's tuners, or a model whose attention and feed-forward layers it "
-                f"knows and that train: of {type(self._model).__name__} it knows none that trains. Say it with "
-                "AdaptiveFreezing(..., freezable=...): names of parameters, a regular expression over them, or a "
-                "function of name and parameter."
-            )
-        return names
+        raise AFLoRAError(
+            "To know what may freeze, AdaptiveFreezing needs an AFLoRA model (peft.get_peft_model(model, "
+            "AFLoRAConfig(...))), another of PEFT's tuners, or a model whose attention and feed-forward layers it "
+            f"knows and that train: of {type(self._model).__name__} it knows none that trains. Say it with "
+            "AdaptiveFreezing(..., freezable=...): names of parameters, a regular expression over them, or a "
+            "function of name and parameter."
+        )
 
     def have_frozen(self, names: Collection[str]) -> None:
-        """Nobody switches the gradient of what has frozen on again."""
+        """Nobody switches the gradient of what has frozen on again; a later training is to know of it."""
+        remember_frozen(self._model, names)
 
     @property
     def freezing_attached(self) -> bool:
@@ -91,6 +95,18 @@ def _of_tuner(layer: Any) -> Iterable[nn.Parameter]:
         held = getattr(layer, attribute, None)
         if isinstance(held, nn.Module):
             yield from held.parameters()
+
+
+def remember_frozen(model: nn.Module, names: Collection[str]) -> None:
+    """These have frozen in a training of this model, unwrapped."""
+    if names:
+        _FROZEN.setdefault(model, set()).update(names)
+
+
+def frozen_before(model: nn.Module) -> set[str]:
+    """What trainings of this model, unwrapped, froze in this process and does not train now."""
+    names = _FROZEN.get(model)
+    return {n for n, p in named_parameters(model).items() if n in names and not p.requires_grad} if names else set()
 
 
 def adapter_of(model: nn.Module) -> Adapted | Matrices:
@@ -147,11 +163,19 @@ def none_chosen(choice: object, trained: Sequence[str]) -> NoReturn:
     )
 
 
-def refuse_all(found: Collection[str], trained: Collection[str], config: FreezingConfig) -> None:
-    """Raise AFLoRAError if all that trains would freeze, and nothing would be left to train at the end."""
+def refuse_all(
+    found: Collection[str],
+    trained: Collection[str],
+    config: FreezingConfig,
+    what: str = "All that trains may freeze",
+    remedy: str = "Leave something out (AdaptiveFreezing(..., freezable=...), freezing.freezable), or have the last "
+    "one train on, with rule='rank' and final_steps=0 (t_f) in FreezingConfig, freezing.final_epochs=0 in the main "
+    "job.",
+) -> None:
+    """Raise AFLoRAError if all that trains would freeze, and nothing would be left to train at the end.
+
+    Args:
+        what, remedy: How the message begins, and what it says to do.
+    """
     if found and len(found) == len(trained) and (config.final_steps or config.rule != "rank"):
-        raise AFLoRAError(
-            "All that trains may freeze, so that nothing would be left to train at the end. Leave something out "
-            "(AdaptiveFreezing(..., freezable=...), freezing.freezable), or have the last one train on, with "
-            "rule='rank' and final_steps=0 (t_f) in FreezingConfig, freezing.final_epochs=0 in the main job."
-        )
+        raise AFLoRAError(f"{what}, so that nothing would be left to train at the end. {remedy}")

@@ -93,7 +93,6 @@ class AdaptiveFreezing:
         self.freezable = names_of(self._told[-1], self.engine, config)
         self.events: list[FreezeEvent] = []
         self.state = FreezingState(self)
-        self.engine.keep(self.state.fixed(()))
         self.schedule = config.schedule()
         self.policy = policy_for(config, self.freezable)
         self.numels = {name: self.engine.numel(name) for name in self.freezable}
@@ -102,6 +101,7 @@ class AdaptiveFreezing:
         if self.freezable:
             rehearse(self.engine, min(self.freezable, key=self.numels.__getitem__))
         self._prefix = Prefix(self.engine, self.freezable, config) if config.prefix and self.freezable else None
+        self.engine.keep(self.state.fixed(()))
         self._scores = scores_for(self.engine, config, self.numels)
         self._own_clock = progress is None
         self.progress = progress or Progress(self.engine)

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from ..adapter.freezable import as_expression, none_chosen, refuse_all
+from ..adapter.freezable import as_expression, frozen_before, none_chosen, refuse_all, remember_frozen
 from ..engines import Engine
 from ..errors import AFLoRAError
 from ..freezing import FreezingConfig
@@ -33,6 +33,8 @@ Choice = Freezable | Iterable[str] | str | re.Pattern[str] | Callable[[str, nn.P
 class Chosen:
     """What a user has chosen, checked; the adapter hears of it all the same.
 
+    What an earlier training of the model froze may be chosen again, and stays as it is.
+
     Raises:
         AFLoRAError: There is no such parameter, it does not train, or only one name of a tied weight is chosen.
     """
@@ -40,7 +42,7 @@ class Chosen:
     def __init__(
         self, choice: Iterable[str] | str | re.Pattern[str] | Callable[[str, nn.Parameter], bool], engine: Engine
     ):
-        self._engine = engine
+        self._engine, self._before = engine, frozen_before(engine.model)
         self._aliases: dict[str, list[str]] = defaultdict(list)  # a tied weight has several names
         known = {id(parameter): name for name, parameter in engine.parameters.items()}
         for name, parameter in named_parameters(engine.model, remove_duplicate=False).items():
@@ -52,12 +54,13 @@ class Chosen:
         self._check(chosen)
 
     def _matching(self, choice: str | re.Pattern[str] | Callable[[str, nn.Parameter], bool]) -> set[str]:
-        """Of the parameters that train, by every name that they have."""
-        trained = [(name, alias) for name in self._engine.trainable for alias in self._aliases[name]]
+        """Of the parameters that train, or did before they froze, by every name that they have."""
+        names = [*self._engine.trainable, *self._before]
+        known = [(name, alias) for name in names for alias in self._aliases[name]]
         if isinstance(choice, str | re.Pattern):
             pattern = as_expression(choice)
-            return {alias for _, alias in trained if pattern.fullmatch(alias)}
-        return {alias for name, alias in trained if choice(alias, self._engine.parameters[name])}
+            return {alias for _, alias in known if pattern.fullmatch(alias)}
+        return {alias for name, alias in known if choice(alias, self._engine.parameters[name])}
 
     def _check(self, chosen: Collection[str]) -> None:
         first = {alias: name for name, aliases in self._aliases.items() for alias in aliases}
@@ -67,6 +70,8 @@ class Chosen:
                     f"freezable names {name!r}, which is no parameter of the model. Names are those of "
                     f"model.named_parameters() before accelerator.prepare(), such as {self._engine.trainable[0]!r}."
                 )
+            if first[name] in self._before:
+                continue
             if first[name] not in self._names:
                 raise AFLoRAError(
                     f"freezable names {name!r}, which does not train: it has no gradient, or the optimizer was not "
@@ -82,7 +87,7 @@ class Chosen:
         return self._names
 
     def have_frozen(self, names: Collection[str]) -> None:
-        return
+        remember_frozen(self._engine.model, names)
 
 
 def names_of(source: Freezable, engine: Engine, config: FreezingConfig) -> list[str]:

@@ -7,7 +7,7 @@ theirs is run backward and none of their activations is kept, on any engine.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -23,9 +23,13 @@ from ..freezing import CubicSchedule, FreezingConfig
 from ..names import matrix_position, named_modules, named_parameters, of_base
 from ..notices import logger
 
-# What an encoder holds beside its blocks and gives to the lowest of them, too: embeddings of relative positions (those
-# of DeBERTa and MPNet), their norm, and a convolution over the embeddings.
-_GIVEN = re.compile(r"(rel_embeddings|relative_attention_bias|LayerNorm|conv)\.")
+# What lies beside the blocks, registered after them, and is given to the lowest of them, too: embeddings of relative
+# positions (those of DeBERTa and MPNet) and a convolution over the embeddings; where there are such embeddings, their
+# norm. XLM-RoBERTa-XL's norm of that name comes after the highest block.
+_GIVEN = re.compile(r"(rel_embeddings|relative_attention_bias|conv)\.")
+_GIVEN_AND_NORM = re.compile(rf"{_GIVEN.pattern}|LayerNorm\.")
+# What lies beside the blocks, registered before them, and comes after the highest of them: in OPT, GTE, T5Gemma, ...
+_AFTER = re.compile(r"(final_layer_norm|final_norm|layer_norm|layernorm|norm|project_out|pooler)\.")
 
 
 class Prefix:
@@ -108,11 +112,12 @@ class Prefix:
         self._handles.append(handle)
 
     def _block(self, index: int) -> nn.Module:
-        """The module of a block, as what wraps it; above the highest all of the model."""
-        places = [matrix_position(names[-1]) for names in self.blocks]
-        stack = next(module for name, module in named_modules(self._model).items() if of_base(name) == places[0].stack)
+        """The module of a block, inside of what wraps it; above the highest all of the model."""
+        places = [matrix_position(next(n for n in names if n in self._freezable)) for names in self.blocks]
         number = places[index].layer if index < len(places) else places[-1].layer + 1
-        return dict(stack.named_children()).get(str(number), self._model)
+        wanted = f"{places[0].stack}.{number}"
+        blocks = (module for name, module in named_modules(self._model).items() if of_base(name) == wanted)
+        return next(blocks, self._model)
 
     def take_back(self) -> None:
         """Leave the model's modules as they were."""
@@ -147,17 +152,14 @@ def blocks_from_below(
             f"{where}. Drop prefix, or choose with freezable=... what lies in the blocks of one stack."
         )
     (stack,) = stacks
-    around, _, _ = stack.rpartition(".")
+    places = _places(model, stack)
     blocks: dict[int, list[str]] = {}
     below: list[str] = []
-    for name in named_parameters(model):
-        found, inside = matrix_position(name), of_base(name).removeprefix(f"{around}.")
-        if name not in trained:
-            continue
-        if found.stack == stack and found.layer >= 0:
-            blocks.setdefault(found.layer, []).append(name)
-        elif not blocks or (around and _GIVEN.match(inside)):
-            below.append(name)
+    aliases = _aliases(model)
+    for name, each in aliases.items():
+        found = [place for alias in each if (place := places[alias]) is not None]
+        if name in trained and found:
+            (below if min(found) < 0 else blocks.setdefault(min(found), [])).append(name)
     ordered = [blocks[number] for number in sorted(blocks)]
     ordered[0] = below + ordered[0]
     may = set(freezable)
@@ -168,22 +170,61 @@ def blocks_from_below(
             f"nothing may freeze: {blocks[min(blocks)][0]}, ... Drop prefix, or choose that with freezable=..., too."
         )
     if config.prefix_schedule().final_steps:
-        refuse_all(may.union(*ordered), trained, config)
-    _refuse(model, ordered[0])
+        remedy = (
+            "Let something outside of the blocks train, too, or have the highest block train on, with prefix_steps=0 "
+            "(t_p) in FreezingConfig, freezing.prefix_epochs=0 in the main job."
+        )
+        refuse_all(may.union(*ordered), trained, config, "All that trains would freeze with its block", remedy)
+    here = (-1, min(blocks))
+    _refuse(model, {n: alias for n in ordered[0] for alias in aliases[n] if places[alias] not in here})
     return ordered
 
 
-def _refuse(model: nn.Module, lowest: Sequence[str]) -> None:
+def _places(model: nn.Module, stack: str) -> dict[str, int | None]:
+    """Of all parameters, by all of their names: the block's number; -1: goes into the lowest; None: into none of them.
+
+    What goes in is told by the order of modules. What a head registers before its base model (XLM-RoBERTa) does not.
+    """
+    names = {name: of_base(name) for name in named_parameters(model, remove_duplicate=False)}
+    around = stack[: stack.rfind(".") + 1]
+    given = _GIVEN_AND_NORM if any(n.startswith(f"{around}rel_embeddings.") for n in names.values()) else _GIVEN
+    base, places, reached = _base_of(model, stack), dict[str, int | None](), False
+    for name, inside in names.items():
+        number = inside.removeprefix(f"{stack}.").partition(".")[0] if inside.startswith(f"{stack}.") else ""
+        beside = inside.removeprefix(around) if inside.startswith(around) else ""
+        reached = reached or number.isdigit()
+        if number.isdigit():
+            places[name] = int(number)
+        else:
+            goes_in = given.match(beside) if reached else inside.startswith(base) and not _AFTER.match(beside)
+            places[name] = -1 if goes_in else None
+    return places
+
+
+def _base_of(model: nn.Module, stack: str) -> str:
+    """How names begin in the base model of transformers' that holds the blocks; "" where it is not part of another."""
+    for name, module in named_modules(model).items():
+        if isinstance(module, PreTrainedModel):
+            base = of_base(f"{name}." if name else "") + f"{module.base_model_prefix}."
+            return base if stack.startswith(base) else ""
+    return ""
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by its first one: a tied weight has several."""
     ids = {id(p): name for name, p in named_parameters(model).items()}
-    twins: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {name: [] for name in ids.values()}
     for alias, parameter in named_parameters(model, remove_duplicate=False).items():
-        twins.setdefault(ids[id(parameter)], []).append(alias)
-    tied = [name for name in lowest if len(twins[name]) > 1]
-    if tied:
+        found[ids[id(parameter)]].append(alias)
+    return found
+
+
+def _refuse(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """`tied`: of what freezes with the lowest block, another name elsewhere."""
+    for name, elsewhere in tied.items():
         raise AFLoRAError(
-            f"FreezingConfig(prefix=True) freezes {tied[0]} with the lowest block, and it is one weight with "
-            f"{next(alias for alias in twins[tied[0]] if alias != tied[0])}, which would train on. Drop prefix, "
-            f"or let that weight not train."
+            f"FreezingConfig(prefix=True) freezes {name} with the lowest block, and it is one weight with {elsewhere}, "
+            f"which would train on. Drop prefix, or let that weight not train."
         )
     if recomputes_reentrantly(model):
         raise AFLoRAError(

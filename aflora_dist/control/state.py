@@ -115,5 +115,7 @@ class FreezingState:
 
     def fixed(self, trainable: Sequence[str]) -> list[str]:
         """Names of the parameters that do not train, and are not the base model's."""
-        ours, trains = {*self._freezing._adapter.own, *self._freezing.freezable, *self._freezing.frozen}, set(trainable)
+        freezing, trains = self._freezing, set(trainable)
+        ours = {*freezing._adapter.own, *freezing.freezable, *freezing.frozen}
+        ours = ours.union(*(freezing._prefix.blocks if freezing._prefix else ()))
         return [name for name in self._engine.parameters if name in ours and name not in trains]

@@ -20,7 +20,7 @@ from aflora_dist.compat.transformers import checkpoint_activations
 from tests.launch import launch_series
 from tests.loop import Loop
 from tests.selection import is_chosen
-from tests.workers.anything import CUT, Training, build, tensors_of
+from tests.workers.anything import CONFIG, CUT, Training, build, create_optimizer, tensors_of
 from tests.workers.tiny import global_batch
 
 LOWEST = {"prefix": True, "prefix_steps": 0, "score": "front_to_back", "final_steps": 3}
@@ -326,6 +326,23 @@ def test_trainer_freezes_lora_and_goes_on_from_its_checkpoint(tmp_path: Path) ->
     assert whole.freezable == again.freezable
     assert whole.frozen == again.frozen != {}
     assert all(torch.equal(value, expected[name]) for name, value in values.items())
+
+
+@pytest.mark.parametrize("freezable", [None, r".*lora_.\.default\.weight", "names"])
+def test_a_later_training_of_what_has_frozen_whole_trains_the_rest_on(freezable: str | None) -> None:
+    """As an AFLoRA model does."""
+    training = Training("lora")
+    choice = training.freezing.freezable if freezable == "names" else freezable
+    training.train(0, 12)
+    assert training.freezing.remaining == []
+    training.freezing.release()
+    optimizer = training.accelerator.prepare(create_optimizer(training.model))
+    again = AdaptiveFreezing(training.accelerator, training.model, optimizer, CONFIG, freezable=choice)
+    assert (again.freezable, again.events) == ([], [])
+    assert again.engine.trainable
+    again.release()
+    with pytest.raises(AFLoRAError, match="chooses none"):
+        AdaptiveFreezing(training.accelerator, training.model, optimizer, CONFIG, freezable="nothing")
 
 
 def test_a_vector_of_an_aflora_model_may_be_named_too() -> None:
