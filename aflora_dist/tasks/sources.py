@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -45,10 +46,14 @@ def training_rows(config: DataConfig, wanted: Collection[str]) -> list[tuple[Row
     found = [(first, 1.0)]
     for source, weight in config.mix.items():
         if source.lower().endswith(FILES):
-            found.append((_file_rows(source, config, wanted), weight))
+            rows = _file_rows(source, config, wanted)
         else:
             name, _, subset = source.partition(":")
-            found.append((_hub_rows(name, subset or None, None, config.train_split, config, wanted), weight))
+            rows = _hub_rows(name, subset or None, None, config.train_split, config, wanted)
+        if config.revision is None and Path(rows.name).resolve() == Path(first.name).resolve():
+            found[0] = (first, 1 + weight)  # once, for a row that is held out would be trained on by the other name
+        else:
+            found.append((rows, weight))
     for column, source in config.columns.items():
         if not any(column in table.columns for table, _ in found):
             raise first.lacks(source)

@@ -162,6 +162,15 @@ def test_sets_are_mixed_by_weight_whatever_their_columns(tmp_path: Path) -> None
     assert [row["messages"] for row in again[0]] == [row["messages"] for row in train]  # drawn by the seed
 
 
+def test_a_set_that_is_mixed_with_itself_is_held_out_once(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{text},{text > 'd'}\n" for text in "abcdefgh"))
+    mix = {str(tmp_path / ".." / tmp_path.name / "a.csv"): 2.0}
+    data = load_data(DataConfig(task="files", train_file=str(tmp_path / "a.csv"), mix=mix, hold_out=3), seed=0)
+    held = data.evaluation["validation"]["text"][:]
+    assert len(held) == 3
+    assert Counter(data.train["text"][:]) == {text: 3 for text in "abcdefgh" if text not in held}
+
+
 def test_classifiers_mix_files_too_and_errors_name_the_line_of_the_right_one(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,no\nb,yes\n")
     (tmp_path / "b.csv").write_text("review,label\nc,yes\nd,no\ne,no\n")
