@@ -77,7 +77,7 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
     accelerator = create_accelerator(for_ranks(trained.config, launched_processes()))
     asked = asking(str(output.file), trained)
     new = [prefix + name for name in asked.new]
-    output.check(asked.columns, new)
+    on_main(accelerator, lambda: output.check(asked.columns, new))
     model, tokenizer, limits = load_trained(trained, accelerator)
     asked.prepare(model, tokenizer, limits, accelerator)
     kept: list[Partial] = []  # on the main process

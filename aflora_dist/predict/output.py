@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,7 @@ from .partial import Values
 
 Row = list[str] | dict[str, Any]
 _AT_ONCE = 10_000  # rows
+_ESCAPED = "backslashreplace"  # half of a surrogate pair: in JSON, \ud83d is what was read
 
 
 class Output:
@@ -52,7 +53,9 @@ class Output:
             raise AFLoRAError(f"There is no folder {path.parent}. Make it, or name another file with --out.")
 
     def check(self, columns: Sequence[str], new: Sequence[str]) -> None:
-        """Raise an AFLoRAError if the new columns cannot stand beside those that the file has."""
+        """Raise an AFLoRAError if the new columns cannot stand beside the file's, or these where they are written."""
+        if odd := next((name for name in new if not _is_text(name)), None):
+            raise AFLoRAError(f"A new column would be called {odd!r}, which is no text (half of a surrogate pair).")
         if taken := [name for name in new if name in columns]:
             raise AFLoRAError(
                 f"{self.file} has a column {taken[0]!r} already, as from a prediction before. Have the new ones called "
@@ -64,6 +67,8 @@ class Output:
                 f"{self.file}: the header names column {twice[0]!r} {columns.count(twice[0])} times, which "
                 f"{self.path.suffix} cannot hold. Save it as CSV with other names."
             )
+        if self.path.suffix.lower() == ".parquet" and self.file.suffix.lower() in (".json", ".jsonl"):
+            _check_parquet(self.file, columns)
 
     def write(self, columns: Sequence[str], new: Sequence[str], values: Callable[[], Iterator[Values]]) -> None:
         """Write all rows, under another name until the last one is written.
@@ -102,12 +107,19 @@ class Output:
 
     def _put_in_place(self, temporary: Path) -> None:
         if not self.overwrite:
-            with suppress(PermissionError, NotImplementedError):
+            try:
                 os.link(temporary, self.path)  # unlike a rename, it replaces nothing that has come meanwhile
                 return
-            if self.path.exists():
-                raise FileExistsError(17, "it is there by now", str(self.path))
+            except FileExistsError:
+                raise
+            except (OSError, NotImplementedError):  # a file system without hard links
+                self.path.open("x").close()  # raises FileExistsError, too
         temporary.replace(self.path)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written: JSON's \\ud83d alone stands for no character."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _text(value: Any) -> str:
@@ -134,7 +146,7 @@ _Pairs = Iterable[tuple[Row, Values]]
 def _write_cells(
     path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], delimiter: str, how: int
 ) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors=_ESCAPED, newline="") as file:
         quoting: dict[str, Any] = {"quoting": how} if how != csv.QUOTE_NONE else {"quoting": how, "quotechar": None}
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n", **quoting)
         writer.writerow([*columns, *new])
@@ -151,14 +163,14 @@ def _write_tsv(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[s
 
 
 def _write_lines(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors=_ESCAPED) as file:
         for row, values in rows:
             file.write(json.dumps(_record(row, columns, new, values), ensure_ascii=False, default=str) + "\n")
         _sync(file)
 
 
 def _write_list(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors=_ESCAPED) as file:
         for number, (row, values) in enumerate(rows):
             file.write("[\n" if number == 0 else ",\n")
             file.write(json.dumps(_record(row, columns, new, values), ensure_ascii=False, default=str))
@@ -172,16 +184,30 @@ def _write_parquet(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequen
         record = _record(row, columns, new, values)
         for name, column in held.items():
             column.append(record.get(name))
-    arrays = {}
-    for name, column in held.items():
-        try:
-            arrays[name] = pa.array(column)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise AFLoRAError(
-                f"Column {name!r} holds values that a parquet file cannot hold together ({one_line(error)}). Let the "
-                f"name of --out end in .jsonl."
-            ) from None
-    pq.write_table(pa.table(arrays), path)
+    pq.write_table(pa.table({name: _arrow(name, column) for name, column in held.items()}), path)
+
+
+def _arrow(name: str, values: list[Any]) -> pa.Array:
+    """A column of a parquet file.
+
+    Raises:
+        AFLoRAError: It can be none.
+    """
+    try:
+        column = pa.array(values)
+        pq.write_table(pa.table({name: column}), pa.MockOutputStream())
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
+        raise AFLoRAError(
+            f"Column {name!r} holds values that a parquet file cannot hold together ({one_line(error)}). Let the name "
+            f"of --out end in .jsonl."
+        ) from None
+    return column
+
+
+def _check_parquet(file: Path, columns: Sequence[str]) -> None:
+    rows: Any = list(whole_rows(file))
+    for name in columns:
+        _arrow(name, [row.get(name) for row in rows])
 
 
 def _sync(file: IO[str]) -> None:

@@ -26,7 +26,8 @@ from ..options import Config
 from ..serve.source import Source, read_adapter
 from ..store.records import CONFIG, read_settings
 from ..tasks.limits import Limits
-from ..tasks.model import fetch, load_base, load_language_model
+from ..tasks.model import fetch, load_classifier, load_language_model
+from ..tasks.reading import listed
 from ..training.build import shard_by_block
 from ..training.command_line import parse
 from ..untrusted import read_object, reading
@@ -143,10 +144,11 @@ def _outputs(source: Source) -> int:
     heads = {*SEQ_CLS_HEAD_NAMES, *(source.config.get("modules_to_save") or ())}
     tensors = _weights(source)
     shapes = [tensors[key].shape for key in tensors if key.endswith(".weight") and heads & {*key.split(".")}]
-    rows = [shape[0] for shape in shapes if len(shape) == 2]
-    if not rows:
-        return 2 if source.labels is None else len(source.labels)
-    return min(rows)
+    rows = {shape[0] for shape in shapes if len(shape) == 2}
+    if source.labels is not None and (not rows or len(source.labels) in rows):
+        return len(source.labels)
+    inner = {shape[1] for shape in shapes if len(shape) == 2}  # what a layer of a head gives to the next
+    return min(rows - inner or rows, default=2)
 
 
 def _weights(source: Source) -> Mapping[str, Tensor]:
@@ -168,7 +170,8 @@ def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, 
     if answers:
         model, tokenizer = load_language_model(config.model, accelerator)
     else:
-        model, tokenizer, _ = load_base(config.model, trained.labels, accelerator)
+        model, tokenizer, missing = load_classifier(config.model, trained.labels, accelerator)
+        _check_learned({name for name, _ in model.named_parameters()} & missing, trained)
     if (trained.folder / "tokenizer_config.json").is_file():
         with reading(trained.folder):
             tokenizer = AutoTokenizer.from_pretrained(trained.folder)
@@ -180,6 +183,23 @@ def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, 
         model = _adapted(model, trained.adapter)
     model.eval().requires_grad_(False)
     return _prepared(model, accelerator), tokenizer, limits
+
+
+def _check_learned(missing: set[str], trained: TrainedModel) -> None:
+    """Raise if what the base model's checkpoint lacks is not in the adapter either: its values would be random."""
+    kept = [] if trained.adapter is None or not missing else [f".{key}" for key in _weights(trained.adapter)]
+    unknown = {name for name in missing if not any(key.endswith(f".{name}") for key in kept)}
+    if not unknown:
+        return
+    modules = listed(sorted({name.rpartition(".")[0] for name in unknown}))
+    base = trained.config.model.name
+    if trained.adapter is None:
+        raise AFLoRAError(f"{trained.folder} lacks weights of {modules}, or has them for other classes: save it again.")
+    raise AFLoRAError(
+        f"Neither the adapter in {trained.folder} nor its base model {base} has (for so many classes) the weights of "
+        f"{modules}, which would be random. Train again with these in modules_to_save, or name the model that the "
+        f"adapter was trained on: --model.name."
+    )
 
 
 def _adapted(model: Any, source: Source) -> PeftModel:

@@ -26,7 +26,7 @@ from ..processes import first_on_node
 from .glue import TASKS, GlueTask
 from .labels import as_number, encode_labels
 from .reading import LINE, Row, Rows, listed, plain_rows, read_columns, shown
-from .sources import at_most, evaluation_rows, load_from_hub, split_off, training_rows, weighted
+from .sources import at_most, evaluation_rows, load_from_hub, split_off, training_rows
 
 _DEMO_HELD_OUT = 1000
 
@@ -78,7 +78,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
         raise unknown_task(config.task)
     if config.hold_out and config.task != "files":  # whose own rows have been split
         split, *_ = data.evaluation
-        train, held = split_off(config, data.train, None, seed, f"data.task={config.task}")
+        train, held = split_off(config, data.train, [], None, seed, f"data.task={config.task}")
         data = dataclasses.replace(data, train=train, evaluation={split: held})
     for split, dataset in {"train": data.train, **data.evaluation}.items():
         _check_split(data, split, dataset)
@@ -200,8 +200,8 @@ def _own(config: DataConfig, seed: int) -> Data:
     for split, table in tables.items():
         rows = table.rows.remove_columns(config.label_column).add_column("label of its own", labels[split])
         splits[split] = _standard(rows, tuple(config.text_columns), "label of its own")
-    train = weighted(splits["train"], [(len(table.rows), weight) for table, weight in parts], seed)
-    train, validation = split_off(config, train, splits.get("validation"), seed, tables["train"].name)
+    sizes = [(len(table.rows), weight) for table, weight in parts]
+    train, validation = split_off(config, splits["train"], sizes, splits.get("validation"), seed, tables["train"].name)
     return Data("files", train, {"validation": validation}, names, metrics_for(names), positive)
 
 

@@ -61,12 +61,20 @@ def load_base(
     Raises:
         AFLoRAError: The model is not there, or is no text classifier.
     """
+    model, tokenizer, missing = load_classifier(config, labels, accelerator)
+    return model, tokenizer, _new_modules(model, missing)
+
+
+def load_classifier(
+    config: ModelConfig, labels: list[str] | None, accelerator: Accelerator | None = None
+) -> tuple[Any, Any, set[str]]:
+    """As `load_base`, but for the names of the single tensors that the checkpoint does not have."""
     model, tokenizer, info = _load(
         AutoModelForSequenceClassification, config, accelerator, _labels(labels), ignore_mismatched_sizes=True
     )
     # A head for another number of labels is replaced by a new one.
     resized = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-    return model, tokenizer, _new_modules(model, set(info["missing_keys"]) | resized)
+    return model, tokenizer, set(info["missing_keys"]) | resized
 
 
 def load_language_model(config: ModelConfig, accelerator: Accelerator | None = None) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -45,10 +46,14 @@ def training_rows(config: DataConfig, wanted: Collection[str]) -> list[tuple[Row
     found = [(first, 1.0)]
     for source, weight in config.mix.items():
         if source.lower().endswith(FILES):
-            found.append((_file_rows(source, config, wanted), weight))
+            rows = _file_rows(source, config, wanted)
         else:
             name, _, subset = source.partition(":")
-            found.append((_hub_rows(name, subset or None, None, config.train_split, config, wanted), weight))
+            rows = _hub_rows(name, subset or None, None, config.train_split, config, wanted)
+        if config.revision is None and Path(rows.name).resolve() == Path(first.name).resolve():
+            found[0] = (first, 1 + weight)  # once, for a row that is held out would be trained on by the other name
+        else:
+            found.append((rows, weight))
     for column, source in config.columns.items():
         if not any(column in table.columns for table, _ in found):
             raise first.lacks(source)
@@ -65,36 +70,45 @@ def evaluation_rows(config: DataConfig, wanted: Collection[str]) -> Rows | None:
 
 
 def split_off(
-    config: DataConfig, train: datasets.Dataset, held: datasets.Dataset | None, seed: int, where: str
+    config: DataConfig,
+    train: datasets.Dataset,
+    parts: Sequence[tuple[int, float]],
+    held: datasets.Dataset | None,
+    seed: int,
+    where: str,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """What to train on, and what to measure with: data.hold_out of the former, where it is said.
+
+    What is trained on has the rows of each part as often as its weight says, none of which is held out; of what is left
+    of a weight, as many as that are drawn.
+
+    Args:
+        parts: How many rows each has, and its weight.
 
     Raises:
         AFLoRAError: There is neither that nor something of its own.
     """
-    if held is not None and not config.hold_out:
-        return train, held
-    if not 0 < config.hold_out < len(train):
-        raise AFLoRAError(_TO_EVALUATE.format(where=where, rows=len(train)))
-    parts = train.train_test_split(test_size=config.hold_out, seed=seed)
-    return parts["train"], parts["test"]
+    kept = np.arange(len(train))
+    if held is None or config.hold_out:
+        if not 0 < config.hold_out < len(train):
+            raise AFLoRAError(_TO_EVALUATE.format(where=where, rows=len(train)))
+        places = datasets.Dataset.from_dict({"place": kept}).train_test_split(test_size=config.hold_out, seed=seed)
+        held, kept = train.select(places["test"]["place"][:]), np.asarray(places["train"]["place"][:])
+    chosen = _weighted(kept, parts, seed)
+    return train if np.array_equal(chosen, np.arange(len(train))) else train.select(chosen), held
 
 
-def weighted(dataset: datasets.Dataset, parts: Sequence[tuple[int, float]], seed: int) -> datasets.Dataset:
-    """The rows of each part as often as its weight says; of what is left of a weight, as many as that are drawn.
-
-    Args:
-        parts: How many rows each has, and its weight.
-    """
+def _weighted(kept: np.ndarray, parts: Sequence[tuple[int, float]], seed: int) -> np.ndarray:
+    """The places of rows, as often as the weight of the part that they are of says."""
     if all(weight == 1 for _, weight in parts):
-        return dataset
+        return kept
     chance, start, chosen = np.random.default_rng(seed), 0, []
     for rows, weight in parts:
         whole, some = divmod(weight, 1)
-        places = np.arange(start, start + rows)
-        chosen += [places] * int(whole) + [np.sort(chance.choice(places, round(some * rows), replace=False))]
+        places = kept[(start <= kept) & (kept < start + rows)]
+        chosen += [places] * int(whole) + [np.sort(chance.choice(places, round(some * len(places)), replace=False))]
         start += rows
-    return dataset.select(np.concatenate(chosen))
+    return np.concatenate(chosen)
 
 
 def at_most(number: int | None, dataset: datasets.Dataset, seed: int | None = None) -> datasets.Dataset:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import datetime
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -105,6 +108,34 @@ def test_a_tsv_is_quoted_where_it_was_or_has_to_be_and_can_be_read_again(tmp_pat
         assert rows["prediction"][:] == answers
 
 
+def test_half_of_a_surrogate_pair_is_written_as_it_was_or_refused_at_first(tmp_path: Path) -> None:
+    rows = [{"text": "a", "user": "\ud83d", "more": {"\udc00": ["\ud83d"]}}, {"text": "b", "\ud83d": 1}]
+    file = tmp_path / "in.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    wanted = [row | {"prediction": f"class {at}", "probability_a": at / 8} for at, row in enumerate(rows)]
+    out = written(file, tmp_path / "out.jsonl")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == wanted
+    assert json.loads(written(file, tmp_path / "out.json").read_text()) == wanted
+    with written(file, tmp_path / "out.csv").open(newline="") as cells:
+        found = list(csv.DictReader(cells))
+    assert found[0]["user"] == "\\ud83d"
+    assert json.loads(found[0]["more"]) == rows[0]["more"]
+    assert found[1]["\\ud83d"] == "1"
+    output = Output(file, tmp_path / "new.jsonl", overwrite=False)
+    with pytest.raises(AFLoRAError, match=r"'probability_\\ud83d', which is no text"):
+        output.check(["text"], ["prediction", "probability_\ud83d"])
+
+
+@pytest.mark.parametrize("value", ["\ud83d", 2**70, {}, {"a": "\ud83d"}])
+def test_what_parquet_cannot_hold_is_refused_before_anything_is_predicted(value: Any, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps({"text": "a", "odd": value}))
+    Output(file, tmp_path / "out.jsonl", overwrite=False).check(["text", "odd"], NEW)
+    Output(file, tmp_path / "out.parquet", overwrite=False).check(["text"], NEW)
+    with pytest.raises(AFLoRAError, match=r"Column 'odd' .*\.jsonl"):
+        Output(file, tmp_path / "out.parquet", overwrite=False).check(["text", "odd"], NEW)
+
+
 def test_columns_that_parquet_cannot_hold_together_are_refused(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "a", "mixed": 1}\n{"text": "b", "mixed": "one"}\n')
     with pytest.raises(AFLoRAError, match=r"Column 'mixed' .*\.jsonl"):
@@ -112,7 +143,12 @@ def test_columns_that_parquet_cannot_hold_together_are_refused(tmp_path: Path) -
     assert not (tmp_path / "out.parquet").exists()
 
 
-def test_nothing_is_replaced_that_came_meanwhile_and_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [None, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_nothing_is_replaced_that_came_meanwhile_and_a_file_that_changed_is_noticed(
+    links: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if links is not None:  # a mount without hard links
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(links, os.strerror(links))))
     file = write_csv(tmp_path / "in.csv")
     output = Output(file, tmp_path / "out.csv", overwrite=False)
     (tmp_path / "out.csv").write_text("mine")
@@ -122,6 +158,7 @@ def test_nothing_is_replaced_that_came_meanwhile_and_a_file_that_changed_is_noti
     with pytest.raises(AFLoRAError, match="other rows now"):
         Output(file, tmp_path / "b.csv", overwrite=False).write(["text", "id", "id"], NEW, lambda: iter(predicted(3)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+    assert len(read_table(str(written(file, tmp_path / "c.csv")), set()).lines) == len(AWKWARD)
 
 
 def test_a_part_that_was_cut_is_left_out_and_two_do_not_write_at_once(tmp_path: Path) -> None:

@@ -11,12 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from aflora_dist.predict import asking, command
+from aflora_dist.predict.trained import find_trained
 from aflora_dist.training.run import main as train
 from tests.launch import launch_series
 from tests.runs import options
@@ -246,3 +254,48 @@ def test_labels_that_the_training_did_not_know_are_kept_and_said(
     file.write_text("text,label\ngood film,positive\nbad film,\npoor plot,negative\n")
     assert predict(classifier, file, "--overwrite") == 0
     assert "(2 rows with a label in column 'label')" in capsys.readouterr().out
+
+
+def save_lora(base: Path, folder: Path, whole: list[str] | None, labels: int) -> Path:
+    """What PEFT itself writes."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    adapter = LoraConfig(TaskType.SEQ_CLS, target_modules=["query"], modules_to_save=whole)
+    get_peft_model(model, adapter).save_pretrained(folder)
+    return folder
+
+
+def test_no_layer_is_random(
+    tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(model: Path) -> str:
+        assert predict(model, reviews / "dev.csv", "--out", tmp_path / "out.csv") == 2
+        return capsys.readouterr().err
+
+    base = tmp_path / "base"  # has no pooler, as DeBERTaV3
+    BertModel.from_pretrained(tiny_model, add_pooling_layer=False).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    error = said(save_lora(base, tmp_path / "no_pooler", None, 3))
+    assert f"nor its base model {base} has" in error
+    assert "the weights of bert.pooler.dense, which" in error
+    whole = save_lora(base, tmp_path / "whole", ["pooler"], 3)
+    assert predict(whole, reviews / "dev.csv", "--out", tmp_path / "out.csv") == 0
+    assert set(read(tmp_path / "out.csv")[0]) >= {f"probability_LABEL_{number}" for number in range(3)}
+    (tmp_path / "out.csv").unlink()
+    weights = whole / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(weights).items() if "classifier" not in key}, weights)
+    assert "the weights of classifier, which" in said(whole)
+
+    merged = tmp_path / "merged"
+    AutoModelForSequenceClassification.from_pretrained(tiny_model).save_pretrained(merged)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(merged)
+    weights = merged / "model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if k != "classifier.bias"}, weights, {"format": "pt"})
+    assert "lacks weights of classifier" in said(merged)
+
+
+def test_a_head_of_two_layers_may_have_more_classes_than_hidden_units(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    RobertaModel(RobertaConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "base")
+    for count in (3, 8, 20):
+        trained = find_trained(str(save_lora(tmp_path / "base", tmp_path / str(count), None, count)), [])
+        assert trained.labels == [f"LABEL_{number}" for number in range(count)]

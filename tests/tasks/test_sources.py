@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -131,26 +132,43 @@ def test_sharegpt_becomes_the_same_tokens_as_messages(tmp_path: Path) -> None:
 
 def test_sets_are_mixed_by_weight_whatever_their_columns(tmp_path: Path) -> None:
     gsm8k = hub_sets.gsm8k(tmp_path / "gsm8k", times=5)  # 20 rows
-    (tmp_path / "chats.jsonl").write_text(
-        "\n".join(
-            json.dumps({"messages": [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": "Ada"}]})
-            for i in range(6)
+    for name in ("chats", "more"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(
+                json.dumps(
+                    {"messages": [{"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": "Ada"}]}
+                )
+                for i in range(6)
+            )
         )
-    )
     options: dict[str, Any] = {
         "train_file": str(tmp_path / "chats.jsonl"),
-        "mix": {f"{gsm8k}:main": 0.5, str(tmp_path / "chats.jsonl"): 2},
-        "hold_out": 3,
+        "mix": {f"{gsm8k}:main": 0.5, str(tmp_path / "more.jsonl"): 2},
+        "hold_out": 9,
     }
     with pytest.raises(AFLoRAError, match=r"gsm8k \(main, train\) has the columns question, answer, which are none"):
         sft(**options)
     mixed = {**options, "columns": COLUMNS}
     train, held = sft(**mixed)
-    assert len(train) + len(held) == 6 + 10 + 2 * 6
-    first = [row["messages"][0]["content"] for row in [*train, *held]]
-    assert sorted(words for words in first if words.startswith("ask")) == sorted([f"ask {i}" for i in range(6)] * 3)
+    first = [[row["messages"][0]["content"] for row in rows] for rows in (train, held)]
+    trained, measured = (Counter(words if words[-1].isdigit() else "gsm8k" for words in split) for split in first)
+    kept = 20 - measured.pop("gsm8k")
+    assert kept < 20  # some of each are held out, and half of the others trained on
+    assert trained.pop("gsm8k") == round(kept / 2)
+    times = {f"{name} {i}": times for name, times in (("chats", 1), ("more", 2)) for i in range(6)}
+    assert len(measured) == 9 - (20 - kept) > 1
+    assert trained == {words: count for words, count in times.items() if words not in measured}
     again = sft(**mixed)
     assert [row["messages"] for row in again[0]] == [row["messages"] for row in train]  # drawn by the seed
+
+
+def test_a_set_that_is_mixed_with_itself_is_held_out_once(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{text},{text > 'd'}\n" for text in "abcdefgh"))
+    mix = {str(tmp_path / ".." / tmp_path.name / "a.csv"): 2.0}
+    data = load_data(DataConfig(task="files", train_file=str(tmp_path / "a.csv"), mix=mix, hold_out=3), seed=0)
+    held = data.evaluation["validation"]["text"][:]
+    assert len(held) == 3
+    assert Counter(data.train["text"][:]) == {text: 3 for text in "abcdefgh" if text not in held}
 
 
 def test_classifiers_mix_files_too_and_errors_name_the_line_of_the_right_one(tmp_path: Path) -> None:
@@ -158,7 +176,9 @@ def test_classifiers_mix_files_too_and_errors_name_the_line_of_the_right_one(tmp
     (tmp_path / "b.csv").write_text("review,label\nc,yes\nd,no\ne,no\n")
     options: dict[str, Any] = {"task": "files", "mix": {str(tmp_path / "a.csv"): 3}, "columns": {"text": "review"}}
     data = load_data(DataConfig(train_file=str(tmp_path / "b.csv"), hold_out=2, **options), seed=0)
-    assert sorted([*data.train["text"], *data.evaluation["validation"]["text"]]) == list("aaabbbcde")
+    held = data.evaluation["validation"]["text"][:]
+    assert len(held) == 2
+    assert sorted(data.train["text"]) == [text for text in "aaabbbcde" if text not in held]
     (tmp_path / "a.csv").write_text("text,label\na,no\nb,\n")
     with pytest.raises(AFLoRAError, match=r"a.csv, line 3: it has nothing in column 'label'"):
         load_data(DataConfig(train_file=str(tmp_path / "b.csv"), hold_out=2, **options), seed=0)

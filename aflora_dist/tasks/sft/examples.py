@@ -14,7 +14,7 @@ from ...errors import AFLoRAError
 from ...options import DataConfig
 from ...untrusted import load_json
 from ..reading import Rows, as_json_column, exact, listed, read_table
-from ..sources import at_most, evaluation_rows, split_off, training_rows, weighted
+from ..sources import at_most, evaluation_rows, split_off, training_rows
 from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
@@ -52,13 +52,13 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
         held = word_problems(64, seed=1)
     else:
         parts = [(_examples(table, True), weight) for table, weight in training_rows(config, _COLUMNS)]
-        train = weighted(_alike([rows for rows, _ in parts]), [(len(rows), weight) for rows, weight in parts], seed)
+        train = _alike([rows for rows, _ in parts])
         held = None
     if config.name != "demo" or config.validation_file is not None:
         table = evaluation_rows(config, _COLUMNS)
         held = None if table is None else _examples(table, False)
     where = config.name or str(config.train_file)
-    train, held = split_off(config, train, held, seed, where)
+    train, held = split_off(config, train, [(len(rows), weight) for rows, weight in parts], held, seed, where)
     train = train.select_columns(_choose(train.column_names, where, True))
     held = held.select_columns(_choose(held.column_names, where, False))
     return at_most(config.max_train_examples, train, seed), at_most(config.max_eval_examples, held)
