@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from aflora_dist.errors import AFLoRAError
+from aflora_dist.options import Config, DataConfig, RunConfig
 from aflora_dist.study.description import read_study, shipped
 from aflora_dist.study.grid import Grid, Planned
-from aflora_dist.study.results import Results, settings_of
+from aflora_dist.study.results import Results, name_of, settings_of
 from aflora_dist.study.tables import as_csv, cells, compared, latex, markdown
 from aflora_dist.study.work import outlook
 from aflora_dist.training.command_line import parse
+from tests.launch import ROOT
 from tests.study.written import grid_of, keep, settle, write_study
 
 SWEEP = {"seeds": [100, 101], "options": {"data.hold_out": 500}}
@@ -107,6 +109,38 @@ def test_a_changed_setting_is_another_run_and_where_data_lie_is_not(tmp_path: Pa
     seeds = [run.name for run in grid.plan({}).runs()]
     assert len({*seeds}) == 3
     assert {one.rpartition("-seed")[0] for one in seeds} == {name.rpartition("-seed")[0]}
+
+
+def test_a_file_is_its_content_and_a_data_set_its_name(tmp_path: Path) -> None:
+    def name(**data: Any) -> str:
+        return name_of(Config(data=DataConfig(task="files", **data), run=RunConfig(trackers=[])))
+
+    for folder, text in (("one", "text,label"), ("moved", "text,label"), ("other", "text,label\nlong,1")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.csv").write_text(text)
+    one, moved, other = (str(tmp_path / folder / "train.csv") for folder in ("one", "moved", "other"))
+    for option in ("train_file", "validation_file"):
+        assert name(**{option: one}) == name(**{option: moved}) != name(**{option: other})
+    mixed = [name(train_file=one, mix={file: 2.0}) for file in (one, moved, other)]
+    assert mixed[0] == mixed[1] != mixed[2]
+    assert name(name="nyu-mll/reviews") != name(name="others/reviews")
+    Path(one).write_text("text,label\nshort,0")
+    assert name(train_file=one) != name(train_file=moved)
+    with pytest.raises(AFLoRAError, match=r"data.train_file=.*gone.csv could not be read: No such file"):
+        name(train_file=str(tmp_path / "gone.csv"))
+
+
+@pytest.mark.parametrize("run", [{"eval_every": 5}, {"keep_best": "accuracy"}, {"keep_best": "f1", "patience": 2}])
+def test_what_decides_how_long_a_run_trains_and_what_it_keeps_is_part_of_it(run: dict[str, Any]) -> None:
+    assert name_of(Config(run=RunConfig(**run))) != name_of(Config())
+    assert name_of(Config(run=RunConfig(log_every=1, save_every=0, keep=9))) == name_of(Config())
+
+
+def test_committed_results_are_found_by_their_names() -> None:
+    """All of them stand in a table; a setting's name must not change."""
+    known = Results(ROOT / "docs" / "results").records
+    studies = [Grid(read_study(shipped()[name], small=True)) for name in ("controls", "beyond", "table2", "table1")]
+    assert {*known} <= {run.name for grid in studies for run in grid.plan(known).runs() if run.task == "reviews"}
 
 
 def test_equal_runs_of_two_methods_are_one(tmp_path: Path) -> None:
