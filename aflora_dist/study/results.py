@@ -40,7 +40,9 @@ def settings_of(config: Config) -> dict[str, Any]:
     told = {name: changed[name] for name in _DECIDE if name in changed}
     told |= {name: _content(name, changed[name]) for name in _FILES if name in changed}
     if "data.mix" in changed:
-        mixed = [(_content("data.mix", name) if Path(name).is_file() else name, n) for name, n in config.data.mix.items()]
+        mixed = [
+            (_content("data.mix", name) if Path(name).is_file() else name, n) for name, n in config.data.mix.items()
+        ]
         told["data.mix"] = [list(one) for one in mixed]
     free = [name for name in changed if name in CHANGES_NOTHING or name.partition(".")[0] in CHANGES_NOTHING]
     return {name: value for name, value in changed.items() if name not in free} | told
