@@ -3,8 +3,10 @@
     python docs/accuracy.py [--take FOLDER]
 
 docs/results/page.md is the text; what stands there in {{...}} is worked out from the runs' results beside it:
-{{table | STUDY | TASK}}, {{picture | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, and {{mean}},
-{{trained}} or {{seconds}} of STUDY | TASK | METHOD. With --take, results of another folder are put there before.
+{{table | STUDY | TASK}}, {{picture | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, {{mean}},
+{{trained}} or {{seconds}} of STUDY | TASK | METHOD, and {{count | TASK | STUDY METHOD OTHER | STUDY METHOD OTHER ...}}:
+how many of these comparisons speak for METHOD, and how many against it. With --take, results of another folder are put
+there before.
 """
 
 from __future__ import annotations
@@ -58,6 +60,28 @@ def difference(study: str, task: str, method: str, other: str) -> str:
     return f"{d.mean:+.2f} points (95% interval {d.low:+.2f} to {d.high:+.2f}, {d.seeds} seeds{after}): {one.said}"
 
 
+def count(task: str, *comparisons: str) -> str:
+    found = []
+    for comparison in comparisons:
+        study, method, other = comparison.split()
+        found += [pair for pair in measured(study, task)[3] if (pair.method, pair.other) == (method, other)]
+    return counted(found)
+
+
+def counted(pairs: list[Compared]) -> str:
+    """In how many of them the method is better, and worse; where neither is seen, it stays unsaid."""
+    if not pairs:
+        return NONE
+    seen = [pair for pair in pairs if pair.difference.seen]
+    better = [pair.method for pair in seen if pair.better]
+    worse = [pair.method for pair in seen if not pair.better]
+    told = [
+        f"{what} in {len(methods)} of {len(pairs)}" + (f" ({', '.join(methods)})" if methods else "")
+        for what, methods in (("better", better), ("worse", worse))
+    ]
+    return f"{' and '.join(told)} comparisons" + ("" if len(seen) == len(pairs) else ", no difference seen in the rest")
+
+
 def mean(study: str, task: str, method: str) -> str:
     cell = cell_of(study, task, method)
     return NONE if cell is None or cell.mean is None else f"{cell.mean:.2f}"
@@ -80,7 +104,7 @@ def picture(study: str, task: str) -> str:
 
 
 MACROS: dict[str, Callable[..., str]] = {
-    function.__name__: function for function in (table, picture, difference, mean, trained, seconds)
+    function.__name__: function for function in (table, picture, difference, count, mean, trained, seconds)
 }
 
 

@@ -507,7 +507,10 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
         first = next((i for i, word in enumerate(arguments) if word in own), len(arguments))
         arguments = [*shrunk(arguments[:first], place), *arguments[first:]]
     if command in ("study", "reproduce") and arguments:  # tests/study does such runs
-        arguments = [*arguments, "--dry_run"]
+        for name in ("train.csv", "dev.csv"):  # which examples/study.yaml names
+            if not (place.folder / name).exists():
+                shutil.copyfile(place.reviews / name, place.folder / name)
+        arguments = [*(word.replace("FOLDER", str(place.problems)) for word in arguments), "--dry_run"]
     assert aflora(command, *arguments) == 0
     return None
 

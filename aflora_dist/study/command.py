@@ -65,6 +65,9 @@ def main(command: str, arguments: list[str]) -> int:
         done = args.tables_only or Work(grid, results, args.out / "runs", args.launch, args.at_once).run()
         for path in write_tables(grid, results, args.out / "tables"):
             print(f"wrote {path}")
+        for cell in cells(grid, results.records):
+            if cell.broken:
+                print(f"aflora: broken: {cell.broken}", file=sys.stderr)
         return 0 if done else 3
     except AFLoRAError as error:
         print(f"aflora: error: {error}", file=sys.stderr)
@@ -88,11 +91,19 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="instead of OUT/results")
     for name, kind in (("tasks", str), ("methods", str), ("seeds", int)):
         parser.add_argument(f"--{name}", type=kind, nargs="+", default=[], metavar="NAME", help="these alone")
-    parser.add_argument("--at_once", type=int, default=1, metavar="N", help="runs side by side, as memory allows")
+    parser.add_argument(
+        "--at_once", type=_at_least_one, default=1, metavar="N", help="runs side by side, as memory allows"
+    )
     parser.add_argument("--launch", type=shlex.split, metavar="OPTIONS", help="start runs by accelerate launch OPTIONS")
     parser.add_argument("--dry_run", action="store_true", help="how many runs, and how long; nothing is done")
     parser.add_argument("--tables_only", action="store_true", help="of the results that there are")
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, not {text!r}")
+    return int(text)
 
 
 def _file(command: str, named: Any) -> Path:

@@ -132,13 +132,16 @@ def read_study(path: Path, small: bool = False) -> Study:
         **{
             **said,
             "name": path.stem,
-            "title": said.get("title", path.stem),
+            "title": str(said.get("title") or path.stem),
             "tasks": tasks,
             "methods": methods,
             "settings": _mapping(said.get("settings"), f"{path}: settings"),
-            "compare": [(str(one), str(other)) for one, other in said.get("compare") or []],
+            "differs": str(said.get("differs") or ""),
+            "seeds": _seeds(said["seeds"], f"{path}: seeds"),
+            "compare": [_pair(one, path) for one in _listed(said.get("compare"), f"{path}: compare")],
             "sweep": _sweep(said.get("sweep"), path),
-            "paper": {str(name): _mapping(row, f"{path}: paper.{name}") for name, row in _named(said, "paper", path)},
+            "paper": {name: _numbers_in(row, f"{path}: paper.{name}") for name, row in _named(said, "paper", path)},
+            "pictures": _listed(said.get("pictures"), f"{path}: pictures"),
         }
     )
     _check(study, path)
@@ -187,7 +190,33 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise AFLoRAError(f"{where} must hold names with values, not {value!r}.")
-    return value
+    return {str(name): inner for name, inner in value.items()}
+
+
+def _listed(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list | None):
+        raise AFLoRAError(f"{where} must hold a list, as [0, 1, 2], not {value!r}.")
+    return value or []
+
+
+def _seeds(value: Any, where: str) -> list[int]:
+    seeds = _listed(value, where)
+    if not seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
+        raise AFLoRAError(f"{where} must list whole numbers from 0 on, as [0, 1, 2], not {value!r}.")
+    return [*dict.fromkeys(seeds)]
+
+
+def _pair(value: Any, path: Path) -> tuple[str, str]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise AFLoRAError(f"{path}: compare must list pairs of methods, as [[plain, other]]; {value!r} is none.")
+    return str(value[0]), str(value[1])
+
+
+def _numbers_in(value: Any, where: str) -> dict[str, float]:
+    row = _mapping(value, where)
+    if (odd := next((name for name in row if not isinstance(row[name], int | float)), None)) is not None:
+        raise AFLoRAError(f"{where}.{odd} must be a number, not {row[odd]!r}.")
+    return row
 
 
 def _refuse_unknown(said: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -208,14 +237,30 @@ def _variant(name: str, said: Any, path: Path) -> Variant:
     for option, values in sweep.items():
         if not isinstance(values, list) or len(values) < 2:
             raise AFLoRAError(f"{where}.sweep.{option} must list two values or more, not {values!r}.")
-    return Variant(plain, sweep, own.get("rates_of"), own.get("seconds_of"), own.get("title"))
+    others = {key: None if own.get(key) is None else str(own[key]) for key in ("rates_of", "seconds_of", "title")}
+    return Variant(plain, sweep, **others)
 
 
 def _sweep(said: Any, path: Path) -> Sweep | None:
     if said is None:
         return None
     _refuse_unknown(_mapping(said, f"{path}: sweep"), {option.name for option in fields(Sweep)}, f"{path}: sweep")
-    return Sweep(**{"options": {}, **said})
+    wider, metric = said.get("wider", 2), said.get("metric")
+    if not isinstance(wider, int) or wider < 0:
+        raise AFLoRAError(f"{path}: sweep.wider is how many values are tried beyond an end, not {wider!r}.")
+    options = _mapping(said.get("options"), f"{path}: sweep.options")
+    return Sweep(
+        _seeds(said.get("seeds"), f"{path}: sweep.seeds"), options, None if metric is None else str(metric), wider
+    )
+
+
+def _lenders(study: Study, name: str | None) -> list[str]:
+    """A method, that from which it takes rates, and so on, up to one that is no method or comes again."""
+    found: list[str] = []
+    while name in study.methods and name not in found:
+        found.append(name)
+        name = study.methods[name].rates_of
+    return found
 
 
 def _check(study: Study, path: Path) -> None:
@@ -223,7 +268,7 @@ def _check(study: Study, path: Path) -> None:
         for other in (method.rates_of, method.seconds_of):
             if other is not None and other not in study.methods:
                 raise AFLoRAError(f"{path}: methods.{name} refers to {other!r}, which is no method of it.")
-            if other is not None and (study.methods[other].seconds_of or study.methods[other].rates_of == name):
+            if other is not None and (study.methods[other].seconds_of or name in _lenders(study, other)):
                 raise AFLoRAError(f"{path}: methods.{name} refers to {other!r}, which takes from others itself.")
         if method.sweep and study.sweep is None:
             raise AFLoRAError(f"{path}: methods.{name} has values to try, and no section `sweep` says by which seeds.")
@@ -231,6 +276,9 @@ def _check(study: Study, path: Path) -> None:
         for name in pair:
             if name not in study.methods:
                 raise AFLoRAError(f"{path}: compare names {name!r}, which is no method of it.")
+    for picture in study.pictures:
+        if picture != "freeze_map":
+            raise AFLoRAError(f"{path}: there is no picture {picture!r} beside the usual ones. There is: freeze_map.")
     if study.sweep is None:
         return
     if both := {*study.sweep.seeds} & {*study.seeds}:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 LEVEL = 0.05  # a table without any difference claims one at most that often
+_DIGITS = 1e-5  # of a value: what less comes of is how results are rounded
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     if n < 2:
         return Difference(mean, n)
     error = statistics.stdev(found) / math.sqrt(n)
-    if error == 0.0:  # metrics are counts: that they agree to the digit says nothing of how far they would scatter
+    size = max(abs(value) for of_method in (ours, theirs) for value in of_method.values())
+    if error <= _DIGITS * size:  # metrics are counts: that they agree says nothing of how far they would scatter
         return Difference(mean, n, mean, mean)
     from scipy.special import stdtr, stdtrit  # takes a moment, and only tables need it
 

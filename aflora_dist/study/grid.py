@@ -57,11 +57,13 @@ class Agenda:
         searched: Those by which something is chosen.
         reported: Those that its tables show: (task, method) -> by seed; absent where a choice is still open.
         chosen: (task, method) -> what was chosen for it.
+        broken: (task, method) -> why nothing can be chosen for it: it has no runs to report.
     """
 
     searched: list[Planned] = field(default_factory=list)
     reported: dict[tuple[str, str], dict[int, Planned]] = field(default_factory=dict)
     chosen: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    broken: dict[tuple[str, str], str] = field(default_factory=dict)
     open: int = 0  # runs that are not known yet
 
     def runs(self) -> list[Planned]:
@@ -71,24 +73,38 @@ class Agenda:
         return list({run.name: run for run in (*self.searched, *shown)}.values())
 
 
+class NoChoiceError(AFLoRAError):
+    """The runs by which something was to be chosen for a method do not allow that; others go on."""
+
+
 class Grid:
     """A study's runs.
 
     Args:
-        more: Options that all runs have besides, as a command line gives them: they win.
+        more: Options that all runs have besides, as a command line gives them: they win over what the study says.
+
+    Raises:
+        AFLoRAError: The main job has no such option, or refuses its value; a rate that is searched is given for all
+            runs; what is reported is looked at to choose it; a task has no such metric.
     """
 
     def __init__(self, study: Study, more: Mapping[str, Any] | None = None) -> None:
         self.study, self.more = study, dict(more or {})
         self._configs: dict[str, Config] = {}  # parsing takes a tenth of a second
         self.metrics = {task: self._metric(task) for task in study.tasks}
+        for method in study.reported:
+            self._check(method)
 
     def plan(self, records: Records) -> Agenda:
         """The runs that are known by these results."""
         plan = Agenda()
         for task in self.study.tasks:
             for method in self.study.reported:
-                options = self._options(task, method, records, plan)
+                try:
+                    options = self._options(task, method, records, plan)
+                except NoChoiceError as error:
+                    plan.broken[task, method] = str(error)
+                    continue
                 if options is None:
                     plan.open += len(self.study.seeds)
                 else:
@@ -112,7 +128,7 @@ class Grid:
                 {key: value for key, value in of.items() if not key.startswith(unread)} for of in (given, more)
             )
         said = {**given, **own, **more}
-        late = {"train.seed": seed, **{name: value for name, value in options.items() if name not in self.more}}
+        late = {"train.seed": seed, **options}
         try:
             return Planned(task, method, {**said, **late}, self._config(said, late))
         except AFLoRAError as error:
@@ -132,13 +148,46 @@ class Grid:
 
     def _metric(self, task: str) -> str:
         """What of result.json a task is reported by."""
-        said = self.study.tasks[task].get("metric")
-        if said is not None:
-            return str(said)
         kind = self.run(task, next(iter(self.study.methods)), {}, 0).config.data.task
-        if kind == "sft":
-            return "loss"
-        return {"mnli": "accuracy_matched"}.get(kind, TASKS[kind].metrics[0] if kind in TASKS else "accuracy")
+        there = _metrics_of(kind)
+        metric = str(self.study.tasks[task].get("metric", "loss" if kind == "sft" else there[0]))
+        for said in (metric, *([] if self.study.sweep is None else filter(None, [self.study.sweep.metric]))):
+            if said not in there:
+                raise AFLoRAError(f"{self.study.name}: {task} has no metric {said!r}: it has {', '.join(there)}.")
+        return metric
+
+    def _check(self, method: str) -> None:
+        """Try all values, and see that what is searched is decided by the search alone, on data of its own."""
+        searched, sweep = self._searched(method), self.study.sweep
+        for option in searched:
+            if option in self.more:
+                raise AFLoRAError(
+                    f"{self.study.name}: {option} is searched for {method}, and given for all runs. Drop one."
+                )
+        for task in self.study.tasks:
+            for option, values in searched.items():
+                for value in values:
+                    _number(value)
+                    self.run(task, method, {option: value}, 0)
+            if not searched or sweep is None:
+                continue
+            if self.run(task, method, {}, 0).config.data.hold_out:
+                raise AFLoRAError(
+                    f"{self.study.name}, {method} on {task}: data.hold_out is the sweep's to say (sweep.options), and "
+                    f"is given for what is reported, too, which would be measured on what rates are chosen by. "
+                    f"Drop it, and name data of their own to report on."
+                )
+            if "data.hold_out" in self.more:
+                raise AFLoRAError(
+                    f"{self.study.name}, {method}: without data.hold_out the sweep would choose by what is reported. "
+                    f"Leave --data.hold_out away."
+                )
+
+    def _searched(self, method: str) -> dict[str, list[Any]]:
+        """Option -> values to try, of the methods that it takes rates from, too."""
+        variant = self.study.methods[method]
+        others = {} if variant.rates_of is None else self._searched(variant.rates_of)
+        return {**others, **variant.sweep}
 
     def _options(self, task: str, method: str, records: Records, plan: Agenda) -> dict[str, Any] | None:
         """What was chosen for a method; None where that is open. Runs by which it is chosen are added to the plan."""
@@ -175,29 +224,35 @@ class Grid:
         plan: Agenda,
     ) -> Any:
         tried = list(values)
+        others = {name: said for name, said in sweep.options.items() if name not in self.more}
         while True:
             by_value = {
-                value: [
-                    self.run(task, method, {**chosen, **sweep.options, option: value}, seed) for seed in sweep.seeds
-                ]
+                value: [self.run(task, method, {**chosen, **others, option: value}, seed) for seed in sweep.seeds]
                 for value in tried
             }
             runs = [run for of_value in by_value.values() for run in of_value]
-            known = {run.name for run in plan.searched}
-            plan.searched += [run for run in runs if run.name not in known]
-            if any(run.name not in records for run in runs):
+            if not self._are_done(runs, records, plan):
                 return None
             metric = sweep.metric or self.metrics[task]
             means = {value: mean_of(of_value, metric, records) for value, of_value in by_value.items()}
             best = _first_best(means, metric)
             if best is None:
-                raise AFLoRAError(
-                    f"{self.study.name}, {method} on {task}: no run of the sweep over {option} ended well."
-                )
+                raise NoChoiceError(f"{method} on {task}: no value of the sweep over {option} ended well.")
             wider = _beyond(tried, best)
             if wider is None or len(tried) >= len(values) + sweep.wider:
                 return best
+            try:
+                self.run(task, method, {**chosen, **others, option: wider[-1]}, sweep.seeds[0])
+            except AFLoRAError:  # what lies beyond is none of the option's values
+                return best
             tried = wider
+
+    @staticmethod
+    def _are_done(runs: list[Planned], records: Records, plan: Agenda) -> bool:
+        """Whether these, by which something is chosen, are; adds them to the plan."""
+        known = {run.name for run in plan.searched}
+        plan.searched += [run for run in runs if run.name not in known]
+        return all(run.name in records for run in runs)
 
     def _share(
         self, task: str, method: str, variant: Variant, chosen: Mapping[str, Any], records: Records, plan: Agenda
@@ -210,13 +265,11 @@ class Grid:
         times = []
         for name, options in ((method, chosen), (variant.seconds_of, others)):
             runs = [self.run(task, name, options, seed) for seed in self.study.seeds]
-            known = {run.name for run in plan.searched}
-            plan.searched += [run for run in runs if run.name not in known]
-            if any(run.name not in records for run in runs):
+            if not self._are_done(runs, records, plan):
                 return None
             ended = [records[run.name] for run in runs if "failed" not in records[run.name]]
             if not ended:
-                raise AFLoRAError(f"{self.study.name}: no run of {name} on {task} has ended well, to take its seconds.")
+                raise NoChoiceError(f"{method} on {task}: no run of {name} has ended well, to take its seconds.")
             times.append((statistics.fmean(map(seconds_of, ended)), ended[0], runs[0].config.train.batch_size))
         (alone, record, batch), (theirs, _, _) = times
         share = min(1.0, round(theirs / alone / _STEP) * _STEP)
@@ -230,10 +283,10 @@ def seconds_of(record: Mapping[str, Any]) -> float:
 
 
 def mean_of(runs: list[Planned], metric: str, records: Records) -> float | None:
-    """Of what the runs came to; None where one of them broke down, or has no such metric.
+    """Of what the runs came to; None where one of them broke down.
 
     Raises:
-        AFLoRAError: A run that ended well has no such metric.
+        NoChoiceError: A run that ended well has no such metric.
     """
     found = []
     for run in runs:
@@ -241,9 +294,23 @@ def mean_of(runs: list[Planned], metric: str, records: Records) -> float | None:
         if "failed" in record:
             return None
         if metric not in record["metrics"]:
-            raise AFLoRAError(f"{run.task} has no metric {metric!r}: it has {', '.join(record['metrics'])}.")
+            raise NoChoiceError(no_metric(f"{run.method} on {run.task}", metric, record))
         found.append(record["metrics"][metric])
     return None if None in found else statistics.fmean(found)
+
+
+def no_metric(where: str, metric: str, record: Mapping[str, Any]) -> str:
+    return f"{where}: there is no metric {metric!r}, but {', '.join(record['metrics']) or 'none at all'}."
+
+
+def _metrics_of(kind: str) -> list[str]:
+    """Those that data.task may be measured by, the one that it is by default first; which, only data tell."""
+    if kind == "sft":
+        return ["exact_match", "loss", "perplexity"]
+    if kind not in TASKS:
+        return ["accuracy", "f1", "pearson"] if kind == "files" else ["accuracy"]
+    splits = TASKS[kind].evaluation_splits
+    return [f"{name}{split.removeprefix('validation')}" for split in splits for name in TASKS[kind].metrics]
 
 
 def _first_best(means: Mapping[Any, float | None], metric: str) -> Any:

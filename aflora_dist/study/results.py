@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,46 @@ _KEPT = (
     *("train_seconds", "train_cpu_seconds", "avg_trainable_params", "head_params", "lora_r8_trainable_params"),
     *("freezable_matrices", "freeze_events", "freeze_seconds_total", "peak_memory_bytes"),
 )
+# Of what else may differ between a run and its continuation: what is trained on, how long, and what is kept of it.
+_FILES = ("data.train_file", "data.validation_file")
+_DECIDE = ("data.name", "run.eval_every", "run.keep_best", "run.patience")
 _MOST_MATRICES = 400  # whose steps of freezing are kept
 
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What a run trains, as option -> value where that is not the default, without its seed.
 
-    What only says where data lie, or how they are cut into micro-batches, is left out: it is the same run.
+    What only says where data lie, or how they are cut into micro-batches, is left out: it is the same run. A file
+    counts by its content, a data set by its name.
+
+    Raises:
+        AFLoRAError: A file of data cannot be read.
     """
     mine, default = _flat(asdict(config)), _flat(asdict(Config()))
     changed = {name: value for name, value in mine.items() if value != default.get(name) and name != "train.seed"}
-    sources = ("data.name", "data.train_file", "data.validation_file")
-    files = {name: Path(changed[name]).name for name in sources if name in changed}
+    told = {name: changed[name] for name in _DECIDE if name in changed}
+    told |= {name: _content(name, changed[name]) for name in _FILES if name in changed}
+    if "data.mix" in changed:
+        mixed = [
+            (_content("data.mix", name) if Path(name).is_file() else name, n) for name, n in config.data.mix.items()
+        ]
+        told["data.mix"] = [list(one) for one in mixed]
     free = [name for name in changed if name in CHANGES_NOTHING or name.partition(".")[0] in CHANGES_NOTHING]
-    return {name: value for name, value in changed.items() if name not in free} | files
+    return {name: value for name, value in changed.items() if name not in free} | told
+
+
+def _content(option: str, file: str) -> str:
+    try:
+        said = Path(file).stat()
+        return _digest(Path(file).resolve(), said.st_size, said.st_mtime_ns)
+    except OSError as error:
+        raise AFLoRAError(f"{option}={file} could not be read: {error.strerror or error}.") from None
+
+
+@lru_cache(maxsize=64)  # each look at what is left asks for all runs' names
+def _digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return f"{path.suffix.lower()} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}".strip()
 
 
 def name_of(config: Config) -> str:

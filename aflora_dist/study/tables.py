@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from ..store.best import LOWER_IS_BETTER
 from .differences import Difference, corrected_for, paired
-from .grid import Grid, Records, seconds_of
+from .grid import Grid, Records, no_metric, seconds_of
 
 AVERAGE = "average"  # over the tasks, where there are several
 
@@ -28,6 +28,7 @@ class Cell:
         seconds: Of training; of a CPU's core where that was measured.
         chosen: What was searched for it.
         paper: What the paper reports.
+        broken: Why it has no values, where that is neither.
     """
 
     task: str
@@ -41,6 +42,7 @@ class Cell:
     seconds: float | None
     chosen: str
     paper: float | None
+    broken: str = ""
 
     @property
     def mean(self) -> float | None:
@@ -82,7 +84,10 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
         for method in grid.study.reported:
             runs = plan.reported.get((task, method), {})
             there = {seed: records[run.name] for seed, run in runs.items() if run.name in records}
-            ended = {seed: r for seed, r in there.items() if "failed" not in r and r["metrics"].get(metric) is not None}
+            well = {seed: r for seed, r in there.items() if "failed" not in r}
+            lacking = [r for r in well.values() if metric not in r["metrics"]]
+            said = no_metric(f"{method} on {task}", metric, lacking[0]) if lacking else ""
+            ended = {seed: r for seed, r in well.items() if r["evaluations"][-1].get(metric) is not None}
             trained = [r["avg_trainable_params"] for r in ended.values() if "avg_trainable_params" in r]
             chosen = plan.chosen.get((task, method), {})
             found.append(
@@ -90,14 +95,15 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
                     task,
                     method,
                     metric,
-                    {seed: scale * _last(r, metric) for seed, r in ended.items()},
-                    {seed: scale * best_of(e[metric] for e in r["evaluations"]) for seed, r in ended.items()},
-                    len(there) - len(ended),
-                    len(grid.study.seeds) - len(there),
+                    {seed: scale * _values(r, metric)[-1] for seed, r in ended.items()},
+                    {seed: scale * best_of(_values(r, metric)) for seed, r in ended.items()},
+                    len(there) - len(ended) - len(lacking),
+                    0 if (task, method) in plan.broken else len(grid.study.seeds) - len(there),
                     statistics.fmean(trained) if trained else None,
                     statistics.fmean(map(seconds_of, ended.values())) if ended else None,
                     ", ".join(f"{name.partition('.')[2]} {value}" for name, value in chosen.items()),
                     grid.study.paper.get(method, {}).get(task),
+                    plan.broken.get((task, method), said),
                 )
             )
         for method, quoted in grid.study.paper.items():
@@ -106,8 +112,9 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
     return found
 
 
-def _last(record: Mapping[str, list[dict[str, float]]], metric: str) -> float:
-    return record["evaluations"][-1][metric]
+def _values(record: Mapping[str, list[dict[str, float | None]]], metric: str) -> list[float]:
+    """After each epoch after which it was a number."""
+    return [value for epoch in record["evaluations"] if (value := epoch.get(metric)) is not None]
 
 
 def compared(grid: Grid, found: Sequence[Cell]) -> list[Compared]:
@@ -147,6 +154,7 @@ def _numbers(found: Sequence[Cell]) -> list[list[str]]:
     rows = []
     for cell in found:
         broken = [f"{n} {what}" for n, what in ((cell.failed, "diverged"), (cell.missing, "to do")) if n]
+        broken += ["broken, see below"] * bool(cell.broken)
         digits = 4 if cell.metric in LOWER_IS_BETTER else 2
         spread = f" ± {cell.deviation:.{digits}f}" if cell.deviation is not None else ""
         rows.append(
@@ -190,6 +198,7 @@ def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> lis
         seeds = ", ".join(map(str, study.sweep.seeds))
         held = study.sweep.options["data.hold_out"]
         lines.append(f"Chosen by runs with seeds {seeds} on {held} training examples that were held out of them.")
+    lines += [f"Broken: {cell.broken}" for cell in found if cell.broken]
     if pairs:
         lines.append(
             f"Differences are paired by seed; p is Student's t, corrected by Holm's method for {len(pairs)} "

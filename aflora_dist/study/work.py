@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -53,6 +53,7 @@ class Job:
     process: Process
     claim: IO[str]
     begun_anew: bool
+    printed: int  # bytes of what earlier attempts have said
     began: float = field(default_factory=time.monotonic)
 
 
@@ -85,7 +86,10 @@ class Work:
         }
         try:
             with tqdm(desc=self.grid.study.name, unit="run", dynamic_ncols=True, mininterval=1.0) as bar:
-                return self._until_done(bar)
+                try:
+                    return self._until_done(bar)
+                finally:
+                    self._have_them_leave()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -112,6 +116,17 @@ class Work:
                 if not self.jobs:
                     break  # others are at work on all that is left: what have they done?
 
+    def _have_them_leave(self) -> None:
+        """Nobody looks after what is still going on, as an error ended the study: it is to save and end."""
+        for job in self.jobs.values():
+            with suppress(OSError):
+                (job.folder / "stop").touch()
+        for job in self.jobs.values():
+            while job.process.poll() is None:
+                time.sleep(_PAUSE)
+            job.claim.close()
+        self.jobs.clear()
+
     def _room(self) -> int:
         """How many runs there is memory for."""
         known = [
@@ -123,7 +138,7 @@ class Work:
     def _begin(self, run: Planned) -> bool:
         """Start a run, unless somebody else is at it or has done it."""
         folder = self.folder / run.name
-        with writing("A run", folder, "Name another folder with --runs."):
+        with writing("A run", folder, "Name another folder with --out."):
             folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             claim = held.enter_context((folder / _CLAIM).open("a+", encoding="utf-8"))
@@ -137,9 +152,10 @@ class Work:
                 return True
             held.pop_all()
         (folder / "stop").unlink(missing_ok=True)
-        anew = not (folder / "config.yaml").exists()
-        process = start_process(self._command(run, folder), self._environment(), folder / _SAID)
-        self.jobs[run.name] = Job(run, folder, process, claim, anew)
+        anew, said = not (folder / "config.yaml").exists(), folder / _SAID
+        printed = said.stat().st_size if said.exists() else 0
+        process = start_process(self._command(run, folder), self._environment(), said)
+        self.jobs[run.name] = Job(run, folder, process, claim, anew, printed)
         return True
 
     def _command(self, run: Planned, folder: Path) -> list[str]:
@@ -164,7 +180,7 @@ class Work:
         with job.claim:
             found = result_in(job.folder)
             seconds = time.monotonic() - job.began if job.begun_anew else None
-            said = (job.folder / _SAID).read_text(encoding="utf-8", errors="replace")
+            said = (job.folder / _SAID).read_bytes()[job.printed :].decode("utf-8", errors="replace")
             if found is None and (broke := _DIVERGED.findall(said)):
                 found = {"failed": broke[-1].strip()[:300]}
             if found is not None:

@@ -38,6 +38,15 @@ def test_one_seed_and_equal_differences_claim_nothing() -> None:
         assert not corrected_for([found])[0].seen
 
 
+def test_what_is_left_of_rounding_is_no_scatter() -> None:
+    """One answer of 277 more each time, as results keep accuracies: six digits of them, in points."""
+    ours, theirs = ({i: 100 * float(f"{n / 277:.6g}") for i, n in enumerate(of)} for of in ((200, 211), (199, 210)))
+    found = paired(ours | {2: 100 * float(f"{190 / 277:.6g}")}, theirs | {2: 100 * float(f"{189 / 277:.6g}")})
+    assert found is not None
+    assert (found.p, found.low, found.high) == (None, found.mean, found.mean)
+    assert not corrected_for([found])[0].seen
+
+
 def test_the_correction_is_holm_s() -> None:
     """As in Holm (1979): the smallest p times all, the next times one less, none smaller than one before it."""
     ps = [0.01, 0.04, 0.03, 0.005, None]

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from aflora_dist.errors import AFLoRAError
+from aflora_dist.options import Config, DataConfig, RunConfig
 from aflora_dist.study.description import read_study, shipped
 from aflora_dist.study.grid import Grid, Planned
-from aflora_dist.study.results import Results, settings_of
+from aflora_dist.study.results import Results, name_of, settings_of
 from aflora_dist.study.tables import as_csv, cells, compared, latex, markdown
 from aflora_dist.study.work import outlook
 from aflora_dist.training.command_line import parse
+from tests.launch import ROOT
 from tests.study.written import grid_of, keep, settle, write_study
 
 SWEEP = {"seeds": [100, 101], "options": {"data.hold_out": 500}}
@@ -109,6 +111,38 @@ def test_a_changed_setting_is_another_run_and_where_data_lie_is_not(tmp_path: Pa
     assert {one.rpartition("-seed")[0] for one in seeds} == {name.rpartition("-seed")[0]}
 
 
+def test_a_file_is_its_content_and_a_data_set_its_name(tmp_path: Path) -> None:
+    def name(**data: Any) -> str:
+        return name_of(Config(data=DataConfig(task="files", **data), run=RunConfig(trackers=[])))
+
+    for folder, text in (("one", "text,label"), ("moved", "text,label"), ("other", "text,label\nlong,1")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.csv").write_text(text)
+    one, moved, other = (str(tmp_path / folder / "train.csv") for folder in ("one", "moved", "other"))
+    for option in ("train_file", "validation_file"):
+        assert name(**{option: one}) == name(**{option: moved}) != name(**{option: other})
+    mixed = [name(train_file=one, mix={file: 2.0}) for file in (one, moved, other)]
+    assert mixed[0] == mixed[1] != mixed[2]
+    assert name(name="nyu-mll/reviews") != name(name="others/reviews")
+    Path(one).write_text("text,label\nshort,0")
+    assert name(train_file=one) != name(train_file=moved)
+    with pytest.raises(AFLoRAError, match=r"data.train_file=.*gone.csv could not be read: No such file"):
+        name(train_file=str(tmp_path / "gone.csv"))
+
+
+@pytest.mark.parametrize("run", [{"eval_every": 5}, {"keep_best": "accuracy"}, {"keep_best": "f1", "patience": 2}])
+def test_what_decides_how_long_a_run_trains_and_what_it_keeps_is_part_of_it(run: dict[str, Any]) -> None:
+    assert name_of(Config(run=RunConfig(**run))) != name_of(Config())
+    assert name_of(Config(run=RunConfig(log_every=1, save_every=0, keep=9))) == name_of(Config())
+
+
+def test_committed_results_are_found_by_their_names() -> None:
+    """All of them stand in a table; a setting's name must not change."""
+    known = Results(ROOT / "docs" / "results").records
+    studies = [Grid(read_study(shipped()[name], small=True)) for name in ("controls", "beyond", "table2", "table1")]
+    assert {*known} <= {run.name for grid in studies for run in grid.plan(known).runs() if run.task == "reviews"}
+
+
 def test_equal_runs_of_two_methods_are_one(tmp_path: Path) -> None:
     same = {"one": {"adapter.freezing": "never"}, "other": {"adapter.freezing": "never"}}
     assert len(grid_of(tmp_path, methods=same).plan({}).runs()) == 3
@@ -126,6 +160,23 @@ def test_equal_runs_of_two_methods_are_one(tmp_path: Path) -> None:
         ({"methods": RATES, "sweep": {"seeds": [9]}}, "the sweep would choose by what is reported"),
         ({"methods": {"a": {}}, "compare": [["a", "b"]]}, "compare names 'b'"),
         ({"methods": {}}, "names no methods"),
+        ({"compare": ["a", "b"]}, "compare must list pairs of methods, as [[plain, other]]; 'a' is none"),
+        ({"compare": 3}, "compare must hold a list"),
+        ({"seeds": 3}, "seeds must hold a list"),
+        ({"seeds": [0, "x"]}, "seeds must list whole numbers from 0 on"),
+        ({"sweep": {"options": {"data.hold_out": 5}}}, "sweep.seeds must list whole numbers"),
+        ({"sweep": {**SWEEP, "wider": "far"}}, "sweep.wider is how many values"),
+        ({"paper": {"a": {"reviews": "best"}}}, "paper.a.reviews must be a number"),
+        ({"pictures": ["map"]}, "there is no picture 'map'"),
+        ({"methods": {a: {"rates_of": b} for a, b in ("ab", "bc", "ca")}}, "which takes from others itself"),
+        ({"methods": {"a": {"sweep": {"train.epochs": [1, "all"]}}}, "sweep": SWEEP}, "'all' is among a sweep's"),
+        ({"tasks": {"reviews": {"preset": "demo", "metric": "f1"}}}, "reviews has no metric 'f1': it has accuracy."),
+        ({"sweep": {**SWEEP, "metric": "loss"}}, "reviews has no metric 'loss': it has accuracy."),
+        ({"methods": RATES, "sweep": SWEEP, "settings": {"data.hold_out": 9}}, "what rates are chosen by"),
+        (
+            {"methods": RATES, "sweep": SWEEP, "tasks": {"reviews": {"preset": "demo", "data.hold_out": 9}}},
+            "data.hold_out is the sweep's to say",
+        ),
         ({"methods": {"a": {"train.rate": 1}}}, "mine, a on reviews: There is no option --train.rate"),
         ({"methods": {"a": {"train.epochs": "many"}}}, "train.epochs must be a whole number"),
     ],
@@ -134,6 +185,73 @@ def test_what_is_wrong_with_a_study_is_said_before_it_runs(said: dict[str, Any],
     with pytest.raises(AFLoRAError) as error:
         Grid(read_study(write_study(tmp_path, **{"methods": {"a": {}}, **said}))).plan({})
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"data.hold_out": "0"}, "the sweep would choose by what is reported"),
+        ({"data.hold_out": "100"}, "data.hold_out is the sweep's to say"),
+        ({"train.learning_rate": "0.1"}, "train.learning_rate is searched for never, and given for all runs"),
+    ],
+)
+def test_a_command_line_does_not_decide_what_a_sweep_is_for(
+    more: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    study = read_study(write_study(tmp_path, methods={**RATES, "other": {"rates_of": "never"}}, sweep=SWEEP))
+    with pytest.raises(AFLoRAError) as error:
+        Grid(study, more)
+    assert expected in str(error.value)
+    Grid(read_study(write_study(tmp_path, methods={"a": {}}, sweep=SWEEP)), more)  # which searches nothing
+
+
+def test_shorter_is_a_share_of_what_a_command_line_says(tmp_path: Path) -> None:
+    methods = {"gradient": {}, "shorter": {"adapter.freezing": "never", "seconds_of": "gradient"}}
+    study, results = read_study(write_study(tmp_path, methods=methods)), Results(tmp_path / "results")
+
+    def took(run: Planned) -> dict[str, Any]:
+        seconds = 7.0 if run.config.adapter.freezing == "adaptive" else 10.0
+        return {"accuracy": 0.8, "train_cpu_seconds": seconds, "train_examples": 1000}
+
+    agenda = settle(Grid(study, {"data.max_train_examples": "1000"}), results, took)
+    examples = {key: {run.config.data.max_train_examples for run in of.values()} for key, of in agenda.reported.items()}
+    assert examples == {("reviews", "gradient"): {1000}, ("reviews", "shorter"): {640}}
+
+
+def test_a_sweep_without_a_good_run_breaks_its_methods_and_no_other(tmp_path: Path) -> None:
+    methods = {**RATES, "also": {"rates_of": "never"}, "plain": {"freezing.score": "random"}}
+    grid = grid_of(tmp_path, methods=methods, sweep=SWEEP, compare=[["plain", "never"]])
+    results = Results(tmp_path / "results")
+    for run in grid.plan({}).runs():
+        if run.config.data.hold_out:
+            results.keep(run.name, run.config, {"failed": "The loss of step 3 is nan."}, 1.0)
+    agenda = settle(grid, results, lambda run: 0.8)
+    assert {*agenda.broken} == {("reviews", "never"), ("reviews", "also")}
+    assert [*agenda.reported] == [("reviews", "plain")]
+    text = markdown(grid, results.records)
+    assert "| reviews | never | 0 (broken, see below) | accuracy | - |" in text
+    assert "never on reviews: no value of the sweep over train.learning_rate ended well." in text
+    assert "| reviews | plain | 3 | accuracy | 80.00" in text
+
+
+def test_a_sweep_is_widened_as_far_as_the_option_takes_it(tmp_path: Path) -> None:
+    """warmup_ratio 0.4, 0.8, and 1.6, which is none."""
+    methods = {"warm": {"sweep": {"train.warmup_ratio": [0.2, 0.4, 0.8]}}}
+    grid, results = grid_of(tmp_path, methods=methods, sweep=SWEEP), Results(tmp_path / "results")
+    agenda = settle(grid, results, lambda run: run.config.train.warmup_ratio / 10)
+    assert agenda.chosen["reviews", "warm"] == {"train.warmup_ratio": 0.8}
+
+
+def test_a_run_without_the_metric_has_not_diverged(tmp_path: Path) -> None:
+    """A file of your own has an F1 where it has two classes: data tell."""
+    (tmp_path / "train.csv").write_text("text,label")
+    task = {"data.task": "files", "data.train_file": str(tmp_path / "train.csv"), "metric": "f1"}
+    task["model.name"] = "demo"
+    grid, results = grid_of(tmp_path, tasks={"mine": task}, methods={"a": {}}), Results(tmp_path / "results")
+    settle(grid, results, lambda run: 0.8)
+    (cell,) = cells(grid, results.records)
+    assert (cell.failed, cell.missing, cell.broken) == (0, 0, "a on mine: there is no metric 'f1', but accuracy.")
+    assert "0 (broken, see below)" in markdown(grid, results.records)
 
 
 def test_a_damaged_result_is_not_passed_over(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 
+from aflora_dist.study.differences import Difference
 from aflora_dist.study.results import Results
+from aflora_dist.study.tables import Compared
 from tests.launch import ROOT
 
 SCRIPT = ROOT / "docs" / "accuracy.py"
@@ -21,6 +24,20 @@ def test_it_answers_in_its_first_ten_lines() -> None:
     said = " ".join(first)
     assert "after correction): " in said, "no difference was measured"
     assert "For whom" in said
+
+
+def test_who_it_is_for_follows_from_what_is_seen() -> None:
+    counted = runpy.run_path(str(SCRIPT))["counted"]
+    difference = Difference(1.0, 3, 0.9, 1.1, 0.001, 0.01)
+    better = Compared("reviews", "prefix", "lora", difference, better=True)
+    worse = Compared("reviews", "random", "never", difference, better=False)
+    unseen = Compared("reviews", "gradient", "never", replace(difference, corrected=0.9), better=False)
+    assert counted([]) == "not measured yet"
+    assert counted([better]) == "better in 1 of 1 (prefix) and worse in 0 of 1 comparisons"
+    neither = "better in 0 of 1 and worse in 0 of 1 comparisons, no difference seen in the rest"
+    assert counted([unseen]) == neither
+    all_of = "better in 1 of 3 (prefix) and worse in 1 of 3 (random) comparisons, no difference seen in the rest"
+    assert counted([better, worse, unseen]) == all_of
 
 
 def test_committed_results_are_of_runs_of_one_process_on_a_cpu() -> None:
