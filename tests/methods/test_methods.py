@@ -391,7 +391,7 @@ def test_another_method_freezes_where_it_is_told_to_and_resumes_to_the_bit(
             {"method.name": "aflora", "method.options": "{}", "freezing.freezable": "x", "adapter.freezing": "never"},
             r"freezing.freezable says what freezes, and nothing does",
         ),
-        ({"method.name": "vera", "method.options": "{}", "freezing.enabled": True}, r"needs an AFLoRA model"),
+        ({"method.name": "vera", "method.options": "{}", "freezing.enabled": True}, r"shared by all layers"),
         ({"method.name": "prefix_tuning", "method.options": "{}"}, r"cannot train method.name=prefix_tuning: .*before"),
         ({"method.name": "p_tuning", "method.options": "{}"}, r"cannot train method.name=p_tuning"),
         ({"method.name": "xlora", "method.options": "{}"}, r"mixes adapters that were trained before"),
