@@ -89,7 +89,7 @@ def test_the_main_job_and_what_others_make_of_its_adapter(tiny_model: Path, tmp_
     assert len(set(frozen)) == 8  # two layers, up and down, A and B
     said = run("export_and_serve.py", tmp_path / "run", "--out", tmp_path / "exported")
     assert "AFLoRA, LoRA and the merged model say the same" in said
-    assert len(re.findall(r"^LABEL_[01] \(0\.\d\d\): ", said, re.MULTILINE)) == 2
+    assert len(re.findall(r"^(?:positive|negative) \(0\.\d\d\): ", said, re.MULTILINE)) == 2
 
 
 def test_several_adapters(tiny_model: Path) -> None:

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from ..compat.python import options_of
+
 _FIRST = {
     "preset": "settings of a paper, or of a demo: demo, sft/demo, glue/cola, llm/gsm8k",
     "model.name": "a hub id, a folder, a .gguf file, or demo",
@@ -35,7 +37,7 @@ def help_text(parser: Any, groups: Mapping[str, Any], asked: str) -> str:
         asked: A group, "all", or "" for the first screen.
     """
     width = min(shutil.get_terminal_size().columns, 120)
-    actions = {action.dest: action for action in parser._actions if action.dest in _FIRST or "." in action.dest}
+    actions = {name: action for name, action in options_of(parser).items() if name in _FIRST or "." in name}
     usage = parser.format_usage().strip()
     if asked:
         chosen = [name for name in actions if asked in ("all", name.partition(".")[0])]
