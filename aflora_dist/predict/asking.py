@@ -150,11 +150,7 @@ class _Labels:
             return
         numbers = found if names is None else [names.index(label) for label in found]
         values = compute(
-            TASKS[data.task].metrics
-            if data.task in TASKS
-            else ("accuracy",)
-            if data.task == "demo"
-            else metrics_for(names),
+            metrics_for(data.task, names),
             np.asarray([given[row] for row in there], dtype=np.float64),
             np.asarray([numbers[row] for row in there], dtype=np.float32).astype(np.float64),
             1 if names is None or len(names) != 2 else positive_class(data, names),

@@ -202,11 +202,15 @@ def _own(config: DataConfig, seed: int) -> Data:
         splits[split] = _standard(rows, tuple(config.text_columns), "label of its own")
     sizes = [(len(table.rows), weight) for table, weight in parts]
     train, validation = split_off(config, splits["train"], sizes, splits.get("validation"), seed, tables["train"].name)
-    return Data("files", train, {"validation": validation}, names, metrics_for(names), positive)
+    return Data("files", train, {"validation": validation}, names, metrics_for(config.task, names), positive)
 
 
-def metrics_for(names: list[str] | None) -> tuple[str, ...]:
-    """What is measured of your own classes, by their names; None: of numbers that are regressed to."""
+def metrics_for(task: str, names: list[str] | None) -> tuple[str, ...]:
+    """What is measured of data.task with these class names; None: of numbers that are regressed to."""
+    if task in TASKS:
+        return TASKS[task].metrics
+    if task == "demo":
+        return ("accuracy",)
     return ("pearson",) if names is None else ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
 
 
@@ -300,4 +304,5 @@ def _demo() -> Data:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
     columns = {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]}
     split = datasets.Dataset.from_dict(columns).train_test_split(test_size=_DEMO_HELD_OUT, seed=0)
-    return Data("demo", split["train"], {"validation": split["test"]}, ["negative", "positive"], ("accuracy",))
+    names = ["negative", "positive"]
+    return Data("demo", split["train"], {"validation": split["test"]}, names, metrics_for("demo", names))
