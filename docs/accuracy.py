@@ -5,15 +5,19 @@
 docs/results/page.md is the text; what stands there in {{...}} is worked out from the runs' results beside it:
 {{table | STUDY | TASK}}, {{picture | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, {{mean}},
 {{trained}} or {{seconds}} of STUDY | TASK | METHOD, and {{count | TASK | STUDY METHOD OTHER | STUDY METHOD OTHER ...}}:
-how many of these comparisons speak for METHOD, and how many against it. With --take, results of another folder are put
+how many of these comparisons speak for METHOD, and how many against it; {{order | STUDY | TASK | METHOD}}: when A and B
+froze, and how alike the orders of different seeds are. With --take, results of another folder are put
 there before.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import re
 import shutil
+import statistics
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -97,6 +101,22 @@ def seconds(study: str, task: str, method: str) -> str:
     return NONE if cell is None or cell.seconds is None else f"{cell.seconds:.1f} s"
 
 
+def order(study: str, task: str, method: str) -> str:
+    """After how many updates A and B froze on average; Spearman's correlation of two seeds' orders, on average."""
+    from scipy.stats import spearmanr
+
+    if cell_of(study, task, method) is None:
+        return NONE
+    grid, results, _, _ = measured(study, task)
+    runs = grid.plan(results.records).reported[task, method].values()
+    froze = [found for run in runs if (found := results.records.get(run.name, {}).get("frozen"))]
+    names = sorted(froze[0])
+    a, b = (statistics.fmean(of[name] for of in froze for name in names if name.endswith(f".{one}")) for one in "AB")
+    pairs = itertools.combinations([[of[name] for name in names] for of in froze], 2)
+    alike = statistics.fmean(spearmanr(*pair).statistic for pair in pairs) if len(froze) > 1 else math.nan
+    return f"B after {b:.0f} updates on average, A after {a:.0f}; the orders of two seeds correlate with {alike:.2f}"
+
+
 def picture(study: str, task: str) -> str:
     """Of the differences, where there is more than one seed; `main` draws it."""
     there = any(pair.difference.low is not None for pair in measured(study, task)[3])
@@ -104,7 +124,7 @@ def picture(study: str, task: str) -> str:
 
 
 MACROS: dict[str, Callable[..., str]] = {
-    function.__name__: function for function in (table, picture, difference, count, mean, trained, seconds)
+    function.__name__: function for function in (table, picture, difference, count, mean, trained, seconds, order)
 }
 
 
