@@ -153,7 +153,7 @@ class FreezingCallback(TrainerCallback):
             initial_steps=t_i,
             final_steps=t_f,
             prefix_steps=None if t_p is None else min(t_p, total - t_i),
-            **self.options.keywords(),
+            **self.options.keywords(args.seed),
         )
 
     # -- what Trainer does before it tells, or in another way than is right here -------------------

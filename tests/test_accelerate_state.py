@@ -60,6 +60,20 @@ def test_a_checkpoint_without_freezing_or_of_another_schedule_is_refused(tmp_pat
     assert_same(loop.weights(), before)
 
 
+def test_the_seed_of_an_order_counts_where_there_is_one(tmp_path: Path) -> None:
+    """An earlier release's checkpoints have 0 there, whatever the training's seed is."""
+    loops = {
+        (score, seed): Loop(FreezingConfig(total_steps=12, initial_steps=2, final_steps=3, score=score, seed=seed))
+        for score in ("gradient", "random")
+        for seed in (0, 1)
+    }
+    for score in ("gradient", "random"):
+        loops[score, 0].accelerator.save_state(str(tmp_path / score))
+    loops["gradient", 1].accelerator.load_state(str(tmp_path / "gradient"))
+    with pytest.raises(AFLoRAError, match="seed is 0 there and 1 here"):
+        loops["random", 1].accelerator.load_state(str(tmp_path / "random"))
+
+
 def test_a_second_training_in_one_process_frees_the_first() -> None:
     accelerator = Accelerator(cpu=True)
     gone: list[weakref.ref[Any]] = []

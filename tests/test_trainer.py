@@ -353,13 +353,23 @@ def test_halves_of_an_odd_number_of_updates_make_a_whole(tmp_path: Path) -> None
     assert (config.total_steps, config.initial_steps, config.final_steps) == (15, 8, 7)
 
 
+def test_a_random_order_is_that_of_the_training_s_seed(tmp_path: Path) -> None:
+    orders = []
+    for seed, said in ((5, {}), (6, {}), (6, {"seed": 5})):
+        callback = FreezingCallback(score="random", **said)
+        make(tmp_path, callback, seed=seed).train()
+        assert callback.freezing is not None
+        orders.append([name for event in callback.freezing.events for name in event.frozen])
+    assert orders[0] == orders[2] != orders[1]
+
+
 def test_every_option_of_freezing_can_be_said(tmp_path: Path) -> None:
     said: FreezingKeywords = {"beta1": 0.5, "beta2": 0.6, "score": "relative", "unit": "layer", "every": 2}
     said |= {"granularity": "matrix", "seed": 3, "threshold": 0.25, "prefix": True, "pairwise": False, "rule": "rank"}
     callback = FreezingCallback(**said, shape="quadratic", prefix_epochs=0)  # or nothing would train in the end
     make(tmp_path, callback, max_steps=4).train()
     assert callback.freezing is not None
-    assert callback.freezing.config.keywords() == {**said, "shape": "quadratic"}
+    assert callback.freezing.config.keywords(0) == {**said, "shape": "quadratic"}
     assert FreezingCallback(rule="quantile").options.rule == "quantile"
     with pytest.raises(AFLoRAError, match=r"beta1 must be less than 1, got 1\.0"):
         FreezingCallback(beta1=1.0)

@@ -87,7 +87,7 @@ class Order(Scores):
     """An order that is known before training: nothing is observed, kept or sent."""
 
     def means(self) -> dict[str, float]:
-        scores = fixed_scores(self.config.score, self.numels, self.config.seed)
+        scores = fixed_scores(self.config.score, self.numels, self.config.seed or 0)
         return {name: scores[name] for name in self.names}
 
 

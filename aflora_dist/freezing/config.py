@@ -34,6 +34,8 @@ class FreezingConfig(FreezingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.seed is None:
+            object.__setattr__(self, "seed", 0)
         self.schedule()
         if self.prefix:
             self.prefix_schedule()

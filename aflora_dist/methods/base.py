@@ -143,7 +143,7 @@ class FreezingMethod(Method):
             initial_steps=initial,
             final_steps=final,
             prefix_steps=None if t_p is None else min(round(t_p * updates_per_epoch), total - initial),
-            **freezing.keywords(),
+            **freezing.keywords(self.config.train.seed),
         )
 
     def attach(

@@ -24,7 +24,7 @@ class FreezingKeywords(TypedDict, total=False):
     beta2: float
     score: ScoreKind
     granularity: Granularity
-    seed: int
+    seed: int | None
     unit: Unit
     pairwise: bool
     every: int
@@ -46,7 +46,8 @@ class FreezingOptions(Checked):
             block), smallest_first.
         granularity: Of Eq. 2-4: element, as in the paper (two float32 for each element), or matrix, where I is the
             mean over the matrix (two numbers for it): for matrices as large as those of full fine-tuning.
-        seed: Of the random order.
+        seed: Of the random order. By default that of the training (train.seed, TrainingArguments.seed), so that
+            trainings with other seeds have other orders; 0 in a loop of one's own.
         unit: What freezes together: a matrix, the matrices of a layer (A and B, Table 6), or of a block.
         pairwise: An earlier name: true is unit=layer.
         every: Updates from one decision to the next; 1 is the paper's rule. More means fewer, larger freezes, where
@@ -66,7 +67,7 @@ class FreezingOptions(Checked):
     beta2: float = field(default=0.95, metadata=DECAY)
     score: ScoreKind = "gradient"
     granularity: Granularity = "element"
-    seed: int = field(default=0, metadata=NOT_NEGATIVE)
+    seed: int | None = field(default=None, metadata=NOT_NEGATIVE)
     unit: Unit = "matrix"
     pairwise: bool = False
     every: int = field(default=1, metadata=AT_LEAST_ONE)
@@ -93,9 +94,10 @@ class FreezingOptions(Checked):
                 f"{self.label}{option}={getattr(self, option)} looks at each element: it needs granularity=element."
             )
 
-    def keywords(self) -> FreezingKeywords:
-        """These options alone, without what a subclass adds."""
-        return {option.name: getattr(self, option.name) for option in fields(FreezingOptions)}  # type: ignore[return-value]
+    def keywords(self, seed: int) -> FreezingKeywords:
+        """These options alone, without what a subclass adds; `seed` is the training's."""
+        found = {option.name: getattr(self, option.name) for option in fields(FreezingOptions)}
+        return {**found, "seed": seed if self.seed is None else self.seed}  # type: ignore[typeddict-item]
 
 
 @dataclass(frozen=True, kw_only=True)

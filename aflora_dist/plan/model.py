@@ -75,7 +75,7 @@ class PlannedModel:
             refuse_all(self.numels, [name for name, _, _ in members], freezing)
             order, prefix = None, None
             if freezing.score in ORDERS:
-                order = self.policy.ranked(fixed_scores(freezing.score, self.numels, freezing.seed))
+                order = self.policy.ranked(fixed_scores(freezing.score, self.numels, freezing.seed or 0))
             if freezing.prefix:
                 sizes = {name: p.numel() for name, p, _ in members}
                 blocks = blocks_from_below(model, sizes, self.numels, freezing)

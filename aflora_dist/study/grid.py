@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,14 +11,13 @@ from typing import Any
 
 from ..errors import AFLoRAError
 from ..options import Config
-from ..store.best import LOWER_IS_BETTER
 from ..tasks.glue import TASKS
 from ..training.command_line import OPTIONS, parse
+from .choice import NoChoiceError, Records, beyond, first_best, mean_of, number_of, seconds_of
 from .description import Study, Sweep, Variant
 from .results import name_of
 
 _STEP = 0.05  # of what `seconds_of` makes of the data: times differ by less from day to day
-Records = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,6 @@ class Agenda:
         seeds = dict.fromkeys(seed for runs in self.reported.values() for seed in runs)
         shown = [runs[seed] for seed in seeds for runs in self.reported.values() if seed in runs]
         return list({run.name: run for run in (*self.searched, *shown)}.values())
-
-
-class NoChoiceError(AFLoRAError):
-    """The runs by which something was to be chosen for a method do not allow that; others go on."""
 
 
 class Grid:
@@ -137,7 +131,7 @@ class Grid:
     def _config(self, said: dict[str, Any], late: Mapping[str, Any]) -> Config:
         """What options come to; numbers that were chosen for a run are put into what the others come to."""
         kinds = {name: kind for name in late if (kind := OPTIONS.get(name)) in (int, float)}
-        numbers = {name: kind(_number(late[name])) for name, kind in kinds.items()}
+        numbers = {name: kind(number_of(late[name])) for name, kind in kinds.items()}
         said = {**said, **{name: value for name, value in late.items() if name not in numbers}}
         key = json.dumps(said, sort_keys=True)
         if key not in self._configs:
@@ -167,7 +161,7 @@ class Grid:
         for task in self.study.tasks:
             for option, values in searched.items():
                 for value in values:
-                    _number(value)
+                    number_of(value)
                     self.run(task, method, {option: value}, 0)
             if not searched or sweep is None:
                 continue
@@ -234,11 +228,12 @@ class Grid:
             if not self._are_done(runs, records, plan):
                 return None
             metric = sweep.metric or self.metrics[task]
-            means = {value: mean_of(of_value, metric, records) for value, of_value in by_value.items()}
-            best = _first_best(means, metric)
+            names = {value: [run.name for run in of_value] for value, of_value in by_value.items()}
+            means = {value: mean_of(f"{method} on {task}", of, metric, records) for value, of in names.items()}
+            best = first_best(means, metric)
             if best is None:
                 raise NoChoiceError(f"{method} on {task}: no value of the sweep over {option} ended well.")
-            wider = _beyond(tried, best)
+            wider = beyond(tried, best)
             if wider is None or len(tried) >= len(values) + sweep.wider:
                 return best
             try:
@@ -277,32 +272,6 @@ class Grid:
         return {} if share == 1.0 else {"data.max_train_examples": examples}
 
 
-def seconds_of(record: Mapping[str, Any]) -> float:
-    """Of training: the processor's where they are known (on CPUs), which other work beside does not change."""
-    return float(record.get("train_cpu_seconds") or record["train_seconds"])
-
-
-def mean_of(runs: list[Planned], metric: str, records: Records) -> float | None:
-    """Of what the runs came to; None where one of them broke down.
-
-    Raises:
-        NoChoiceError: A run that ended well has no such metric.
-    """
-    found = []
-    for run in runs:
-        record = records[run.name]
-        if "failed" in record:
-            return None
-        if metric not in record["metrics"]:
-            raise NoChoiceError(no_metric(f"{run.method} on {run.task}", metric, record))
-        found.append(record["metrics"][metric])
-    return None if None in found else statistics.fmean(found)
-
-
-def no_metric(where: str, metric: str, record: Mapping[str, Any]) -> str:
-    return f"{where}: there is no metric {metric!r}, but {', '.join(record['metrics']) or 'none at all'}."
-
-
 def _metrics_of(kind: str) -> list[str]:
     """Those that data.task may be measured by, the one that it is by default first; which, only data tell."""
     if kind == "sft":
@@ -311,32 +280,6 @@ def _metrics_of(kind: str) -> list[str]:
         return ["accuracy", "f1", "pearson"] if kind == "files" else ["accuracy"]
     splits = TASKS[kind].evaluation_splits
     return [f"{name}{split.removeprefix('validation')}" for split in splits for name in TASKS[kind].metrics]
-
-
-def _first_best(means: Mapping[Any, float | None], metric: str) -> Any:
-    """The value with the best mean; of equals the smallest."""
-    sign = 1 if metric in LOWER_IS_BETTER else -1
-    there = {value: mean for value, mean in means.items() if mean is not None and math.isfinite(mean)}
-    return min(there, key=lambda value: (sign * there[value], _number(value)), default=None)
-
-
-def _beyond(tried: list[Any], best: Any) -> list[Any] | None:
-    """One more value beyond the end at which the best lies, as far as its neighbour; None where it lies inside."""
-    in_order = sorted(tried, key=_number)
-    at = in_order.index(best)
-    if 0 < at < len(in_order) - 1 or _number(best) == 0:
-        return None
-    neighbour = in_order[1] if at == 0 else in_order[-2]
-    further = _number(best) ** 2 / _number(neighbour) if _number(neighbour) else 0.0
-    return [*tried, float(f"{further:.3g}")] if further else None
-
-
-def _number(value: Any) -> float:
-    """YAML takes 1e-3 for a text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise AFLoRAError(f"{value!r} is among a sweep's values and no number.") from None
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from ..figures import freeze_map
-from .grid import Grid, Records
+from .choice import Records
+from .grid import Grid
 from .tables import Cell, Compared
 
 _BLUE, _GOLD, _GREY = "#1f5a96", "#c9a227", "#8a8f98"

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from ..store.best import LOWER_IS_BETTER
+from .choice import Records, no_metric, seconds_of
 from .differences import Difference, corrected_for, paired
-from .grid import Grid, Records, no_metric, seconds_of
+from .grid import Grid
 
 AVERAGE = "average"  # over the tasks, where there are several
 

@@ -67,6 +67,15 @@ def test_options_of_freezing_are_the_same_as_keywords() -> None:
     assert get_type_hints(FreezingKeywords) == {option.name: types[option.name] for option in fields(FreezingOptions)}
 
 
+def test_a_random_order_is_drawn_anew_for_each_seed_of_the_training() -> None:
+    def seed(*words: str) -> int | None:
+        method = create_method(parse(["--freezing.score", "random", *words])[0])
+        method.check(10)
+        return method.freezing.seed
+
+    assert (seed("--train.seed", "3"), seed("--train.seed", "3", "--freezing.seed", "0")) == (3, 0)
+
+
 def test_a_preset_gives_way_to_files_and_these_to_the_command_line_wherever_they_stand(tmp_path: Path) -> None:
     one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
     one.write_text("preset: glue/rte\ntrain: {epochs: 30, seed: 4, batch_size: 8}\n")
