@@ -16,7 +16,6 @@ from transformers import DebertaV2Config, LlamaConfig
 
 from aflora_dist.freezing import CubicSchedule, FreezingPolicy
 from aflora_dist.methods.choose import create_method
-from aflora_dist.plan.command import main as plan_main
 from aflora_dist.plan.events import Freezes
 from aflora_dist.plan.launches import Launch
 from aflora_dist.plan.model import PlannedModel
@@ -26,10 +25,11 @@ from aflora_dist.tasks.model import outline_base
 from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main as run_main
 from tests.launch import ENGINES, MAIN_JOB, ROOT, free_port, launch, launch_series
-from tests.runs import lines, options
+from tests.runs import command, lines, options
 from tests.small_lm import make_small_language_model, write_problems
 from tests.training.test_errors import OPTIONS
 
+plan_main = command("plan")
 EVERY = ("single", *ENGINES, "fsdp2")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,16 +178,12 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     problems: list[str] = []
     try:
-        try:
-            lines = rows(groups(args.folder, problems))
-        finally:
-            warn(problems)
-        if args.json is not None:
-            with writing("The table", args.json):
-                args.json.write_text(dumps(lines, indent=2) + "\n", encoding="utf-8")
-    except AFLoRAError as error:
-        print(f"aflora: error: {error}", file=sys.stderr)
-        return 2
+        lines = rows(groups(args.folder, problems))
+    finally:
+        warn(problems)
+    if args.json is not None:
+        with writing("The table", args.json):
+            args.json.write_text(dumps(lines, indent=2) + "\n", encoding="utf-8")
     table = Table()
     for title in (*_LEFT, "seeds", "mean ± deviation", "trainable", "seconds"):
         table.add_column(title, justify="left" if title in _LEFT else "right")

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from accelerate.state import PartialState
@@ -37,15 +37,10 @@ _LONGEST = 1500  # characters of a stretch that are shown
 _LEARNED, _GIVEN = "bold green", "dim"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise AFLoRAError(f"{message[:1].upper()}{message[1:]}. See aflora data --help.")
-
-
 def main(arguments: list[str]) -> int:
     """`aflora data`; returns the exit status."""
     quiet_libraries()
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="aflora data",
         usage="%(prog)s [FILE | NAME | CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...] [--show N]",
         description="What a training would be given, by a file, a data set of the hub, or what `aflora train` takes.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import AFLoRAError, writing
+from ..errors import writing
 from ..extras import require
 from ..names import WHOLE_BLOCK, grid, matrix_position, whole_blocks
 from ..store.records import Run as Run
@@ -143,14 +142,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures")
     args = parser.parse_args(arguments)
     console = create_console()
-    try:
-        run = Run(args.run)
-        warn(run.problems)
-        print_run(run, console)
-        if args.figures is not None:
-            for path in write_figures(run, args.figures, args.format):
-                console.print(f"wrote {path}", soft_wrap=True)
-    except AFLoRAError as error:
-        print(f"aflora: error: {error}", file=sys.stderr)
-        return 2
+    run = Run(args.run)
+    warn(run.problems)
+    print_run(run, console)
+    if args.figures is not None:
+        for path in write_figures(run, args.figures, args.format):
+            console.print(f"wrote {path}", soft_wrap=True)
     return 0

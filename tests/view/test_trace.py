@@ -22,9 +22,11 @@ from aflora_dist.traces import RankReport, TraceError, read_run, tables
 from aflora_dist.traces.analysis import report_rank, waits
 from aflora_dist.traces.intervals import difference, intersection, total, union
 from aflora_dist.traces.reader import read_trace
-from aflora_dist.view.trace import main
 from aflora_dist.watch.traces import for_plugin
+from tests.runs import command
 from tests.watch.cuda_trace import NCCL, cuda_trace
+
+main = command("trace")
 
 pytestmark = pytest.mark.usefixtures("wide")
 Trace = dict[str, Any]
