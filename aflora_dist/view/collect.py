@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import AFLoRAError, writing
+from ..options import flat
 from ..store.records import CONFIG, Outcome, Result, dumps, read_outcome
 from .terminal import console, warn
 
@@ -74,7 +75,7 @@ def groups(folder: Path, problems: list[str]) -> list[Setting]:
     runs.sort(key=lambda run: run.result is None)  # of copies, one that has ended counts
     found: dict[str, Setting] = {}
     for run in runs:
-        key = dumps(sorted(_flat(run.settings.values).items()))
+        key = dumps(sorted(flat(run.settings.values).items()))
         entry = found.setdefault(key, Setting(run.settings.task, run.settings.model, run.settings.values))
         original = next((other for other in entry.runs if run.is_copy_of(other)), None)
         if original is not None:
@@ -152,22 +153,14 @@ def rows(entries: list[Setting]) -> list[dict[str, Any]]:
 
 def _differences(entry: Setting, entries: list[Setting]) -> str:
     """What tells this setting from the others of the same task; an option of a later release may be missing in it."""
-    mine = _flat(entry.options)
-    same = [_flat(other.options) for other in entries if other.task == entry.task]
+    mine = flat(entry.options)
+    same = [flat(other.options) for other in entries if other.task == entry.task]
     names = dict.fromkeys(name for options in (mine, *same) for name in options)
     return ", ".join(
         f"{name}={mine.get(name, 'not given')}"
         for name in names
         if any(options.get(name, same) != mine.get(name, same) for options in same)
     )
-
-
-def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{key}" if key else section: value
-        for section, values in options.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-    }
 
 
 def main(arguments: list[str]) -> int:
