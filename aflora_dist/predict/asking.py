@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import DataCollatorWithPadding
 
 from ..errors import AFLoRAError
 from ..options import Config
-from ..tasks.batches import BatchShape, evaluation_loader, lengths
+from ..tasks.batches import BatchShape, Texts, evaluation_loader, lengths
 from ..tasks.data import metrics_for, positive_class
 from ..tasks.evaluation import gather_logits
 from ..tasks.glue import TASKS
@@ -28,7 +27,7 @@ from ..tasks.sft.answers import Answer, generate_answers, last_number
 from ..tasks.sft.batching import PromptCollator
 from ..tasks.sft.encode import Encoder
 from ..tasks.sft.examples import load_prompts
-from ..tasks.tokens import made_once, tokenized
+from ..tasks.tokens import made_once
 from .partial import Values
 from .trained import TrainedModel
 
@@ -93,23 +92,13 @@ class _Labels:
 
     def prepare(self, model: Any, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
         self.model, self.accelerator = model, accelerator
-        data = self.config.data
-        self.shape = BatchShape(accelerator, limits.positions, data.max_length)
-        if data.pad_to_max_length:
-            self.shape.multiple = data.max_length
-        self.collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=self.shape.multiple)
-        limits.check_padding(tokenizer)
+        texts = Texts(self.config, tokenizer, limits, accelerator)
+        self.shape, self.collate = texts.shape, texts.collate
         names = dict(zip(self.texts, ("text", "text_pair"), strict=False))
         rows = self.table.rows.select_columns(self.texts)
         rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
         rows = rows.add_column("label", [0.0 if self.labels is None else 0] * self.rows)  # what they are is not known
-        self.tokens = tokenized(rows, tokenizer, data.max_length, "the file")
-        limits.check_tokens(tokenizer, self.tokens, "the file")
-        full = sum(count >= data.max_length for count in lengths(self.tokens, 1))
-        if full and accelerator.is_main_process:
-            print(
-                f"{full:,} of {self.rows:,} rows have {data.max_length} tokens or more, and are cut there.", flush=True
-            )
+        self.tokens = texts.tokens(rows, "the file")
 
     def predict(self, start: int, stop: int, done: Done) -> list[Values]:
         part = self.tokens.select(range(start, stop))
