@@ -25,7 +25,7 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
 
   train   fine-tune with AFLoRA; `aflora train --help` lists all options
           (several processes: accelerate launch -m aflora_dist.training.run ...)
-  plan    what that would train, freeze, hold and move, without weights or a GPU
+  plan    what that would train, freeze and hold, without weights or a GPU
   data    what a training would be given: examples, which tokens carry loss, lengths, labels
   launch-files
           write the configurations for `accelerate launch`, and the Slurm scripts, into a folder

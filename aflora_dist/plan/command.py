@@ -22,7 +22,7 @@ from .launches import ENGINES, Launch
 from .plan import make_plan, refusal_of
 from .report import print_plan
 
-_DESCRIPTION = """What a run will train, freeze, hold and move, without weights and without a GPU. Takes what `aflora
+_DESCRIPTION = """What a run will train, freeze and hold, without weights and without a GPU. Takes what `aflora
 train` takes, and refuses what it would refuse."""
 
 

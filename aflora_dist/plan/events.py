@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 
 from ..freezing import CubicSchedule, FreezingPolicy
 
-_ORDERS = 4  # in which units might freeze: random ones, tried to see what moves, and what freezes besides
+_ORDERS = 4  # in which units might freeze: random ones, tried to see what freezes besides
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Freezes:
         self._beside = [0, *accumulate(besides)]
         self.counts = _growth(schedule, self._units)  # (t, frozen from then on)
         self._allowed = _growth(prefix.schedule, len(self._blocks)) if prefix else []
-        self._orders = [order] if order is not None else _shuffled(list(policy.units))
-        self._walks = [self._walk(one) for one in self._orders]
+        orders = [order] if order is not None else _shuffled(list(policy.units))
+        self._walks = [self._walk(one) for one in orders]
         self._whole = [[(step, blocks) for step, _, blocks in walk] for walk in self._walks]
 
     def _walk(self, order: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -112,19 +112,6 @@ class Freezes:
             if (units, blocks) != before:
                 found.append((step, units, blocks))
         return found
-
-    @property
-    def tried(self) -> list[list[list[str]]]:
-        """What each freeze takes, in some orders in which units may freeze, or in the known one."""
-        return [self._names(order, walk) for order, walk in zip(self._orders, self._walks, strict=True)]
-
-    def _names(self, order: Sequence[str], walk: Sequence[tuple[int, int, int]]) -> list[list[str]]:
-        frozen = [(0, 0), *((units, blocks) for _, units, blocks in walk)]
-        return [
-            [name for unit in order[a:b] for name in self._of_unit[unit]]
-            + [name for rest in self._rests[c:d] for name in rest]
-            for (a, c), (b, d) in pairwise(frozen)
-        ]
 
     @property
     def events(self) -> list[PlannedFreeze]:

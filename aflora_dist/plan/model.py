@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -121,27 +121,8 @@ class PlannedModel:
                 layout.moment_bytes(engine, each, ranks).tolist() for each in (trained, trained.only(left))
             ],
             score_bytes=layout.score_bytes(engine, trained, ranks).tolist(),
-            freeze_moves=self._moves(launch),
             checkpoint_bytes=[self._checkpoint(launch, trained, trains) for trains in (np.ones_like(left), left)],
         )
-
-    def _moves(self, launch: Launch) -> list[int]:
-        """Bytes that freezes send between ranks: the most of one, and the mean of all together."""
-        if self.freezes is None or launch.engine not in ("zero1", "zero2"):
-            return [0, 0]
-        found = [self.sent(launch, events) for events in self.freezes.tried]
-        return [max(map(max, found)), sum(map(sum, found)) // len(found)]
-
-    def sent(self, launch: Launch, events: Iterable[Iterable[str]]) -> list[int]:
-        """Bytes that each freeze sends between ranks, of freezes of these matrices one after the other."""
-        trains, found = np.ones(len(self._at), dtype=bool), []
-        for names in events:
-            stays = trains.copy()
-            stays[[self._at[name] for name in names]] = False
-            now = self.trained.only(trains)
-            found.append(layout.moved_bytes(launch.engine, now, stays[trains], launch.num_processes))
-            trains = stays
-        return found
 
     def _checkpoint(self, launch: Launch, trained: Trained, trains: NDArray[np.bool_]) -> int:
         """Bytes: values, moments and scores of what trains, what else was drawn or learned, and random states."""
