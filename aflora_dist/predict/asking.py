@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -34,36 +34,7 @@ from .trained import TrainedModel
 Done = Callable[[int], Any]
 
 
-class Asking(Protocol):
-    """A file's rows, and what is predicted of them.
-
-    Attributes:
-        columns: Of the file, in its order.
-        rows: How many it has.
-        new: The names of what is predicted of each.
-        part: So many rows are predicted, and kept, at a time.
-    """
-
-    columns: list[str]
-    rows: int
-    new: list[str]
-    part: int
-
-    def prepare(self, model: Any, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
-        """Tokenise. A collective.
-
-        Raises:
-            AFLoRAError: On every rank: the model cannot take a row.
-        """
-
-    def predict(self, start: int, stop: int, done: Done) -> list[Values]:
-        """What is predicted of these rows, on the main process; nothing elsewhere. A collective."""
-
-    def summary(self, values: Callable[[], Iterator[Values]]) -> Iterator[str]:
-        """What a person wants to know of it all: a line each."""
-
-
-def asking(file: str, trained: TrainedModel) -> Asking:
+def asking(file: str, trained: TrainedModel) -> _Labels | _Answers:
     """What of a file this model is to be asked. A collective.
 
     Raises:
@@ -73,7 +44,14 @@ def asking(file: str, trained: TrainedModel) -> Asking:
 
 
 class _Labels:
-    """Texts, and pairs of texts, of which a class or a number is predicted."""
+    """Texts, and pairs of texts, of which a class or a number is predicted.
+
+    Attributes:
+        columns: Of the file, in its order.
+        rows: How many it has.
+        new: The names of what is predicted of each.
+        part: So many rows are predicted, and kept, at a time.
+    """
 
     part = 16_384  # long texts are batched with long ones among so many
 
@@ -91,6 +69,11 @@ class _Labels:
         self.new = ["prediction", *(f"probability_{label}" for label in self.labels or ())]
 
     def prepare(self, model: Any, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
+        """Tokenise. A collective.
+
+        Raises:
+            AFLoRAError: On every rank: the model cannot take a row.
+        """
         self.model, self.accelerator = model, accelerator
         texts = Texts(self.config, tokenizer, limits, accelerator)
         self.shape, self.collate = texts.shape, texts.collate
@@ -101,6 +84,7 @@ class _Labels:
         self.tokens = texts.tokens(rows, "the file")
 
     def predict(self, start: int, stop: int, done: Done) -> list[Values]:
+        """What is predicted of these rows, on the main process; nothing elsewhere. A collective."""
         part = self.tokens.select(range(start, stop))
         counts = lengths(part, self.shape.multiple)
         batches = evaluation_loader(self.config, part, counts, self.collate, self.shape)
@@ -115,6 +99,7 @@ class _Labels:
         return [[self.labels[number], *map(_shortest, chance)] for number, chance in pairs]
 
     def summary(self, values: Callable[[], Iterator[Values]]) -> Iterator[str]:
+        """What a person wants to know of it all: a line each."""
         found = [row[0] for row in values()]
         if self.labels is None:
             yield f"  from {min(found):g} to {max(found):g}, {statistics.fmean(found):g} on average"
@@ -161,7 +146,7 @@ def _shortest(value: Any) -> float:
 
 
 class _Answers:
-    """Prompts that a language model answers, greedily, as in the evaluation of a training."""
+    """As `_Labels`, of prompts that a language model answers, greedily, as in the evaluation of a training."""
 
     part = 512
     new: list[str]

@@ -98,34 +98,24 @@ def _oddities(run: Outcome, entry: Setting) -> Iterator[str]:
 
 def walk(folder: Path, problems: list[str]) -> Iterator[Path]:
     """Folders with a config.yaml, depth first by name. Links are followed, but not up; no folder is seen twice."""
+
+    def unread(error: OSError) -> None:
+        problems.append(f"{error.filename} could not be read: {error.strerror or error}.")
+
     above = {(about.st_dev, about.st_ino) for up in folder.resolve().parents if (about := up.stat())}
     seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        path = waiting.pop()
-        try:
-            about = path.stat()
-            if (about.st_dev, about.st_ino) in seen:
-                continue
-            if (about.st_dev, about.st_ino) in above:
-                problems.append(f"{path} leads out of {folder} and back up, and is not looked through.")
-                continue
-            seen.add((about.st_dev, about.st_ino))
-            with os.scandir(path) as entries:
-                inside = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            problems.append(f"{path} could not be read: {error.strerror or error}.")
+    for path, folders, files in os.walk(folder, onerror=unread, followlinks=True):
+        about = os.stat(path)
+        here = about.st_dev, about.st_ino
+        if here in above:
+            problems.append(f"{path} leads out of {folder} and back up, and is not looked through.")
+        if here in above | seen:
+            folders.clear()
             continue
-        if any(entry.name == CONFIG for entry in inside):
-            yield path
-        waiting += [path / entry.name for entry in reversed(inside) if _is_folder(entry)]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
+        seen.add(here)
+        folders.sort()
+        if CONFIG in (*files, *folders):
+            yield Path(path)
 
 
 def rows(entries: list[Setting]) -> list[dict[str, Any]]:
