@@ -65,8 +65,8 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         )
     if config.freezing.prefix and planned.freezes and planned.freezes.order is None:
         assumptions.append(
-            "with freezing.prefix the scores decide when the rest of a block freezes: what is said of it is of random "
-            "orders, and freezes of a rest alone are not listed"
+            "with freezing.prefix the scores decide when the rest of a block freezes: the middle of what is "
+            "possible is said, and freezes of a rest alone are not listed"
         )
 
     return Plan(

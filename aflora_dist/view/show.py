@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..errors import writing
 from ..extras import require
-from ..names import WHOLE_BLOCK, grid, matrix_position, whole_blocks
+from ..names import freeze_map_cells, grid
 from ..store.records import Run as Run
 from .terminal import console as create_console
 from .terminal import warn
@@ -66,16 +66,10 @@ def print_run(run: Run, console: Console) -> None:
 
 def print_freeze_map(run: Run, console: Console) -> None:
     """Fig. 5: rows are kinds of matrices, columns layers, a cell the step after which the matrix froze."""
-    columns, rows = grid(run.names)
+    columns, rows, at = freeze_map_cells(run.names, run.frozen, _ends(run))
     if len(columns) * len(rows) > _LARGEST_MAP:
         console.print(f"{len(run.frozen)} of {len(run.names)} matrices frozen, in too many places for a map.")
         return
-    frozen = run.frozen
-    at = {(w.kind, (w.stack, w.layer)): frozen.get(name) for name in run.names if (w := matrix_position(name))}
-    ends = _ends(run)
-    if any(lowest for _, lowest in ends):
-        at |= {(WHOLE_BLOCK, columns[i]): step for i, step in enumerate(whole_blocks(ends, len(columns)))}
-        rows = [*rows, WHOLE_BLOCK]
     width = len(str(run.total_steps))
     # As many layers side by side as fit.
     room = max(1, (console.width - max(map(len, rows)) - 4) // (width + 3))
