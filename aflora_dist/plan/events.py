@@ -44,19 +44,6 @@ class PlannedFreeze:
     trainable: Elements
 
 
-@dataclass(frozen=True)
-class PlannedPrefix:
-    """What freezes besides matrices when all of the lowest blocks' have (`freezing.prefix`).
-
-    Attributes:
-        schedule: r_p(t).
-        blocks: From the bottom: names of all that trains of a block, with their elements.
-    """
-
-    schedule: CubicSchedule
-    blocks: Sequence[Mapping[str, int]]
-
-
 class Freezes:
     """The freezes of a training.
 
@@ -66,7 +53,8 @@ class Freezes:
         numels: Elements of each freezable matrix.
         trainable: Elements that train at the start.
         order: Names of the units as they freeze; None where the scores will say.
-        prefix: What freezes besides.
+        prefix: r_p(t), where something freezes besides (`freezing.prefix`).
+        blocks: Then, from the bottom: names of all that trains of a block, with their elements.
     """
 
     def __init__(
@@ -76,7 +64,8 @@ class Freezes:
         numels: Mapping[str, int],
         trainable: int,
         order: Sequence[str] | None = None,
-        prefix: PlannedPrefix | None = None,
+        prefix: CubicSchedule | None = None,
+        blocks: Sequence[Mapping[str, int]] = (),
     ) -> None:
         self.schedule, self.trainable, self.order = schedule, trainable, order
         self._of_unit, self._matrices, self._units = policy.units, len(numels), len(policy)
@@ -84,12 +73,12 @@ class Freezes:
         ordered = sorted(sizes.values()) if order is None else [sizes[unit] for unit in order]
         self._least = [0, *accumulate(ordered)]
         self._most = self._least if order is not None else [0, *accumulate(reversed(ordered))]
-        self._blocks = prefix.blocks if prefix else ()
-        self._rests = [[name for name in block if name not in numels] for block in self._blocks]
-        besides = (sum(block[name] for name in rest) for block, rest in zip(self._blocks, self._rests, strict=True))
+        self._blocks = blocks
+        self._rests = [[name for name in block if name not in numels] for block in blocks]
+        besides = (sum(block[name] for name in rest) for block, rest in zip(blocks, self._rests, strict=True))
         self._beside = [0, *accumulate(besides)]
         self.counts = _growth(schedule, self._units)  # (t, frozen from then on)
-        self._allowed = _growth(prefix.schedule, len(self._blocks)) if prefix else []
+        self._allowed = _growth(prefix, len(blocks)) if prefix else []
         # (t, units frozen, blocks frozen whole from then on), wherever one of them grows, as far as that is certain.
         self._certain = [(step, units, 0) for step, units in self.counts] if order is None else self._walk(order)
 

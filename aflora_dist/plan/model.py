@@ -21,7 +21,7 @@ from ..names import is_adapter
 from ..options import Config
 from ..training.build import create_optimizer
 from . import layout
-from .events import Elements, Freezes, PlannedPrefix
+from .events import Elements, Freezes
 from .launches import Launch
 from .layout import FLOAT32, Trained
 from .records import EnginePlan
@@ -73,15 +73,14 @@ class PlannedModel:
         self.freezes: Freezes | None = None
         if freezing and schedule:
             refuse_all(self.numels, [name for name, _, _ in members], freezing)
-            order, prefix = None, None
+            order, prefix, blocks = None, None, list[dict[str, int]]()
             if freezing.score in ORDERS:
                 order = self.policy.ranked(fixed_scores(freezing.score, self.numels, freezing.seed or 0))
             if freezing.prefix:
                 sizes = {name: p.numel() for name, p, _ in members}
-                blocks = blocks_from_below(model, sizes, self.numels, freezing)
-                each = [{name: sizes[name] for name in block} for block in blocks]
-                prefix = PlannedPrefix(freezing.prefix_schedule(), each)
-            self.freezes = Freezes(schedule, self.policy, self.numels, self.start, order, prefix)
+                below = blocks_from_below(model, sizes, self.numels, freezing)
+                prefix, blocks = freezing.prefix_schedule(), [{n: sizes[n] for n in block} for block in below]
+            self.freezes = Freezes(schedule, self.policy, self.numels, self.start, order, prefix, blocks)
         self.certain = freezing is None or not self.freezes or freezing.rule == "rank"
         self.head = sum(p.numel() for name, p, _ in members if method.is_head(name))
         self.learning_rates = {

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -127,11 +128,8 @@ def _print_example(console: Console, task: LanguageModelling, row: int, example:
 
 def _stretches(ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
     """Tokens one after the other that all carry loss, or of which none does."""
-    start = 0
-    for at in range(1, len(ids) + 1):
-        if at == len(ids) or (labels[at] == IGNORED) != (labels[start] == IGNORED):
-            yield labels[start] != IGNORED, list(ids[start:at])
-            start = at
+    for learned, stretch in groupby(zip(ids, labels, strict=True), key=lambda token: token[1] != IGNORED):
+        yield learned, [number for number, _ in stretch]
 
 
 def _shortened(text: str) -> str:

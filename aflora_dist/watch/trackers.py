@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AFLoRAError, one_line, writing
+from ..store.records import dumps, loads
 
 TENSORBOARD = "tensorboard"
 # As accelerate calls them, which are the names of the packages, too.
@@ -154,8 +155,6 @@ class Tracker:
 
 
 def _read_ids(folder: Path) -> dict[str, str]:
-    from ..store.records import loads
-
     try:
         ids = loads((folder / _IDS).read_bytes())
     except (OSError, ValueError):
@@ -164,7 +163,5 @@ def _read_ids(folder: Path) -> dict[str, str]:
 
 
 def _write_ids(folder: Path, ids: Mapping[str, str]) -> None:
-    from ..store.records import dumps
-
     with writing("By what a tracker knows the run", folder):
         (folder / _IDS).write_text(dumps(ids, indent=2) + "\n", encoding="utf-8")
