@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..store.records import Result, Settings
+from ..store.records import Settings
 from ..version import __version__
 from ..view.report import figures
 from .source import Source
@@ -89,8 +89,10 @@ def _quoted(text: str) -> str:
 def _training(source: Source) -> list[str]:
     parts = []
     if (result := source.result) is not None:
-        said = f"Task: {result.task}{_examples(result)}. Metrics are those of its evaluation data."
-        parts += ["## Figures", said, _figures(result)]
+        count = "" if result.train_examples is None else f", {result.train_examples:,} training examples"
+        said = f"Task: {result.task}{count}. Metrics are those of its evaluation data."
+        rows = "".join(f"\n| {name} | {value} |" for name, value in figures(result))
+        parts += ["## Figures", said, f"| | |\n|---|---|{rows}"]
     if source.run is not None:
         parts += [
             "## Training",
@@ -104,13 +106,3 @@ def _training(source: Source) -> list[str]:
 def _settings(run: Settings) -> dict[str, Any]:
     """What was trained: neither where it went nor how it was watched."""
     return run.values if run.seed is None else {**run.values, "train": {**run.values["train"], "seed": run.seed}}
-
-
-def _examples(result: Result) -> str:
-    return "" if result.train_examples is None else f", {result.train_examples:,} training examples"
-
-
-def _figures(result: Result) -> str:
-    """What is known: a run of an earlier release has less."""
-    rows = "".join(f"| {name} | {value} |\n" for name, value in figures(result))
-    return f"| | |\n|---|---|\n{rows}".rstrip()

@@ -88,17 +88,17 @@ def _goes_on(run: RunDirectory, theirs: Mapping[str, Any], result: Mapping[str, 
     if before == now:
         return False
     ended = f"The run in {run.path} ended after epoch {done:g} of {epochs} with run.patience={before}"
+    goes_on = False
     if before is None or ended_whole:
-        print(f"The run in {run.path} has ended: run.patience={now} changes nothing of it.", flush=True)
-        return False
-    if now is None or now < before:
-        print(f"{ended}. It goes on with a higher one.", flush=True)
-        return False
-    if checkpoint.newest_good(run.checkpoints)[0] is None:
-        print(f"{ended}, and left no checkpoint to go on from with run.patience={now}.", flush=True)
-        return False
-    print(f"{ended} and goes on with run.patience={now}.", flush=True)
-    return True
+        ended = f"The run in {run.path} has ended: run.patience={now} changes nothing of it"
+    elif now is None or now < before:
+        ended = f"{ended}. It goes on with a higher one"
+    elif checkpoint.newest_good(run.checkpoints)[0] is None:
+        ended = f"{ended}, and left no checkpoint to go on from with run.patience={now}"
+    else:
+        ended, goes_on = f"{ended} and goes on with run.patience={now}", True
+    print(f"{ended}.", flush=True)
+    return goes_on
 
 
 def _choose(run: RunDirectory) -> Checkpoint | None:

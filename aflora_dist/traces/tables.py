@@ -33,7 +33,8 @@ def tables(windows: Sequence[WindowReport]) -> list[Table]:
     columns = ("", *columns, *(f"{name}/{columns[0]}" for name in columns[1:]))
     on_device = any(r.launches is not None for w in windows for r in w.ranks)
     host = _ranges(windows, "host_ms")
-    host.append(_row("outside of these", [_mean(w, _outside_ms) for w in windows], windows))
+    outside = [_mean(w, lambda r: r.step_ms - sum(t.host_ms for t in r.ranges if len(t.path) == 1)) for w in windows]
+    host.append(_row("outside of these", outside, windows))
     found = [
         _steps(windows, columns, on_device),
         Table("Ranges on the host, ms per step (mean over ranks)", columns, tuple(host)),
@@ -136,10 +137,6 @@ def _ranges(windows: Sequence[WindowReport], time: str) -> list[Row]:
 
     paths = range_paths(windows)
     return [_row("  " * (len(path) - 1) + path[-1], [mean(w, path) for w in windows], windows) for path in paths]
-
-
-def _outside_ms(report: RankReport) -> float:
-    return report.step_ms - sum(t.host_ms for t in report.ranges if len(t.path) == 1)
 
 
 def _row(name: str, values: Sequence[float | None], of: Sequence[WindowReport] | None = None) -> Row:

@@ -115,7 +115,8 @@ class Tracker:
         if ids.get(self.name) is None:
             store_configuration(tracker, dict(hyperparameters))
             if (known_as := self._known_as(tracker)) is not None:
-                _write_ids(folder, {**ids, self.name: known_as})
+                with writing("By what a tracker knows the run", folder):
+                    (folder / _IDS).write_text(dumps({**ids, self.name: known_as}, indent=2) + "\n", encoding="utf-8")
         return tracker
 
     def _options(self, known_as: str | None) -> dict[str, Any]:
@@ -160,8 +161,3 @@ def _read_ids(folder: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return ids if isinstance(ids, dict) else {}
-
-
-def _write_ids(folder: Path, ids: Mapping[str, str]) -> None:
-    with writing("By what a tracker knows the run", folder):
-        (folder / _IDS).write_text(dumps(ids, indent=2) + "\n", encoding="utf-8")
