@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from .errors import AFLoRAError
 from .extras import require
@@ -24,7 +25,7 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
 
   train   fine-tune with AFLoRA; `aflora train --help` lists all options
           (several processes: accelerate launch -m aflora_dist.training.run ...)
-  plan    what that would train, freeze, hold and move, without weights or a GPU
+  plan    what that would train, freeze and hold, without weights or a GPU
   data    what a training would be given: examples, which tokens carry loss, lengths, labels
   launch-files
           write the configurations for `accelerate launch`, and the Slurm scripts, into a folder
@@ -41,71 +42,50 @@ USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE 
 """
 
 
+# Name -> the module whose `main` is given what follows, and returns the exit status; whether it needs all of training.
+_COMMANDS = {
+    "train": ("training.run", False),  # which looks for it itself: it is started without this module, too
+    "plan": ("plan.command", True),
+    "data": ("view.examples", True),
+    "launch-files": ("launch_files", False),
+    "show": ("view.show", False),
+    "trace": ("view.trace", False),
+    "collect": ("view.collect", False),
+    "study": ("study.command", False),
+    "reproduce": ("study.command", False),
+    "predict": ("predict.command", False),
+    "to-lora": ("serve.main", False),
+    "merge": ("serve.main", False),
+}
+_TOLD = ("study.command", "serve.main")  # which of their two commands it is
+
+
 def main() -> int:
     """Run the command; returns the exit status."""
+    return run(sys.argv[1:])
+
+
+def run(line: list[str]) -> int:
+    """Run a command and import nothing for the others. What a user did wrong is said here, in a line or two."""
+    name, *arguments = line or [""]
     try:
-        return _run(sys.argv[1:])
+        if name in _COMMANDS:
+            module, trains = _COMMANDS[name]
+            if trains:
+                require("train", f"aflora {name}")
+            start = import_module(f".{module}", __package__).main
+            return int(start(name, arguments) if module in _TOLD else start(arguments))
     except AFLoRAError as error:
-        print(f"aflora: error: {error}", file=sys.stderr)
+        print(f"aflora: error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2
-
-
-def _run(line: list[str]) -> int:
-    """Dispatch to a subcommand and import nothing for the others."""
-    match line:
-        case ["train", *arguments]:
-            from .training.run import main as train
-
-            return train(arguments)
-        case ["plan", *arguments]:
-            require("train", "aflora plan")
-            from .plan.command import main as plan
-
-            return plan(arguments)
-        case ["data", *arguments]:
-            require("train", "aflora data")
-            from .view.examples import main as data
-
-            return data(arguments)
-        case ["launch-files", *arguments]:
-            from .launch_files import main as launch_files
-
-            return launch_files(arguments)
-        case ["show", *arguments]:
-            from .view.show import main as show
-
-            return show(arguments)
-        case ["trace", *arguments]:
-            from .view.trace import main as trace
-
-            return trace(arguments)
-        case ["collect", *arguments]:
-            from .view.collect import main as collect
-
-            return collect(arguments)
-        case ["study" | "reproduce" as command, *arguments]:
-            from .study.command import main as study
-
-            return study(command, arguments)
-        case ["predict", *arguments]:
-            from .predict.command import main as predict
-
-            return predict(arguments)
-        case ["to-lora" | "merge" as command, *arguments]:
-            from .serve.main import main as serve
-
-            return serve(command, arguments)
-        case ["--version"]:
-            print(f"aflora-dist {__version__}")
-            return 0
-        case ["--help" | "-h", *_]:
-            print(USAGE, end="")
-            return 0
-        case [*arguments]:
-            print(USAGE, end="", file=sys.stderr)
-            if arguments:
-                print(f"\naflora: error: There is no command {arguments[0]!r}.", file=sys.stderr)
-    return 2
+    if name == "--version":
+        print(f"aflora-dist {__version__}")
+        return 0
+    asked = name in ("--help", "-h")
+    print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
+    if name and not asked:
+        print(f"\naflora: error: There is no command {name!r}.", file=sys.stderr)
+    return 0 if asked else 2
 
 
 if __name__ == "__main__":

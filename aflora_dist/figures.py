@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from .names import WHOLE_BLOCK, grid, matrix_position, whole_blocks
+from .names import freeze_map_cells, grid, matrix_position
 from .store.records import Event, Update
 from .traces import WindowReport, range_paths, short_name
 
@@ -31,20 +31,14 @@ def freeze_map(
         total_steps: T, the end of the colour scale.
         ends: (step, the lowest block that trains from then on), with `freezing.prefix`: a row more, for whole blocks.
     """
-    columns, rows = grid(names)
+    columns, rows, cells = freeze_map_cells(names, frozen, ends)
     frozen = {name: frozen[name] for name in names if name in frozen}
-    at: dict[tuple[int, int], int | None] = {}
-    for name in names:
-        where = matrix_position(name)
-        at[rows.index(where.kind), columns.index((where.stack, where.layer))] = frozen.get(name)
-    if any(lowest for _, lowest in ends):
-        at |= {(len(rows), i): step for i, step in enumerate(whole_blocks(ends, len(columns)))}
-        rows = [*rows, WHOLE_BLOCK]
     figure = Figure(figsize=(max(5.0, 2.6 + 0.5 * len(columns)), 1.7 + 0.34 * len(rows)), layout="constrained")
     axis = figure.add_subplot()
     scale: Any = ScalarMappable(Normalize(0, max(total_steps - 1, 1)), _MAP)
     small = len(columns) <= 40
-    for (row, column), step in at.items():
+    for (kind, where), step in cells.items():
+        row, column = rows.index(kind), columns.index(where)
         colour, hatch = (_GREY, "///") if step is None else (scale.to_rgba(step), None)
         cell = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white")
         axis.add_patch(cell)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from .errors import AFLoRAError, one_line
 
 _LOGIN = "`hf auth login` on this machine, or the variable HF_TOKEN in a job"
 
@@ -30,3 +36,16 @@ def refusal(error: BaseException, name: str) -> str | None:
             return f"it has no such revision. https://huggingface.co/{name} shows its branches, tags and commits."
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def snapshot(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The folder in the cache with a repository's files of these patterns; they are fetched if they are not there.
+
+    Raises:
+        AFLoRAError: They cannot be had.
+    """
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns]))
+    except Exception as error:  # of the network, too
+        reason = refusal(error, name) or one_line(error)
+        raise AFLoRAError(f"{name} is no folder, and could not be fetched from the hub: {reason}") from None

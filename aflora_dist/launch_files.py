@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import AFLoRAError, writing
+from .errors import writing
 
 _IN_WHEEL = Path(__file__).parent / "_launch_files"  # put there by pyproject.toml
 _SOURCE = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parent.parent  # or a clone, where they lie at the top
@@ -75,11 +74,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="made where it does not exist")
     args = parser.parse_args(arguments)
-    try:
-        written, others = write(args.folder)
-    except AFLoRAError as error:
-        print(f"aflora: error: {error}", file=sys.stderr)
-        return 2
+    written, others = write(args.folder)
     print(f"wrote {len(written)} files below {args.folder}")
     for name in others:
         print(f"aflora: note: {args.folder / name} was there already, with other content, and stays as it is.")

@@ -10,7 +10,7 @@ which PEFT leaves out of the files that it saves.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -217,6 +217,22 @@ def grid(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
     """
     positions = [matrix_position(name) for name in names]
     return sorted({(p.stack, p.layer) for p in positions}), sorted({p.kind for p in positions})
+
+
+def freeze_map_cells(
+    names: Sequence[str], frozen: Mapping[str, int], ends: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[str, int]], list[str], dict[tuple[str, tuple[str, int]], int | None]]:
+    """Columns and rows of Fig. 5, and after which step each cell's matrix (row, column) froze; None: it trains.
+
+    Args:
+        ends: As in `whole_blocks`: where blocks freeze whole, there is a row more for them.
+    """
+    columns, rows = grid(names)
+    at = {(w.kind, (w.stack, w.layer)): frozen.get(name) for name in names if (w := matrix_position(name))}
+    if any(lowest for _, lowest in ends):
+        at |= {(WHOLE_BLOCK, columns[i]): step for i, step in enumerate(whole_blocks(ends, len(columns)))}
+        rows = [*rows, WHOLE_BLOCK]
+    return columns, rows, at
 
 
 def whole_blocks(ends: Iterable[tuple[int, int]], blocks: int) -> list[int | None]:

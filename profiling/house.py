@@ -79,7 +79,7 @@ def room(module: str) -> str:
 
 
 def imports(module: str, source: str | None = None) -> Iterator[Import]:
-    """What a module takes from others of the package: at its top, within functions, and for type checkers alone.
+    """What a module takes from others of the package: at its top, within functions, for type checkers alone, by name.
 
     Args:
         module: Its dotted name below the package.
@@ -89,7 +89,9 @@ def imports(module: str, source: str | None = None) -> Iterator[Import]:
     folder = [part for part in module.split(".") if part]
     if file.name != "__init__.py":
         folder = folder[:-1]
-    for node in ast.walk(ast.parse(source if source is not None else file.read_text(encoding="utf-8"))):
+    text = source if source is not None else file.read_text(encoding="utf-8")
+    by_name = "import_module(" in text  # then what names a module stands for an import of it
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             asked = [part for part in (node.module or "").split(".") if part]
             if node.level:
@@ -106,6 +108,8 @@ def imports(module: str, source: str | None = None) -> Iterator[Import]:
                 first, _, rest = alias.name.partition(".")
                 if first == PACKAGE.name:
                     yield Import(module, rest, alias.name, node.lineno)
+        elif by_name and isinstance(node, ast.Constant) and node.value and node.value in modules():
+            yield Import(module, str(node.value), str(node.value), node.lineno)
 
 
 @cache

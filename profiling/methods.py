@@ -79,7 +79,7 @@ def create(name: str, base: nn.Module, accelerator: Accelerator) -> Method:
     Raises:
         SystemExit: No such method of PEFT, or it cannot be set up on these layers.
     """
-    targets = target_modules(base.config.model_type)  # type: ignore[union-attr, arg-type]
+    targets = target_modules(base)
     if name == "floor":
         floor, adapted = _floor(base, targets)
         return Method(name, accelerator.prepare(floor), None, adapted)

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch
     torch.manual_seed(0)
     base: Any = build(args.model, args.layers)
-    targets = target_modules(base.config.model_type)
+    targets = target_modules(base)
     lora = trainable(get_peft_model(shared_copy(base), LoraConfig(r=8, target_modules=targets)))
     model = get_peft_model(base, AFLoRAConfig(r=4, target_modules=targets)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

@@ -224,7 +224,7 @@ def train_with_trainer(training: Training, folder: Path, watch: Watch) -> None:
     set_seed(training.seed)
     base, tokenizer, head = load_base(config.model, data.labels)
     train_set = tokenized(data.train, tokenizer, training.max_length, "the training split")
-    targets = target_modules(base.config.model_type)
+    targets = target_modules(base)
     model = watch.look_at(get_peft_model(base, peft_config(method, targets, head, training.total)))
     if training.dtype == "bf16":
         match_autocast(model)

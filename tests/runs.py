@@ -14,9 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from aflora_dist import cli
 from aflora_dist.training.run import main
 from tests.launch import MAIN_JOB, begin, free_port, launch, launch_series
 from tests.ranks import Ranks
+
+
+def command(name: str) -> Callable[[list[str]], int]:
+    """`aflora NAME ...` in this process; what is called returns the exit status."""
+    return lambda words: cli.run([name, *words])
 
 
 def command_line(chosen: dict[str, Any]) -> list[str]:

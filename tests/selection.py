@@ -183,7 +183,6 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_plan.py": {
         "test_a_run_does_what_was_planned": ("single-no", "zero1-no", "zero2-bf16", "fsdp2-no"),
-        "test_freezes_send_what_was_planned": ("single", "ddp", "zero1", "zero3"),
         "test_a_dry_run_prints_the_plan_of_its_launch_once_and_writes_nothing": ("ddp", "zero3"),
     },
     "test_profiling.py": {

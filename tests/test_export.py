@@ -272,7 +272,7 @@ def test_the_card_tells_task_figures_command_and_versions(run: Any, tmp_path: Pa
     accuracy = json.loads((folder / "result.json").read_text())["metrics"]["accuracy"]
     for said in (
         "Task: files, 100 training examples",
-        f"| accuracy (evaluation data) | {accuracy:.4f} |",
+        f"| accuracy | {accuracy:.4f}  (best epoch ",
         f"aflora to-lora {folder} {tmp_path / 'lora'}",
         "batch_size: 16",
         "- peft ",

@@ -77,6 +77,7 @@ def test_nobody_asks_the_package_s_face_for_what_a_room_has() -> None:
         ("engines", "from ..errors import AFLoRAError", "errors"),
         ("cli", "from . import errors", "errors"),
         ("cli", "from . import __version__", ""),
+        ("cli", "start = import_module('.' + {'plan it': 'plan.command'}[name], __package__)", "plan.command"),
     ],
 )
 def test_imports_are_seen_wherever_they_stand(module: str, source: str, target: str) -> None:

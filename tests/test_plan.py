@@ -15,21 +15,18 @@ import pytest
 from transformers import DebertaV2Config, LlamaConfig
 
 from aflora_dist.freezing import CubicSchedule, FreezingPolicy
-from aflora_dist.methods.choose import create_method
-from aflora_dist.plan.command import main as plan_main
 from aflora_dist.plan.events import Freezes
 from aflora_dist.plan.launches import Launch
-from aflora_dist.plan.model import PlannedModel
 from aflora_dist.plan.plan import make_plan
 from aflora_dist.plan.records import EnginePlan, Plan
-from aflora_dist.tasks.model import outline_base
 from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main as run_main
 from tests.launch import ENGINES, MAIN_JOB, ROOT, free_port, launch, launch_series
-from tests.runs import lines, options
+from tests.runs import command, lines, options
 from tests.small_lm import make_small_language_model, write_problems
 from tests.training.test_errors import OPTIONS
 
+plan_main = command("plan")
 EVERY = ("single", *ENGINES, "fsdp2")
 
 
@@ -137,23 +134,6 @@ def test_a_run_does_what_was_planned(engine: str, precision: str, measured: Any)
     saved = sorted((folder / "checkpoints").glob("step_*/state.safetensors"))
     for written, path in zip(one(plan).checkpoint_bytes, (saved[0], saved[-1]), strict=True):
         assert written == pytest.approx(path.stat().st_size, rel=0.02)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("engine", EVERY)
-def test_freezes_send_what_was_planned(engine: str, measured: Any, tiny_model: Path) -> None:
-    """Each of them, in the order that the scores chose."""
-    arguments, folder, seen = measured(engine)
-    config, _ = parse(arguments)
-    method = create_method(config)
-    model = method.adapt(*outline_base(config.model, ["0", "1"]))
-    method.check(6)
-    planned = PlannedModel(config, method, model)
-    on = Launch(engine=engine, num_processes=len(seen), mixed_precision="no")
-    expected = planned.sent(on, [line["frozen"] for line in lines(folder, "freeze_log.jsonl")])
-    sent_and_received = [sum(rank[i]["bytes"] for rank in seen) for i in range(len(expected))]
-    assert [2 * number for number in expected] == sent_and_received
-    assert any(expected) == (engine in ("zero1", "zero2"))
 
 
 @pytest.mark.parametrize(

@@ -52,38 +52,20 @@ class Adapted:
 
     def attach(self, outer: nn.Module) -> None:
         """An `AdaptiveFreezing` watches this model from now on; `outer` is what the training loop calls."""
-        self.freezing_attached, self.freezing_waived = True, False
+        for guard in self._guards:
+            guard.attached, guard.waived = True, False
         for root in self.roots:
             Folding.compiled(outer, root)
 
     def detach(self, *, waived: bool) -> None:
         """It does not any more; `waived`: the rest of the matrices may train to the end without one."""
-        self.freezing_attached, self.freezing_waived = False, waived or self.freezing_waived
+        for guard in self._guards:
+            guard.attached, guard.waived = False, waived or guard.waived
 
     @property
     def freezing_attached(self) -> bool:
         """Whether an `AdaptiveFreezing` watches this model. While none does, a second training step is refused."""
         return any(guard.attached for guard in self._guards)
-
-    @freezing_attached.setter
-    def freezing_attached(self, value: bool) -> None:
-        for guard in self._guards:
-            guard.attached = value
-
-    @property
-    def freezing_waived(self) -> bool:
-        """Whether the rest of the matrices may train to the end without one."""
-        return all(guard.waived for guard in self._guards)
-
-    @freezing_waived.setter
-    def freezing_waived(self, value: bool) -> None:
-        for guard in self._guards:
-            guard.waived = value
-
-    @property
-    def freezes(self) -> bool:
-        """Whether an active adapter is to freeze adaptively, be it that all of its matrices have."""
-        return any(path.adaptive for _, _, path in self._active_paths())
 
     def freezable_matrices(self) -> dict[str, nn.Parameter]:
         """The projection matrices of the active adapters that train and are yet to freeze, by name."""

@@ -47,8 +47,9 @@ class Matrices:
         tuners = [module for module in modules.values() if isinstance(module, BaseTunerLayer)]
         chosen = {id(parameter) for tuner in tuners for parameter in _of_tuner(tuner)}
         if not tuners:
-            model_type = getattr(getattr(self._model, "config", None), "model_type", None)
-            blocks = [module for name, module in modules.items() if kind_of(model_type, name) is not None]
+            blocks = [
+                module for name, module in modules.items() if kind_of(name) and not isinstance(module, nn.Embedding)
+            ]
             chosen = {id(parameter) for module in blocks for parameter in module.parameters(recurse=False)}
         names = [
             name

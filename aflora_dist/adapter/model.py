@@ -24,7 +24,7 @@ from ..compat.transformers import refuse_own_loading
 from ..errors import AFLoRAError
 from ..names import unwrapped, without_wrappers
 from ..processes import refuse_lonely_processes
-from .architectures import ARCHITECTURES, default_targets, find_targets, kind_of
+from .architectures import kind_of, linear_layers, target_modules
 from .config import AFLoRAConfig, AFLoRAPeftType
 from .folding import Folding
 from .guard import FreezingGuard
@@ -40,7 +40,7 @@ _CLASSIFIERS = {TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS}
 def _linear_endings(model: nn.Module) -> list[str]:
     """The last parts of the names of a model's linear layers, its heads left out."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linear = (n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head)
+    linear = (name for name in linear_layers(model) if model.get_submodule(name) is not head)
     return sorted({name.rpartition(".")[2] for name in linear} - _HEADS)
 
 
@@ -66,9 +66,6 @@ class AFLoRAModel(BaseTuner):
 
     prefix = "aflora"
     tuner_layer_cls = AFLoRALayer
-    target_module_mapping: dict[str, Any] = {  # noqa: RUF012  # declared so by PEFT
-        name: default_targets(name) for name in ARCHITECTURES
-    }
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         configs = peft_config.values() if isinstance(peft_config, Mapping) else [peft_config]
@@ -114,26 +111,16 @@ class AFLoRAModel(BaseTuner):
         return found
 
     def _prepare_adapter_config(self, peft_config: AFLoRAConfig, model_config: dict[str, Any]) -> AFLoRAConfig:
-        if peft_config.target_modules is not None:
-            return peft_config
-        model_type = model_config.get("model_type")
-        if model_type not in ARCHITECTURES and (found := find_targets(self.model, model_type)) is not None:
-            peft_config.target_modules = sorted({*found["attention"], *found["ffn"]})
-            return peft_config
-        if model_type not in ARCHITECTURES:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = target_modules(self.model) or None
+        if peft_config.target_modules is None:
             endings = _linear_endings(self.model)
+            model_type = model_config.get("model_type") or type(self.model).__name__
             raise AFLoRAError(
-                f"AFLoRA does not know the architecture {model_type or type(self.model).__name__!r}. Say which layers "
-                f"to adapt, and which of these may train and freeze: AFLoRAConfig(target_modules=[...], "
-                f"freezable=...). The model's linear layers end in: {', '.join(endings) or '(none)'}; freezable is "
+                f"AFLoRA does not know the architecture {model_type!r}. Say which layers to adapt, and which of these "
+                f"may train and freeze: AFLoRAConfig(target_modules=[...], freezable=...). The model's linear layers "
+                f"end in: {', '.join(endings) or '(none)'}; freezable is "
                 f'"all", "none" or a regular expression over module names.'
-            )
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        if isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
-            peft_config.target_modules = None
-            raise AFLoRAError(
-                f"AFLoRAConfig: layers_to_transform needs target_modules as a list for {model_type!r}, of which only "
-                f"{ARCHITECTURES[model_type].within} is adapted."
             )
         return peft_config
 
@@ -165,20 +152,16 @@ class AFLoRAModel(BaseTuner):
             return True
         if config.freezable not in _SHORTHANDS:
             return re.fullmatch(config.freezable, module_name) is not None
-        return kind_of(self._model_type(), module_name) == config.freezable
-
-    def _model_type(self) -> str | None:
-        return self.get_model_config(self.model).get("model_type")
+        return kind_of(module_name) == config.freezable
 
     def _refuse_nothing_to_freeze(self, config: AFLoRAConfig, targets: list[str], model: nn.Module) -> None:
         wants_matrices = config.freezing != "always" and config.freezable != "none"
         if not wants_matrices or any(self._may_train(config, name) for name in targets):
             return
-        model_type = self._model_type()
-        kinds = sorted({str(kind_of(model_type, name)) for name in targets})
+        kinds = sorted({str(kind_of(name)) for name in targets})
         if config.freezable in ("ffn", "attention") and kinds == ["None"]:
             raise AFLoRAError(
-                f"AFLoRA does not know which layers of {model_type or type(model).__name__!r} are {config.freezable}. "
+                f"AFLoRA does not know which layers of {type(model).__name__} are {config.freezable}. "
                 f'Set AFLoRAConfig(freezable=...) to "all", "none" or a regular expression over module names such as '
                 f"{targets[0]!r}."
             )

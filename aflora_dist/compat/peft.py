@@ -31,7 +31,7 @@ MAPPINGS = private(
     "a public way to register a tuner",
 )
 TUNER = [
-    *_tuner("_prepare_adapter_config", "find the target modules of known architectures"),
+    *_tuner("_prepare_adapter_config", "find the target modules of an architecture"),
     *_tuner("_create_and_replace _replace_module", "put an adapter around a layer"),
     *_tuner("_prepare_model", "refuse an adapter before anything of the model changes"),
     *_tuner("_check_target_module_exists _check_target_module_compatiblity", "refuse an adapter in time"),

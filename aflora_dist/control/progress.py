@@ -26,7 +26,8 @@ class Part(Protocol):
         """Go on from what `snapshot` gave, on this or another engine. A collective."""
 
     def check(self, record: Record) -> None:
-        """Raise AFLoRAError if `restore` cannot go on from this record; nothing changes."""
+        """Raise AFLoRAError if `restore` cannot go on from this record; nothing changes. Who derives: it can."""
+        return
 
 
 class Progress:

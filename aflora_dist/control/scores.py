@@ -25,19 +25,23 @@ class Scores(ABC):
     Attributes:
         names: Of the matrices that are scored now.
         devices: Where the gradients of each of the engine's buckets lie.
+        shards: This rank's part, one for each of the engine's buckets; an order observes nothing.
         done: How many global batches have been; kept by who counts them.
     """
+
+    shards: list[Any]
 
     def __init__(self, engine: Engine, config: FreezingConfig, numels: Mapping[str, int]) -> None:
         self.engine, self.config, self.numels = engine, config, numels
         self.done = 0
+        self._decays = {"beta1": config.beta1, "beta2": config.beta2}
         self._keep(numels)
 
     def _keep(self, names: Iterable[str]) -> None:
         """Score these matrices from now on, as the engine lays them out now."""
         self.names, self.devices = list(names), self.engine.bucket_devices()
 
-    def observe(  # noqa: B027 - an order sees no gradient
+    def observe(
         self,
         bucket: int,
         gradients: Sequence[Tensor],
@@ -46,6 +50,8 @@ class Scores(ABC):
         step: int,
     ) -> None:
         """Eq. 2 and 3 for one bucket of the global batch `step`, as an engine's `Observer` is told of it."""
+        values = weights() if self.config.score in OF_VALUES else None
+        self.shards[bucket].observe(gradients, values, scale, step)
 
     @abstractmethod
     def means(self) -> dict[str, float]:
@@ -94,29 +100,20 @@ class Order(Scores):
 class MatrixScores(Scores):
     """Two numbers for each matrix, the same on every rank; ranks ask each other when something is decided."""
 
+    shards: list[PartialImportance]
+
     def __init__(self, engine: Engine, config: FreezingConfig, numels: Mapping[str, int]) -> None:
         super().__init__(engine, config, numels)
-        self._score = MatrixScore(numels, beta1=config.beta1, beta2=config.beta2)
+        self._score = MatrixScore(numels, **self._decays)
         self._lay_out()
 
     def _lay_out(self) -> None:
-        self._buckets = [PartialImportance(f, kind=self.config.score) for f in self.engine.buckets(self.names)]
-
-    def observe(
-        self,
-        bucket: int,
-        gradients: Sequence[Tensor],
-        weights: Callable[[], Sequence[Tensor]],
-        scale: Tensor | float,
-        step: int,
-    ) -> None:
-        values = weights() if self.config.score in OF_VALUES else None
-        self._buckets[bucket].observe(gradients, values, scale, step)
+        self.shards = [PartialImportance(f, kind=self.config.score) for f in self.engine.buckets(self.names)]
 
     def _take(self) -> None:
         if self.done > self._score.begun:
             with torch.profiler.record_function("aflora.all_reduce"):
-                self._score.take(self._buckets, self.done, self.engine.sum_over_ranks)
+                self._score.take(self.shards, self.done, self.engine.sum_over_ranks)
 
     def means(self) -> dict[str, float]:
         self._take()
@@ -134,20 +131,16 @@ class MatrixScores(Scores):
 
     def restore(self, tensors: Mapping[str, Tensor], names: Iterable[str], record: Mapping[str, Any]) -> None:
         self._keep(names)
-        self._score = MatrixScore(
-            {name: self.numels[name] for name in self.names}, beta1=self.config.beta1, beta2=self.config.beta2
-        )
+        self._score = MatrixScore({name: self.numels[name] for name in self.names}, **self._decays)
         self._score.load(record)
         self.done = self._score.begun  # whatever this process had done before
         self._lay_out()
 
 
 class ElementScores(Scores):
-    """Ibar and Ubar of each element; of each matrix a rank holds what it holds of its gradient.
+    """Ibar and Ubar of each element; of each matrix a rank holds what it holds of its gradient."""
 
-    Attributes:
-        shards: This rank's part, one for each of the engine's buckets.
-    """
+    shards: list[FreezingScore]
 
     def __init__(self, engine: Engine, config: FreezingConfig, numels: Mapping[str, int]) -> None:
         super().__init__(engine, config, numels)
@@ -159,29 +152,11 @@ class ElementScores(Scores):
         self._keep(names)
         config = self.config
         self.shards = [
-            FreezingScore(
-                fragments,
-                device,
-                kind=config.score,
-                beta1=config.beta1,
-                beta2=config.beta2,
-                window=config.window,
-            )
+            FreezingScore(fragments, device, kind=config.score, window=config.window, **self._decays)
             for fragments, device in zip(self.engine.buckets(self.names), self.devices, strict=True)
         ]
         for shard in self.shards:
             shard.begun, shard.observed = begun, observed
-
-    def observe(
-        self,
-        bucket: int,
-        gradients: Sequence[Tensor],
-        weights: Callable[[], Sequence[Tensor]],
-        scale: Tensor | float,
-        step: int,
-    ) -> None:
-        values = weights() if self.config.score in OF_VALUES else None
-        self.shards[bucket].observe(gradients, values, scale, step)
 
     def means(self) -> dict[str, float]:
         """Eq. 4 of every matrix: one all-reduce of as many numbers."""

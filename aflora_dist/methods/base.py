@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from ..freezing import CubicSchedule, whole_steps
 from ..options import Config
 
 
-class Control(Protocol):
-    """What a method does while training goes on, besides the gradient steps.
+@dataclass
+class NoControl:
+    """What a method does while training goes on, besides the gradient steps: nothing, for who derives from it.
 
     Attributes:
         freezable, frozen: Parameters that may stop training; those that have, with the step after which they did.
@@ -25,34 +26,6 @@ class Control(Protocol):
         schedule: When they stop; None if nothing ever does.
     """
 
-    freezable: list[str]
-    events: list[Any]
-    seconds: float
-
-    @property
-    def frozen(self) -> dict[str, int]: ...
-
-    @property
-    def schedule(self) -> CubicSchedule | None: ...
-
-    def scores(self) -> Mapping[str, float]:
-        """A number for each parameter that may still stop training. A collective.
-
-        Raises:
-            DivergedError: One is not finite; on every rank.
-        """
-
-    def metrics(self) -> Mapping[str, float]:
-        """What it adds to a line of metrics.jsonl."""
-
-    def interrupted(self) -> None:
-        """The training ends early, on purpose, and will go on from a checkpoint."""
-
-
-@dataclass
-class NoControl:
-    """For methods that train the same parameters from the first step to the last."""
-
     freezable: list[str] = field(default_factory=list)
     frozen: dict[str, int] = field(default_factory=dict)
     events: list[Any] = field(default_factory=list)
@@ -60,13 +33,22 @@ class NoControl:
     schedule: CubicSchedule | None = None
 
     def scores(self) -> Mapping[str, float]:
+        """A number for each parameter that may still stop training. A collective.
+
+        Raises:
+            DivergedError: One is not finite; on every rank.
+        """
         return {}
 
     def metrics(self) -> Mapping[str, float]:
+        """What it adds to a line of metrics.jsonl."""
         return {}
 
     def interrupted(self) -> None:
-        return
+        """The training ends early, on purpose, and will go on from a checkpoint."""
+
+
+Control: TypeAlias = AdaptiveFreezing | NoControl
 
 
 class Method(Protocol):

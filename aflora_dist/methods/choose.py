@@ -34,8 +34,7 @@ def lora_parameters(model: nn.Module, r: int = 8) -> int:
     """
     adapted: list[nn.Module] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not adapted:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        adapted = [module for name, module in model.named_modules() if kind_of(model_type, name) is not None]
+        adapted = [module for name, module in model.named_modules() if kind_of(name) is not None]
     return sum(r * sum(_features(module)) for module in adapted)
 
 

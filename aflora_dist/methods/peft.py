@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-from ..adapter.architectures import ARCHITECTURES, default_targets, find_targets
+from ..adapter.architectures import find_targets
 from ..adapter.labels import label_mapping
 from ..adapter.precision import widen
 from ..adapter.saving import save_peft
@@ -147,17 +147,14 @@ class Peft(PeftMethod):
         return arguments
 
     def _targets(self, model: Any, fields: set[str]) -> dict[str, Any]:
-        model_type = model.config.model_type
-        found = None if model_type in ARCHITECTURES else find_targets(model, model_type)
-        if found is None and model_type not in ARCHITECTURES:
+        if (found := find_targets(model)) is None:
             raise AFLoRAError(
-                f"Which layers of a {model_type!r} model to adapt is not known here: name them, as in "
+                f"Which layers of a {model.config.model_type!r} model to adapt is not known here: name them, as in "
                 f"""--method.options '{{"target_modules": ["q_proj", "v_proj"]}}'."""
             )
-        targets = [*found["attention"], *found["ffn"]] if found else default_targets(model_type)
-        chosen: dict[str, Any] = {"target_modules": targets}
+        chosen: dict[str, Any] = {"target_modules": [*dict.fromkeys([*found["attention"], *found["ffn"]])]}
         if "feedforward_modules" in fields and "feedforward_modules" not in self.options:  # IA3
-            chosen["feedforward_modules"] = list(found["ffn"] if found else ARCHITECTURES[model_type].ffn)
+            chosen["feedforward_modules"] = found["ffn"]
         return chosen
 
     def check_engine(self, kind: str, precision: str) -> None:

@@ -1,5 +1,6 @@
 """What a user may say, and what of it is refused for itself."""
 
+from .checked import flat
 from .data import DataConfig
 from .freezing import (
     ORDERS,
@@ -41,6 +42,7 @@ __all__ = [
     "ScoreKind",
     "TrainConfig",
     "Unit",
+    "flat",
 ]
 
 # Groups and options that change neither the model nor the batches: they may differ between a run and its continuation.

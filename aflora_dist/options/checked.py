@@ -56,3 +56,16 @@ def _check_number(name: str, value: float, limits: Mapping[str, Any]) -> None:
     else:
         return
     raise AFLoRAError(f"{name} must {must}, got {value}.")
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """GROUP.KEY -> value of a configuration; what is below a key, as in method.options, stays whole.
+
+    >>> flat({"preset": None, "train": {"epochs": 3}})
+    {'preset': None, 'train.epochs': 3}
+    """
+    return {
+        f"{group}.{key}" if isinstance(values, Mapping) else group: value
+        for group, values in config.items()
+        for key, value in (values.items() if isinstance(values, Mapping) else [("", values)])
+    }

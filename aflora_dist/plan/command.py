@@ -7,7 +7,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
 from accelerate.state import PartialState
 
@@ -19,20 +19,15 @@ from ..store.rundir import RunDirectory, refuse_taken
 from ..training.build import create_accelerator
 from ..training.command_line import parse
 from .launches import ENGINES, Launch
-from .plan import make_plan
+from .plan import make_plan, refusal_of
 from .report import print_plan
 
-_DESCRIPTION = """What a run will train, freeze, hold and move, without weights and without a GPU. Takes what `aflora
+_DESCRIPTION = """What a run will train, freeze and hold, without weights and without a GPU. Takes what `aflora
 train` takes, and refuses what it would refuse."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise AFLoRAError(f"{message[:1].upper()}{message[1:]}. See aflora plan --help.")
-
-
-def _own_options() -> _Parser:
-    parser = _Parser(
+def _own_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="aflora plan",
         usage="%(prog)s [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...] [options]",
         description=_DESCRIPTION,
@@ -50,18 +45,14 @@ def _own_options() -> _Parser:
 def main(arguments: list[str]) -> int:
     """`aflora plan`; returns the exit status."""
     quiet_libraries()
-    try:
-        options, rest = _own_options().parse_known_args(arguments)
-        config, _ = parse(rest)
-        launches = _launches(options.engines, options.ranks, options.mixed_precision)
-        if options.examples is not None and options.examples < 1:
-            raise AFLoRAError(f"--examples must be at least 1, got {options.examples}.")
-        PartialState(cpu=True)  # a plan needs no GPU, and takes none
-        with redirect_stdout(sys.stderr):  # what is said of the data is not part of the plan
-            plan = make_plan(config, launches, examples=options.examples)
-    except AFLoRAError as error:
-        print(f"aflora: error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return 2
+    options, rest = _own_options().parse_known_args(arguments)
+    config, _ = parse(rest)
+    launches = _launches(options.engines, options.ranks, options.mixed_precision)
+    if options.examples is not None and options.examples < 1:
+        raise AFLoRAError(f"--examples must be at least 1, got {options.examples}.")
+    PartialState(cpu=True)  # a plan needs no GPU, and takes none
+    with redirect_stdout(sys.stderr):  # what is said of the data is not part of the plan
+        plan = make_plan(config, launches, examples=options.examples)
     if options.json:
         print(json.dumps(asdict(plan), indent=1))
     else:
@@ -102,8 +93,7 @@ def dry_run(config: Config, resolved: str) -> None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()  # or ZeRO-3 would shard the model that is made on the meta device
-    free = _free(config)
-    if free:
+    if refusal_of(refuse_taken, config.run) is None:
         run = RunDirectory(config.run, accelerator)
         if finished(run, resolved) is None:
             find(run, resolved, accelerator)
@@ -112,11 +102,3 @@ def dry_run(config: Config, resolved: str) -> None:
         print_plan(plan)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def _free(config: Config) -> bool:
-    try:
-        refuse_taken(config.run)
-    except AFLoRAError:
-        return False
-    return True

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from ..freezing import CubicSchedule, FreezingPolicy
-
-_ORDERS = 4  # in which units might freeze: random ones, tried to see what moves, and what freezes besides
 
 
 @dataclass(frozen=True)
@@ -47,19 +44,6 @@ class PlannedFreeze:
     trainable: Elements
 
 
-@dataclass(frozen=True)
-class PlannedPrefix:
-    """What freezes besides matrices when all of the lowest blocks' have (`freezing.prefix`).
-
-    Attributes:
-        schedule: r_p(t).
-        blocks: From the bottom: names of all that trains of a block, with their elements.
-    """
-
-    schedule: CubicSchedule
-    blocks: Sequence[Mapping[str, int]]
-
-
 class Freezes:
     """The freezes of a training.
 
@@ -69,7 +53,8 @@ class Freezes:
         numels: Elements of each freezable matrix.
         trainable: Elements that train at the start.
         order: Names of the units as they freeze; None where the scores will say.
-        prefix: What freezes besides.
+        prefix: r_p(t), where something freezes besides (`freezing.prefix`).
+        blocks: Then, from the bottom: names of all that trains of a block, with their elements.
     """
 
     def __init__(
@@ -79,27 +64,25 @@ class Freezes:
         numels: Mapping[str, int],
         trainable: int,
         order: Sequence[str] | None = None,
-        prefix: PlannedPrefix | None = None,
+        prefix: CubicSchedule | None = None,
+        blocks: Sequence[Mapping[str, int]] = (),
     ) -> None:
         self.schedule, self.trainable, self.order = schedule, trainable, order
-        self._of_unit, self._matrices = policy.units, len(numels)
+        self._of_unit, self._matrices, self._units = policy.units, len(numels), len(policy)
         sizes = {unit: sum(numels[name] for name in names) for unit, names in policy.units.items()}
         ordered = sorted(sizes.values()) if order is None else [sizes[unit] for unit in order]
         self._least = [0, *accumulate(ordered)]
         self._most = self._least if order is not None else [0, *accumulate(reversed(ordered))]
-        self._units = len(policy)
-        self._blocks = prefix.blocks if prefix else ()
-        self._rests = [[name for name in block if name not in numels] for block in self._blocks]
-        besides = (sum(block[name] for name in rest) for block, rest in zip(self._blocks, self._rests, strict=True))
+        self._blocks = blocks
+        self._rests = [[name for name in block if name not in numels] for block in blocks]
+        besides = (sum(block[name] for name in rest) for block, rest in zip(blocks, self._rests, strict=True))
         self._beside = [0, *accumulate(besides)]
         self.counts = _growth(schedule, self._units)  # (t, frozen from then on)
-        self._allowed = _growth(prefix.schedule, len(self._blocks)) if prefix else []
-        self._orders = [order] if order is not None else _shuffled(list(policy.units))
-        self._walks = [self._walk(one) for one in self._orders]
-        self._whole = [[(step, blocks) for step, _, blocks in walk] for walk in self._walks]
+        self._allowed = _growth(prefix, len(blocks)) if prefix else []
+        # (t, units frozen, blocks frozen whole from then on), wherever one of them grows, as far as that is certain.
+        self._certain = [(step, units, 0) for step, units in self.counts] if order is None else self._walk(order)
 
     def _walk(self, order: Sequence[str]) -> list[tuple[int, int, int]]:
-        """(t, units frozen, blocks frozen whole from then on), wherever one of them grows."""
         counts, allowed = dict(self.counts), dict(self._allowed)
         place = {name: i for i, unit in enumerate(order, 1) for name in self._of_unit[unit]}
         done = [max(place.get(name, 0) for name in block) for block in self._blocks]
@@ -114,25 +97,12 @@ class Freezes:
         return found
 
     @property
-    def tried(self) -> list[list[list[str]]]:
-        """What each freeze takes, in some orders in which units may freeze, or in the known one."""
-        return [self._names(order, walk) for order, walk in zip(self._orders, self._walks, strict=True)]
-
-    def _names(self, order: Sequence[str], walk: Sequence[tuple[int, int, int]]) -> list[list[str]]:
-        frozen = [(0, 0), *((units, blocks) for _, units, blocks in walk)]
-        return [
-            [name for unit in order[a:b] for name in self._of_unit[unit]]
-            + [name for rest in self._rests[c:d] for name in rest]
-            for (a, c), (b, d) in pairwise(frozen)
-        ]
-
-    @property
     def events(self) -> list[PlannedFreeze]:
         """All that are certain: all, but for those with `prefix` of a block's rest alone while scores are awaited."""
         each = self._matrices // max(self._units, 1)  # where the scores will say, units are taken to be of one size
         found: list[PlannedFreeze] = []
         frozen, whole, remaining = 0, 0, self._matrices
-        for step, units, blocks in self._certain():
+        for step, units, blocks in self._certain:
             newly = each * (units - frozen)
             if self.order is not None:
                 newly = sum(len(self._of_unit[unit]) for unit in self.order[frozen:units])
@@ -143,16 +113,11 @@ class Freezes:
             frozen, whole = units, blocks
         return found
 
-    def _certain(self) -> list[tuple[int, int, int]]:
-        if self.order is not None or not self._blocks:
-            return self._walks[0]
-        return [(step, units, 0) for step, units in self.counts]
-
     @property
     def average(self) -> Elements:
         """Over all updates."""
         total = self.schedule.total_steps
-        steps = sorted({step for growth in (self._allowed, *self._whole) for step, _ in growth})
+        steps = sorted({step for step, *_ in (*self.counts, *self._allowed, *self._certain)})
         parts = [
             (self._left(first - 1), (end - first) / total)
             for first, end in pairwise([0, *(step + 1 for step in steps), total])
@@ -165,31 +130,30 @@ class Freezes:
     @property
     def beside(self) -> set[str]:
         """Names of what has frozen at the end besides matrices."""
-        whole = _latest(self._whole[0], self.schedule.total_steps)
+        whole = self._whole(self.schedule.total_steps)[1]
         return {name for rest in self._rests[:whole] for name in rest}
 
     @property
     def end(self) -> Elements:
         return self._left(self.schedule.total_steps)
 
+    def _whole(self, step: int) -> tuple[int, int]:
+        """Of how many blocks all has frozen after the global batch `step`: at least, and at most."""
+        if self.order is not None:
+            return (_latest([(at, blocks) for at, _, blocks in self._certain], step),) * 2
+        permitted = _latest(self._allowed, step)
+        return permitted if _latest(self.counts, step) == self._units else 0, permitted
+
     def _left(self, step: int) -> Elements:
         """What trains after the global batch `step`."""
         frozen = _latest(self.counts, step)
         evenly = self._least[-1] * frozen / max(self._units, 1) if self.order is None else self._least[frozen]
-        beside = [self._beside[_latest(whole, step)] for whole in self._whole]
-        low, high = min(beside), max(beside)
-        if self.order is None and frozen < self._units:
-            low, high = 0, self._beside[_latest(self._allowed, step)]
+        low, high = (self._beside[blocks] for blocks in self._whole(step))
         return Elements(
             self.trainable - self._most[frozen] - high,
-            self.trainable - evenly - sum(beside) / len(beside),
+            self.trainable - evenly - (low + high) / 2,
             self.trainable - self._least[frozen] - low,
         )
-
-
-def _shuffled(units: list[str]) -> list[list[str]]:
-    chance = random.Random(0)
-    return [chance.sample(units, len(units)) for _ in range(_ORDERS)]
 
 
 def _growth(schedule: CubicSchedule, total: int) -> list[tuple[int, int]]:

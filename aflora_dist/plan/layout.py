@@ -98,19 +98,6 @@ def state_itemsizes(engine: EngineKind, trained: Trained) -> Counts:
     return np.full_like(trained.itemsizes, FLOAT32) if engine.startswith("zero") else trained.itemsizes
 
 
-def moved_bytes(engine: EngineKind, before: Trained, stays: NDArray[np.bool_], ranks: int) -> int:
-    """What a freeze sends between ranks: values, moments and scores of the elements whose owner changes."""
-    if engine not in ("zero1", "zero2") or ranks == 1 or not stays.any():
-        return 0
-    after, rank = before.only(stays), _ranks(ranks)
-    (old, old_size), (new, new_size) = _flat(before, ranks), _flat(after, ranks)
-    old, old_size = old[stays], old_size[stays]
-    low = np.maximum(rank * old_size - old, rank * new_size - new)
-    high = np.minimum((rank + 1) * old_size - old, (rank + 1) * new_size - new)
-    moved = after.numels - _overlap(np.zeros_like(after.numels), after.numels, low, high).sum(0)
-    return int(moved @ (FLOAT32 * (1 + before.moments + after.averages * after.freezable.astype(np.int64))))
-
-
 def _flat(trained: Trained, ranks: int) -> tuple[Counts, Counts]:
     """Where each parameter begins in its group's flat buffer, and the elements of a rank's partition of that buffer."""
     starts, sizes = np.zeros_like(trained.numels), np.zeros_like(trained.numels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..names import is_adapter
 from ..options import Config
 from ..training.build import create_optimizer
 from . import layout
-from .events import Elements, Freezes, PlannedPrefix
+from .events import Elements, Freezes
 from .launches import Launch
 from .layout import FLOAT32, Trained
 from .records import EnginePlan
@@ -73,15 +73,14 @@ class PlannedModel:
         self.freezes: Freezes | None = None
         if freezing and schedule:
             refuse_all(self.numels, [name for name, _, _ in members], freezing)
-            order, prefix = None, None
+            order, prefix, blocks = None, None, list[dict[str, int]]()
             if freezing.score in ORDERS:
                 order = self.policy.ranked(fixed_scores(freezing.score, self.numels, freezing.seed or 0))
             if freezing.prefix:
                 sizes = {name: p.numel() for name, p, _ in members}
-                blocks = blocks_from_below(model, sizes, self.numels, freezing)
-                each = [{name: sizes[name] for name in block} for block in blocks]
-                prefix = PlannedPrefix(freezing.prefix_schedule(), each)
-            self.freezes = Freezes(schedule, self.policy, self.numels, self.start, order, prefix)
+                below = blocks_from_below(model, sizes, self.numels, freezing)
+                prefix, blocks = freezing.prefix_schedule(), [{n: sizes[n] for n in block} for block in below]
+            self.freezes = Freezes(schedule, self.policy, self.numels, self.start, order, prefix, blocks)
         self.certain = freezing is None or not self.freezes or freezing.rule == "rank"
         self.head = sum(p.numel() for name, p, _ in members if method.is_head(name))
         self.learning_rates = {
@@ -121,27 +120,8 @@ class PlannedModel:
                 layout.moment_bytes(engine, each, ranks).tolist() for each in (trained, trained.only(left))
             ],
             score_bytes=layout.score_bytes(engine, trained, ranks).tolist(),
-            freeze_moves=self._moves(launch),
             checkpoint_bytes=[self._checkpoint(launch, trained, trains) for trains in (np.ones_like(left), left)],
         )
-
-    def _moves(self, launch: Launch) -> list[int]:
-        """Bytes that freezes send between ranks: the most of one, and the mean of all together."""
-        if self.freezes is None or launch.engine not in ("zero1", "zero2"):
-            return [0, 0]
-        found = [self.sent(launch, events) for events in self.freezes.tried]
-        return [max(map(max, found)), sum(map(sum, found)) // len(found)]
-
-    def sent(self, launch: Launch, events: Iterable[Iterable[str]]) -> list[int]:
-        """Bytes that each freeze sends between ranks, of freezes of these matrices one after the other."""
-        trains, found = np.ones(len(self._at), dtype=bool), []
-        for names in events:
-            stays = trains.copy()
-            stays[[self._at[name] for name in names]] = False
-            now = self.trained.only(trains)
-            found.append(layout.moved_bytes(launch.engine, now, stays[trains], launch.num_processes))
-            trains = stays
-        return found
 
     def _checkpoint(self, launch: Launch, trained: Trained, trains: NDArray[np.bool_]) -> int:
         """Bytes: values, moments and scores of what trains, what else was drawn or learned, and random states."""

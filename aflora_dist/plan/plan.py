@@ -65,8 +65,8 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         )
     if config.freezing.prefix and planned.freezes and planned.freezes.order is None:
         assumptions.append(
-            "with freezing.prefix the scores decide when the rest of a block freezes: what is said of it is of random "
-            "orders, and freezes of a rest alone are not listed"
+            "with freezing.prefix the scores decide when the rest of a block freezes: the middle of what is "
+            "possible is said, and freezes of a rest alone are not listed"
         )
 
     return Plan(
@@ -80,7 +80,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         engines=[_engine(config, launch, able.refused.get(launch), data, planned) for launch in launches],
         directory=config.run.dir,
         writes=written(config.run, config.method.name != "full"),
-        directory_taken=_complaint(refuse_taken, config.run),
+        directory_taken=refusal_of(refuse_taken, config.run),
         assumptions=assumptions,
     )
 
@@ -161,13 +161,14 @@ class _Able:
     def check(self, check: Callable[[Launch], Any]) -> None:
         """Take out those for which `check` raises; raises, too, if none is left."""
         for launch in self.launches:
-            if launch not in self.refused and (reason := _complaint(check, launch)):
+            if launch not in self.refused and (reason := refusal_of(check, launch)):
                 self.refused[launch] = reason
         if len(self.refused) == len(self.launches):
             raise AFLoRAError(self.refused[self.launches[0]])
 
 
-def _complaint(check: Callable[[Any], Any], argument: Any) -> str | None:
+def refusal_of(check: Callable[[Any], Any], argument: Any) -> str | None:
+    """Why a check refuses this; None if it does not."""
     try:
         check(argument)
     except AFLoRAError as error:

@@ -63,7 +63,6 @@ class EnginePlan:
         optimizer_bytes: The optimizer's moments at the start and at the end: optimizer_state_bytes of freeze_log.jsonl
             is the sum over the ranks.
         score_bytes: Ibar, Ubar and a buffer; none at the end.
-        freeze_moves: Bytes that freezes send between ranks, tried in random orders: the most of one, all together.
         checkpoint_bytes: Of state.safetensors, at the start and at the end.
     """
 
@@ -74,13 +73,12 @@ class EnginePlan:
     micro_batches: int = 0
     optimizer_bytes: list[list[int]] = field(default_factory=list)
     score_bytes: list[int] = field(default_factory=list)
-    freeze_moves: list[int] = field(default_factory=list)
     checkpoint_bytes: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will train, hold and move.
+    """What a run will train, freeze and hold.
 
     Attributes:
         freezes: Lines of freeze_log.jsonl that there will be.

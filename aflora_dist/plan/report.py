@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from .events import Elements, PlannedFreeze
@@ -67,7 +68,7 @@ def _parameters(plan: Plan) -> Iterator[Table | str]:
     times = found.lora_r8 / max(found.average.expected, 1)
     yield (
         f"On average LoRA r=8 has {times:.1f} times as many. The whole model has {found.model:,} parameters, "
-        f"{size(found.model_bytes)} as it is loaded, unquantised.\n"
+        f"{decimal(found.model_bytes)} as it is loaded, unquantised.\n"
     )
 
 
@@ -92,23 +93,18 @@ def _freezes(plan: Plan) -> Iterator[Table | str]:
 
 
 def _engines(plans: list[EnginePlan]) -> Iterator[Table | str]:
-    columns = ["", "micro-batches", "moments", "scores", "freezes send", "checkpoint"]
-    table = _table("What the fullest rank holds, and what moves, from the start to the end", columns)
+    columns = ["", "micro-batches", "moments", "scores", "checkpoint"]
+    table = _table("What the fullest rank holds, from the start to the end", columns)
     for plan in plans:
-        most, together = plan.freeze_moves
         table.add_row(
             f"{plan.ranks} x {plan.engine}",
             f"{plan.micro_batches}",
             _both(*(max(each) for each in plan.optimizer_bytes)),
             _both(max(plan.score_bytes), 0),
-            f"{size(most)}, {size(together)}" if most else "0",
             _both(*plan.checkpoint_bytes),
         )
     yield table
-    yield (
-        "Micro-batches: of an update, on each rank. Freezes send: the most of one, and all together, tried in random "
-        "orders.\n"
-    )
+    yield "Micro-batches: of an update, on each rank.\n"
 
 
 def _table(title: str, columns: list[str]) -> Table:
@@ -124,20 +120,4 @@ def _range(elements: Elements) -> str:
 
 
 def _both(start: int, end: int) -> str:
-    if start == end:
-        return size(start)
-    first, unit = size(start).rsplit(" ", 1)
-    last = size(end)
-    return f"{first} to {last}" if last.endswith(f" {unit}") else f"{size(start)} to {last}"
-
-
-def size(number: int) -> str:
-    """Bytes as people say them.
-
-    >>> size(0), size(999), size(1_234_567), size(2_500_000_000_000)
-    ('0', '999 B', '1.2 MB', '2500 GB')
-    """
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.{0 if number >= 100 * factor else 1}f} {unit}"
-    return f"{number} B" if number else "0"
+    return decimal(start) if start == end else f"{decimal(start)} to {decimal(end)}"

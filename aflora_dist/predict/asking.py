@@ -5,18 +5,17 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import DataCollatorWithPadding
 
 from ..errors import AFLoRAError
 from ..options import Config
-from ..tasks.batches import BatchShape, evaluation_loader, lengths
+from ..tasks.batches import BatchShape, Texts, evaluation_loader, lengths
 from ..tasks.data import metrics_for, positive_class
 from ..tasks.evaluation import gather_logits
 from ..tasks.glue import TASKS
@@ -28,43 +27,14 @@ from ..tasks.sft.answers import Answer, generate_answers, last_number
 from ..tasks.sft.batching import PromptCollator
 from ..tasks.sft.encode import Encoder
 from ..tasks.sft.examples import load_prompts
-from ..tasks.tokens import made_once, tokenized
+from ..tasks.tokens import made_once
 from .partial import Values
 from .trained import TrainedModel
 
 Done = Callable[[int], Any]
 
 
-class Asking(Protocol):
-    """A file's rows, and what is predicted of them.
-
-    Attributes:
-        columns: Of the file, in its order.
-        rows: How many it has.
-        new: The names of what is predicted of each.
-        part: So many rows are predicted, and kept, at a time.
-    """
-
-    columns: list[str]
-    rows: int
-    new: list[str]
-    part: int
-
-    def prepare(self, model: Any, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
-        """Tokenise. A collective.
-
-        Raises:
-            AFLoRAError: On every rank: the model cannot take a row.
-        """
-
-    def predict(self, start: int, stop: int, done: Done) -> list[Values]:
-        """What is predicted of these rows, on the main process; nothing elsewhere. A collective."""
-
-    def summary(self, values: Callable[[], Iterator[Values]]) -> Iterator[str]:
-        """What a person wants to know of it all: a line each."""
-
-
-def asking(file: str, trained: TrainedModel) -> Asking:
+def asking(file: str, trained: TrainedModel) -> _Labels | _Answers:
     """What of a file this model is to be asked. A collective.
 
     Raises:
@@ -74,7 +44,14 @@ def asking(file: str, trained: TrainedModel) -> Asking:
 
 
 class _Labels:
-    """Texts, and pairs of texts, of which a class or a number is predicted."""
+    """Texts, and pairs of texts, of which a class or a number is predicted.
+
+    Attributes:
+        columns: Of the file, in its order.
+        rows: How many it has.
+        new: The names of what is predicted of each.
+        part: So many rows are predicted, and kept, at a time.
+    """
 
     part = 16_384  # long texts are batched with long ones among so many
 
@@ -92,26 +69,22 @@ class _Labels:
         self.new = ["prediction", *(f"probability_{label}" for label in self.labels or ())]
 
     def prepare(self, model: Any, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
+        """Tokenise. A collective.
+
+        Raises:
+            AFLoRAError: On every rank: the model cannot take a row.
+        """
         self.model, self.accelerator = model, accelerator
-        data = self.config.data
-        self.shape = BatchShape(accelerator, limits.positions, data.max_length)
-        if data.pad_to_max_length:
-            self.shape.multiple = data.max_length
-        self.collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=self.shape.multiple)
-        limits.check_padding(tokenizer)
+        texts = Texts(self.config, tokenizer, limits, accelerator)
+        self.shape, self.collate = texts.shape, texts.collate
         names = dict(zip(self.texts, ("text", "text_pair"), strict=False))
         rows = self.table.rows.select_columns(self.texts)
         rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
         rows = rows.add_column("label", [0.0 if self.labels is None else 0] * self.rows)  # what they are is not known
-        self.tokens = tokenized(rows, tokenizer, data.max_length, "the file")
-        limits.check_tokens(tokenizer, self.tokens, "the file")
-        full = sum(count >= data.max_length for count in lengths(self.tokens, 1))
-        if full and accelerator.is_main_process:
-            print(
-                f"{full:,} of {self.rows:,} rows have {data.max_length} tokens or more, and are cut there.", flush=True
-            )
+        self.tokens = texts.tokens(rows, "the file")
 
     def predict(self, start: int, stop: int, done: Done) -> list[Values]:
+        """What is predicted of these rows, on the main process; nothing elsewhere. A collective."""
         part = self.tokens.select(range(start, stop))
         counts = lengths(part, self.shape.multiple)
         batches = evaluation_loader(self.config, part, counts, self.collate, self.shape)
@@ -126,6 +99,7 @@ class _Labels:
         return [[self.labels[number], *map(_shortest, chance)] for number, chance in pairs]
 
     def summary(self, values: Callable[[], Iterator[Values]]) -> Iterator[str]:
+        """What a person wants to know of it all: a line each."""
         found = [row[0] for row in values()]
         if self.labels is None:
             yield f"  from {min(found):g} to {max(found):g}, {statistics.fmean(found):g} on average"
@@ -172,7 +146,7 @@ def _shortest(value: Any) -> float:
 
 
 class _Answers:
-    """Prompts that a language model answers, greedily, as in the evaluation of a training."""
+    """As `_Labels`, of prompts that a language model answers, greedily, as in the evaluation of a training."""
 
     part = 512
     new: list[str]

@@ -8,7 +8,6 @@ import json
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +85,12 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
         kept.append(held.enter_context(closing(Partial(output.path, _identity(output.file, trained, new)))))
         return kept[0].rows
 
+    def go_on(start: int, done: Any) -> int:
+        stop = min(start + asked.part, asked.rows)
+        values = asked.predict(start, stop, done)
+        on_main(accelerator, lambda: kept[0].append(values))
+        return stop
+
     def end() -> None:
         output.write(asked.columns, new, kept[0].values)
         print(f"wrote {output.path}: {asked.rows:,} row{'s' if asked.rows > 1 else ''}, with {_listed(new)}")
@@ -101,17 +106,10 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
             closing(tqdm(total=asked.rows, initial=start, desc="predicting", unit=" rows", disable=not watched))
         )
         while start < asked.rows:
-            stop = min(start + asked.part, asked.rows)
-            values = asked.predict(start, stop, bar.update)
-            on_main(accelerator, partial(_append, kept, values))
-            start = stop
+            start = go_on(start, bar.update)
         bar.close()
         on_main(accelerator, end)
     accelerator.end_training()
-
-
-def _append(kept: list[Any], values: list[Any]) -> None:
-    kept[0].append(values)
 
 
 def _listed(names: list[str]) -> str:

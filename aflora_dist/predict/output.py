@@ -20,6 +20,7 @@ from .partial import Values
 
 Row = list[str] | dict[str, Any]
 _AT_ONCE = 10_000  # rows
+_KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _ESCAPED = "backslashreplace"  # half of a surrogate pair: in JSON, \ud83d is what was read
 
 
@@ -41,8 +42,8 @@ class Output:
     def __init__(self, file: Path, out: Path | None, overwrite: bool) -> None:
         self.file, self.overwrite = file, overwrite
         self.path = path = file.with_name(f"{file.stem}.predicted{file.suffix}") if out is None else out
-        if path.suffix.lower() not in _WRITERS:
-            raise AFLoRAError(f"{path}: what kind of file is meant? Let its name end in {', '.join(_WRITERS)}.")
+        if path.suffix.lower() not in _KINDS:
+            raise AFLoRAError(f"{path}: what kind of file is meant? Let its name end in {', '.join(_KINDS)}.")
         if path.is_dir():
             raise AFLoRAError(f"{path} is a folder. Name a file in it.")
         if path.exists() and file.exists() and path.samefile(file):
@@ -87,8 +88,7 @@ class Output:
                 if self.file.suffix.lower() == self.path.suffix.lower() == ".parquet":
                     _append_to_parquet(self.file, temporary, new, values())
                 else:
-                    rows = zip(whole_rows(self.file), values(), strict=True)
-                    _WRITERS[self.path.suffix.lower()](temporary, rows, columns, new, self._plain(new, values))
+                    self._write(temporary, columns, new, values)
                 self._put_in_place(temporary)
         except ValueError as error:
             if "zip()" not in str(error):
@@ -96,6 +96,27 @@ class Output:
             raise AFLoRAError(f"{self.file} has other rows now than when it was read. Start again.") from None
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _write(
+        self, path: Path, columns: Sequence[str], new: Sequence[str], values: Callable[[], Iterator[Values]]
+    ) -> None:
+        kind, rows = self.path.suffix.lower(), zip(whole_rows(self.file), values(), strict=True)
+        records = (_record(row, columns, new, of_row) for row, of_row in rows)
+        if kind == ".parquet":
+            held = list(records)
+            arrays = {name: _arrow(name, [record.get(name) for record in held]) for name in (*columns, *new)}
+            pq.write_table(pa.table(arrays), path)
+            return
+        with path.open("w", encoding="utf-8", errors=_ESCAPED, newline="") as file:
+            if kind == ".csv":
+                _write_cells(file, rows, columns, new, ",", csv.QUOTE_MINIMAL)
+            elif kind == ".tsv":
+                plain = self._plain(new, values)
+                _write_cells(file, rows, columns, new, "\t", csv.QUOTE_NONE if plain else csv.QUOTE_ALL)
+            else:
+                _write_json(file, records, kind == ".json")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _plain(self, new: Sequence[str], values: Callable[[], Iterator[Values]]) -> bool:
         """Whether cells can stand between tabs without quotes, as they did in the file."""
@@ -144,47 +165,20 @@ _Pairs = Iterable[tuple[Row, Values]]
 
 
 def _write_cells(
-    path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], delimiter: str, how: int
+    file: IO[str], rows: _Pairs, columns: Sequence[str], new: Sequence[str], delimiter: str, how: int
 ) -> None:
-    with path.open("w", encoding="utf-8", errors=_ESCAPED, newline="") as file:
-        quoting: dict[str, Any] = {"quoting": how} if how != csv.QUOTE_NONE else {"quoting": how, "quotechar": None}
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n", **quoting)
-        writer.writerow([*columns, *new])
-        writer.writerows([*_cells(row, columns), *map(_text, values)] for row, values in rows)
-        _sync(file)
+    quoting: dict[str, Any] = {"quoting": how} | ({"quotechar": None} if how == csv.QUOTE_NONE else {})
+    writer = csv.writer(file, delimiter=delimiter, lineterminator="\n", **quoting)
+    writer.writerow([*columns, *new])
+    writer.writerows([*_cells(row, columns), *map(_text, values)] for row, values in rows)
 
 
-def _write_csv(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
-    _write_cells(path, rows, columns, new, ",", csv.QUOTE_MINIMAL)
-
-
-def _write_tsv(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
-    _write_cells(path, rows, columns, new, "\t", csv.QUOTE_NONE if plain else csv.QUOTE_ALL)
-
-
-def _write_lines(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
-    with path.open("w", encoding="utf-8", errors=_ESCAPED) as file:
-        for row, values in rows:
-            file.write(json.dumps(_record(row, columns, new, values), ensure_ascii=False, default=str) + "\n")
-        _sync(file)
-
-
-def _write_list(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
-    with path.open("w", encoding="utf-8", errors=_ESCAPED) as file:
-        for number, (row, values) in enumerate(rows):
-            file.write("[\n" if number == 0 else ",\n")
-            file.write(json.dumps(_record(row, columns, new, values), ensure_ascii=False, default=str))
-        file.write("\n]\n")
-        _sync(file)
-
-
-def _write_parquet(path: Path, rows: _Pairs, columns: Sequence[str], new: Sequence[str], plain: bool) -> None:
-    held: dict[str, list[Any]] = {name: [] for name in (*columns, *new)}
-    for row, values in rows:
-        record = _record(row, columns, new, values)
-        for name, column in held.items():
-            column.append(record.get(name))
-    pq.write_table(pa.table({name: _arrow(name, column) for name, column in held.items()}), path)
+def _write_json(file: IO[str], records: Iterable[dict[str, Any]], is_list: bool) -> None:
+    """A line for each; of a list with brackets around all, and commas between."""
+    first, between, last = ("[\n", ",\n", "\n]\n") if is_list else ("", "\n", "\n")
+    for number, record in enumerate(records):
+        file.write((between if number else first) + json.dumps(record, ensure_ascii=False, default=str))
+    file.write(last)
 
 
 def _arrow(name: str, values: list[Any]) -> pa.Array:
@@ -210,11 +204,6 @@ def _check_parquet(file: Path, columns: Sequence[str]) -> None:
         _arrow(name, [row.get(name) for row in rows])
 
 
-def _sync(file: IO[str]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _append_to_parquet(source: Path, path: Path, new: Sequence[str], values: Iterator[Values]) -> None:
     """Write a parquet file's own columns, with their own types, and others behind them."""
     with source.open("rb") as file, pq.ParquetFile(file) as opened, ExitStack() as stack:
@@ -226,12 +215,3 @@ def _append_to_parquet(source: Path, path: Path, new: Sequence[str], values: Ite
                 table = table.append_column(name, pa.array([row[place] for row in found]))
             writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
             writer.write_table(table)
-
-
-_WRITERS = {
-    ".csv": _write_csv,
-    ".tsv": _write_tsv,
-    ".jsonl": _write_lines,
-    ".json": _write_list,
-    ".parquet": _write_parquet,
-}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import AFLoRAError, writing
+from ..store.lock import try_lock
 from ..untrusted import load_json
 
 Values = list[Any]  # of one row
@@ -34,7 +33,9 @@ class Partial:
         self.path = out.with_name(f".{out.name}.partial")
         with writing("What is predicted", self.path):
             self._file: IO[str] = self.path.open("a+", encoding="utf-8")
-            self._lock()
+            if not try_lock(self._file):
+                self._file.close()
+                raise AFLoRAError(f"Another process is at work at {self.path}. Wait for its end.")
         self.rows, end = 0, 0
         self._file.seek(0)
         for number, line in enumerate(iter(self._file.readline, "")):
@@ -56,15 +57,6 @@ class Partial:
             self._file.truncate(end)
             if end == 0:
                 self._write(identity)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self._file.close()
-            raise AFLoRAError(f"Another process is at work at {self.path}. Wait for its end.") from None
-        except OSError:  # a file system without locks
-            return
 
     def append(self, rows: Sequence[Values]) -> None:
         """Keep what was predicted of the next rows.
@@ -94,5 +86,4 @@ class Partial:
 
     def remove(self) -> None:
         """All is written elsewhere."""
-        with suppress(FileNotFoundError):
-            self.path.unlink()
+        self.path.unlink(missing_ok=True)

@@ -10,17 +10,15 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..adapter.saving import parameters_by_key
 from ..compat.deepspeed import assign_sharded, is_sharded, whole_shape
 from ..errors import AFLoRAError, one_line
-from ..hub import refusal
+from ..hub import snapshot
 from ..methods.autocast import match_autocast
 from ..options import Config
 from ..serve.source import Source, read_adapter
@@ -82,7 +80,7 @@ def find_trained(name: str, options: list[str]) -> TrainedModel:
     config = _config(run, ["--model.name", base] if base else [], kind == "CAUSAL_LM", options)
     if kind == "CAUSAL_LM":
         return TrainedModel(source.folder, config, source, None, "an answer")
-    outputs = _outputs(source)
+    outputs = source.outputs(_weights(source)) or 2
     if outputs == 1:
         return TrainedModel(source.folder, config, source, None, "a number")
     return TrainedModel(source.folder, config, source, _names(source.labels, outputs), "a class")
@@ -115,11 +113,7 @@ def _is_run(path: Path) -> bool:
 def _from_hub(name: str) -> Path:
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise AFLoRAError(f"There is no folder {name}. Name a run's directory, an adapter's folder, or OWNER/NAME.")
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*_FETCHED, "adapter/*"]))
-    except Exception as error:  # of the network, too
-        reason = refusal(error, name) or one_line(error)
-        raise AFLoRAError(f"There is no folder {name}, and it could not be fetched from the hub: {reason}") from None
+    return snapshot(name, [*_FETCHED, "adapter/*"])
 
 
 def _config(run: Path | None, base: list[str], answers: bool, options: list[str]) -> Config:
@@ -137,18 +131,6 @@ def _names(known: list[str] | None, outputs: int) -> list[str]:
     if known is not None and len(known) == outputs:
         return known
     return [f"LABEL_{number}" for number in range(outputs)]
-
-
-def _outputs(source: Source) -> int:
-    """How many numbers a classifier says: the rows of the last layer of its head."""
-    heads = {*SEQ_CLS_HEAD_NAMES, *(source.config.get("modules_to_save") or ())}
-    tensors = _weights(source)
-    shapes = [tensors[key].shape for key in tensors if key.endswith(".weight") and heads & {*key.split(".")}]
-    rows = {shape[0] for shape in shapes if len(shape) == 2}
-    if source.labels is not None and (not rows or len(source.labels) in rows):
-        return len(source.labels)
-    inner = {shape[1] for shape in shapes if len(shape) == 2}  # what a layer of a head gives to the next
-    return min(rows - inner or rows, default=2)
 
 
 def _weights(source: Source) -> Mapping[str, Tensor]:

@@ -48,7 +48,7 @@ def connect(**options: Any) -> None:
     if world_size() > 1 and not dist.is_initialized() and (_own is None or _own[0] != _place()):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # As torch's own rendezvous, whose store will be the same one; but nobody is waited for yet.
-        hosts = rank() == 0 and not _of_launcher()
+        hosts = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's
         store = TCPStore(
             address, port, world_size(), is_master=hosts, wait_for_workers=False, multi_tenant=True, **options
         )
@@ -182,11 +182,6 @@ def _linger(store: Any, key: str) -> None:
     end = time.monotonic() + LINGER
     while store.add(key, 0) < world_size() and time.monotonic() < end:
         time.sleep(0.05)
-
-
-def _of_launcher() -> bool:
-    """Whether the store is torchrun's."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _store() -> Any:

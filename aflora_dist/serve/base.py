@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..errors import AFLoRAError, one_line
-from ..hub import refusal
+from ..errors import AFLoRAError
+from ..hub import snapshot
 from ..store.checkpoint import StoredTensors
 from ..untrusted import check_copied, read_object, reading, refuse_endless
 from ..weights import weight_files
@@ -90,16 +88,12 @@ def find_base(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *_BESIDE]))
+        folder = snapshot(name, ["*.safetensors", *_BESIDE], revision)
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
-        return folder
-    except Exception as error:  # of the network, too
-        reason = refusal(error, name) or one_line(error)
-        raise AFLoRAError(
-            f"The base model {name!r} is no folder, and could not be fetched from the hub: {reason} Name its folder "
-            f"with --base."
-        ) from None
+            snapshot(name, ["pytorch_model*.bin"], revision)
+    except AFLoRAError as error:
+        raise AFLoRAError(f"{error} Name the base model's folder with --base.") from None
+    return folder
 
 
 def beside_weights(folder: Path) -> list[Path]:
@@ -177,13 +171,6 @@ class Skeleton:
         self.tied = [names for names in groups.values() if len(names) > 1]
         self.shapes = {n: p.shape for n, p in self.model.named_parameters(remove_duplicate=False)}
         self.names = {*self.shapes, *dict(self.model.named_buffers())}
-
-    @classmethod
-    def labelled(cls, config: Any, labels: int, task_type: str | None, trust_remote_code: bool) -> Skeleton:
-        """That of the same model with so many labels."""
-        config = copy.deepcopy(config)
-        config.num_labels = labels
-        return cls(config, task_type, trust_remote_code)
 
     @property
     def prefix(self) -> str:

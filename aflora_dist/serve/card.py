@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from ..store.records import Result, Settings
+from ..store.records import Settings
 from ..version import __version__
+from ..view.report import figures
 from .source import Source
 
 _LOADING = {
@@ -88,7 +89,10 @@ def _quoted(text: str) -> str:
 def _training(source: Source) -> list[str]:
     parts = []
     if (result := source.result) is not None:
-        parts += ["## Figures", f"Task: {result.task}{_examples(result)}.", _figures(result)]
+        count = "" if result.train_examples is None else f", {result.train_examples:,} training examples"
+        said = f"Task: {result.task}{count}. Metrics are those of its evaluation data."
+        rows = "".join(f"\n| {name} | {value} |" for name, value in figures(result))
+        parts += ["## Figures", said, f"| | |\n|---|---|{rows}"]
     if source.run is not None:
         parts += [
             "## Training",
@@ -102,24 +106,3 @@ def _training(source: Source) -> list[str]:
 def _settings(run: Settings) -> dict[str, Any]:
     """What was trained: neither where it went nor how it was watched."""
     return run.values if run.seed is None else {**run.values, "train": {**run.values["train"], "seed": run.seed}}
-
-
-def _examples(result: Result) -> str:
-    return "" if result.train_examples is None else f", {result.train_examples:,} training examples"
-
-
-def _figures(result: Result) -> str:
-    """What is known: a run of an earlier release has less."""
-    epoch = result.best_epoch or result.last_epoch or len(result.evaluations)
-    best = f"{epoch:g}, the best by {result.best_metric or 'its metric'}" if result.best_epoch else f"{epoch:g}"
-    rows = [
-        (f"{name.replace('_', ' ')} (evaluation data)", "not a number" if value is None else f"{value:.4f}")
-        for name, value in result.metrics.items()
-    ]
-    rows += [("epoch", best)] if epoch else []
-    rows += [("updates", f"{result.steps:,}")] if result.steps is not None else []
-    if result.avg_trainable_params is not None:
-        rows.append(("trainable parameters of the adapter, average", f"{result.avg_trainable_params:,.0f}"))
-    if result.world_size is not None and result.engine is not None:
-        rows.append(("trained on", f"{result.world_size} x {result.engine}"))
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

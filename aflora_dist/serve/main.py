@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from pathlib import Path
-
-from ..errors import AFLoRAError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -39,18 +36,14 @@ def main(command: str, arguments: list[str]) -> int:
             help="run modelling code that lies in the base model's folder; nothing that is read can ask for it",
         )
     args = parser.parse_args(arguments)
-    try:
-        if command == "merge":
-            from .merge import merge
+    if command == "merge":
+        from .merge import merge
 
-            said = merge(args.run, args.out, args.base, args.max_shard_size, args.trust_remote_code)
-        else:
-            from .lora import to_lora
+        said = merge(args.run, args.out, args.base, args.max_shard_size, args.trust_remote_code)
+    else:
+        from .lora import to_lora
 
-            said = to_lora(args.run, args.out)
-    except AFLoRAError as error:
-        print(f"aflora: error: {error}", file=sys.stderr)
-        return 2
+        said = to_lora(args.run, args.out)
     print(f"wrote {args.out}/")
     for sentence in said:
         print(f"aflora: note: {sentence}")

@@ -136,13 +136,8 @@ class Merged:
         """What a classifier's configuration has, as the training had it."""
         if self.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
             return
-        # The head is what changes with the number of labels.
-        few, more = (Skeleton.labelled(self.config, n, self.task_type, self.trust).shapes for n in (2, 3))
-        for name, key in self.source.whole.items():
-            sizes = zip(few.get(name, ()), more.get(name, ()), self.source.tensors[key].shape, strict=False)
-            if heads := [here for one, other, here in sizes if one != other]:
-                self.config.num_labels = heads[0]
-                break
+        if (outputs := self.source.outputs(self.source.tensors)) is not None:
+            self.config.num_labels = outputs
         if self.task_type != "SEQ_CLS":
             return
         labels = self.source.labels

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
 from ..adapter import read_labels
@@ -107,6 +108,16 @@ class Source:
             return self.result.labels
         task = TASKS.get(self.run.task) if self.run is not None else None  # of a run of an earlier release
         return None if task is None or task.labels is None else list(task.labels)
+
+    def outputs(self, tensors: Mapping[str, Tensor]) -> int | None:
+        """How many numbers a classifier says: the rows of the last layer of its head; None: these tensors hold none."""
+        heads = {*SEQ_CLS_HEAD_NAMES, *(self.config.get("modules_to_save") or ())}
+        shapes = [tensors[key].shape for key in tensors if key.endswith(".weight") and heads & {*key.split(".")}]
+        rows = {shape[0] for shape in shapes if len(shape) == 2}
+        if self.labels is not None and (not rows or len(self.labels) in rows):
+            return len(self.labels)
+        inner = {shape[1] for shape in shapes if len(shape) == 2}  # what a layer of a head gives to the next
+        return min(rows - inner or rows, default=None)
 
     @property
     def tokenizer(self) -> list[Path]:

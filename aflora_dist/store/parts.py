@@ -13,18 +13,20 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..control.progress import Part
 
-class LearningRates:
-    """Where the schedule is. Its functions, and the rates that they are factors of, are those of the configuration."""
+
+class LearningRates(Part):
+    """Where the schedule is. Its functions, and the rates that they are factors of, are those of the configuration.
+
+    Whether they are the same is said by that: nothing is left to `check`.
+    """
 
     def __init__(self, scheduler: LambdaLR) -> None:
         self._scheduler = scheduler
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {key: value for key, value in self._scheduler.state_dict().items() if key != "lr_lambdas"}
-
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Whether the schedule is the same is said by the configuration."""
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         scheduler = self._scheduler
@@ -37,7 +39,7 @@ class LearningRates:
             group["lr"] = rate
 
 
-class Randomness:
+class Randomness(Part):
     """What each rank draws random numbers from ("rng/RANK/NAME"); restored on as many ranks as there were."""
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -48,9 +50,6 @@ class Randomness:
         gathered = enumerate(gather_object([_states()]))
         tensors = {f"rng/{rank}/{name}": state for rank, states in gathered for name, state in states.items()}
         return tensors if self._accelerator.is_main_process else {}, {"ranks": self._accelerator.num_processes}
-
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Other ranks draw other numbers."""
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Take note of this rank's, out of those that the main process has read; `settle` brings them back."""

@@ -18,7 +18,7 @@ from ..control import Progress
 from ..errors import AFLoRAError, DivergedError, writing
 from ..methods import Control
 from ..notices import logger
-from ..options import CHANGES_NOTHING, Config
+from ..options import CHANGES_NOTHING, Config, flat
 from ..processes import on_main
 from ..version import __version__
 from . import checkpoint, records
@@ -81,24 +81,24 @@ def finished(run: RunDirectory, resolved: str) -> dict[str, Any] | None:
 
 def _goes_on(run: RunDirectory, theirs: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     """Whether a run that ended early waits longer now; says what will be."""
-    said = _flatten(theirs)
+    said = flat(theirs)
     before, now = said.get("run.patience"), run.config.patience
     done, epochs = result.get("last", {}).get("epoch", len(result.get("evaluations", ()))), said.get("train.epochs", 0)
     ended_whole = result.get("steps", 0) >= said["train.max_steps"] if said.get("train.max_steps") else done >= epochs
     if before == now:
         return False
     ended = f"The run in {run.path} ended after epoch {done:g} of {epochs} with run.patience={before}"
+    goes_on = False
     if before is None or ended_whole:
-        print(f"The run in {run.path} has ended: run.patience={now} changes nothing of it.", flush=True)
-        return False
-    if now is None or now < before:
-        print(f"{ended}. It goes on with a higher one.", flush=True)
-        return False
-    if checkpoint.newest_good(run.checkpoints)[0] is None:
-        print(f"{ended}, and left no checkpoint to go on from with run.patience={now}.", flush=True)
-        return False
-    print(f"{ended} and goes on with run.patience={now}.", flush=True)
-    return True
+        ended = f"The run in {run.path} has ended: run.patience={now} changes nothing of it"
+    elif now is None or now < before:
+        ended = f"{ended}. It goes on with a higher one"
+    elif checkpoint.newest_good(run.checkpoints)[0] is None:
+        ended = f"{ended}, and left no checkpoint to go on from with run.patience={now}"
+    else:
+        ended, goes_on = f"{ended} and goes on with run.patience={now}", True
+    print(f"{ended}.", flush=True)
+    return goes_on
 
 
 def _choose(run: RunDirectory) -> Checkpoint | None:
@@ -138,19 +138,8 @@ def refuse_differences(
 def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Options with both values, where they differ."""
     # An earlier release lacks the newer options: it did what they do if they are not given.
-    flat = [_flatten(asdict(Config())) | _flatten(theirs), _flatten(mine)]
-    values = {key: (flat[0].get(key), flat[1].get(key)) for key in sorted({*flat[0], *flat[1]})}
-    return {key: (there, here) for key, (there, here) in values.items() if there != here}
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    there, here = flat(asdict(Config())) | flat(theirs), flat(mine)
+    return {k: (there.get(k), here.get(k)) for k in sorted({*there, *here}) if there.get(k) != here.get(k)}
 
 
 class Checkpointer:

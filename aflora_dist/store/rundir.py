@@ -90,13 +90,18 @@ class RunDirectory:
     Args:
         config: Which directory, and whether to replace the run in it.
 
+    Attributes:
+        stop_file: Its existence asks a running job to save and leave.
+
     Raises:
         AFLoRAError: On every rank, if the directory holds (part of) a run already.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         self.config = config
-        self.path = Path(config.dir)
+        self.path = path = Path(config.dir)
+        self.checkpoints, self.adapter, self.tensorboard = path / "checkpoints", path / "adapter", path / "tensorboard"
+        self.stop_file = path / "stop"
         self.accelerator = accelerator
         self.writes = accelerator.is_main_process
         refuse_taken(config)
@@ -228,23 +233,6 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path / name)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def stop_file(self) -> Path:
-        """Its existence asks a running job to save and leave."""
-        return self.path / "stop"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add a line to freeze_log.jsonl or metrics.jsonl.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AFLoRAError, writing
-from ..options import CHANGES_NOTHING, Config
+from ..options import CHANGES_NOTHING, Config, flat
 from ..store.records import Run, dumps, loads
 from ..version import __version__
 
@@ -35,7 +35,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     Raises:
         AFLoRAError: A file of data cannot be read.
     """
-    mine, default = _flat(asdict(config)), _flat(asdict(Config()))
+    mine, default = flat(asdict(config)), flat(asdict(Config()))
     changed = {name: value for name, value in mine.items() if value != default.get(name) and name != "train.seed"}
     told = {name: changed[name] for name in _DECIDE if name in changed}
     told |= {name: _content(name, changed[name]) for name in _FILES if name in changed}
@@ -67,15 +67,6 @@ def name_of(config: Config) -> str:
     content = json.dumps(sorted(settings_of(config).items()), sort_keys=True)
     mark = hashlib.sha256(content.encode()).hexdigest()[:10]
     return f"{config.data.task}-{config.method.name}-{mark}-seed{config.train.seed}"
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Option -> value; what is below an option, as in method.options, stays whole."""
-    return {
-        f"{group}.{name}" if isinstance(of_group, Mapping) else group: value
-        for group, of_group in values.items()
-        for name, value in (of_group.items() if isinstance(of_group, Mapping) else [("", of_group)])
-    }
 
 
 class Results:

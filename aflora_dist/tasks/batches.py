@@ -34,28 +34,15 @@ def create_loaders(
         AFLoRAError: On every rank: there is less than one batch of training examples, a token of which the model knows
             nothing, or a rank failed.
     """
-    shape = BatchShape(accelerator, limits.positions, config.data.max_length)
-    if config.data.pad_to_max_length:
-        shape.multiple = config.data.max_length
-    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=shape.multiple)
     enough(config, len(data.train))  # before time is spent
-    limits.check_padding(tokenizer)
+    texts = Texts(config, tokenizer, limits, accelerator)
+    shape, collate = texts.shape, texts.collate
     _check_room(tokenizer, config.data.max_length, "text_pair" in data.train.column_names)
-
-    def made(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
-        tokens = tokenized(dataset, tokenizer, config.data.max_length, name)
-        limits.check_tokens(tokenizer, tokens, name)
-        full = sum(length >= config.data.max_length for length in lengths(tokens, 1))
-        if full and accelerator.is_main_process:
-            said = f"have {config.data.max_length} tokens or more, and are cut there (data.max_length)"
-            print(f"Of {len(tokens):,} examples of {name}: {full:,} {said}.", flush=True)
-        return tokens
-
-    train_set = made(data.train, "the training split")
+    train_set = texts.tokens(data.train, "the training split")
     sampler = create_sampler(config, lengths(train_set, shape.multiple), shape, sizes=lengths(train_set, 1))
     evaluation = {}
     for split, dataset in data.evaluation.items():
-        tokens = made(dataset, f"the {split} split")
+        tokens = texts.tokens(dataset, f"the {split} split")
         evaluation[split] = evaluation_loader(config, tokens, lengths(tokens, shape.multiple), collate, shape)
     return sampler, loader(train_set, sampler, collate, shape.on_gpu), evaluation
 
@@ -85,6 +72,37 @@ class BatchShape:
         if positions is not None and padded(max_length, self.multiple) > positions:
             self.multiple = 1
         self.tokens = _TOKENS_PER_MICRO_BATCH[kind]
+
+
+class Texts:
+    """How texts, and pairs of them, become batches on this rank, in training as in predicting.
+
+    Raises:
+        AFLoRAError: They cannot be padded.
+    """
+
+    def __init__(self, config: Config, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
+        self.length, self.tokenizer, self.limits = config.data.max_length, tokenizer, limits
+        self.says = accelerator.is_main_process
+        self.shape = BatchShape(accelerator, limits.positions, self.length)
+        if config.data.pad_to_max_length:
+            self.shape.multiple = self.length
+        limits.check_padding(tokenizer)
+        self.collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=self.shape.multiple)
+
+    def tokens(self, dataset: datasets.Dataset, name: str) -> datasets.Dataset:
+        """Their tokens; how many are cut is said. A collective.
+
+        Raises:
+            AFLoRAError: On every rank: a token of which the model knows nothing.
+        """
+        tokens = tokenized(dataset, self.tokenizer, self.length, name)
+        self.limits.check_tokens(self.tokenizer, tokens, name)
+        full = sum(length >= self.length for length in lengths(tokens, 1))
+        if full and self.says:
+            said = f"have {self.length} tokens or more, and are cut there (data.max_length)"
+            print(f"Of {len(tokens):,} examples of {name}: {full:,} {said}.", flush=True)
+        return tokens
 
 
 def enough(config: Config, examples: int) -> None:

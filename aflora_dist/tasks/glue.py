@@ -5,112 +5,59 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GlueTask:
     """A sequence classification or regression task.
 
     Args:
         name: GLUE's name on the hub.
+        folder: GLUE's own folder of TSV files.
         text_columns: The one or two columns of text, as the hub names them.
         labels: Class names in the order of the hub's class numbers; None for regression.
         metrics: What is reported, the first being the one that Table 1 lists first.
-        folder: GLUE's own folder of TSV files.
-        files: (split, file) in that folder.
-        tsv_columns: Column names in the TSV files of the text columns and of the label. Numbers are
-            positions in files without a header.
+        own_columns: Names in the TSV files of the columns of text and of the label, where they are not the hub's and
+            "label". Numbers are positions in files without a header.
         tsv_labels: Labels as the TSV files spell them; by default the class numbers.
+        files: (split, file) in the folder.
     """
 
     name: str
+    folder: str
     text_columns: tuple[str, ...]
     labels: tuple[str, ...] | None
-    metrics: tuple[str, ...]
-    folder: str
-    files: tuple[tuple[str, str], ...] = (("train", "train.tsv"), ("validation", "dev.tsv"))
-    tsv_columns: tuple[str | int, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    own_columns: tuple[str | int, ...] = ()
     tsv_labels: tuple[str, ...] | None = None
+    files: tuple[tuple[str, str], ...] = (("train", "train.tsv"), ("validation", "dev.tsv"))
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:
         return tuple(split for split, _ in self.files if split != "train")
 
+    @property
+    def tsv_columns(self) -> tuple[str | int, ...]:
+        return self.own_columns or (*self.text_columns, "label")
 
-_NLI = ("entailment", "not_entailment")
 
-TASKS: dict[str, GlueTask] = {
-    task.name: task
-    for task in (
-        GlueTask(
-            name="cola",
-            text_columns=("sentence",),
-            labels=("unacceptable", "acceptable"),
-            metrics=("matthews_correlation",),
-            folder="CoLA",
-            tsv_columns=(3, 1),
-        ),
-        GlueTask(
-            name="sst2",
-            text_columns=("sentence",),
-            labels=("negative", "positive"),
-            metrics=("accuracy",),
-            folder="SST-2",
-            tsv_columns=("sentence", "label"),
-        ),
-        GlueTask(
-            name="mrpc",
-            text_columns=("sentence1", "sentence2"),
-            labels=("not_equivalent", "equivalent"),
-            metrics=("accuracy", "f1"),
-            folder="MRPC",
-            tsv_columns=("#1 String", "#2 String", "Quality"),
-        ),
-        GlueTask(
-            name="qqp",
-            text_columns=("question1", "question2"),
-            labels=("not_duplicate", "duplicate"),
-            metrics=("accuracy", "f1"),
-            folder="QQP",
-            tsv_columns=("question1", "question2", "is_duplicate"),
-        ),
-        GlueTask(
-            name="stsb",
-            text_columns=("sentence1", "sentence2"),
-            labels=None,
-            metrics=("pearson",),
-            folder="STS-B",
-            tsv_columns=("sentence1", "sentence2", "score"),
-        ),
-        GlueTask(
-            name="mnli",
-            text_columns=("premise", "hypothesis"),
-            labels=("entailment", "neutral", "contradiction"),
-            metrics=("accuracy",),
-            folder="MNLI",
-            files=(
-                ("train", "train.tsv"),
-                ("validation_matched", "dev_matched.tsv"),
-                ("validation_mismatched", "dev_mismatched.tsv"),
-            ),
-            tsv_columns=("sentence1", "sentence2", "gold_label"),
-            tsv_labels=("entailment", "neutral", "contradiction"),
-        ),
-        GlueTask(
-            name="qnli",
-            text_columns=("question", "sentence"),
-            labels=_NLI,
-            metrics=("accuracy",),
-            folder="QNLI",
-            tsv_columns=("question", "sentence", "label"),
-            tsv_labels=_NLI,
-        ),
-        GlueTask(
-            name="rte",
-            text_columns=("sentence1", "sentence2"),
-            labels=_NLI,
-            metrics=("accuracy",),
-            folder="RTE",
-            tsv_columns=("sentence1", "sentence2", "label"),
-            tsv_labels=_NLI,
-        ),
-    )
-}
+_PAIR, _QUESTIONS, _F1 = ("sentence1", "sentence2"), ("question1", "question2"), ("accuracy", "f1")
+_RTE, _MNLI = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
+_IN_MNLI = tuple((f"validation_{part}", f"dev_{part}.tsv") for part in ("matched", "mismatched"))
+_ALL = (
+    GlueTask("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",), (3, 1)),
+    GlueTask("sst2", "SST-2", ("sentence",), ("negative", "positive")),
+    GlueTask("mrpc", "MRPC", _PAIR, ("not_equivalent", "equivalent"), _F1, ("#1 String", "#2 String", "Quality")),
+    GlueTask("qqp", "QQP", _QUESTIONS, ("not_duplicate", "duplicate"), _F1, (*_QUESTIONS, "is_duplicate")),
+    GlueTask("stsb", "STS-B", _PAIR, None, ("pearson",), (*_PAIR, "score")),
+    GlueTask(
+        name="mnli",
+        folder="MNLI",
+        text_columns=("premise", "hypothesis"),
+        labels=_MNLI,
+        own_columns=(*_PAIR, "gold_label"),
+        tsv_labels=_MNLI,
+        files=(("train", "train.tsv"), *_IN_MNLI),
+    ),
+    GlueTask("qnli", "QNLI", ("question", "sentence"), _RTE, tsv_labels=_RTE),
+    GlueTask("rte", "RTE", _PAIR, _RTE, tsv_labels=_RTE),
+)
+TASKS: dict[str, GlueTask] = {task.name: task for task in _ALL}

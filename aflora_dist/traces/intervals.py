@@ -27,17 +27,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 def intersection(one: list[Interval], other: list[Interval]) -> list[Interval]:
     """The times that both sets cover."""
-    common = []
-    i = j = 0
-    while i < len(one) and j < len(other):
-        start, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
-        if start < end:
-            common.append((start, end))
-        if one[i][1] < other[j][1]:
-            i += 1
-        else:
-            j += 1
-    return common
+    return difference(one, difference(one, other))
 
 
 def total(intervals: Iterable[Interval]) -> float:

@@ -103,29 +103,24 @@ def read_trace(path: Path) -> RankTrace:
     Raises:
         TraceError: The file is cut short, is no trace, or has none of the profiler's steps in it.
     """
-    text = _text(path)
-    events = _Events(path)
+    text, events, what = _text(path), _Events(), ""
     if re.match(r"\s*[^{\s]", text):
         raise TraceError(f"{path} is no trace of PyTorch's: it is no JSON object.")
     try:
         said = json.loads(text, object_hook=events.take)
-    except TraceError:
-        raise
-    except (ValueError, RecursionError):  # a number of thousands of digits is the former
-        raise TraceError(f"{path} is cut short or damaged, after {events.count:,} events.") from None
-    rank, world_size = rank_in_name(path) or 0, None
-    try:
+        what = "traceEvents"
         if any(left is not None for left in said.get("traceEvents", ())):
             raise TypeError
-    except _STRANGE:
-        raise events.strange("traceEvents") from None
-    if (ranks := said.get("distributedInfo")) is not None:
-        try:
+        what, rank, world_size = "distributedInfo", rank_in_name(path) or 0, None
+        if (ranks := said.get("distributedInfo")) is not None:
             rank, world_size = int(ranks["rank"]), int(ranks["world_size"])
             if not 0 <= rank < world_size < 2**63:
                 raise ValueError(rank)
-        except _STRANGE:
-            raise events.strange("distributedInfo") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise TraceError(f"{path} is cut short or damaged, after {events.count:,} events.") from None
+    except _STRANGE:
+        what = what or f"event {events.count:,}"
+        raise TraceError(f"{path} is no trace of PyTorch's: its {what} is not as it writes it.") from None
     if not events.steps:
         raise TraceError(f"{path} has no steps (ProfilerStep) in it: it is no window of a training.")
     return events.trace(rank, world_size)
@@ -153,8 +148,7 @@ def _text(path: Path) -> str:
 class _Events:
     """What is kept of the events; which thread is the main one, and who launched what, is known after the last."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self) -> None:
         self.count = 0
         self.steps: dict[Any, list[Interval]] = defaultdict(list)
         self.ranges: dict[Any, list[tuple[str, float, float]]] = defaultdict(list)
@@ -166,23 +160,13 @@ class _Events:
         self.nccl: list[tuple[int, str, int | None]] = []
 
     def take(self, parsed: dict[str, Any]) -> dict[str, Any] | None:
-        """An object of the file: an event becomes None, after what lasts has been noted; others stay.
-
-        Raises:
-            TraceError: The event is not as torch writes it.
-        """
+        """An object of the file: an event becomes None, after what lasts has been noted; others stay."""
         if "ph" not in parsed:
             return parsed
         self.count += 1
         if parsed["ph"] == "X":
-            try:
-                self._add(parsed)
-            except _STRANGE:
-                raise self.strange(f"event {parsed.get('name')!r}") from None
+            self._add(parsed)
         return None
-
-    def strange(self, what: str) -> TraceError:
-        return TraceError(f"{self._path} is no trace of PyTorch's: its {what} is not as it writes it.")
 
     def _add(self, event: dict[str, Any]) -> None:
         category, name = event.get("cat"), str(event["name"])

@@ -32,17 +32,16 @@ def tables(windows: Sequence[WindowReport]) -> list[Table]:
     columns = tuple(short_name(window.name) for window in windows)
     columns = ("", *columns, *(f"{name}/{columns[0]}" for name in columns[1:]))
     on_device = any(r.launches is not None for w in windows for r in w.ranks)
-    host = [_row(_indented(path), [_host_ms(w, path) for w in windows], windows) for path in range_paths(windows)]
-    host.append(_row("outside of these", [_mean(w, _outside_ms) for w in windows], windows))
+    host = _ranges(windows, "host_ms")
+    outside = [_mean(w, lambda r: r.step_ms - sum(t.host_ms for t in r.ranges if len(t.path) == 1)) for w in windows]
+    host.append(_row("outside of these", outside, windows))
     found = [
         _steps(windows, columns, on_device),
         Table("Ranges on the host, ms per step (mean over ranks)", columns, tuple(host)),
     ]
     if on_device:
-        device = [
-            _row(_indented(path), [_device_ms(w, path) for w in windows], windows) for path in range_paths(windows)
-        ]
-        found.append(Table("Ranges on the GPU, ms per step (mean over ranks)", columns, tuple(device)))
+        device = tuple(_ranges(windows, "device_ms"))
+        found.append(Table("Ranges on the GPU, ms per step (mean over ranks)", columns, device))
     return [*found, _communication(windows), _ranks(windows)]
 
 
@@ -129,18 +128,15 @@ def _mean(window: WindowReport, value: Callable[[RankReport], float]) -> float:
     return fmean(map(value, window.ranks))
 
 
-def _host_ms(window: WindowReport, path: Path) -> float | None:
-    times = [t.host_ms for r in window.ranks for t in r.ranges if t.path == path]
-    return sum(times) / len(window.ranks) if times else None
+def _ranges(windows: Sequence[WindowReport], time: str) -> list[Row]:
+    """A row for each range, of its `host_ms` or `device_ms`."""
 
+    def mean(window: WindowReport, path: Path) -> float | None:
+        times = [getattr(t, time) or 0.0 for r in window.ranks for t in r.ranges if t.path == path]
+        return sum(times) / len(window.ranks) if times else None
 
-def _device_ms(window: WindowReport, path: Path) -> float | None:
-    times = [t.device_ms or 0.0 for r in window.ranks for t in r.ranges if t.path == path]
-    return sum(times) / len(window.ranks) if times else None
-
-
-def _outside_ms(report: RankReport) -> float:
-    return report.step_ms - sum(t.host_ms for t in report.ranges if len(t.path) == 1)
+    paths = range_paths(windows)
+    return [_row("  " * (len(path) - 1) + path[-1], [mean(w, path) for w in windows], windows) for path in paths]
 
 
 def _row(name: str, values: Sequence[float | None], of: Sequence[WindowReport] | None = None) -> Row:
@@ -160,10 +156,6 @@ def _part(value: float, whole: float) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.{0 if value >= 1000 else 1 if value >= 100 else 2 if value >= 1 else 3}f}" if value else "0"
-
-
-def _indented(path: Path) -> str:
-    return "  " * (len(path) - 1) + path[-1]
 
 
 def _escaped(cell: str) -> str:

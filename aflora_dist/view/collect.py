@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import AFLoRAError, writing
+from ..options import flat
 from ..store.records import CONFIG, Outcome, Result, dumps, read_outcome
 from .terminal import console, warn
 
@@ -75,7 +75,7 @@ def groups(folder: Path, problems: list[str]) -> list[Setting]:
     runs.sort(key=lambda run: run.result is None)  # of copies, one that has ended counts
     found: dict[str, Setting] = {}
     for run in runs:
-        key = dumps(sorted(_flat(run.settings.values).items()))
+        key = dumps(sorted(flat(run.settings.values).items()))
         entry = found.setdefault(key, Setting(run.settings.task, run.settings.model, run.settings.values))
         original = next((other for other in entry.runs if run.is_copy_of(other)), None)
         if original is not None:
@@ -98,34 +98,24 @@ def _oddities(run: Outcome, entry: Setting) -> Iterator[str]:
 
 def walk(folder: Path, problems: list[str]) -> Iterator[Path]:
     """Folders with a config.yaml, depth first by name. Links are followed, but not up; no folder is seen twice."""
+
+    def unread(error: OSError) -> None:
+        problems.append(f"{error.filename} could not be read: {error.strerror or error}.")
+
     above = {(about.st_dev, about.st_ino) for up in folder.resolve().parents if (about := up.stat())}
     seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        path = waiting.pop()
-        try:
-            about = path.stat()
-            if (about.st_dev, about.st_ino) in seen:
-                continue
-            if (about.st_dev, about.st_ino) in above:
-                problems.append(f"{path} leads out of {folder} and back up, and is not looked through.")
-                continue
-            seen.add((about.st_dev, about.st_ino))
-            with os.scandir(path) as entries:
-                inside = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            problems.append(f"{path} could not be read: {error.strerror or error}.")
+    for path, folders, files in os.walk(folder, onerror=unread, followlinks=True):
+        about = os.stat(path)
+        here = about.st_dev, about.st_ino
+        if here in above:
+            problems.append(f"{path} leads out of {folder} and back up, and is not looked through.")
+        if here in above | seen:
+            folders.clear()
             continue
-        if any(entry.name == CONFIG for entry in inside):
-            yield path
-        waiting += [path / entry.name for entry in reversed(inside) if _is_folder(entry)]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
+        seen.add(here)
+        folders.sort()
+        if CONFIG in (*files, *folders):
+            yield Path(path)
 
 
 def rows(entries: list[Setting]) -> list[dict[str, Any]]:
@@ -153,22 +143,14 @@ def rows(entries: list[Setting]) -> list[dict[str, Any]]:
 
 def _differences(entry: Setting, entries: list[Setting]) -> str:
     """What tells this setting from the others of the same task; an option of a later release may be missing in it."""
-    mine = _flat(entry.options)
-    same = [_flat(other.options) for other in entries if other.task == entry.task]
+    mine = flat(entry.options)
+    same = [flat(other.options) for other in entries if other.task == entry.task]
     names = dict.fromkeys(name for options in (mine, *same) for name in options)
     return ", ".join(
         f"{name}={mine.get(name, 'not given')}"
         for name in names
         if any(options.get(name, same) != mine.get(name, same) for options in same)
     )
-
-
-def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{key}" if key else section: value
-        for section, values in options.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-    }
 
 
 def main(arguments: list[str]) -> int:
@@ -179,16 +161,12 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     problems: list[str] = []
     try:
-        try:
-            lines = rows(groups(args.folder, problems))
-        finally:
-            warn(problems)
-        if args.json is not None:
-            with writing("The table", args.json):
-                args.json.write_text(dumps(lines, indent=2) + "\n", encoding="utf-8")
-    except AFLoRAError as error:
-        print(f"aflora: error: {error}", file=sys.stderr)
-        return 2
+        lines = rows(groups(args.folder, problems))
+    finally:
+        warn(problems)
+    if args.json is not None:
+        with writing("The table", args.json):
+            args.json.write_text(dumps(lines, indent=2) + "\n", encoding="utf-8")
     table = Table()
     for title in (*_LEFT, "seeds", "mean ± deviation", "trainable", "seconds"):
         table.add_column(title, justify="left" if title in _LEFT else "right")

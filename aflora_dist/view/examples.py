@@ -10,7 +10,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 from accelerate.state import PartialState
@@ -37,15 +38,10 @@ _LONGEST = 1500  # characters of a stretch that are shown
 _LEARNED, _GIVEN = "bold green", "dim"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise AFLoRAError(f"{message[:1].upper()}{message[1:]}. See aflora data --help.")
-
-
 def main(arguments: list[str]) -> int:
     """`aflora data`; returns the exit status."""
     quiet_libraries()
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="aflora data",
         usage="%(prog)s [FILE | NAME | CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...] [--show N]",
         description="What a training would be given, by a file, a data set of the hub, or what `aflora train` takes.",
@@ -132,11 +128,8 @@ def _print_example(console: Console, task: LanguageModelling, row: int, example:
 
 def _stretches(ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
     """Tokens one after the other that all carry loss, or of which none does."""
-    start = 0
-    for at in range(1, len(ids) + 1):
-        if at == len(ids) or (labels[at] == IGNORED) != (labels[start] == IGNORED):
-            yield labels[start] != IGNORED, list(ids[start:at])
-            start = at
+    for learned, stretch in groupby(zip(ids, labels, strict=True), key=lambda token: token[1] != IGNORED):
+        yield learned, [number for number, _ in stretch]
 
 
 def _shortened(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.table import Table
 
@@ -14,21 +16,8 @@ def print_summary(result: Result, directory: str, console: Console | None = None
     table = Table(title=f"{_method(result)} on {result.task}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in result.metrics.items():
-        table.add_row(name.replace("_", " "), f"{_number(value)}{_beside(result, name)}")
-    average, lora = result.avg_trainable_params, result.lora_r8_trainable_params
-    if average is not None:
-        than = f"; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many" if lora is not None else ""
-        table.add_row("trainable parameters", f"{average:,.0f} on average{than}")
-    if result.freezable_matrices and result.freeze_events is not None:
-        froze = f"{result.freezable_matrices} projection matrices in {result.freeze_events} events"
-        table.add_row("froze", froze)
-    if result.freezable_matrices and result.freeze_seconds_total is not None:
-        share = (
-            f", {result.freeze_seconds_total / result.train_seconds:.2%} of training" if result.train_seconds else ""
-        )
-        table.add_row("time spent freezing", f"{result.freeze_seconds_total:.2f} s{share}")
-    table.add_row("training", ", ".join(_training(result)))
+    for name, value in figures(result):
+        table.add_row(name, value)
     if result.traces:
         names = ", ".join(path.rsplit("/", 1)[-1] for path in result.traces)
         table.add_row("traces", f"{names}, in {directory}/tensorboard/profile/ (*.json.gz opens in Perfetto)")
@@ -38,6 +27,24 @@ def print_summary(result: Result, directory: str, console: Console | None = None
         "files", f"{directory}/ (adapter/, {stock}freeze_log.jsonl, metrics.jsonl, result.json, tensorboard/)"
     )
     (console or Console()).print(table)
+
+
+def figures(result: Result) -> Iterator[tuple[str, str]]:
+    """What a run came to, as names and texts; an earlier release's has less."""
+    for name, value in result.metrics.items():
+        yield name.replace("_", " "), f"{_number(value)}{_beside(result, name)}"
+    average, lora = result.avg_trainable_params, result.lora_r8_trainable_params
+    if average is not None:
+        than = f"; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many" if lora is not None else ""
+        yield "trainable parameters", f"{average:,.0f} on average{than}"
+    if result.freezable_matrices and result.freeze_events is not None:
+        yield "froze", f"{result.freezable_matrices} projection matrices in {result.freeze_events} events"
+    if result.freezable_matrices and result.freeze_seconds_total is not None:
+        share = (
+            f", {result.freeze_seconds_total / result.train_seconds:.2%} of training" if result.train_seconds else ""
+        )
+        yield "time spent freezing", f"{result.freeze_seconds_total:.2f} s{share}"
+    yield "training", ", ".join(_training(result))
 
 
 def _method(result: Result) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import AFLoRAError, writing
+from ..errors import writing
 from ..extras import require
-from ..names import WHOLE_BLOCK, grid, matrix_position, whole_blocks
+from ..names import freeze_map_cells, grid
 from ..store.records import Run as Run
 from .terminal import console as create_console
 from .terminal import warn
@@ -67,16 +66,10 @@ def print_run(run: Run, console: Console) -> None:
 
 def print_freeze_map(run: Run, console: Console) -> None:
     """Fig. 5: rows are kinds of matrices, columns layers, a cell the step after which the matrix froze."""
-    columns, rows = grid(run.names)
+    columns, rows, at = freeze_map_cells(run.names, run.frozen, _ends(run))
     if len(columns) * len(rows) > _LARGEST_MAP:
         console.print(f"{len(run.frozen)} of {len(run.names)} matrices frozen, in too many places for a map.")
         return
-    frozen = run.frozen
-    at = {(w.kind, (w.stack, w.layer)): frozen.get(name) for name in run.names if (w := matrix_position(name))}
-    ends = _ends(run)
-    if any(lowest for _, lowest in ends):
-        at |= {(WHOLE_BLOCK, columns[i]): step for i, step in enumerate(whole_blocks(ends, len(columns)))}
-        rows = [*rows, WHOLE_BLOCK]
     width = len(str(run.total_steps))
     # As many layers side by side as fit.
     room = max(1, (console.width - max(map(len, rows)) - 4) // (width + 3))
@@ -143,14 +136,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures")
     args = parser.parse_args(arguments)
     console = create_console()
-    try:
-        run = Run(args.run)
-        warn(run.problems)
-        print_run(run, console)
-        if args.figures is not None:
-            for path in write_figures(run, args.figures, args.format):
-                console.print(f"wrote {path}", soft_wrap=True)
-    except AFLoRAError as error:
-        print(f"aflora: error: {error}", file=sys.stderr)
-        return 2
+    run = Run(args.run)
+    warn(run.problems)
+    print_run(run, console)
+    if args.figures is not None:
+        for path in write_figures(run, args.figures, args.format):
+            console.print(f"wrote {path}", soft_wrap=True)
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from ..errors import AFLoRAError, writing
+from ..errors import writing
 from ..traces import Table, read_run, tables
 from .terminal import console as create_console
 
@@ -42,18 +41,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers")
     args = parser.parse_args(arguments)
     console = create_console()
-    try:
-        windows, problems = read_run(args.run, args.ranks)
-        for table in tables(windows):
-            print_table(table, console)
-        for problem in problems:
-            console.print(Text(f"note: {problem}"), soft_wrap=True)
-        if args.json is not None:
-            numbers = {"run": str(args.run), "windows": [asdict(window) for window in windows], "notes": problems}
-            with writing("The numbers", args.json):
-                args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-            console.print(f"wrote {args.json}", soft_wrap=True)
-    except AFLoRAError as error:
-        print(f"aflora: error: {error}", file=sys.stderr)
-        return 2
+    windows, problems = read_run(args.run, args.ranks)
+    for table in tables(windows):
+        print_table(table, console)
+    for problem in problems:
+        console.print(Text(f"note: {problem}"), soft_wrap=True)
+    if args.json is not None:
+        numbers = {"run": str(args.run), "windows": [asdict(window) for window in windows], "notes": problems}
+        with writing("The numbers", args.json):
+            args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {args.json}", soft_wrap=True)
     return 0

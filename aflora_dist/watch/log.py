@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..adapter.precision import beyond_float16
 from ..control import Progress
+from ..control.progress import Part
 from ..errors import DivergedError
 from ..methods import Control
 from ..notices import logger
@@ -30,7 +31,7 @@ from .telemetry import Telemetry, open_telemetry, run_summary
 from .timing import TrainingTime
 
 
-class TrainingLog:
+class TrainingLog(Part):
     """metrics.jsonl, trackers, the progress bar, and result.json; a part of what survives a restart ("log").
 
     Attributes:
@@ -76,15 +77,12 @@ class TrainingLog:
         config = self.config
         on_main(self.accelerator, lambda: self._open_telemetry(first_step))
         if self.run.writes:
-            engine, freezable = self.progress.engine, self.control.freezable
+            what = f"{self.progress.engine.trainable_params:,} parameters train"
+            if self.control.freezable:
+                what = f"{len(self.control.freezable)} projection matrices train and then freeze"
             print(
                 f"Fine-tuning {config.model.name} on {config.data.task}: {self.total_steps} updates of "
-                f"{config.train.batch_size} examples, {self.accelerator.num_processes} x {engine.kind}; "
-                + (
-                    f"{len(freezable)} projection matrices train and then freeze."
-                    if freezable
-                    else f"{engine.trainable_params:,} parameters train."
-                ),
+                f"{config.train.batch_size} examples, {self._engine}; {what}.",
                 flush=True,
             )
         self.bar = tqdm(
@@ -98,11 +96,12 @@ class TrainingLog:
         )
 
     def _open_telemetry(self, first_step: int) -> None:
-        facts = {
-            "engine": f"{self.accelerator.num_processes} x {self.progress.engine.kind}",
-            "mixed_precision": str(self.accelerator.mixed_precision),
-        }
+        facts = {"engine": self._engine, "mixed_precision": str(self.accelerator.mixed_precision)}
         self.telemetry = open_telemetry(self.config, self.run.path, first_step, facts)
+
+    @property
+    def _engine(self) -> str:
+        return f"{self.accelerator.num_processes} x {self.progress.engine.kind}"
 
     @property
     def step(self) -> int:
@@ -208,9 +207,6 @@ class TrainingLog:
             "control_seconds": self.control.seconds,
         }
 
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Whatever was counted can be counted on."""
-
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self.evaluations, self.trained_sum = list(record["evaluations"]), record["trained_sum"]
         each = [self.updates_per_epoch * (number + 1) for number in range(len(self.evaluations))]
@@ -273,7 +269,7 @@ class TrainingLog:
     def describe(self, resolved: str) -> None:
         """Put what this run is, and its configuration, beside its charts."""
         facts = {
-            "engine": f"{self.accelerator.num_processes} x {self.progress.engine.kind}",
+            "engine": self._engine,
             "updates": self.total_steps,
             "freezable matrices": len(self.control.freezable),
             "trainable parameters": f"{self.progress.engine.trainable_params:,} (head {self.head_params:,})",

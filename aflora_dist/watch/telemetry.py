@@ -13,7 +13,7 @@ import yaml
 from ..errors import AFLoRAError
 from ..names import matrix_position
 from ..notices import logger
-from ..options import Config
+from ..options import Config, flat
 from ..traces import read_run, tables
 from .trackers import TENSORBOARD, Tracker
 
@@ -150,12 +150,8 @@ def open_telemetry(config: Config, run: Path, first_step: int, facts: Mapping[st
 
 def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
     """The configuration as trackers take it: flat, lists and what is not given as text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for section, values in asdict(config).items():
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            plain = value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            flat[f"{section}.{key}" if key else section] = plain
-    return flat
+    plain = (bool, int, float, str)
+    return {name: v if isinstance(v, plain) else json.dumps(v) for name, v in flat(asdict(config)).items()}
 
 
 def run_summary(config: str, facts: Mapping[str, Any]) -> str:

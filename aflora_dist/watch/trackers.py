@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AFLoRAError, one_line, writing
+from ..store.records import dumps, loads
 
 TENSORBOARD = "tensorboard"
 # As accelerate calls them, which are the names of the packages, too.
@@ -114,7 +115,8 @@ class Tracker:
         if ids.get(self.name) is None:
             store_configuration(tracker, dict(hyperparameters))
             if (known_as := self._known_as(tracker)) is not None:
-                _write_ids(folder, {**ids, self.name: known_as})
+                with writing("By what a tracker knows the run", folder):
+                    (folder / _IDS).write_text(dumps({**ids, self.name: known_as}, indent=2) + "\n", encoding="utf-8")
         return tracker
 
     def _options(self, known_as: str | None) -> dict[str, Any]:
@@ -154,17 +156,8 @@ class Tracker:
 
 
 def _read_ids(folder: Path) -> dict[str, str]:
-    from ..store.records import loads
-
     try:
         ids = loads((folder / _IDS).read_bytes())
     except (OSError, ValueError):
         return {}
     return ids if isinstance(ids, dict) else {}
-
-
-def _write_ids(folder: Path, ids: Mapping[str, str]) -> None:
-    from ..store.records import dumps
-
-    with writing("By what a tracker knows the run", folder):
-        (folder / _IDS).write_text(dumps(ids, indent=2) + "\n", encoding="utf-8")

@@ -179,7 +179,6 @@ def test_attached_it_trains_detached_it_trains_on_released_it_does_not(way: str)
 def test_what_freezes_finds_the_layers_of_every_way(way: str) -> None:
     model = WAYS[way](AFLoRAConfig(r=2))
     adapted = Adapted(model)
-    assert adapted.freezes
     assert not adapted.freezing_attached
     assert len(adapted.roots) == 1
     assert isinstance(adapted.roots[0], BertForSequenceClassification)
@@ -187,10 +186,10 @@ def test_what_freezes_finds_the_layers_of_every_way(way: str) -> None:
     parameters = dict(model.named_parameters())
     assert len(found) == 8  # A and B of two feed-forward layers in each of two blocks
     assert all(parameters[name] is matrix and matrix.requires_grad for name, matrix in found.items())
-    adapted.freezing_attached = True
+    adapted.attach(model)
     for _ in range(3):
         step(model)
-    adapted.freezing_attached, adapted.freezing_waived = False, True
+    adapted.detach(waived=True)
     for _ in range(3):
         step(model)
 
@@ -201,7 +200,7 @@ def test_the_layers_of_a_copy_have_one_guard_of_their_own() -> None:
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         layers = [m for m in twin.modules() if isinstance(m, AFLoRALayer)]
         assert len({id(layer.guard) for layer in layers}) == 1
-        Adapted(twin).freezing_attached = True
+        Adapted(twin).attach(twin)
         step(twin)
     with pytest.raises(RuntimeError, match="nothing freezes it"):
         step(model)
@@ -227,7 +226,8 @@ def test_compiled_training_is_refused_too_and_the_guard_compiles_nothing_anew(wa
     (compiled(x) + compiled(x)).sum().backward()
     with pytest.raises(RuntimeError, match="nothing freezes it"):
         compiled(x).sum().backward()
-    Adapted(model).freezing_attached = True
+    (guard,) = {m.guard for m in model.modules() if isinstance(m, AFLoRALayer)}
+    guard.attached = True
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(3):
             compiled(x).sum().backward()

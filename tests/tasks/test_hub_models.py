@@ -168,7 +168,7 @@ def refuses(monkeypatch: pytest.MonkeyPatch, error: type[Exception], status: int
         raise error(f"{status} Client Error. (Request ID: Root=1-2)", response=answer)  # type: ignore[call-arg]
 
     monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", refused)
-    monkeypatch.setattr("aflora_dist.serve.base.snapshot_download", refused)
+    monkeypatch.setattr("aflora_dist.hub.snapshot_download", refused)
 
 
 @pytest.mark.parametrize(

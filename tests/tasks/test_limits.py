@@ -18,14 +18,14 @@ from transformers import (
 )
 
 from aflora_dist import AFLoRAError
-from aflora_dist.plan.command import main as plan_main
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.training.run import main as run_main
 from tests.launch import MAIN_JOB, launch
-from tests.runs import command_line, options
+from tests.runs import command, command_line, options
 from tests.small_lm import PIECES, make_small_language_model, make_small_tokenizer, write_problems
 from tests.tasks.chats import chat_tokenizer
 
+plan_main = command("plan")
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
 NO_LIMIT = {"xlnet": {"n_layer": 1, "d_model": 16, "n_head": 2, "d_inner": 16}}
 FAMILIES = [

@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassification
 
 from aflora_dist import AFLoRAError
-from aflora_dist.plan.command import main as plan_main
 from aflora_dist.tasks.classification import Classification
 from aflora_dist.tasks.sft import LanguageModelling
 from aflora_dist.tasks.sft.rehearsal import check_kind, check_no_future
 from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main as run_main
-from tests.runs import command_line, options
+from tests.runs import command, command_line, options
 from tests.small_lm import PIECES, make_small_tokenizer, write_problems
 
+plan_main = command("plan")
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
 
 
@@ -80,8 +80,8 @@ def test_the_same_model_without_that_term_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "xlm-roberta"])
 def test_an_encoder_is_no_language_model(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = arguments(tmp_path, language_model(family))
-    for command in (run_main, lambda words: plan_main([*words, "--ranks", "1"])):
-        assert command(given) == 2
+    for start in (run_main, lambda words: plan_main([*words, "--ranks", "1"])):
+        assert start(given) == 2
         assert "sees the tokens that come after those that it is to continue" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     decoder = language_model(family, is_decoder=True).eval()

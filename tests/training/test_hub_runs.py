@@ -13,13 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from aflora_dist.serve.main import main as serve
 from aflora_dist.tasks.glue import TASKS
 from aflora_dist.training.presets import PRESETS
 from aflora_dist.training.run import main
 from tests.hub_layouts import deberta_v3, llama_7b, qwen2_5
 from tests.launch import launch_series
-from tests.runs import command_line, lines, start
+from tests.runs import command, command_line, lines, start
 from tests.small import WORDS
 from tests.small_lm import write_problems
 
@@ -168,8 +167,8 @@ def test_a_run_over_pickles_in_float16_is_planned_merged_and_made_lora(
     assert main(arguments) == 0
     moments = 8 * json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["trainable_params"]  # all in float32
     assert f"{moments / 1000:.3g} to" in planned
-    assert serve("merge", [str(run), str(merged)]) == 0
-    assert serve("to-lora", [str(run), str(lora)]) == 0
+    assert command("merge")([str(run), str(merged)]) == 0
+    assert command("to-lora")([str(run), str(lora)]) == 0
     kind = AutoModelForSequenceClassification if preset == "glue/rte" else AutoModelForCausalLM
     base = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     models = [

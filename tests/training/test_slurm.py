@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
-from tests.runs import assert_same_to_the_bit, lines, options, start_all
+from tests.runs import assert_same_to_the_bit, command, lines, options, start_all
 from tests.slurm import SlurmCluster
 
 pytestmark = pytest.mark.distributed
@@ -151,7 +151,7 @@ def test_several_tasks_a_node_are_so_many_ranks_and_a_port_in_use_is_passed_over
 def test_an_array_of_seeds_is_collected_into_a_table(
     cluster: SlurmCluster, tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from aflora_dist.view.collect import main as collect
+    collect = command("collect")
 
     arguments = options(tmp_path / "table", tiny_model, reviews)
     variables = {"AFLORA_SEEDS": "3 5", "AFLORA_LAUNCH": "launch/cpu.yaml"}

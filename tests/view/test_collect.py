@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from aflora_dist.view.collect import main as collect
 from tests.conftest import SHARED
+from tests.runs import command
 from tests.view.written import write_run
+
+collect = command("collect")
 
 
 class Collected:

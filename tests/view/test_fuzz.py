@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aflora_dist.view.collect import main as collect
-from aflora_dist.view.show import main as show
+from tests.runs import command
 from tests.view.written import write_run
+
+collect, show = command("collect"), command("show")
 
 FILES = ("config.yaml", "metrics.jsonl", "freeze_log.jsonl", "result.json")
 # What JSON and YAML mean something by, and what is none of their letters.

@@ -12,8 +12,10 @@ from aflora_dist.figures import freeze_map
 from aflora_dist.names import MatrixPosition, matrix_position
 from aflora_dist.training.run import main
 from aflora_dist.view.show import Run, sparkline
-from aflora_dist.view.show import main as show
+from tests.runs import command
 from tests.view.written import NAME, write_lines, write_run
+
+show = command("show")
 
 
 def test_show_tells_the_story_and_writes_figures(

@@ -22,9 +22,11 @@ from aflora_dist.traces import RankReport, TraceError, read_run, tables
 from aflora_dist.traces.analysis import report_rank, waits
 from aflora_dist.traces.intervals import difference, intersection, total, union
 from aflora_dist.traces.reader import read_trace
-from aflora_dist.view.trace import main
 from aflora_dist.watch.traces import for_plugin
+from tests.runs import command
 from tests.watch.cuda_trace import NCCL, cuda_trace
+
+main = command("trace")
 
 pytestmark = pytest.mark.usefixtures("wide")
 Trace = dict[str, Any]
@@ -363,7 +365,7 @@ def test_odd_names_pipes_and_sizes_do_not_stop_it(
         (lambda data: b"{}", "has no steps (ProfilerStep) in it"),
         (lambda data: b'{"traceEvents": 3}', "its traceEvents is not as it writes it"),
         (lambda data: b'{"traceEvents": [3]}', "its traceEvents is not as it writes it"),
-        (lambda data: b'{"traceEvents": [{"ph": "X", "name": "n", "ts": "1"}]}', "its event 'n' is not as it"),
+        (lambda data: b'{"traceEvents": [{"ph": "X", "name": "n", "ts": "1"}]}', "its event 1 is not as it"),
         (lambda data: b'{"traceEvents": ' + b"[" * 100_000, "damaged"),
         (lambda data: b'{"distributedInfo": {"rank": "first"}}', "its distributedInfo is not as it writes it"),
     ],

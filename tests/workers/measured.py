@@ -1,9 +1,9 @@
-"""The main job, of which every rank writes what it held and sent at each freeze: OUT/rank<N>.json.
+"""The main job, of which every rank writes what it held at each freeze: OUT/rank<N>.json.
 
     tests.workers.measured OUT ARGUMENT ...
 
-A line is {"moments", "scores", "after", "bytes"}: bytes of optimizer state and of scores before the freeze, of
-optimizer state after it, and of what went through torch.distributed for it.
+A line is {"moments", "scores", "after"}: bytes of optimizer state and of scores before the freeze, and of optimizer
+state after it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 from aflora_dist.control import AdaptiveFreezing
 from aflora_dist.methods import base
 from aflora_dist.training import run
-from profiling.traffic import Traffic
 
 _seen: list[dict[str, int]] = []
 
@@ -25,9 +24,8 @@ class Measured(AdaptiveFreezing):
     def _drop(self, *args: Any) -> None:
         tensors = [t for score in self._scores.shards for t in (*score.averages.values(), score._importance)]
         line = {"moments": self.engine.moment_bytes(), "scores": sum(t.nbytes for t in tensors)}
-        with Traffic() as traffic:
-            super()._drop(*args)
-        _seen.append(line | {"after": self.engine.moment_bytes(), "bytes": traffic.bytes})
+        super()._drop(*args)
+        _seen.append(line | {"after": self.engine.moment_bytes()})
 
 
 def main(arguments: list[str]) -> int:
