@@ -20,7 +20,7 @@ from aflora_dist import AFLoRAConfig, AFLoRAError
 from aflora_dist.compat import deepspeed
 from aflora_dist.compat import transformers as compat_transformers
 from aflora_dist.compat.accelerate import log, store_configuration, unwrap
-from aflora_dist.compat.deepspeed import divide_once, offsets, unpin
+from aflora_dist.compat.deepspeed import divide_once, gather_completely, offsets, unpin
 from aflora_dist.compat.peft import teach_saving
 from aflora_dist.compat.transformers import checkpoint_activations
 from tests.versions import LIBRARIES, compare
@@ -107,6 +107,26 @@ def test_a_deepspeed_that_divides_at_each_output_is_given_a_loss_that_is_divided
         divide_once(engine)
     engine.backward(8.0, scale_wrt_gas=scaled)
     assert told == [(2.0 if old and scaled else 8.0, scaled and not old)]
+
+
+@pytest.mark.parametrize(("old", "device"), [(True, "cpu"), (True, "cuda"), (False, "cpu")])
+def test_a_deepspeed_that_waits_for_the_last_of_several_gathers_one_after_the_other_on_a_cpu(
+    old: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[Any] = []
+
+    class Init:
+        def _allgather_params_coalesced(self, param_list: list[str], hierarchy: int, quantize: bool) -> None:
+            waited.append((param_list[-1], hierarchy, quantize))
+
+    monkeypatch.setattr(deepspeed, "is_older", lambda library, release: old)
+    monkeypatch.setattr("deepspeed.runtime.zero.partition_parameters.Init", Init)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: SimpleNamespace(device_name=lambda: device))
+    for _ in range(2):  # attaching again changes nothing
+        gather_completely()
+    Init()._allgather_params_coalesced(["A", "B"], 0, quantize=False)
+    each = ["A", "B"] if (old, device) == (True, "cpu") else ["B"]
+    assert waited == [(name, 0, False) for name in each]
 
 
 @pytest.fixture

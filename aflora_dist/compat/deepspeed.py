@@ -7,7 +7,7 @@ read there: it is all that they do.
 from __future__ import annotations
 
 from copy import copy
-from functools import partial
+from functools import partial, wraps
 from itertools import accumulate
 from typing import Any
 
@@ -66,6 +66,7 @@ ZERO3 = [
     *_zero3("_leaf_module_hooks ipg_buckets _reassign_or_swap_out_partitioned_parameters", *_KEEP_HOOKS),
     *_zero3("_unpin_offload_buffers", *_KEEP_HOOKS, since="0.19.6"),
 ]
+GATHERING = private("Init", "_allgather_params_coalesced", "wait for all that ZeRO-3 gathers", "DeepSpeed 0.19.8")
 PARAMETER = [  # and what else is there later: nobody looks for these beforehand
     *private("Parameter (ZeRO-3)", "ds_id ds_shape ds_numel", "know a sharded parameter's size", "a public query"),
     *private("Parameter (ZeRO-3)", "ds_tensor", *_LET_GO),
@@ -74,7 +75,7 @@ PARAMETER = [  # and what else is there later: nobody looks for these beforehand
     *private("PartitionedParameterCoordinator", "is_invalid_trace _invalidate_trace", *_TRACE),
     *private("Parameter (ZeRO-1, 2)", "_hp_mapping _zero_optimizer grad_accum", *_LET_GO),
 ]
-PRIVATE: list[Private] = [*ENGINE, *BOTH, *ZERO12, *ZERO3, *PARAMETER]
+PRIVATE: list[Private] = [*ENGINE, *BOTH, *ZERO12, *ZERO3, *GATHERING, *PARAMETER]
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -144,3 +145,25 @@ def divide_once(engine: Any) -> None:
         return original(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
     engine.backward = backward
+
+
+def gather_completely() -> None:
+    """Have ZeRO-3 wait for each parameter that it gathers on a CPU.
+
+    DeepSpeed before 0.19.8 gathers several at once and waits for the last: over gloo others may still be on their way,
+    and memory that nothing was written to yet is taken for them (its pull request 8539). On a GPU they come in order.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    original = Init._allgather_params_coalesced
+    waits = not is_older("deepspeed", "0.19.8") or get_accelerator().device_name() != "cpu"
+    if waits or hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def one_by_one(self: Any, param_list: list[Any], *args: Any, **kwargs: Any) -> None:
+        for parameter in param_list:
+            original(self, [parameter], *args, **kwargs)
+
+    Init._allgather_params_coalesced = one_by_one

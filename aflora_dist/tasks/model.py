@@ -166,6 +166,7 @@ def _outline(kind: Any, config: ModelConfig, head: dict[str, Any]) -> Any:
     bitsandbytes_config(config)  # nothing is quantised here, but what a run would lack is refused
     with _readable(config, RuntimeError), torch.device("meta"):
         model_config = _config(name, config, {**head, **hub})
+        model_config.dtype = options.get("dtype", model_config.dtype)  # transformers 5.3 makes what is inside by it
         model = kind.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
     return model if config.dtype else without_float16(model)
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ...compat.accelerate import optimizers
 from ...compat.contract import Private, require_private
-from ...compat.deepspeed import BOTH, ENGINE, divide_once
+from ...compat.deepspeed import BOTH, ENGINE, divide_once, gather_completely
 from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
 from ..base import Engine, Record
@@ -47,6 +47,7 @@ class ZeroEngine(Engine):
         check_supported(self.ds)
         require_private("deepspeed", self.zero, [*BOTH, *self.interfaces])
         divide_once(self.ds)
+        gather_completely()
         self.kind = f"zero{self.ds.zero_optimization_stage()}"
         self._wrapper = optimizer if isinstance(optimizer, AcceleratedOptimizer) else None
         self._stand_in: Optimizer | None = None
