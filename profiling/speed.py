@@ -54,6 +54,7 @@ from .methods import Method, shared_copy
 _BLOCKS = {"freezing.unit": "block", "freezing.score": "front_to_back", "freezing.prefix": True}
 # Name -> the method, whether it freezes, and options of the main job.
 VARIANTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "AFLoRA, never": ("aflora", False, {"adapter.freezing": "never"}),
     "AFLoRA": ("aflora", True, {}),
     "AFLoRA, prefix": ("aflora", True, _BLOCKS),
     "LoRA": ("lora", False, {}),
@@ -62,8 +63,14 @@ VARIANTS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "full": ("full", False, {}),
     "full, blocks": ("full", True, _BLOCKS),
 }
-# What each is measured by: the same method without.
-AGAINST = {"AFLoRA, prefix": "AFLoRA", "LoRA, matrices": "LoRA", "LoRA, blocks": "LoRA", "full, blocks": "full"}
+# What each is measured by: the same method without any freezing, and without the prefix.
+AGAINST = {
+    "AFLoRA": ["AFLoRA, never"],
+    "AFLoRA, prefix": ["AFLoRA, never", "AFLoRA"],
+    "LoRA, matrices": ["LoRA"],
+    "LoRA, blocks": ["LoRA"],
+    "full, blocks": ["full"],
+}
 RATES = {"aflora": (4e-3, 4e-3), "lora": (1e-3, 1e-3), "full": (1e-4, 1e-3)}  # of the method, of the head
 
 
@@ -99,7 +106,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--accuracy", type=int, nargs="*", default=[], metavar="SEED", help="train with each seed, too")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"))
     args = parser.parse_args(argv)
-    wanted = {*args.variants, *(AGAINST[name] for name in args.variants if name in AGAINST)}
+    wanted = {*args.variants, *(other for name in args.variants for other in AGAINST.get(name, []))}
     args.variants = [name for name in VARIANTS if name in wanted]
     return args
 
@@ -108,7 +115,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, write the report, and return what speed.json holds."""
     args = arguments(argv)
     report: dict[str, Any] = {"steps": args.steps, "variants": measure(args)}
-    report["ratios"] = {name: ratios(report["variants"], name, against) for name, against in compared(args).items()}
+    report["ratios"] = {
+        name: {other: ratios(report["variants"], name, other) for other in AGAINST[name]} for name in compared(args)
+    }
     write(report, args.out)
     if args.accuracy:
         report["accuracy"] = accuracies(report, args)
@@ -117,8 +126,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return report
 
 
-def compared(args: argparse.Namespace) -> dict[str, str]:
-    return {name: against for name, against in AGAINST.items() if name in args.variants}
+def compared(args: argparse.Namespace) -> list[str]:
+    return [name for name in AGAINST if name in args.variants]
 
 
 def configured(name: str, args: argparse.Namespace, folder: Path, **more: Any) -> tuple[Config, str]:
@@ -219,7 +228,7 @@ def described(variant: Variant) -> dict[str, Any]:
 
 
 def ratios(variants: dict[str, Any], name: str, against: str) -> dict[str, float]:
-    """How many times as fast as without: of the last tenth of the updates, and of all."""
+    """How many times as fast as another one: in the last tenth of the updates, and in all."""
     mine, theirs = variants[name]["seconds"], variants[against]["seconds"]
     last = max(len(mine) // 10, 1)
     return {
@@ -229,14 +238,15 @@ def ratios(variants: dict[str, Any], name: str, against: str) -> dict[str, float
 
 
 def accuracies(report: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Of every variant, and of its method without freezing on as much data as takes as long, with each seed."""
+    """Of every variant, and of its method without any freezing on as much data as takes as long, with each seed."""
     found: dict[str, dict[str, list[float]]] = {}
     for name in args.variants:
         found[name] = {"accuracy": [trained(name, args, seed) for seed in args.accuracy]}
         if name in compared(args):
-            steps = max(round(args.steps / report["ratios"][name]["whole"]), 1)
+            without = AGAINST[name][0]
+            steps = max(round(args.steps / report["ratios"][name][without]["whole"]), 1)
             share = {"data.max_train_examples": steps * args.batch_size}
-            found[name]["equal_seconds"] = [trained(AGAINST[name], args, seed, share) for seed in args.accuracy]
+            found[name]["equal_seconds"] = [trained(without, args, seed, share) for seed in args.accuracy]
     return found
 
 
@@ -257,21 +267,23 @@ def write(report: dict[str, Any], out: Path) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     lines = [
-        "| | first tenth, ms | last tenth, ms | last tenth, times as fast | whole, times as fast "
-        "| kept for backward, MB | optimizer, MB | furthest from its plan |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | first tenth, ms | last tenth, ms | kept for backward, MB | optimizer, MB | furthest from its plan |",
+        "|---|---|---|---|---|---|",
     ]
     for name, found in report["variants"].items():
-        tenth, ratio = max(len(found["seconds"]) // 10, 1), report["ratios"].get(name)
+        tenth = max(len(found["seconds"]) // 10, 1)
         first, last = (statistics.median(part) * 1e3 for part in (found["seconds"][:tenth], found["seconds"][-tenth:]))
         saved, moments = list(found["saved_bytes"].values()), found["moment_bytes"]
         said = f"{found['furthest_from_plan']:.1%}" if found["planned_moment_bytes"] else ""
-        times = f"{ratio['last_tenth']:.2f} | {ratio['whole']:.2f}" if ratio else "|"
         lines.append(
-            f"| {name} | {first:.0f} | {last:.0f} | {times} "
+            f"| {name} | {first:.0f} | {last:.0f} "
             f"| {saved[0] / 1e6:.1f} to {saved[-1] / 1e6:.1f} | {moments[0] / 1e6:.1f} to {moments[-1] / 1e6:.1f} "
             f"| {said} |"
         )
+    lines += ["", "| | times as fast as | in the last tenth | in all |", "|---|---|---|---|"]
+    for name, others in report["ratios"].items():
+        for other, ratio in others.items():
+            lines.append(f"| {name} | {other} | {ratio['last_tenth']:.2f} | {ratio['whole']:.2f} |")
     if "accuracy" in report:
         lines += ["", "| | accuracy | without freezing, in as many seconds |", "|---|---|---|"]
         for name, each in report["accuracy"].items():
@@ -293,7 +305,7 @@ def picture(report: dict[str, Any]) -> Figure:
     for name, found in report["variants"].items():
         seconds = found["seconds"]
         smooth = [statistics.median(seconds[max(t - 2, 0) : t + 3]) * 1e3 for t in range(len(seconds))]
-        style = "--" if name in AGAINST.values() else "-"
+        style = "--" if not VARIANTS[name][1] else "-"
         clock.plot(smooth, style, label=name, linewidth=1.2)
         steps = [int(step) for step in found["saved_bytes"]]
         sizes = [size / 1e6 for size in found["saved_bytes"].values()]

@@ -16,6 +16,15 @@ def lies_whole(parameter: Tensor) -> bool:
     return not is_sharded(parameter) and type(parameter) is nn.Parameter and not parameter.is_meta
 
 
+def is_sharded_by_module(module: nn.Module) -> bool:
+    """Whether ZeRO-3 shards a module's own parameters.
+
+    During a forward pass it gathers one that is read by name outside of its module's own, one after the other, and has
+    the module around it gather it from then on.
+    """
+    return any(map(is_sharded, module.parameters(recurse=False)))
+
+
 class _LastCast:
     """The latest cast of an input, as long as the input lives: query, key and value are projected from the same."""
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..compat.peft import in_out_features
 from ..compat.torch import has_hooks, is_traced, keeps_all_for_backward
-from .casts import KeptCast, compute_dtype, lies_whole
+from .casts import KeptCast, compute_dtype, is_sharded_by_module, lies_whole
 from .guard import FreezingGuard
 from .path import AFLoRAPath
 
@@ -197,6 +197,8 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         """
         base = self.base_layer
         if not plain or is_traced() or not torch.is_autocast_enabled(x.device.type) or not keeps_all_for_backward():
+            return None
+        if is_sharded_by_module(base):
             return None
         weight: Any = base.weight
         bias: Any = base.bias

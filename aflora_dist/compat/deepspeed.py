@@ -6,6 +6,7 @@ read there: it is all that they do.
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -19,6 +20,7 @@ _REBUILD = "a public way to take parameters out of a ZeRO optimizer"
 _PLACES = ("know where each parameter lies in the flat partitions", "a public map from parameters to flat partitions")
 _KEEP_HOOKS = ("make a ZeRO-3 optimizer that keeps the module hooks", _REBUILD)
 _LET_GO = ("let go of an old ZeRO optimizer", _REBUILD)
+_TRACE = ("fetch nothing for a backward pass that does not run", "a public way to have ZeRO-3 record a pass anew")
 _engine = partial(private, "DeepSpeedEngine")
 _zero = partial(private, "DeepSpeedZeroOptimizer")
 _zero3 = partial(private, "DeepSpeedZeroOptimizer_Stage3")
@@ -64,10 +66,12 @@ ZERO3 = [
     *_zero3("_leaf_module_hooks ipg_buckets _reassign_or_swap_out_partitioned_parameters", *_KEEP_HOOKS),
     *_zero3("_unpin_offload_buffers", *_KEEP_HOOKS, since="0.19.6"),
 ]
-PARAMETER = [  # which ZeRO writes there later: nobody looks for these beforehand
+PARAMETER = [  # and what else is there later: nobody looks for these beforehand
     *private("Parameter (ZeRO-3)", "ds_id ds_shape ds_numel", "know a sharded parameter's size", "a public query"),
     *private("Parameter (ZeRO-3)", "ds_tensor", *_LET_GO),
     *private("Parameter (ZeRO-3)", "ds_status all_gather partition", *_KEEP_HOOKS),
+    *private("DeepSpeedZeRoOffload", "param_coordinator", *_TRACE),
+    *private("PartitionedParameterCoordinator", "is_invalid_trace _invalidate_trace", *_TRACE),
     *private("Parameter (ZeRO-1, 2)", "_hp_mapping _zero_optimizer grad_accum", *_LET_GO),
 ]
 PRIVATE: list[Private] = [*ENGINE, *BOTH, *ZERO12, *ZERO3, *PARAMETER]
@@ -110,6 +114,19 @@ def unpin(zero: Any) -> None:
     """Let go of ZeRO-3's page-locked buffers; before DeepSpeed 0.19.6 torch alone pins, and frees with the tensor."""
     if hasattr(zero, "_unpin_offload_buffers"):
         zero._unpin_offload_buffers()
+
+
+def forget_passes(offload: Any) -> None:
+    """Have ZeRO-3 record anew what follows what in a forward and backward pass: what comes next it fetches ahead.
+
+    Args:
+        offload: Its `parameter_offload`.
+    """
+    coordinator = offload.param_coordinator
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    # What may go after a module's forward, and what stays for its backward, is cached for the object, and never again.
+    offload.param_coordinator = copy(coordinator)
 
 
 def divide_once(engine: Any) -> None:

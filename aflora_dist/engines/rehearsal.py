@@ -23,6 +23,7 @@ def rehearse(engine: Engine, name: str) -> None:
     try:
         before, record = engine.snapshot([name])
         engine.drop([])
+        engine.end_backward_at(None)
         engine.load(before, record)
         after, _ = engine.snapshot([name])
     except AFLoRAError:

@@ -35,9 +35,9 @@ KINDS: dict[str, list[str]] = {
 KINDS |= {
     name: [kind, *more, "--freezing", json.dumps(options)]
     for name, (kind, more, options) in {
-        "one block": ("aflora", [], LOWEST),
+        "one block": ("aflora", ["--shard-all"], LOWEST),
         "one block of deberta": ("deberta", [], {**LOWEST, "unit": "block"}),
-        "change": ("aflora", [], {"score": "change"}),
+        "change": ("aflora", ["--shard-all"], {"score": "change"}),
         "random": ("lora", ["--accumulation", "2"], {"score": "random", "seed": 3}),
         "layers by number": ("lora", [], {"score": "front_to_back", "unit": "layer"}),
         "means": ("full", ["--clip", "0.1"], {"granularity": "matrix"}),
@@ -98,8 +98,9 @@ def needed() -> set[tuple[str, str]]:
     lora = (("single", "lora"), (BEFORE["fsdp2"], "lora"))
     left_out = (("fsdp2", "replicated"), ("fsdp2", "go on, replicated"))
     ask(test_what_is_left_out_of_the_sharding_goes_on_from_another_engine_and_to_the_bit, "", *lora, *left_out)
-    blocks = (("fsdp2", "change"), ("fsdp2", "one block"))
-    ask(test_a_backward_pass_that_ends_early_gathers_nothing_below, "", *blocks)
+    for engine in RANKS:
+        blocks = ((engine, "change"), (engine, "one block"))
+        ask(test_a_backward_pass_that_ends_early_gathers_nothing_below, f"[{engine}]", *blocks)
     return found
 
 
@@ -235,11 +236,29 @@ def test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_back
 
 
 @pytest.mark.distributed
-def test_a_backward_pass_that_ends_early_gathers_nothing_below() -> None:
-    """FSDP2 fetches the block before the one at work."""
-    for whole, ended in zip(run("fsdp2")["change"], run("fsdp2")["one block"], strict=True):
-        assert whole["gathers"] > 1
-        assert ended["gathers"] == 1
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_a_backward_pass_that_ends_early_gathers_nothing_below(engine: str) -> None:
+    """FSDP2 fetches the block before the one at work, ZeRO-3 what came next in the passes that it has recorded.
+
+    Under DDP every rank has all parameters: it gathers none, and reduces the gradients of what trains and no others.
+    """
+    for whole, ended in zip(run(engine)["change"], run(engine)["one block"], strict=True):
+        if engine == "fsdp2":
+            assert whole["gathers"] > 1
+            assert ended["gathers"] == 1
+        elif engine == "zero3":
+            assert {_block(name) for name in whole["whole"]} >= {0, 1}
+            assert {_block(name) for name in ended["whole"]} == {1, None}  # the last: the head, too
+            assert not any("embeddings" in name for name in ended["whole"])
+        else:
+            assert (whole["gathers"], ended["gathers"]) == (0, 0)
+            for result in (whole, ended):
+                assert result["sent"] == sum(result["final"][name].nbytes for name in result["trainable"])
+
+
+def _block(name: str) -> int | None:
+    inside = name.partition(".layer.")[2]
+    return int(inside[0]) if inside else None
 
 
 def test_by_default_the_matrices_of_tuners_and_blocks_freeze_and_nothing_else() -> None:

@@ -18,7 +18,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForSequenceClassification,
+)
 
 from aflora_dist import AdaptiveFreezing, FreezingConfig
 from aflora_dist.compat.transformers import checkpoint_activations
@@ -26,6 +31,7 @@ from profiling.traffic import Traffic
 from tests.workers.tiny import GLOBAL_BATCH, VOCABULARY, build_base, build_model, global_batch
 
 CONFIG = FreezingConfig(total_steps=12, initial_steps=2, final_steps=3)
+WRAPPED = {"deberta": "DebertaV2Layer", "experts": "Qwen3MoeDecoderLayer"}  # by FSDP2
 CUT = 5  # global batches before the snapshot
 
 
@@ -52,6 +58,26 @@ def build(kind: str) -> nn.Module:
                 pos_att_type=["p2c", "c2p"],
             )
         )
+    if kind == "experts":  # a mixture's weights, one parameter of three dimensions for all experts
+        mixture = Qwen3MoeForSequenceClassification(
+            Qwen3MoeConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=16,
+                intermediate_size=20,
+                moe_intermediate_size=12,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                num_experts=4,
+                num_experts_per_tok=2,
+                pad_token_id=0,
+            )
+        )
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        lora = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"], target_parameters=experts)
+        lora.init_lora_weights = False
+        return get_peft_model(mixture, lora)
     if kind == "aflora":
         return build_model()
     targets = ["query", "value", "intermediate.dense", "output.dense"]
@@ -69,7 +95,7 @@ def create_optimizer(model: nn.Module, momentum: bool = False) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=5e-3, weight_decay=0.1)
 
 
-def create_accelerator(accumulation: int = 1, clip: float = 0.0) -> Accelerator:
+def create_accelerator(accumulation: int = 1, clip: float = 0.0, shard_all: bool = False) -> Accelerator:
     several = {"kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]} if "WORLD_SIZE" in os.environ else {}
     fsdp = {"cpu": True} if os.environ.get("ACCELERATE_USE_FSDP") == "true" else {}
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, **several, **fsdp)  # type: ignore[arg-type]
@@ -77,16 +103,23 @@ def create_accelerator(accumulation: int = 1, clip: float = 0.0) -> Accelerator:
         micro_batch = GLOBAL_BATCH // accelerator.num_processes // accumulation
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
         plugin.deepspeed_config["gradient_clipping"] = clip
+        if shard_all:
+            plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return accelerator
 
 
 class Gathers(TorchDispatchMode):
-    """Counts the all-gathers while entered."""
+    """While entered, counts the all-gathers, and takes note of what ZeRO-3 shards and is whole at any operator."""
 
-    count = 0
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.count = 0
+        self.whole: set[str] = set()
+        self._sharded: dict[str, Any] = {n: p for n, p in parameters.items() if hasattr(p, "ds_status")}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func.namespace == "c10d" and "allgather" in func.name()
+        self.whole |= {name for name, p in self._sharded.items() if p.ds_status.name != "NOT_AVAILABLE"}
         return func(*args, **(kwargs or {}))
 
 
@@ -102,16 +135,17 @@ class Training:
         momentum: bool = False,
         accumulation: int = 1,
         clip: float = 0.0,
+        shard_all: bool = False,
     ) -> None:
         # What FSDP2 wraps, if that is the engine.
-        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "DebertaV2Layer" if kind == "deberta" else "BertLayer"
-        self.accelerator = create_accelerator(accumulation, clip)
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = WRAPPED.get(kind, "BertLayer")
+        self.accelerator = create_accelerator(accumulation, clip, shard_all)
         self.accumulation, self.clip = accumulation, clip
         model = build(kind)
         if recompute:  # as PEFT and Trainer do
             checkpoint_activations(model)
             model.enable_input_require_grads()  # type: ignore[operator]
-        self.blocks = next(m for n, m in model.named_modules() if n.endswith("encoder.layer"))
+        self.blocks = next(m for n, m in model.named_modules() if n.endswith(("encoder.layer", "model.layers")))
         self.model, self.optimizer = self.accelerator.prepare(model, create_optimizer(model, momentum))
         self.freezing = AdaptiveFreezing(self.accelerator, self.model, self.optimizer, config, freezable=freezable)
         self.losses: list[float] = []
@@ -175,9 +209,8 @@ class Training:
             loss = self.model(**{k: v[:share] for k, v in global_batch(0).items()}).loss
         for handle in handles:
             handle.remove()
-        with Gathers() as gathers:
+        with Traffic() as self.traffic, Gathers(self.freezing.engine.parameters) as self.gathers:
             self.accelerator.backward(loss)
-        self.gathers = gathers.count
         self.optimizer.zero_grad()
         return list(zip(counts, outputs, strict=True))
 
@@ -209,6 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--momentum", action="store_true", help="SGD")
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--clip", type=float, default=0.0)
+    parser.add_argument("--shard-all", action="store_true", help="ZeRO-3 keeps no small parameter whole")
     parser.add_argument("--freezing", type=json.loads, default={})
     parser.add_argument("--from", dest="start", type=Path, help="go on from the snapshot of a rank 0 of this folder")
     parser.add_argument("--replicated", action="store_true", help="FSDP2 leaves the adapter out of the sharding")
@@ -217,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(exist_ok=True)
     config = replace(CONFIG, **args.freezing)
     os.environ["FSDP_IGNORED_MODULES"] = r".*\.lora_.*" if args.replicated else "nothing"
-    loop = {"momentum": args.momentum, "accumulation": args.accumulation, "clip": args.clip}
+    loop = {name: getattr(args, name) for name in ("momentum", "accumulation", "clip", "shard_all")}
     training = Training(args.kind, config, args.freezable, args.recompute, **loop)
     ranks = training.accelerator.num_processes
     result = {"kind": training.freezing.engine.kind, "world_size": ranks, "losses": training.losses}
@@ -244,7 +278,9 @@ def cut(training: Training) -> dict[str, Any]:
         "snapshot": (tensors, record),
         "again": ([vars(e) for e in training.freezing.events], again, training.losses[CONFIG.total_steps :]),
         "kept": training.kept(),
-        "gathers": training.gathers,
+        "gathers": training.gathers.count,
+        "whole": training.gathers.whole,
+        "sent": training.traffic.bytes,
     }
 
 

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-from ...compat.deepspeed import ZERO3, unpin
+from ...compat.deepspeed import ZERO3, forget_passes, unpin
 from ...compat.patch import patch
 from ...freezing import Fragment
 from . import device
@@ -104,6 +104,9 @@ class Zero3Engine(ZeroEngine):
             whole[0].partition(whole)
             whole[0].all_gather(whole)
         device.synchronize()  # the next forward gathers on DeepSpeed's own stream, which does not wait for this one
+
+    def end_backward_at(self, module: nn.Module | None) -> None:
+        forget_passes(self.zero.parameter_offload)
 
     @torch.no_grad()
     def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
