@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import AdaLoraConfig, get_peft_model
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, FreezingConfig
@@ -21,7 +22,7 @@ from tests.launch import launch_series
 from tests.loop import Loop
 from tests.selection import is_chosen
 from tests.workers.anything import CONFIG, CUT, Training, build, create_optimizer, tensors_of
-from tests.workers.tiny import global_batch
+from tests.workers.tiny import build_base, global_batch
 
 LOWEST = {"prefix": True, "prefix_steps": 0, "score": "front_to_back", "final_steps": 3}
 SIZES = {"lora": 20, "full": 12, "by pattern": 10}
@@ -445,6 +446,22 @@ def test_what_cannot_be_is_refused_before_it_trains(what: str) -> None:
     config = FreezingConfig(total_steps=12, initial_steps=2, final_steps=3, **options)
     with pytest.raises(AFLoRAError, match=complaint):
         Training(kind, config, freezable)
+
+
+def test_what_adalora_decides_over_is_refused_and_a_head_beside_it_freezes() -> None:
+    """Its own step, which an own loop calls, takes the gradient of each of its parameters."""
+
+    def attach(freezable: str | None) -> AdaptiveFreezing:
+        tuner = AdaLoraConfig(task_type="SEQ_CLS", target_modules=["query"], total_step=12)
+        accelerator = Accelerator(cpu=True)
+        adapted = get_peft_model(build_base(), tuner)
+        model, optimizer = accelerator.prepare(adapted, create_optimizer(adapted))
+        return AdaptiveFreezing(accelerator, model, optimizer, CONFIG, freezable=freezable)
+
+    for freezable in (None, r".*lora_E.*"):
+        with pytest.raises(AFLoRAError, match="AdaLoRA itself decides .*lora_.* would have no more"):
+            attach(freezable)
+    assert len(attach(r".*classifier.*").freezable) == 2
 
 
 def test_of_a_tied_weight_both_names_freeze_or_none() -> None:
