@@ -459,7 +459,7 @@ def test_what_adalora_decides_over_is_refused_and_a_head_beside_it_freezes() -> 
         return AdaptiveFreezing(accelerator, model, optimizer, CONFIG, freezable=freezable)
 
     for freezable in (None, r".*lora_E.*"):
-        with pytest.raises(AFLoRAError, match="AdaLoRA itself decides .*lora_.* would have no more"):
+        with pytest.raises(AFLoRAError, match=r"AdaLoRA itself decides .*lora_.* would have no more"):
             attach(freezable)
     assert len(attach(r".*classifier.*").freezable) == 2
 
