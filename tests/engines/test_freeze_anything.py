@@ -68,7 +68,8 @@ def kinds_of(engine: str) -> list[str]:
         return list(KINDS)
     at = [*RANKS].index(engine)
     sharded = SHARDED if engine in ("zero2", "zero3", "fsdp2") else ()
-    return [*EVERYWHERE, *sharded, *(kind for number, kind in enumerate(ELSEWHERE) if (number - at) % len(RANKS) in (0, 2))]
+    some = [kind for number, kind in enumerate(ELSEWHERE) if (number - at) % len(RANKS) in (0, 2)]
+    return [*EVERYWHERE, *sharded, *some]
 
 
 def pairs(engines: Iterable[str], kinds: Iterable[str] = KINDS) -> Any:
