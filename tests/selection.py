@@ -50,6 +50,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
             "zero2-prefix of all",
             "zero2-one block, recomputed",
             "zero3-full",
+            "zero3-experts",
             "zero3-change",
             "zero3-random",
             "fsdp2-by pattern",

@@ -36,6 +36,7 @@ KINDS: dict[str, list[str]] = {
 KINDS |= {
     name: [kind, *more, "--freezing", json.dumps(options)]
     for name, (kind, more, options) in {
+        "experts": ("experts", ["--shard-all"], {}),
         "one block": ("aflora", ["--shard-all"], LOWEST),
         "one block of deberta": ("deberta", [], {**LOWEST, "unit": "block"}),
         "change": ("aflora", ["--shard-all"], {"score": "change"}),
@@ -53,7 +54,8 @@ GO_ON = ("means", "fallen", "momentum", "prefix of all")  # what each engine goe
 RANKS = {"ddp": 3, "zero1": 2, "zero2": 3, "zero3": 2, "fsdp2": 3}
 BEFORE = dict(zip([*RANKS, "single"], ["single", *RANKS], strict=True))
 EVERYWHERE = ("lora", "full", "one block", "means")  # the other kinds each on two engines, and on one process
-ELSEWHERE = [kind for kind in KINDS if kind not in EVERYWHERE]
+SHARDED = ("experts",)  # on those that shard something
+ELSEWHERE = [kind for kind in KINDS if kind not in EVERYWHERE + SHARDED]
 EARLY = {"total_steps": 40, "initial_steps": 30, "final_steps": 5}
 COUNTED = {
     name: ["full", "--count", "--freezing", json.dumps({**EARLY, **options})]
@@ -65,7 +67,9 @@ def kinds_of(engine: str) -> list[str]:
     if engine == "single":
         return list(KINDS)
     at = [*RANKS].index(engine)
-    return [*EVERYWHERE, *(kind for number, kind in enumerate(ELSEWHERE) if (number - at) % len(RANKS) in (0, 2))]
+    sharded = SHARDED if engine in ("zero2", "zero3", "fsdp2") else ()
+    some = [kind for number, kind in enumerate(ELSEWHERE) if (number - at) % len(RANKS) in (0, 2)]
+    return [*EVERYWHERE, *sharded, *some]
 
 
 def pairs(engines: Iterable[str], kinds: Iterable[str] = KINDS) -> Any:

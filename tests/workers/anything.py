@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,6 +59,7 @@ def build(kind: str) -> nn.Module:
             )
         )
     if kind == "experts":  # a mixture's weights, one parameter of three dimensions for all experts
+        set_seed(0)
         mixture = Qwen3MoeForSequenceClassification(
             Qwen3MoeConfig(
                 vocab_size=VOCABULARY,
@@ -139,9 +140,9 @@ class Training:
     ) -> None:
         # What FSDP2 wraps, if that is the engine.
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = WRAPPED.get(kind, "BertLayer")
+        model = build(kind)  # for ZeRO-3 transformers draws some models' weights otherwise once there is an accelerator
         self.accelerator = create_accelerator(accumulation, clip, shard_all)
         self.accumulation, self.clip = accumulation, clip
-        model = build(kind)
         if recompute:  # as PEFT and Trainer do
             checkpoint_activations(model)
             model.enable_input_require_grads()  # type: ignore[operator]
