@@ -316,7 +316,6 @@ ON_ENGINES = {
     "profiled rank": (["--profile", "--profile.ranks", "[2]", "--ranks", "2"], "profile.ranks names rank 2"),
     "best of nothing": (["--run.keep_best", "blue"], "blue"),
     "nothing left": (["--engines", "ddp", "--ranks", "1"], "Nothing to plan"),
-    "engine": (["--engines", "zero4"], "zero4"),
     "examples": (["--examples", "0"], "--examples must be at least 1"),
     "too few": (["--examples", "15"], "fewer than one batch"),
 }
@@ -330,6 +329,14 @@ def test_what_no_engine_can_do_is_refused(case: str, arguments: list[str], capsy
     if "adalora" in wrong:
         arguments = without_freezing(arguments)
     assert words in said(plan_main, [*arguments, *wrong], capsys)
+
+
+def test_an_engine_that_there_is_not_is_refused_with_those_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        plan_main(["--engines", "zero4"])
+    said = capsys.readouterr().err
+    assert "zero4" in said
+    assert "fsdp2" in said
 
 
 def test_what_some_engines_cannot_do_is_said_of_them(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -434,4 +434,4 @@ def test_another_method_or_option_is_not_resumed(
     saved = str(tmp_path / "run" / "checkpoints" / "step_00000005")
     other = options(tmp_path / "on", tiny_model, reviews, "lora", **few, **{"method.options": '{"r": 3}'})
     assert main([*other, "--resume", saved]) == 2
-    assert "method.options is {'r': 2} there and {'r': 3} here" in capsys.readouterr().err
+    assert "method.options is {'r': 2, 'lora_alpha': 4} there and {'r': 3} here" in capsys.readouterr().err
