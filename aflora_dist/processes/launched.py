@@ -15,6 +15,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
 from ..compat.accelerate import has_state
+from ..compat.deepspeed import gather_completely
 from ..errors import AFLoRAError, LaunchError, one_line
 from ..notices import logger
 from . import meeting
@@ -149,6 +150,8 @@ def launched_accelerator(**options: Any) -> Accelerator:
             "DeepSpeed was asked for, but with ACCELERATE_USE_CPU accelerate leaves it out. Unset that; with "
             "DS_ACCELERATOR=cpu DeepSpeed trains on CPUs."
         )
+    if _asked("DEEPSPEED"):
+        gather_completely()  # before a model is loaded: what a checkpoint lacks is drawn in gathered parameters
     cpu_group()  # before time is spent
     return accelerator
 
