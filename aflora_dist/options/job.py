@@ -1,4 +1,4 @@
-"""The options of the main job, a dataclass for each concern. Their defaults are the paper's.
+"""The options of `aflora train`, a dataclass for each concern. Their defaults are the paper's.
 
 What depends on data and devices is checked where that is known.
 """

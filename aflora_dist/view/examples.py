@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     PartialState(cpu=True)  # no GPU is needed, and none is taken
     config, _ = parse(_written_out(rest))
     launch: Any = Launch(engine="single", mixed_precision="no", on_gpu=False)
-    # Dealt one by one: that a batch is more than there are is said in the end, and refuses nothing here.
+    # One by one: that a batch is more than there are is said in the end, and refuses nothing here.
     task = create_task(replace(config, train=replace(config.train, batch_size=1, accumulation=1)))
     task.load(launch, weights=False)
     task.limits.check_length("data.max_length", config.data.max_length)
