@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 
 from .adapter.freezable import thaw
@@ -27,6 +28,7 @@ from .options import FreezingKeywords, FreezingOptions
 from .processes import on_main
 from .store import checkpoint
 from .store.checkpoint import Checkpoint
+from .watch.stopping import StopRequest
 
 _STATE = "aflora"  # the folder in Trainer's checkpoint that holds the training's state by name
 
@@ -37,7 +39,8 @@ class FreezingCallback(TrainerCallback):
     `Trainer(..., callbacks=[FreezingCallback()])`, or `trainer.add_callback(FreezingCallback())` before training.
     From then on save_model and every checkpoint hold the whole adapter, on every engine; resume_from_checkpoint
     goes on from a checkpoint on any engine and number of ranks, and load_best_model_at_end goes back to a model of
-    before a freeze. A further `train()` freezes what is left.
+    before a freeze. A further `train()` freezes what is left. With `enable_jit_checkpoint`, SIGTERM or
+    SIGUSR1 to any rank makes all of them save after the same update, and train() return.
 
     Args:
         trainer: Not needed; Trainer introduces itself when training begins.
@@ -76,6 +79,7 @@ class FreezingCallback(TrainerCallback):
         self.options = FreezingOptions(**options)
         self.freezing: AdaptiveFreezing | None = None
         self._resumed: Checkpoint | None = None
+        self._stop: StopRequest | None = None
         self._given_optimizer = False  # by the user, and not made by Trainer
 
     # -- what Trainer tells its callbacks ------------------------------------------------------
@@ -83,8 +87,7 @@ class FreezingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.freezing is not None:
-            self.freezing.release()  # of a training that was interrupted
+        self.on_train_end(args, state, control)  # of a training that was interrupted
         trainer = self.trainer
         assert trainer is not None, "Trainer has introduced itself"
         self.freezing = AdaptiveFreezing(
@@ -100,17 +103,25 @@ class FreezingCallback(TrainerCallback):
         if self._resumed is not None:
             resumed, self._resumed = self._resumed, None
             progress.restore(resumed.tensors, resumed.training["progress"])
+        if args.enable_jit_checkpoint:
+            self._stop = StopRequest(None, is_main=False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Trainer saves when all callbacks have been told, and may delete older checkpoints then.
+        """With `enable_jit_checkpoint` all ranks save and leave after the same update, when one was asked to.
 
         Raises:
             DivergedError: On every rank: what would be saved is not finite.
         """
+        if self._stop is not None and self._stop.agreed():
+            control.should_save = control.should_training_stop = True
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Trainer saves when all callbacks have been told, and may delete older checkpoints then."""
         if control.should_save and self.freezing is not None:
             self.freezing.progress.check_finite()
-
-    on_epoch_end = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the state by name to the checkpoint that Trainer has written. A collective.
@@ -137,6 +148,9 @@ class FreezingCallback(TrainerCallback):
     ) -> None:
         if self.freezing is not None:
             self.freezing.release()
+        if self._stop is not None:
+            self._stop.close()
+            self._stop = None
 
     def _config(self, args: TrainingArguments, state: TrainerState, loader: Any) -> FreezingConfig:
         total = state.max_steps
@@ -174,6 +188,9 @@ class FreezingCallback(TrainerCallback):
             self._given_optimizer = trainer.optimizer is not None
         self.trainer = trainer
         self._resumed = None
+        theirs = trainer.pop_callback(JITCheckpointCallback)
+        if theirs is not None:  # each rank would save when it was told, and without what callbacks add
+            theirs.on_train_end(trainer.args, trainer.state, trainer.control)  # gives SIGTERM back
         if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
             # A second train(): accelerate has let go of the DeepSpeedEngine, and Trainer would make no other.
             trainer.model_wrapped = trainer.model

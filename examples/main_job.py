@@ -1,4 +1,4 @@
-"""The main job from Python: a configuration in, a run's directory out.
+"""`aflora train` from Python: a configuration in, a run's directory out.
 
     python examples/main_job.py
     python examples/main_job.py --train.epochs 1 --method.name lora      # anything of `aflora train --help`
@@ -19,7 +19,7 @@ CONFIG = Path(__file__).resolve().parent / "reviews.yaml"
 
 
 def main(arguments: list[str]) -> int:
-    """Train, and read what is left behind; the exit status is the main job's."""
+    """Train, and read what is left behind; the exit status is `aflora train`'s."""
     arguments = [str(CONFIG), *arguments]
     status = train(arguments)
     if status != 0:

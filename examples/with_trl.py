@@ -50,6 +50,7 @@ def main() -> None:
             max_length=64,
             logging_steps=4,
             save_steps=args.save_every,
+            enable_jit_checkpoint=True,  # save and leave when Slurm says so
             seed=args.seed,
             report_to="none",
             bf16=False,
@@ -59,6 +60,9 @@ def main() -> None:
         callbacks=[freezing],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.out) if Path(args.out).is_dir() else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        print(f"asked to stop: saved after update {trainer.state.global_step}; started again it goes on from there")
+        return
     trainer.save_model(f"{args.out}/adapter")
     assert freezing.freezing is not None
     print(f"{len(freezing.freezing.events)} freezes; wrote {args.out}/adapter/")

@@ -110,6 +110,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_trainer.py": {
         "test_resuming_is_exact_before_between_and_after_the_freezes": ("single", "zero3"),
         "test_lora_goes_on_in_the_middle_of_a_prefix": ("zero3",),
+        "test_a_signal_to_one_rank_has_all_save_and_leave_after_the_same_update": ("single", "ddp"),
         "test_resuming_with_deepspeed_s_own_optimizer_and_schedule_is_exact": ("zero1-*",),
         "test_the_same_trainer_resumes_from_before_its_freezes_and_trains_again": ("single", "fsdp2"),
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -175,6 +176,26 @@ def test_resuming_is_exact_before_between_and_after_the_freezes(engine: str, tmp
         assert_same_log(first["events"], whole["events"], rel=1e-12 if exact else 1e-5, since=at)
         assert_close(first["values"], whole["values"], 0.0 if exact else 1e-5)
         assert first["rates"] == pytest.approx(whole["rates"][-len(first["rates"]) :], rel=1e-12)
+
+
+@pytest.mark.parametrize("engine", marked(("single", "ddp", "zero3")))
+def test_a_signal_to_one_rank_has_all_save_and_leave_after_the_same_update(engine: str, tmp_path: Path) -> None:
+    """With transformers' own option, whose callback would save without the freezing's state, and each rank alone."""
+    _, (whole, *_), *_ = trained(engine)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    options = ["--options", json.dumps({"enable_jit_checkpoint": True})]
+    left, (resumed, *_) = run(
+        engine,
+        [str(tmp_path / "left"), *options, "--signal", "2"],
+        [str(tmp_path / "resumed"), *options, "--resume", str(tmp_path / "left")],
+    )
+    (step,) = {rank["steps"] for rank in left}
+    assert 2 < step < STEPS
+    assert [path.name for path in (tmp_path / "left").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert resumed["steps"] == STEPS
+    assert_same_log(resumed["events"], whole["events"], rel=1e-12, since=step)
+    assert_close(resumed["values"], whole["values"], 0.0)
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
 
 
 @pytest.mark.parametrize("engine", marked(EVERY))

@@ -23,6 +23,7 @@ from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
 from ..processes import rank
 from .native import NativeEngine
+from .optimizers import check_updates
 
 
 class _Averaging:
@@ -80,6 +81,9 @@ class Fsdp2Engine(NativeEngine):
         super().__init__(accelerator, model, optimizer)
         self._places = {p: _place(name, p) for name, p in self.parameters.items()}
         self._last: FSDPModule | None = None  # where backward ends
+        if sharded := [p for g in self.optimizer.param_groups for p in g["params"] if isinstance(p, DTensor)]:
+            smallest = min(sharded, key=lambda p: p.numel())
+            check_updates(self.optimizer, smallest.detach(), "DTensors, in which FSDP2 holds what it shards")
         whole = [p for p in self.parameters.values() if not isinstance(p, DTensor)]
         for parameter in whole:  # as DDP, what never trains too: however they were drawn
             if parameter.is_floating_point():  # what is packed into integers is the base model's, and read from a file

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compat.torch import without_step_hooks
-from ..errors import UnsupportedEngineError
+from ..errors import UnsupportedEngineError, one_line
 
 _SHAPE = (64, 72)  # bitsandbytes keeps 8 bits from 4,096 elements on
 _INSTEAD = (
@@ -110,6 +110,19 @@ def examine(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
         raise UnsupportedEngineError(
             f"{name} cannot be tried out on small tensors ({type(error).__name__}: {error}), so it is not known "
             f"whether freezing with it is exact. {_INSTEAD}"
+        ) from error
+
+
+def check_updates(optimizer: Optimizer, like: Tensor, what: str) -> None:
+    """Raise an UnsupportedEngineError unless an optimizer like this one updates tensors like that; `what` they are."""
+    parameter = nn.Parameter(torch.zeros_like(like))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        _like(optimizer, _distinct(optimizer)[0], [parameter]).step()
+    except Exception as error:  # whatever a kernel says of what it does not know
+        raise UnsupportedEngineError(
+            f"{type(optimizer).__name__} does not update {what} ({type(error).__name__}: {one_line(error)}). Use one "
+            f"that does, such as torch.optim.AdamW."
         ) from error
 
 

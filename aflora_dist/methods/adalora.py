@@ -1,4 +1,4 @@
-"""AdaLoRA as a method of the main job: PEFT's, told of every update so that it can reallocate ranks."""
+"""AdaLoRA as a method of `aflora train`: PEFT's, told of every update so that it can reallocate ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AFLoRA as a method of the main job: the adapter, and its adaptive freezing."""
+"""AFLoRA as a method of `aflora train`: the adapter, and its adaptive freezing."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def create_method(config: Config) -> Method:
     """The method that `method.name` names.
 
     Raises:
-        AFLoRAError: There is none, it has no such option, or the main job cannot train it.
+        AFLoRAError: There is none, it has no such option, or `aflora train` cannot train it.
     """
     kinds: dict[str, Callable[[Config], Method]] = {"aflora": AFLoRA, "full": Full, "adalora": AdaLora}
     return kinds.get(config.method.name, Peft)(config)

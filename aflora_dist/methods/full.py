@@ -1,4 +1,4 @@
-"""Full fine-tuning as a method of the main job: every parameter trains."""
+"""Full fine-tuning as a method of `aflora train`: every parameter trains."""
 
 from __future__ import annotations
 

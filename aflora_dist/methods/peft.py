@@ -1,4 +1,4 @@
-"""Any of PEFT's methods as one of the main job, by name and with its own options."""
+"""Any of PEFT's methods as one of `aflora train`, by name and with its own options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..options import Config
 from .autocast import match_autocast
 from .base import FreezingMethod
 
-# What the main job or PEFT itself sets, and no option.
+# What `aflora train` or PEFT itself sets, and no option.
 _OURS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 _OURS |= {"inference_mode", "runtime_config"}
 _OWN_TARGETS = {"ln_tuning", "trainable_tokens"}  # they train norms and embeddings, not linear layers
@@ -80,7 +80,7 @@ class Peft(PeftMethod):
     """A method of PEFT on the layers that AFLoRA adapts: nothing happens to it while it trains, unless it is to freeze.
 
     Raises:
-        AFLoRAError: PEFT has no such method, it has no such option, or the main job cannot train it.
+        AFLoRAError: PEFT has no such method, it has no such option, or `aflora train` cannot train it.
     """
 
     def __init__(self, config: Config) -> None:
@@ -176,7 +176,7 @@ def _shared(model: nn.Module) -> list[str]:
 
 
 def _refusal(name: str, kind: Any) -> str:
-    """Why the main job cannot train a method of PEFT; empty if it can."""
+    """Why `aflora train` cannot train a method of PEFT; empty if it can."""
     if issubclass(kind, PromptLearningConfig):
         return (
             "it learns tokens that stand before the text instead of layers, and they would shift the positions by "

@@ -1,4 +1,4 @@
-"""The options of the main job, a dataclass for each concern. Their defaults are the paper's.
+"""The options of `aflora train`, a dataclass for each concern. Their defaults are the paper's.
 
 What depends on data and devices is checked where that is known.
 """
@@ -15,6 +15,20 @@ from .checked import AT_LEAST_ONE, DECAY, NOT_NEGATIVE, SEED, SHARE, Checked
 from .data import DataConfig
 from .freezing import FreezingScheduleConfig
 
+Optimizer = Literal[
+    "AdamW",
+    "Adam",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "Adagrad",
+    "Adadelta",
+    "RMSprop",
+    "SGD",
+    "bitsandbytes.PagedAdamW32bit",
+    "bitsandbytes.Lion32bit",
+    "bitsandbytes.PagedLion32bit",
+]
 Schedule = Literal[
     "linear",
     "cosine",
@@ -219,7 +233,8 @@ class TrainConfig(Checked):
         head_learning_rate: Peak learning rate of the task head.
         vector_learning_rate: Peak learning rate of AFLoRA's vectors s_d and s_b; learning_rate if not given.
         loraplus_lr_ratio: The learning rate of each B is that of its A times this (LoRA+ has 16 for LoRA).
-        optimizer: As torch.optim names it: those that treat every element by itself, for what freezes is taken out.
+        optimizer: As torch.optim names it, or as bitsandbytes does (extra `quantized`): those that treat every element
+            by itself, for what freezes is taken out, and may be sharded anywhere.
         optimizer_options: Its own, as in '{"betas": [0.9, 0.95]}', but for rates and weight decay.
         weight_decay: The optimizer's weight decay.
         decay_biases: Whether it takes the biases that train, of the head, too.
@@ -245,7 +260,7 @@ class TrainConfig(Checked):
     head_learning_rate: float = field(default=4e-2, metadata=NOT_NEGATIVE)
     vector_learning_rate: float | None = field(default=None, metadata=NOT_NEGATIVE)
     loraplus_lr_ratio: float = field(default=1.0, metadata=NOT_NEGATIVE)
-    optimizer: Literal["AdamW", "Adam", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "SGD"] = "AdamW"
+    optimizer: Optimizer = "AdamW"
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = field(default=0.1, metadata=NOT_NEGATIVE)
     decay_biases: bool = True

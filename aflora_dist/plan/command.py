@@ -1,4 +1,4 @@
-"""`aflora plan`, and the dry run of the main job: print the plan, train nothing, write nothing."""
+"""`aflora plan`, and the dry run of `aflora train`: print the plan, train nothing, write nothing."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ RUN is a run's directory, an adapter's folder (of any of PEFT's methods), a mode
 (OWNER/NAME). FILE is CSV, TSV, JSON lines, JSON or parquet; OUT any of these, by the end of its name. All columns are
 kept, and `prediction` comes behind them; with classes probability_CLASS for each, too.
 On several processes: accelerate launch -m aflora_dist.predict RUN FILE [--out OUT]."""
-_OPTIONS = """Options of the main job go before those of the run: --data.text_columns review (one column, or two for
+_OPTIONS = """Options of `aflora train` go before those of the run: --data.text_columns review (one column, or two for
 pairs), --train.eval_batch_size 256, --data.max_length 512, --data.max_new_tokens 64, --model.name /other/place/of/base,
 --model.trust_remote_code true."""
 

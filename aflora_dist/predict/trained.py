@@ -57,7 +57,7 @@ def find_trained(name: str, options: list[str]) -> TrainedModel:
     """What a run's directory, an adapter's or a model's folder, or an adapter on the hub was trained to say.
 
     Args:
-        options: Of the main job, as `--GROUP.KEY VALUE`: they go before those of the run.
+        options: Of `aflora train`, as `--GROUP.KEY VALUE`: they go before those of the run.
 
     Raises:
         AFLoRAError: There is none, or it says nothing of texts.

@@ -1,4 +1,4 @@
-"""Parts of a training's state that the main job has besides its method's: learning rates, and random numbers."""
+"""Parts of a training's state that `aflora train` has besides its method's: learning rates, and random numbers."""
 
 from __future__ import annotations
 

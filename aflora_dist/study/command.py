@@ -78,7 +78,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"aflora {command}",
         description=(__doc__ or "").partition(": ")[2],
-        epilog="All else is handed on to each run of the main job, as in --model.name roberta-base.",
+        epilog="All else is handed on to each run of `aflora train`, as in --model.name roberta-base.",
         allow_abbrev=False,
     )
     if command == "study":
@@ -123,7 +123,7 @@ def _options(words: list[str]) -> dict[str, str]:
     while rest:
         name, sign, value = rest.pop(0).partition("=")
         if not name.startswith("--") or ("." not in name and name != "--preset"):
-            raise AFLoRAError(f"There is no option {name}: see --help. Options of the main job are --GROUP.KEY VALUE.")
+            raise AFLoRAError(f"There is no option {name}: see --help. Those of `aflora train` are --GROUP.KEY VALUE.")
         if not sign:
             if not rest or rest[0].startswith("--"):
                 raise AFLoRAError(f"{name} has no value: give one.")

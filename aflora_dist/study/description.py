@@ -22,7 +22,7 @@ class Variant:
     """A method of a study: a row of its table.
 
     Attributes:
-        options: Of the main job, by their names.
+        options: Of `aflora train`, by their names.
         sweep: Option -> values to try, searched one option after the other. Where the best value lies at an end, more
             are tried beyond it.
         rates_of: Takes what was chosen for that method, before it searches further itself.
@@ -41,7 +41,7 @@ class Sweep:
     """How rates are chosen: by runs with these seeds, evaluated on these data, never on what is reported.
 
     Attributes:
-        options: Of the main job, for these runs alone; at least data.hold_out, so that they are evaluated on training
+        options: Of `aflora train`, for these runs alone; at least data.hold_out, so that they are evaluated on training
             examples that were held out.
         metric: As result.json names it; the task's if not given.
         wider: How many values are tried at most beyond an end.
@@ -58,7 +58,7 @@ class Study:
     """A study, as its file describes it.
 
     Attributes:
-        settings: Options of the main job that all runs have.
+        settings: Options of `aflora train` that all runs have.
         tasks: Label -> options; "metric" among them names what of result.json is reported.
         compare: (method, with which it is compared).
         paper: Method -> task -> what the paper reports, in points.

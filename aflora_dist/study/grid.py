@@ -25,7 +25,7 @@ class Planned:
     """A run of a study.
 
     Attributes:
-        options: Of the main job, by name; run.dir is not among them.
+        options: Of `aflora train`, by name; run.dir is not among them.
         config: What they come to.
     """
 
@@ -78,7 +78,7 @@ class Grid:
         more: Options that all runs have besides, as a command line gives them: they win over what the study says.
 
     Raises:
-        AFLoRAError: The main job has no such option, or refuses its value; a rate that is searched is given for all
+        AFLoRAError: `aflora train` has no such option, or refuses its value; a rate that is searched is given for all
             runs; what is reported is looked at to choose it; a task has no such metric.
     """
 
@@ -111,7 +111,7 @@ class Grid:
         """One run.
 
         Raises:
-            AFLoRAError: The main job has no such option, or refuses its value.
+            AFLoRAError: `aflora train` has no such option, or refuses its value.
         """
         own = self.study.methods[method].options
         given, more = {**self.study.settings, **self.study.tasks[task]}, self.more

@@ -149,7 +149,9 @@ def _read_glue(task: GlueTask, path: Path) -> tuple[datasets.Dataset, list[str]]
                 yield line, cells
 
     try:
-        header, table = read_columns(path, rows(), (*text_columns, label_column), "tab")
+        header, pieces = read_columns(path, rows(), (*text_columns, label_column), "tab")
+        none = pa.table({name: pa.array([], pa.string()) for name in (LINE, *header)})
+        table = pa.concat_tables([*pieces] or [none])
     except OSError as error:
         raise AFLoRAError(f"{path} could not be read: {error.strerror or error}.") from None
     for column in (*text_columns, label_column):
@@ -228,7 +230,8 @@ def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list
         ) is not None:
             raise AFLoRAError(
                 f"{tables[split].where(odd)}: its label is {found[odd]}, which is none of {listed(kind.names)}. (A "
-                f"split without labels?)"
+                f"split without labels? data.validation_split names another, data.hold_out takes some of the training "
+                f"examples. Single rows without one: leave them out, with datasets' filter and to_parquet.)"
             )
     return kind.names, labels
 
@@ -273,7 +276,9 @@ def _told(tables: dict[str, Rows], config: DataConfig, names: list[str] | None, 
 def _check_texts(table: Rows, config: DataConfig) -> None:
     for column in (*config.text_columns, config.label_column):
         if column not in table.columns:
-            raise table.lacks(column)
+            raise AFLoRAError(
+                f"{table.lacks(column)} data.text_columns and data.label_column name those that are meant."
+            )
     for column in config.text_columns:
         table.check_text(column)
     if table.untyped and table.name.lower().endswith(".csv"):

@@ -1,4 +1,4 @@
-"""The model of the main job: a pretrained encoder or decoder, with a fresh head for labels or its own for language."""
+"""The model that is trained: a pretrained encoder or decoder, with a fresh head for labels or its own for language."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The same global batch, dealt by length: which examples make up an update, and which rank computes which of them.
+"""The same global batch, distributed by length: which examples make up an update, and which rank computes which.
 
 Which examples are in the global batch depends on the seed and the update alone, so that nothing is biased (as it is
 where whole batches are grouped by length). Within it they are sorted by length and cut into pieces, one for each
 micro-batch of each rank, so that little is padded and no rank waits for another. Pieces differ in size: their losses
 are summed up, and the sum is scaled, see `scale`.
 
-transformers' BatchRebalanceSampler deals a global batch out likewise, but takes the number of micro-batches as given,
+transformers' BatchRebalanceSampler distributes a global batch likewise, but takes the number of micro-batches as given,
 moves single examples between pieces until it is stuck where `cut` finds the smallest largest piece, and leaves the
 weights to the model's loss, of which a regression's knows none. So it is not used.
 """

@@ -16,7 +16,7 @@ from ..processes import first_on_node
 from .reading import Rows, exact, listed, read_table, told_apart
 
 FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-_HELD_OUT = ("validation", "valid", "dev", "test")
+HELD_OUT = ("validation", "valid", "dev", "test")
 _TO_EVALUATE = (
     "{where} has no examples for evaluation: name data.validation_file, or data.validation_split of a data set, or say "
     "with data.hold_out how many of its {rows:,} examples shall serve as such."
@@ -64,7 +64,7 @@ def evaluation_rows(config: DataConfig, wanted: Collection[str]) -> Rows | None:
     """What is measured with, likewise; None: there is nothing of its own. A collective."""
     if config.validation_file is not None:
         return _file_rows(config.validation_file, config, wanted)
-    if config.name is None:
+    if config.name is None or (config.hold_out and config.validation_split is None):
         return None
     return _hub_rows(config.name, config.subset, config.revision, config.validation_split, config, wanted, held=True)
 
@@ -136,6 +136,11 @@ def load_from_hub(name: str, subset: str | None, revision: str | None, otherwise
             if (subsets := _subsets(name, revision)) and subset not in subsets:
                 asked = "has several subsets" if subset is None else f"has no subset {subset!r}"
                 raise AFLoRAError(f"The data set {name!r} {asked}. data.subset is one of: {listed(subsets)}.") from None
+            if "scripts are no longer supported" in str(error):
+                raise AFLoRAError(
+                    f"The data set {name!r} is a script, and none is run. The hub has most of these as parquet, too: "
+                    f"data.revision=refs/convert/parquet."
+                ) from None
             raise AFLoRAError(
                 f"The data set {' '.join(filter(None, (name, subset)))!r} could not be loaded from the hub "
                 f"({one_line(error)}). Without a network, {otherwise}."
@@ -169,7 +174,7 @@ def _hub_rows(
         name, subset, revision, "give a folder that holds the data set, or use data.train_file and data.validation_file"
     )
     if split is None:
-        split = next((usual for usual in _HELD_OUT if usual in loaded), None)
+        split = next((usual for usual in HELD_OUT if usual in loaded), None)
         if split is None:
             return None
     try:

@@ -1,1 +1,1 @@
-"""The main job: AFLoRA fine-tuning of a text classifier from the command line."""
+"""`aflora train`: AFLoRA fine-tuning of a text classifier from the command line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import warnings
@@ -21,6 +22,7 @@ from ..compat.transformers import checkpoint_activations
 from ..control import Progress
 from ..engines import create_engine, engine_kind
 from ..errors import AFLoRAError, one_line
+from ..extras import require
 from ..freezing import CubicSchedule
 from ..methods import Control, Method
 from ..methods.choose import lora_parameters
@@ -267,12 +269,20 @@ def create_optimizer(config: Config, model: nn.Module, method: Method) -> torch.
         raise AFLoRAError(f"train.optimizer_options names {odd[0]}: rates and weight decay are options of train.*.")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in train.optimizer_options.items()}
     try:
-        optimizer: torch.optim.Optimizer = getattr(torch.optim, train.optimizer)(made, **options)
+        optimizer: torch.optim.Optimizer = _optimizer_class(train.optimizer)(made, **options)
     except (TypeError, ValueError) as error:
         raise AFLoRAError(
             f"train.optimizer={train.optimizer} does not take {options} (train.optimizer_options): {one_line(error)}."
         ) from None
     return optimizer
+
+
+def _optimizer_class(name: str) -> Any:
+    package, _, kind = name.rpartition(".")
+    if not package:
+        return getattr(torch.optim, kind)
+    require("quantized", f"train.optimizer={name}", package)
+    return getattr(importlib.import_module(f"{package}.optim"), kind)
 
 
 def create_schedule(config: Config, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:

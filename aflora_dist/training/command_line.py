@@ -1,4 +1,4 @@
-"""The main job's options as a command line gives them: defaults < preset < YAML files < command line."""
+"""`aflora train`'s options as a command line gives them: defaults < preset < YAML files < command line."""
 
 from __future__ import annotations
 

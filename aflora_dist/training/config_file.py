@@ -1,4 +1,4 @@
-"""A YAML file of the main job's options: looked through in one place, and refused with its line.
+"""A YAML file of `aflora train`'s options: looked through in one place, and refused with its line.
 
 What is in it is left to jsonargparse, which takes the last of a key that stands twice, passes over a key without a
 value, and tells of neither; nor in which file and line a mistake is.

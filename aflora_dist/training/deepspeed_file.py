@@ -27,7 +27,7 @@ _OURS = {
     "scheduler": "train.schedule, train.warmup_ratio and the learning rates are the schedule",
     "optimizer": "train.optimizer, train.learning_rate, train.head_learning_rate and train.weight_decay say which",
 }
-_UNUSED = {  # features of DeepSpeed's own data loader and model, which a main job does not use
+_UNUSED = {  # features of DeepSpeed's own data loader and model, which `aflora train` does not use
     "data_efficiency": "data.* says what is trained on",
     "hybrid_engine": "it is for generating while training",
     "expert_parallel": "train mixture-of-experts layers without DeepSpeed-MoE",

@@ -1,4 +1,4 @@
-"""The main job: fine-tune, freeze, evaluate, write the run's directory. One function reads as the story."""
+"""`aflora train`: fine-tune, freeze, evaluate, write the run's directory. One function reads as the story."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .build import Training, create_accelerator
 
 
 def train(config: Config, resolved: str, method: Method | None = None) -> dict[str, Any] | None:
-    """Run the main job on this rank.
+    """Run `aflora train` on this rank.
 
     Args:
         resolved: `config` as YAML, to keep beside the results.

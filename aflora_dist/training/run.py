@@ -1,4 +1,4 @@
-"""Entry point of the main job: `accelerate launch -m aflora_dist.training.run [CONFIG.yaml] [--key value ...]`."""
+"""Entry point of `aflora train`: `accelerate launch -m aflora_dist.training.run [CONFIG.yaml] [--key value ...]`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..notices import logger, quiet_libraries
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the main job; returns the exit status. What a user did wrong is said in a line or two."""
+    """Run `aflora train`; returns the exit status. What a user did wrong is said in a line or two."""
     undo = quiet_libraries()
     given = sys.argv[1:] if arguments is None else arguments
     then = "The same command with --resume goes on from the last checkpoint."
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], undo: Callable[[], None]) -> None:
-    """The main job; `undo` takes back that libraries are quiet."""
+    """`aflora train`; `undo` takes back that libraries are quiet."""
     require("train", "aflora train")
     from .command_line import parse
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -24,11 +24,11 @@ from ..notices import quiet_libraries
 from ..options import Config
 from ..plan.launches import Launch
 from ..tasks.classification import Classification
-from ..tasks.reading import read_table
+from ..tasks.reading import listed, read_table
 from ..tasks.sft import LanguageModelling
 from ..tasks.sft.batching import IGNORED
 from ..tasks.sft.examples import is_understood
-from ..tasks.sources import FILES
+from ..tasks.sources import FILES, HELD_OUT, load_from_hub
 from ..training.build import create_task
 from ..training.command_line import parse
 from .terminal import console as create_console
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     PartialState(cpu=True)  # no GPU is needed, and none is taken
     config, _ = parse(_written_out(rest))
     launch: Any = Launch(engine="single", mixed_precision="no", on_gpu=False)
-    # Dealt one by one: that a batch is more than there are is said in the end, and refuses nothing here.
+    # One by one: that a batch is more than there are is said in the end, and refuses nothing here.
     task = create_task(replace(config, train=replace(config.train, batch_size=1, accumulation=1)))
     task.load(launch, weights=False)
     task.limits.check_length("data.max_length", config.data.max_length)
@@ -93,19 +93,39 @@ def _written_out(arguments: Sequence[str]) -> list[str]:
     first, *rest = arguments or [""]
     if not first or first.startswith("--") or first.lower().endswith((".yaml", ".yml")):
         return [*arguments]
-    said = {word.partition("=")[0] for word in rest}
-    is_file = first.lower().endswith(FILES)
-    if not is_file and os.path.isfile(first):
-        raise AFLoRAError(f"{first}: unknown kind of file; use one of {', '.join(FILES)}, or a .yaml of options.")
-    more = ["--data.train_file" if is_file else "--data.name", first]
-    if is_file and "--data.hold_out" not in said and "--data.validation_file" not in said:
-        more += ["--data.validation_file", first]
-    if "--data.task" not in said and "--preset" not in said:
-        columns = read_table(first, []).columns if is_file else ["messages"]
-        more += ["--data.task", "sft" if is_understood(columns) or "--data.columns" in said else "files"]
-    if "--model.name" not in said and "--preset" not in said:
-        more += ["--model.name", "demo"]
-    return [*more, *rest]
+    words = [word.partition("=") for word in rest]
+    said = {n: v if sign else other[0] for (n, sign, v), other in zip(words, [*words[1:], ("", "", "")], strict=False)}
+    measured = said.keys() & {"--data.hold_out", "--data.validation_file", "--data.validation_split"}
+    if first.lower().endswith(FILES) or os.path.isfile(first):
+        more, columns = ["--data.train_file", first], read_table(first, []).columns
+        if not measured:
+            more += ["--data.validation_file", first]
+    else:
+        more, columns = ["--data.name", first], ["messages"]
+        if first != "demo":
+            splits = load_from_hub(first, said.get("--data.subset"), said.get("--data.revision"), "name a file")
+            columns = next(iter(splits.values())).column_names
+            if not measured and not splits.keys() & {*HELD_OUT}:
+                more += ["--data.validation_split", said.get("--data.train_split", "train")]
+    if "--preset" in said:
+        return [*more, *rest]
+    if "--data.task" not in said:
+        more += ["--data.task", _guessed(first, columns, said)]
+    return [*more, *([] if "--model.name" in said else ["--model.name", "demo"]), *rest]
+
+
+def _guessed(name: str, columns: list[str], said: Collection[str]) -> str:
+    """The task of what has these columns."""
+    if "--data.text_columns" in said or "--data.label_column" in said:
+        return "files"
+    if "--data.columns" in said or is_understood(columns):
+        return "sft"
+    if "label" in columns:
+        return "files"
+    raise AFLoRAError(
+        f"{name} has the columns {listed(columns)}. Which is what? Of a classifier's say --data.text_columns and "
+        f'--data.label_column; of a language model\'s --data.columns \'{{"prompt": ..., "completion": ...}}\'.'
+    )
 
 
 def _print_example(console: Console, task: LanguageModelling, row: int, example: dict[str, Any]) -> None:

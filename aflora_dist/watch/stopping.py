@@ -30,10 +30,10 @@ class StopRequest:
     them.
 
     Args:
-        file: Its existence is the request; the main process looks for it.
+        file: Its existence is a request, too; the main process looks for it.
     """
 
-    def __init__(self, file: Path, is_main: bool) -> None:
+    def __init__(self, file: Path | None, is_main: bool) -> None:
         self.file = file if is_main else None
         self._requested = False
         self._group = cpu_group()

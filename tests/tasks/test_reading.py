@@ -7,6 +7,7 @@ import decimal
 import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from aflora_dist import AFLoRAError
-from aflora_dist.tasks.reading import read_table, table
+from aflora_dist.tasks.reading import json_list, parquet, read_table, table
+from aflora_dist.tasks.reading import lines as lines_of
 from tests.launch import ROOT, launch
 
 WANTED = ("text", "label")
@@ -284,6 +286,65 @@ def test_parquet_is_read_in_its_own_types(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": bad}), tmp_path / "latin.parquet")
     with pytest.raises(AFLoRAError, match=r"latin\.parquet could not be read as parquet: .*UTF"):
         read_table(str(tmp_path / "latin.parquet"), WANTED)
+
+
+def test_the_names_of_classes_that_datasets_writes_into_parquet_are_kept(tmp_path: Path, cache: Path) -> None:
+    kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    rows = [{"text": "a", "label": 1, "other": 0}, {"text": "b", "label": 0, "other": 1}]
+    written = datasets.Dataset.from_list(rows, features=datasets.Features({**kinds, "other": datasets.Value("int8")}))
+    written.to_parquet(str(tmp_path / "labels.parquet"))
+    for _ in range(2):  # as read, and as kept
+        found = read_table(str(tmp_path / "labels.parquet"), WANTED).rows
+        assert found.features == datasets.Features(kinds)
+        assert found[:] == {"text": ["a", "b"], "label": [1, 0]}
+
+
+def big(path: Path, characters: int) -> None:
+    """Rows of a thousand characters; a list of JSON all in one line."""
+    rows = [{"text": f"{i} " + "x" * 1000, "label": "a"} for i in range(characters // 1000)]
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500)
+    else:
+        path.write_text("text,label\n" + "".join(f"{row['text']},a\n" for row in rows))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+def test_no_more_of_a_file_is_held_than_a_piece(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's objects and Arrow's, while 8 million characters are read in pieces of half a million."""
+    big(tmp_path / f"big.{suffix}", 8_000_000)
+    monkeypatch.setattr(json_list, "_PIECE", 100_000)
+    monkeypatch.setattr(lines_of, "_CHARACTERS", 500_000)
+    monkeypatch.setattr(parquet, "_ROWS", 500)
+    before, arrow, rows = pa.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    for piece in table.read_rows(tmp_path / f"big.{suffix}", WANTED):
+        arrow, rows = max(arrow, pa.total_allocated_bytes() - before), rows + len(piece)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows == 8_000
+    assert arrow + peak < 5_000_000
+
+
+def test_what_is_no_utf_8_in_a_long_line_is_told_with_its_byte(tmp_path: Path) -> None:
+    """Behind many pieces of the line, of which some end within a character."""
+    text = ('["' + "\u00e9\u20ac" * 700_000).encode() + b"\xff"
+    (tmp_path / "list.json").write_bytes(b"\n" + text)
+    with pytest.raises(AFLoRAError, match=rf"list\.json, line 2: byte {len(text)} \(0xff\) is not UTF-8"):
+        read_table(str(tmp_path / "list.json"), WANTED)
+
+
+def test_a_list_in_one_long_line_is_refused_at_its_character(tmp_path: Path) -> None:
+    text = "[" + '{"text": "a"}, ' * 100_000 + '{"text" "b"}]'
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    said = rf"list\.json, line 1: no JSON: Expecting ':' delimiter \(character {expected.value.colno}\)\."
+    with pytest.raises(AFLoRAError, match=said):
+        read_table(str(tmp_path / "list.json"), WANTED)
 
 
 @pytest.mark.parametrize("name", ["a[12].csv", "a*.csv", "a?.csv", "with blank.CSV", "{1}.csv", "%41.csv", "a#b.csv"])

@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 
 from aflora_dist import AFLoRAError
 from aflora_dist.tasks.labels import encode_labels
-from aflora_dist.tasks.reading import exact
+from aflora_dist.tasks.reading import exact, json_list, lines, parquet
 from aflora_dist.tasks.reading.table import Rows, read_rows, read_table
 
 # What separates, quotes and ends, more often than it would by chance.
@@ -50,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def columns(path: Path, wanted: dict[str, Any]) -> dict[str, list[Any]]:
-    found = exact(datasets.Dataset(datasets.table.InMemoryTable(read_rows(path, wanted))))
+    found = exact(datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(read_rows(path, wanted)))))
     return {name: found[name][:] for name in wanted}
 
 
@@ -63,6 +65,16 @@ def refused(action: Callable[[], Any]) -> str | None:
         said = str(error)
     assert "\n" not in (said or "")
     return said
+
+
+@contextmanager
+def at_once(size: int, rows: int) -> Iterator[None]:
+    """So many bytes of a file are held at once, and so many rows."""
+    places = ((json_list, "_PIECE", size), (lines, "_ROWS", rows), (parquet, "_ROWS", rows))
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(mock.patch.object(*place))
+        yield
 
 
 @fuzzed
@@ -128,8 +140,9 @@ NESTED = st.recursive(
         tables(st.lists(st.fixed_dictionaries({"role": TEXTS, "content": TEXTS}), max_size=3)),
     ),
     style=st.sampled_from(["lines", "list", "indented", "escaped"]),
+    size=st.sampled_from([1, 2, 5, 1000]),
 )
-def test_json_of_the_json_module(table: dict[str, Any], style: str, folder: Path) -> None:
+def test_json_of_the_json_module(table: dict[str, Any], style: str, size: int, folder: Path) -> None:
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     text = {
         "lines": "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
@@ -138,7 +151,8 @@ def test_json_of_the_json_module(table: dict[str, Any], style: str, folder: Path
         "escaped": "".join(json.dumps(row) + "\n" for row in rows),
     }[style]
     (folder / "d.json").write_text(text, newline="")
-    assert columns(folder / "d.json", table) == table
+    with at_once(size, rows=2):
+        assert columns(folder / "d.json", table) == table
 
 
 @fuzzed
@@ -171,7 +185,8 @@ def test_json_of_any_values(values: list[Any], folder: Path) -> None:
 )
 def test_parquet_of_pyarrow(table: dict[str, Any], folder: Path) -> None:
     pq.write_table(pa.table(table), folder / "f.parquet")
-    assert columns(folder / "f.parquet", table) == table
+    with at_once(1, rows=2):
+        assert columns(folder / "f.parquet", table) == table
 
 
 @fuzzed
@@ -183,7 +198,10 @@ def test_parquet_of_pyarrow(table: dict[str, Any], folder: Path) -> None:
 def test_any_bytes_are_read_or_refused(suffix: str, content: bytes | str, folder: Path) -> None:
     path = folder / f"g.{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(lambda: read_rows(path, ["text", "a"]))
+    said = refused(lambda: list(read_rows(path, ["text", "a"])))
+    for size in (1, 7):
+        with at_once(size, size):
+            assert refused(lambda: list(read_rows(path, ["text", "a"]))) == said
 
 
 @fuzzed
@@ -194,7 +212,7 @@ def test_broken_parquet_is_read_or_refused(at: int, byte: bytes, cut: int, folde
     content = bytearray(made.getvalue())
     content[at % len(content) : at % len(content) + len(byte)] = byte
     (folder / "h.parquet").write_bytes(content[: len(content) - (cut if cut < 60 else 0)])
-    refused(lambda: read_rows(folder / "h.parquet", ["text", "label"]))
+    refused(lambda: list(read_rows(folder / "h.parquet", ["text", "label"])))
 
 
 LABELS = st.sampled_from(

@@ -101,6 +101,31 @@ def test_a_split_whose_labels_are_hidden_is_refused(tmp_path: Path) -> None:
     hub_sets._parquet(file, [{**rows[0], "label": -1}, *rows[1:]])
     with pytest.raises(AFLoRAError, match=r"news \(test\), row 1: its label is -1, which is none of World, Sports"):
         load_data(DataConfig(task="files", name=str(name)), seed=0)
+    held = load_data(DataConfig(task="files", name=str(name), hold_out=5), seed=0)
+    assert [len(held.train), *map(len, held.evaluation.values())] == [15, 5]
+
+
+def test_a_data_set_that_is_a_script_says_where_it_lies_as_parquet(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "old.py").write_text("import datasets\n")
+    with pytest.raises(AFLoRAError, match=r"is a script, and none is run\. .*data\.revision=refs/convert/parquet"):
+        load_data(DataConfig(task="files", name=str(tmp_path / "old")), seed=0)
+
+
+@pytest.mark.parametrize("form", [("prompt", "completion"), ("instruction", "output"), ("messages",)])
+def test_what_the_system_says_may_stand_in_a_column_of_its_own(form: tuple[str, ...], tmp_path: Path) -> None:
+    """As in Open-Orca/OpenOrca: system_prompt, question, response."""
+    chat = [{"role": "user", "content": "how many ?"}, {"role": "assistant", "content": "3"}]
+    others = {"messages": chat} if form == ("messages",) else {"question": "how many ?", "response": "3"}
+    rows = [{"system_prompt": said, **others} for said in ("answer .", "", None)]
+    (tmp_path / "orca.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"system": "system_prompt", **({} if form == ("messages",) else dict(zip(form, others, strict=True)))}
+    file = str(tmp_path / "orca.jsonl")
+    found, _ = load_examples(DataConfig(task="sft", train_file=file, validation_file=file, columns=columns), seed=0)
+    said = [turns(row, "by default .") for row in found]
+    assert [[turn["content"] for turn in chat] for chat in said] == [
+        [system, "how many ?", "3"] for system in ("answer .", "by default .", "by default .")
+    ]
 
 
 def test_sharegpt_becomes_the_same_tokens_as_messages(tmp_path: Path) -> None:

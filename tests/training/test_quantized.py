@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from aflora_dist import AFLoRAConfig
+from aflora_dist.engines import examine
+from aflora_dist.errors import UnsupportedEngineError
 from aflora_dist.options import ModelConfig
 from aflora_dist.tasks.model import load_language_model
-from tests.launch import launch_series
-from tests.runs import command_line, freezes, lines, start_all
+from tests.launch import launch, launch_series
+from tests.runs import assert_same_to_the_bit, command_line, freezes, lines, start_all
 from tests.small_lm import make_small_language_model, write_problems
 
 bnb = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 NF4 = {"model.quantize": "nf4", "model.dtype": "float32"}  # computes in float32, to be compared closely
 
 
@@ -132,3 +136,51 @@ def test_quantized_weights_are_sharded_in_half_precision(
     assert [(step, len(names)) for step, names in freezes(tmp_path / "run")] == [
         (step, len(names)) for step, names in freezes(dequantised)
     ]
+
+
+@pytest.mark.parametrize(
+    "engine", ["single", *(pytest.param(e, marks=pytest.mark.distributed) for e in ("ddp", "zero2", "zero3"))]
+)
+def test_optimizers_of_bitsandbytes_lose_matrices_as_torch_s_do(
+    engine: str, folder: Path, dequantised: Path, tmp_path: Path
+) -> None:
+    """Its AdamW is torch's, its Lion the same on every engine; and from a checkpoint they go on to the bit."""
+    paged, lion = ({"train.optimizer": f"bitsandbytes.{name}32bit"} for name in ("PagedAdamW", "PagedLion"))
+    lion["train.learning_rate"] = "1e-3"
+    saving = {"run.save_every": 3, "run.keep": 10}
+    whole, resumed, other, one = (tmp_path / name for name in ("whole", "resumed", "lion", "one"))
+    start_all(
+        engine,
+        [
+            arguments(whole, folder, "dequantised", **paged, **saving),
+            arguments(other, folder, "dequantised", **lion),
+        ],
+    )
+    start_all("single", [arguments(one, folder, "dequantised", **lion)])
+    for found, expected in ((whole, dequantised), (other, one)):
+        assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+        assert freezes(found) == freezes(expected) != []
+    assert losses(other) != pytest.approx(losses(dequantised), rel=1e-3)
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("adapter", "lora", "result.json"))
+    for checkpoint in (resumed / "checkpoints").iterdir():
+        if checkpoint.name > "step_00000003":
+            shutil.rmtree(checkpoint)
+    start_all(engine, [arguments(resumed, folder, "dequantised", **paged, **saving, **{"run.resume": "last"})])
+    assert_same_to_the_bit(resumed, whole)
+
+
+def test_optimizers_of_8_bits_are_refused(tmp_path: Path) -> None:
+    """A scale for each 256 elements: pieces of a matrix, as ZeRO and FSDP2 hold it, would have other ones."""
+    made = bnb.optim.AdamW8bit([torch.nn.Parameter(torch.ones(64, 72))])
+    with pytest.raises(UnsupportedEngineError, match=r"AdamW8bit would not be exact: it keeps 'qmap1'"):
+        examine(made, torch.device("cpu"))
+
+
+@pytest.mark.distributed
+def test_optimizers_of_bitsandbytes_are_refused_by_fsdp2(folder: Path, tmp_path: Path) -> None:
+    chosen = arguments(tmp_path / "run", folder, "dequantised", **{"train.optimizer": "bitsandbytes.Lion32bit"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
+        done = launch("fsdp2", 2, "-m", "profiling.fsdp_on_cpu", "aflora_dist.training.run", *chosen)
+    assert done.returncode == 2
+    assert "Lion32bit does not update DTensors, in which FSDP2 holds what it shards" in done.stderr

@@ -7,17 +7,18 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from aflora_dist import AFLoRAError
+from aflora_dist import AFLoRAError, extras
 from aflora_dist.engines import examine
 from aflora_dist.methods.choose import create_method
 from aflora_dist.options import TrainConfig
+from aflora_dist.options.job import Optimizer
 from aflora_dist.plan.launches import Launch
 from aflora_dist.plan.plan import make_plan
 from aflora_dist.tasks.sft.loss import ChunkedCrossEntropy
@@ -170,10 +171,23 @@ def test_what_is_not_taken_is_refused_by_name(options: dict[str, Any], said: str
         create()
 
 
-@pytest.mark.parametrize("name", TrainConfig.__annotations__["optimizer"].split("[")[1].rstrip("]").split(", "))
+@pytest.mark.parametrize("name", [name for name in get_args(Optimizer) if "." not in name])
 def test_every_optimizer_s_matrices_can_leave_it(name: str) -> None:
-    made = getattr(torch.optim, name.strip("\"'"))([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    made = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(3))], lr=0.1)
     examine(made, torch.device("cpu"))  # raises where freezing would not be exact
+
+
+def test_an_optimizer_that_is_not_known_or_not_installed_says_which_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        AFLoRAError, match=r"one of AdamW, .*RMSprop.*bitsandbytes\.PagedAdamW32bit, .*, not paged_adamw"
+    ):
+        configuration("--train.optimizer", "paged_adamw_8bit")
+    monkeypatch.setattr(extras, "installed", lambda module: module != "bitsandbytes")
+    config = configuration("--train.optimizer", "bitsandbytes.PagedLion32bit")
+    with pytest.raises(AFLoRAError, match=r"train.optimizer=bitsandbytes.PagedLion32bit needs bitsandbytes, .*pip"):
+        create_optimizer(config, torch.nn.Linear(2, 2), create_method(config))
 
 
 def test_label_smoothing_is_the_formula_s_where_gradients_are_taken_and_nowhere_else(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_classifier_s_labels_are_counted_in_every_split(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = str(hub_sets.ag_news(tmp_path / "news"))
-    arguments = [folder, "--data.task", "files", "--model.name", str(tiny_model), "--train.batch_size", "4"]
+    arguments = [folder, "--model.name", str(tiny_model), "--train.batch_size", "4"]  # and no task: labels say which
     said = printed(arguments, monkeypatch)
     assert "label 'World'" in said
     (line,) = (line for line in said.splitlines() if "Sci/Tech" in line)
@@ -84,3 +84,17 @@ def test_a_classifier_s_labels_are_counted_in_every_split(
     (tmp_path / "notes.docx").write_text("x")
     with pytest.raises(AFLoRAError, match=r"notes\.docx: unknown kind of file"):
         examples.main([str(tmp_path / "notes.docx")])
+
+
+def test_a_data_set_without_a_split_to_measure_with_is_shown_all_the_same(
+    chats: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hub_sets.sharegpt(tmp_path / "chats")
+    said = printed([str(folder), *chats[1:], "--data.train_split", "train[:4]"], monkeypatch)
+    assert "4 examples are there to measure with." in said
+
+
+def test_columns_of_which_none_is_known_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "dolly.jsonl").write_text(json.dumps({"instruction": "a", "context": "b", "response": "c"}))
+    with pytest.raises(AFLoRAError, match=r"columns instruction, context, response\. .*text_columns.*--data.columns"):
+        examples.main([str(tmp_path / "dolly.jsonl")])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset, IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from aflora_dist import AFLoRAConfig, FreezingCallback
 
@@ -126,6 +128,17 @@ def values(callback: FreezingCallback) -> dict[str, torch.Tensor]:
     return {name: value.detach().float().cpu().clone() for name, value in found.items()}
 
 
+class Signal(TrainerCallback):
+    """As Slurm sends one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def other_ways(trainer: Trainer, out: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The adapter in state dicts that other loops save: on the main process. A collective."""
     found = {"get_state_dict": trainer.accelerator.get_state_dict(trainer.model_wrapped)}
@@ -140,7 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--options", type=json.loads, default={}, help="of TrainingArguments")
-    parser.add_argument("--resume", default=None)
+    parser.add_argument("--resume", default=None, help="a checkpoint, or a folder of these, whose last is meant")
+    parser.add_argument("--signal", type=int, help="the last rank gets SIGUSR1 before its update of this number")
     parser.add_argument("--again", action="store_true", help="then resume from step 4, and train once more")
     parser.add_argument("--lora", action="store_true", help="LoRA, and what freezes of it: see LORA")
     parser.add_argument("--trl", default=None, help="a trainer of TRL instead, see trl_trainers.py")
@@ -157,7 +171,9 @@ def main(arguments: list[str] | None = None) -> None:
         trainer = build(args.trl, options, callback, lora=args.lora)
     else:
         trainer = Trainer(model=build_llama(args.lora), args=arguments_of(TrainingArguments, options), **common)
-    trainer.train(resume_from_checkpoint=args.resume)
+    if args.signal is not None and int(os.environ.get("RANK", "0")) == ranks - 1:
+        trainer.add_callback(Signal(args.signal))
+    trainer.train(resume_from_checkpoint=args.resume and (get_last_checkpoint(args.resume) or args.resume))
     assert callback.freezing is not None
     events = [vars(event) for event in callback.freezing.events]
     trainer.save_model(str(args.out / "model"))

@@ -8,21 +8,21 @@ refused.
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 
 from ...errors import AFLoRAError
-from .lines import LINE, shown, text_lines
+from .lines import LINE, in_pieces, shown, text_lines
 
 _MAX_CELL = 2**31 - 1  # characters; more than the csv module's 131,072
 _COMMA = " A cell that holds a comma has to be in quotes, and none ends a line."
 Row = tuple[int, list[str]]  # the line in which it begins, its cells
 
 
-def read_csv(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
-    """The names of all columns; and of the wanted ones the cells, behind a column of lines, see `Rows`.
+def read_csv(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
+    """The names of all columns; and piece by piece the cells of the wanted ones, behind a column of lines, see `Rows`.
 
     Raises:
         AFLoRAError: A row that has not as many cells as the header; a quote out of place; a wanted column's name that
@@ -31,7 +31,7 @@ def read_csv(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
     return read_columns(path, delimited_rows(path), wanted, "comma")
 
 
-def read_tsv(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
+def read_tsv(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
     """As `read_csv`; raises as well where it cannot be told whether cells are quoted."""
     return read_columns(path, delimited_rows(path), wanted, "tab")
 
@@ -61,7 +61,7 @@ def plain_rows(path: Path) -> Iterator[Row]:
 
 def read_columns(
     path: Path, rows: Iterator[Row], wanted: Collection[str], separator: str
-) -> tuple[list[str], pa.Table]:
+) -> tuple[list[str], Iterator[pa.Table]]:
     """What `read_csv` gives, of rows whose first is the header; `separator` is what errors call it."""
     _, header = next(rows, (0, None))
     if header is None:
@@ -76,19 +76,25 @@ def read_columns(
         if header.count(name) > 1:
             raise AFLoRAError(f"{path}, line 1: the header names column {name!r} {header.count(name)} times.")
     places = {name: place for place, name in enumerate(header) if name in wanted}
-    lines: list[int] = []
-    values: dict[str, list[str]] = {name: [] for name in places}
-    for line, cells in rows:
-        if len(cells) != len(header):
-            hint = _COMMA if separator == "comma" else ""
-            raise AFLoRAError(f"{path}, line {line}: {len(cells)} fields, expected {len(header)}.{hint}")
-        if len(header) > 1 and [cells[0].removeprefix("\ufeff"), *cells[1:]] == header:
-            raise AFLoRAError(f"{path}, line {line}: the header again, as between two files. Leave it out.")
-        lines.append(line)
-        for name, place in places.items():
-            values[name].append(cells[place])
-    arrays = {name: pa.array(cells, pa.string()) for name, cells in values.items()}
-    return header, pa.table({LINE: pa.array(lines, pa.int64()), **arrays})
+    return header, _cells(path, rows, header, places, _COMMA if separator == "comma" else "")
+
+
+def _cells(
+    path: Path, rows: Iterator[Row], header: list[str], places: Mapping[str, int], hint: str
+) -> Iterator[pa.Table]:
+    """Pieces of the columns that stand at these places."""
+
+    def checked() -> Iterator[Row]:
+        for line, cells in rows:
+            if len(cells) != len(header):
+                raise AFLoRAError(f"{path}, line {line}: {len(cells)} fields, expected {len(header)}.{hint}")
+            if len(header) > 1 and [cells[0].removeprefix("\ufeff"), *cells[1:]] == header:
+                raise AFLoRAError(f"{path}, line {line}: the header again, as between two files. Leave it out.")
+            yield line, [cells[place] for place in places.values()]
+
+    for lines, columns in in_pieces(checked()):
+        arrays = {name: pa.array(cells, pa.string()) for name, cells in zip(places, columns, strict=True)}
+        yield pa.table({LINE: pa.array(lines, pa.int64()), **arrays})
 
 
 def _quoted_rows(path: Path, delimiter: str) -> Iterator[Row]:

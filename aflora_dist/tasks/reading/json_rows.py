@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,104 +11,101 @@ import pyarrow as pa
 
 from ...errors import AFLoRAError
 from ...untrusted import refuse_deep_json
+from .json_list import BLANK, list_elements, text_begins_with
 from .json_values import as_json_column
-from .lines import LINE, shown, text_lines
+from .lines import LINE, in_pieces, shown, text_lines
 
-_BLANK = " \t\r\n"
-_MARK = re.compile(rf"[{_BLANK}]*(\[[{_BLANK}]*\]|[\[,\]]?)[{_BLANK}]*")  # between the elements of a list
 _WANTED = "Wanted is an object in each line, or one list of objects (pandas: to_json(orient='records'))."
-_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number"}
-_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+_NAMES = {str: "text", bool: "true or false", int: "a number", float: "a number"}
+_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64(), dict: pa.string()}
 
 
-class _JSONText(str):
-    """That of a list or an object: less memory than its values."""
-
-
-def read_json(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
-    """The names of all columns; and of the wanted ones the values, behind a column of lines, see `Rows`.
+def read_json(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
+    """The names of all columns; and piece by piece the values of the wanted ones, behind a column of lines, see `Rows`.
 
     A column is of text, whole numbers, floats, booleans, or of any JSON values, where lists or objects are among them.
-    What a row lacks is null; whole numbers among floats are floats, but not within lists and objects.
+    What a row lacks is null; whole numbers among floats are floats, but not within lists and objects. The file is read
+    twice, for what a column is all of its values decide.
 
     Raises:
         AFLoRAError: No JSON; a key that an object has twice; a value of another kind than those of other rows. With
             the line.
     """
-    lines: list[int] = []
     columns: dict[str, None] = {}
-    values: dict[str, list[Any]] = {name: [] for name in wanted}
+    firsts: dict[str, dict[type, tuple[int, Any]]] = {name: {} for name in wanted}  # kind -> line, value
+    empty = True
+    for line, row in _objects(path):
+        empty = False
+        columns.update(dict.fromkeys(row))
+        for name, first in firsts.items():
+            if (value := row.get(name)) is not None:
+                first.setdefault(type(value), (line, value))
+    if empty:
+        raise AFLoRAError(f"{path} is empty. {_WANTED}")
+    return list(columns), _pieces(path, {name: _kind(path, name, firsts[name]) for name in columns if name in firsts})
+
+
+def _pieces(path: Path, kinds: Mapping[str, type]) -> Iterator[pa.Table]:
+    """The rows' values, of these kinds (dict: any JSON values)."""
+
+    def written() -> Iterator[tuple[int, list[Any]]]:
+        for line, row in _objects(path):
+            yield line, [_written(path, line, name, row.get(name), kind) for name, kind in kinds.items()]
+
+    for lines, columns in in_pieces(written()):
+        arrays = {LINE: pa.array(lines, pa.int64())}
+        for (name, kind), values in zip(kinds.items(), columns, strict=True):
+            array = _converted(path, name, lines, values, _TYPES[kind])
+            arrays[name] = as_json_column(array) if kind is dict else array
+        yield pa.table(arrays)
+
+
+def _written(path: Path, line: int, name: str, value: Any, kind: type) -> Any:
+    """A value as its column holds it; as JSON text beside lists and objects, which takes less memory than these."""
+    if kind is not dict or value is None:
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise AFLoRAError(f"{path}, line {line}, column {name!r}: a number in it is not finite.") from None
+
+
+def _kind(path: Path, name: str, firsts: Mapping[type, tuple[int, Any]]) -> type:
+    """The least common kind of a column's values; dict: any."""
+    if list in firsts or dict in firsts:
+        return dict
+    (first, *others) = firsts or [str]
+    for other in others:
+        if _NAMES[other] != _NAMES[first]:
+            line, value = firsts[other]
+            raise AFLoRAError(
+                f"{path}, line {line}, column {name!r}: {_NAMES[other]} ({shown(str(value))}), where line "
+                f"{firsts[first][0]} has {_NAMES[first]}. A column holds values of one kind."
+            )
+    return float if float in firsts else first
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, row in json_rows(path):
         if not isinstance(row, dict):
             raise AFLoRAError(f"{path}, line {line}: {shown(json.dumps(row))} is not an object. {_WANTED}")
-        columns.update(dict.fromkeys(row))
-        lines.append(line)
-        for name, column in values.items():
-            value = row.get(name)
-            if isinstance(value, list | dict):
-                try:
-                    value = _JSONText(json.dumps(value, ensure_ascii=False, allow_nan=False))
-                except ValueError:
-                    said = f"{path}, line {line}, column {name!r}: a number in it is not finite."
-                    raise AFLoRAError(said) from None
-            column.append(value)
-    if not lines:
-        raise AFLoRAError(f"{path} is empty. {_WANTED}")
-    arrays = {name: _array(path, name, lines, values[name]) for name in columns if name in values}
-    return list(columns), pa.table({LINE: pa.array(lines, pa.int64()), **arrays})
+        yield line, row
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """The values of JSON lines, or of a list: the line in which it begins, and the value."""
     decoder = json.JSONDecoder(object_pairs_hook=_object)
-    begun = False
+    if text_begins_with(path, "["):
+        yield from list_elements(path, decoder)
+        return
     for line, text in enumerate(text_lines(path), start=1):
-        body = text.strip(_BLANK)
-        if not begun and body.startswith("["):
-            yield from _elements(path, decoder)
-            return
-        if body:
-            begun = True
+        if text.strip(BLANK):
             try:
                 refuse_deep_json(text)
                 value = decoder.decode(text)
             except ValueError as error:
                 raise AFLoRAError(f"{path}, line {line}: no JSON: {_reason(error)} {_WANTED}") from None
             yield line, value
-
-
-def _elements(path: Path, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
-    """Those of a file's one list."""
-    text, place, line, expected = "".join(text_lines(path)), 0, 1, "["
-    while True:
-        mark = _MARK.match(text, place)
-        assert mark is not None
-        line, place = line + mark[0].count("\n"), mark.end()
-        if mark[1].endswith("]"):
-            break
-        if mark[1] != expected:
-            found = shown(text[mark.start(1) :][:20]) if mark.end() < len(text) else "the end of the file"
-            raise AFLoRAError(f"{path}, line {line}: no JSON: {found} instead of a comma or ] in its list.")
-        try:
-            value, end = _decoded(decoder, text, place)
-        except ValueError as error:
-            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            raise AFLoRAError(f"{path}, line {at}: no JSON: {_reason(error)}") from None
-        yield line, value
-        line, place, expected = line + text.count("\n", place, end), end, ","
-    if place < len(text):
-        raise AFLoRAError(f"{path}, line {line}: {shown(text[place : place + 20])} after the end of its list.")
-
-
-def _decoded(decoder: json.JSONDecoder, text: str, place: int) -> tuple[Any, int]:
-    """The value that begins there, and where it ends."""
-    try:
-        value, end = decoder.raw_decode(text, place)
-    except RecursionError:  # too deep for Python's stack, too
-        refuse_deep_json(text, place)
-        raise
-    refuse_deep_json(text, place, end)
-    return value, end
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,27 +122,7 @@ def _reason(error: ValueError) -> str:
     return f"{str(error).split(';')[0]}."
 
 
-def _array(path: Path, name: str, lines: list[int], values: list[Any]) -> pa.Array | pa.ChunkedArray:
-    """A column; the least common type of its values."""
-    firsts: dict[type, int] = {}  # kind -> the first row that has one
-    for row, value in enumerate(values):
-        if value is not None:
-            firsts.setdefault(type(value), row)
-    if _JSONText in firsts:
-        texts = [v if v is None or isinstance(v, _JSONText) else json.dumps(v, ensure_ascii=False) for v in values]
-        return as_json_column(_converted(path, name, lines, texts, pa.string()))
-    (first, *others) = firsts or [str]
-    for other in others:
-        if _KINDS[other] != _KINDS[first]:
-            raise AFLoRAError(
-                f"{path}, line {lines[firsts[other]]}, column {name!r}: {_KINDS[other]} "
-                f"({shown(str(values[firsts[other]]))}), where line {lines[firsts[first]]} has {_KINDS[first]}. A "
-                f"column holds values of one kind."
-            )
-    return _converted(path, name, lines, values, _TYPES[float if float in firsts else first])
-
-
-def _converted(path: Path, name: str, lines: list[int], values: list[Any], kind: pa.DataType) -> pa.Array:
+def _converted(path: Path, name: str, lines: Sequence[int], values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, kind)
     except (ValueError, OverflowError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import AFLoRAError
 
 LINE = "\n"  # the column of lines; none that anybody wants
+_ROWS, _CHARACTERS = 10_000, 16_000_000  # that are held as Python's at once; or one row
 # What other files begin with, in lower case, and what was downloaded in place of a file.
 _OTHER_FILES = {
     b"\xff\xfe": "UTF-16 text. Save it as UTF-8",
@@ -36,20 +38,50 @@ def text_lines(path: Path) -> Iterator[str]:
     Raises:
         AFLoRAError: A byte that is not UTF-8, or a NUL; with its line.
     """
+    return text_pieces(path, -1)
+
+
+def text_pieces(path: Path, most: int) -> Iterator[str]:
+    """As `text_lines`, but of lines longer than so many bytes pieces, one after the other; -1: whole lines."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line, before, first = 1, 0, True  # `before`: bytes of this line that have been read
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        while True:
+            raw = file.readline(most)
+            ended = raw.endswith(b"\n")
+            cut = len(decoder.getstate()[0])  # bytes of a character that went on
             try:
-                line = raw.decode()
+                text = decoder.decode(raw, final=ended or not raw)
             except UnicodeDecodeError as error:
+                at, byte = before - cut + error.start + 1, error.object[error.start]
                 raise AFLoRAError(
-                    f"{path}, line {number}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8. Save the "
-                    f"file as UTF-8."
+                    f"{path}, line {line}: byte {at} (0x{byte:02x}) is not UTF-8. Save the file as UTF-8."
                 ) from None
-            if "\0" in line:
+            if "\0" in text:
                 raise AFLoRAError(
-                    f"{path}, line {number}: it holds a NUL, which no text does. Save the file as UTF-8 text."
+                    f"{path}, line {line}: it holds a NUL, which no text does. Save the file as UTF-8 text."
                 )
-            yield line.removeprefix("\ufeff") if number == 1 else line
+            if not raw:
+                return
+            if text:  # and not a part of a character alone
+                yield text.removeprefix("\ufeff") if first else text
+            line, before, first = (line + 1, 0, False) if ended else (line, before + len(raw), first and not text)
+
+
+def in_pieces(rows: Iterable[tuple[int, Sequence[Any]]]) -> Iterator[tuple[list[int], list[tuple[Any, ...]]]]:
+    """The lines of rows, and their values column by column: of as many rows at once as memory holds in any case."""
+    lines: list[int] = []
+    values: list[Sequence[Any]] = []
+    size = 0
+    for line, row in rows:
+        lines.append(line)
+        values.append(row)
+        size += sum(len(value) for value in row if isinstance(value, str))
+        if len(lines) == _ROWS or size > _CHARACTERS:
+            yield lines, list(zip(*values, strict=True))
+            lines, values, size = [], [], 0
+    if lines:
+        yield lines, list(zip(*values, strict=True))
 
 
 def shown(value: Any, most: int = 60) -> str:

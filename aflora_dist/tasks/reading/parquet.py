@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -13,31 +14,56 @@ from ...errors import AFLoRAError, one_line
 from .json_values import told_apart
 from .lines import LINE
 
+_ROWS = 10_000  # that are held at once
 
-def read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], pa.Table]:
-    """The names of all columns; and the wanted ones, behind a column of row numbers, see `Rows`.
+
+def read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
+    """The names of all columns; and piece by piece the wanted ones, behind a column of row numbers, see `Rows`.
 
     Types are the file's; categories are what they stand for, lists and structs any JSON values.
 
     Raises:
         AFLoRAError: It is no parquet file, or a broken one.
     """
-    try:
-        with path.open("rb") as file, pq.ParquetFile(file) as opened:
-            columns, rows = opened.schema_arrow.names, opened.metadata.num_rows
-            for name in wanted:
-                if columns.count(name) > 1:
-                    raise AFLoRAError(f"{path} has {columns.count(name)} columns of the name {name!r}.")
-            table = opened.read(columns=[name for name in columns if name in wanted])
+    with _reading(path), path.open("rb") as file, pq.ParquetFile(file) as opened:
+        columns, labels = opened.schema_arrow.names, _labels(opened.schema_arrow, wanted)
+    for name in wanted:
+        if columns.count(name) > 1:
+            raise AFLoRAError(f"{path} has {columns.count(name)} columns of the name {name!r}.")
+    return columns, _pieces(path, [name for name in columns if name in wanted], labels)
+
+
+def _labels(schema: pa.Schema, wanted: Collection[str]) -> dict[bytes, bytes]:
+    """The names of classes that the library datasets has written beside their numbers, as it reads them."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    features = datasets.Features.from_arrow_schema(schema)
+    kept = {n: kind for n, kind in features.items() if n in wanted and isinstance(kind, datasets.ClassLabel)}
+    return dict(datasets.Features(kept).arrow_schema.metadata)
+
+
+def _pieces(path: Path, wanted: list[str], labels: dict[bytes, bytes]) -> Iterator[pa.Table]:
+    rows = 0
+    with _reading(path), path.open("rb") as file, pq.ParquetFile(file) as opened:
+        for batch in opened.iter_batches(_ROWS, columns=wanted):
+            table = pa.Table.from_batches([batch])
             table.validate(full=True)  # or bytes that are not UTF-8 would be found later, one by one
             chosen = [name for name in table.column_names if name in wanted]  # not what a.b may stand for, too
             values = {name: _of_known_type(path, name, table.column(name)) for name in chosen}
+            lines = pa.array(range(rows + 1, rows + len(batch) + 1), pa.int64())
+            rows += len(batch)
+            yield pa.table({LINE: lines, **values}).replace_schema_metadata(labels)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except AFLoRAError:
         raise
     except Exception as error:  # Arrow's errors are of many kinds
         reason = one_line(error)
         raise AFLoRAError(f"{path} could not be read as parquet: {reason.rstrip('.')}. Write it anew.") from None
-    return columns, pa.table({LINE: pa.array(range(1, rows + 1), pa.int64()), **values})
 
 
 def _of_known_type(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .json_values import exact
 from .lines import LINE, listed, refuse_other_files, shown
 from .parquet import read_parquet
 
-_READERS: dict[str, Callable[[Path, Collection[str]], tuple[list[str], pa.Table]]] = {
+_READERS: dict[str, Callable[[Path, Collection[str]], tuple[list[str], Iterator[pa.Table]]]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".json": read_json,
@@ -124,7 +125,10 @@ class Rows:
         self.check_filled(column)
         if not self.is_text(column):
             row, value = next((row, v) for row, v in enumerate(self.rows[column][:]) if not isinstance(v, str))
-            raise AFLoRAError(f"{self.where(row)}: it has {shown(str(value))} in column {column!r}, which is not text.")
+            columns = isinstance(value, list | dict) and len(self.rows) == 1
+            hint = " Rows are wanted, and not columns (pandas: to_json(orient='records'))." if columns else ""
+            said = shown(str(value))
+            raise AFLoRAError(f"{self.where(row)}: it has {said} in column {column!r}, which is not text.{hint}")
 
 
 def read_table(name: str, wanted: Collection[str]) -> Rows:
@@ -148,18 +152,21 @@ def read_table(name: str, wanted: Collection[str]) -> Rows:
     return first_on_node(load)
 
 
-def read_rows(path: Path, wanted: Collection[str]) -> pa.Table:
-    """As it is kept: the lines, with the names of all columns as metadata, and the wanted columns.
+def read_rows(path: Path, wanted: Collection[str]) -> Iterator[pa.Table]:
+    """As they are kept, piece by piece: the lines, with the names of all columns as metadata, and the wanted columns.
 
     Raises:
         AFLoRAError: It cannot be read, or holds no row.
     """
     refuse_other_files(path)
-    columns, table = _READERS[path.suffix.lower()](path, wanted)
-    if len(table) == 0:
+    columns, pieces = _READERS[path.suffix.lower()](path, wanted)
+    empty = True
+    for piece in pieces:
+        lines = piece.schema.field(LINE).with_metadata({"columns": json.dumps(columns)})  # a table's own is overwritten
+        yield piece.set_column(0, lines, piece.column(LINE))
+        empty = False
+    if empty:
         raise AFLoRAError(f"{path} is empty: it names columns, but has no rows.")
-    lines = table.schema.field(LINE).with_metadata({"columns": json.dumps(columns)})  # a table's own is overwritten
-    return table.set_column(0, lines, table.column(LINE))
 
 
 def _bare(name: str) -> str:
@@ -187,17 +194,17 @@ def _kept(path: Path, wanted: Collection[str]) -> Rows:
     kept = cache_folder() / f"{key(content, path.suffix.lower(), sorted(wanted))}.arrow"
 
     def make(missing: list[Path], folder: Path) -> None:
-        table = read_rows(path, wanted)
-        with pa.ipc.new_stream(str(folder / kept.name), table.schema) as stream:
-            stream.write_table(table, max_chunksize=10_000)
+        pieces = read_rows(path, wanted)
+        first = next(pieces)
+        with pa.ipc.new_stream(str(folder / kept.name), first.schema) as stream:
+            for piece in itertools.chain([first], pieces):
+                stream.write_table(piece)
         put_in_place(folder / kept.name, kept)
 
-    rows = found_or_made(
-        f"rows of {path}",
-        {kept: None},
-        make,
-        lambda: datasets.Dataset(datasets.table.InMemoryTable(read_rows(path, wanted))),
-    )
+    def make_in_memory() -> datasets.Dataset:
+        return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(read_rows(path, wanted))))
+
+    rows = found_or_made(f"rows of {path}", {kept: None}, make, make_in_memory)
     return Rows(
         name=str(path),
         columns=json.loads(rows.data.schema.field(LINE).metadata[b"columns"]),

@@ -19,10 +19,10 @@ from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
 _FORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
-    (("messages",), ("tools",), ("messages",)),
+    (("messages",), ("tools", "system"), ("messages",)),
     (("conversations",), ("tools", "system"), ("conversations",)),
-    (("prompt", "completion"), ("tools",), ("prompt",)),
-    (("instruction", "output"), ("input",), ("instruction",)),
+    (("prompt", "completion"), ("tools", "system"), ("prompt",)),
+    (("instruction", "output"), ("input", "system"), ("instruction",)),
     (("text",), (), ()),
 )
 _COLUMNS = {"answer", *(column for needed, beside, _ in _FORMS for column in (*needed, *beside))}
@@ -154,7 +154,6 @@ def turns(row: Mapping[str, Any], system: str | None) -> list[Turn]:
     if "messages" in row or "conversations" in row:
         column = "messages" if "messages" in row else "conversations"
         found = _messages(row[column], column)
-        system = row.get("system") or system
     elif "prompt" in row:
         found = _spoken(row["prompt"], "user", "prompt") + _spoken(row.get("completion"), "assistant", "completion")
     else:
@@ -164,7 +163,10 @@ def turns(row: Mapping[str, Any], system: str | None) -> list[Turn]:
         asked = f"{asked}\n\n{given}" if given else asked
         found = _spoken(asked, "user", "instruction") + _spoken(row.get("output"), "assistant", "output")
     if not found:
-        raise ValueError("nothing is said in it")
+        raise ValueError("nothing is said in it; leave it out")
+    if (said := row.get("system")) is not None and not isinstance(said, str):
+        raise ValueError("column system holds no text")
+    system = said or system
     if system is not None and found[0]["role"] != "system":
         found = [{"role": "system", "content": system}, *found]
     return found

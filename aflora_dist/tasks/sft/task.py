@@ -1,4 +1,4 @@
-"""Causal language modelling as a task of the main job."""
+"""Causal language modelling as a task of `aflora train`."""
 
 from __future__ import annotations
 
