@@ -109,8 +109,10 @@ def order(study: str, task: str, method: str) -> str:
         return NONE
     grid, results, _, _ = measured(study, task)
     runs = grid.plan(results.records).reported[task, method].values()
-    froze = [found for run in runs if (found := results.records.get(run.name, {}).get("frozen"))]
-    names = sorted(froze[0])
+    froze = [results.records[run.name].get("frozen", {}) for run in runs if run.name in results.records]
+    names = sorted(set.intersection(*map(set, froze)))
+    if not names:
+        return "nothing froze"
     a, b = (statistics.fmean(of[name] for of in froze for name in names if name.endswith(f".{one}")) for one in "AB")
     pairs = itertools.combinations([[of[name] for name in names] for of in froze], 2)
     alike = statistics.fmean(spearmanr(*pair).statistic for pair in pairs) if len(froze) > 1 else math.nan
