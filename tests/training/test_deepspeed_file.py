@@ -15,10 +15,10 @@ from aflora_dist import AFLoRAError
 from aflora_dist.training import deepspeed_file
 from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main
-from tests.launch import ROOT, launch
+from tests.launch import ROOT, free_port, launch
 
 RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 NOTHING_IS_READ = ["--model.name", "no/such-model", "--data.task", "files", "--data.train_file", "nowhere.csv"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.filesize import decimal
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -166,7 +167,7 @@ def test_a_run_over_pickles_in_float16_is_planned_merged_and_made_lora(
     planned = capsys.readouterr().out
     assert main(arguments) == 0
     moments = 8 * json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["trainable_params"]  # all in float32
-    assert f"{moments / 1000:.3g} to" in planned
+    assert f"{decimal(moments)} to" in planned
     assert command("merge")([str(run), str(merged)]) == 0
     assert command("to-lora")([str(run), str(lora)]) == 0
     kind = AutoModelForSequenceClassification if preset == "glue/rte" else AutoModelForCausalLM

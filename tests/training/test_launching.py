@@ -32,7 +32,7 @@ from tests.ranks import ROOT
 from tests.slurm import submit
 
 RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 WHOLE = {**RANK, **MEETING, "ACCELERATE_USE_CPU": "true"}
 NOTHING_IS_READ = ["--model.name", "no/such-model", "--data.task", "files", "--data.train_file", "nowhere.csv"]
 
