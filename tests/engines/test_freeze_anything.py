@@ -240,8 +240,7 @@ def test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_back
 def test_a_backward_pass_that_ends_early_gathers_nothing_below() -> None:
     """FSDP2 fetches the block before the one at work."""
     for whole, ended in zip(run("fsdp2")["change"], run("fsdp2")["one block"], strict=True):
-        assert whole["gathers"] > 1
-        assert ended["gathers"] == 1
+        assert ended["gathers"] == whole["gathers"] - 1  # of two blocks; torch 2.10 gathers once more in both
 
 
 def test_by_default_the_matrices_of_tuners_and_blocks_freeze_and_nothing_else() -> None:
