@@ -23,6 +23,7 @@ from aflora_dist.compat.accelerate import log, store_configuration, unwrap
 from aflora_dist.compat.deepspeed import divide_once, gather_completely, offsets, unpin
 from aflora_dist.compat.peft import teach_saving
 from aflora_dist.compat.transformers import checkpoint_activations
+from tests.launch import ROOT, launch
 from tests.versions import LIBRARIES, compare
 from tests.workers.tiny import build_base, build_model
 
@@ -127,6 +128,14 @@ def test_a_deepspeed_that_waits_for_the_last_of_several_gathers_one_after_the_ot
     Init()._allgather_params_coalesced(["A", "B"], 0, quantize=False)
     each = ["A", "B"] if (old, device) == (True, "cpu") else ["B"]
     assert waited == [(name, 0, False) for name in each]
+
+
+@pytest.mark.distributed
+def test_what_zero3_gathers_together_is_what_was_written() -> None:
+    """Before a model is loaded, and freezing attached; with DeepSpeed 0.19.3 as it is a tenth of the rounds fail."""
+    done = launch("zero3", 3, str(ROOT / "tests" / "workers" / "gathered.py"))
+    assert done.returncode == 0, done.stderr
+    assert "0 wrong" in done.stdout.splitlines()
 
 
 @pytest.fixture
