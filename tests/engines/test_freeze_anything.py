@@ -251,8 +251,7 @@ def test_a_backward_pass_that_ends_early_gathers_nothing_below(engine: str) -> N
     """
     for whole, ended in zip(run(engine)["change"], run(engine)["one block"], strict=True):
         if engine == "fsdp2":
-            assert whole["gathers"] > 1
-            assert ended["gathers"] == 1
+            assert ended["gathers"] == whole["gathers"] - 1  # of two blocks; torch 2.10 gathers once more in both
         elif engine == "zero3":
             assert {_block(name) for name in whole["whole"]} >= {0, 1}
             assert {_block(name) for name in ended["whole"]} == {1, None}  # the last: the head, too
