@@ -17,6 +17,7 @@ from peft import AdaLoraConfig, get_peft_model
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingCallback, FreezingConfig
+from aflora_dist.compat.contract import is_older
 from aflora_dist.compat.transformers import checkpoint_activations
 from tests.launch import launch_series
 from tests.loop import Loop
@@ -251,7 +252,8 @@ def test_a_backward_pass_that_ends_early_gathers_nothing_below(engine: str) -> N
     """
     for whole, ended in zip(run(engine)["change"], run(engine)["one block"], strict=True):
         if engine == "fsdp2":
-            assert ended["gathers"] == whole["gathers"] - 1  # of two blocks; torch 2.10 gathers once more in both
+            assert ended["gathers"] == (2 if is_older("torch", "2.13") else 1)  # seen with 2.10
+            assert whole["gathers"] > ended["gathers"]
         elif engine == "zero3":
             assert {_block(name) for name in whole["whole"]} >= {0, 1}
             assert {_block(name) for name in ended["whole"]} == {1, None}  # the last: the head, too
