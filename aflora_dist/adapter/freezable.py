@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, WeakSet
 
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -162,6 +163,23 @@ def none_chosen(choice: object, trained: Sequence[str]) -> NoReturn:
         f"freezable={choice!r} chooses none of the {len(trained)} parameters that train: {', '.join(trained[:3])}, ... "
         f"A regular expression has to match whole names."
     )
+
+
+def refuse_decided(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+    """Raise AFLoRAError where an adapter itself decides what of these goes on: AdaLoRA, by gradients that it is told.
+
+    Args:
+        model: The unwrapped model.
+        chosen: What is to freeze, by name.
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
+    theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    if decided := next((name for name, parameter in chosen.items() if id(parameter) in theirs), None):
+        raise AFLoRAError(
+            f"AdaLoRA itself decides while training which of its singular values go on, by gradients that {decided} "
+            f"would have no more: use LoRA (LoraConfig), or choose what lies outside of it with freezable=..., such as "
+            f"the head."
+        )
 
 
 def refuse_all(

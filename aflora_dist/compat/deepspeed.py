@@ -7,7 +7,7 @@ read there: it is all that they do.
 from __future__ import annotations
 
 from copy import copy
-from functools import partial, wraps
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -158,10 +158,9 @@ def gather_completely() -> None:
 
     original = Init._allgather_params_coalesced
     waits = not is_older("deepspeed", "0.19.8") or get_accelerator().device_name() != "cpu"
-    if waits or hasattr(original, "__wrapped__"):
+    if waits or original.__module__ == __name__:
         return
 
-    @wraps(original)
     def one_by_one(self: Any, param_list: list[Any], *args: Any, **kwargs: Any) -> None:
         for parameter in param_list:
             original(self, [parameter], *args, **kwargs)

@@ -7,10 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol, runtime_checkable
 
-from peft.tuners.adalora import AdaLoraLayer
 from torch import nn
 
-from ..adapter.freezable import as_expression, frozen_before, none_chosen, refuse_all, remember_frozen
+from ..adapter.freezable import as_expression, frozen_before, none_chosen, refuse_all, refuse_decided, remember_frozen
 from ..engines import Engine
 from ..errors import AFLoRAError
 from ..freezing import FreezingConfig
@@ -97,7 +96,7 @@ def names_of(source: Freezable, engine: Engine, config: FreezingConfig) -> list[
     None if the source names none: it is left as it is, and only steps are counted.
 
     Raises:
-        AFLoRAError: Nothing of it trains, all that trains would freeze, or AdaLoRA decides over it.
+        AFLoRAError: Nothing of it trains, all that trains would freeze, or an adapter decides over it itself.
     """
     wanted = set(source.freezable())
     ids = {id(p) for n, p in named_parameters(engine.model, remove_duplicate=False).items() if n in wanted}
@@ -111,17 +110,5 @@ def names_of(source: Freezable, engine: Engine, config: FreezingConfig) -> list[
             "freezable=...)."
         )
     refuse_all(found, trained, config)
-    _refuse_adalora(found, engine)
+    refuse_decided(engine.model, {name: engine.parameters[name] for name in found})
     return found
-
-
-def _refuse_adalora(names: Iterable[str], engine: Engine) -> None:
-    """Raise AFLoRAError if AdaLoRA is to be told the gradients of these."""
-    layers = [module for module in engine.model.modules() if isinstance(module, AdaLoraLayer)]
-    theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    if decided := next((name for name in names if id(engine.parameters[name]) in theirs), None):
-        raise AFLoRAError(
-            f"AdaLoRA itself decides while training which of its singular values go on, by gradients that {decided} "
-            f"would have no more: use LoRA (LoraConfig), or choose what lies outside of it with freezable=..., such as "
-            f"the head."
-        )

@@ -105,7 +105,11 @@ def walk(folder: Path, problems: list[str]) -> Iterator[Path]:
     above = {(about.st_dev, about.st_ino) for up in folder.resolve().parents if (about := up.stat())}
     seen: set[tuple[int, int]] = set()
     for path, folders, files in os.walk(folder, onerror=unread, followlinks=True):
-        about = os.stat(path)
+        try:
+            about = os.stat(path)
+        except OSError as error:  # gone meanwhile
+            unread(error)
+            continue
         here = about.st_dev, about.st_ino
         if here in above:
             problems.append(f"{path} leads out of {folder} and back up, and is not looked through.")
