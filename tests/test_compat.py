@@ -17,9 +17,10 @@ from peft.utils import PeftType
 from torch import nn
 
 from aflora_dist import AFLoRAConfig, AFLoRAError
+from aflora_dist.compat import accelerate as compat_accelerate
 from aflora_dist.compat import deepspeed
 from aflora_dist.compat import transformers as compat_transformers
-from aflora_dist.compat.accelerate import log, store_configuration, unwrap
+from aflora_dist.compat.accelerate import log, refuse_forgetful_load, store_configuration, unwrap
 from aflora_dist.compat.deepspeed import divide_once, gather_completely, offsets, unpin
 from aflora_dist.compat.peft import teach_saving
 from aflora_dist.compat.transformers import checkpoint_activations
@@ -44,6 +45,22 @@ def test_a_model_s_own_loading_is_refused_where_it_leaves_values_at_random(
     with pytest.raises(AFLoRAError, match=r"PeftModel\.from_pretrained.*, or install"):
         build_base().load_adapter(str(tmp_path))
     PeftModel.from_pretrained(build_base(), str(tmp_path)).load_adapter(str(tmp_path), "other")
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_a_checkpoint_of_which_the_optimizer_s_state_would_be_left_is_refused(
+    older: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat_accelerate, "is_older", lambda library, release: older)
+    plugin = SimpleNamespace(fsdp_version=2, state_dict_type=SimpleNamespace(name=kind))
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    if older and kind == "SHARDED_STATE_DICT":
+        with pytest.raises(AFLoRAError, match=r"accelerate 1\.13 or later reads this one"):
+            refuse_forgetful_load(accelerator)
+    else:
+        refuse_forgetful_load(accelerator)
+    refuse_forgetful_load(Accelerator(cpu=True))
 
 
 def test_a_model_is_unwrapped_where_single_layers_of_it_are_compiled() -> None:

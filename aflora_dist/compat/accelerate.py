@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils.other import has_compiled_regions, is_compiled_module
 
-from .contract import private
+from ..errors import AFLoRAError
+from .contract import is_older, private
 
 _LISTS = "public lists of what prepare() has returned"
 _accelerator = partial(private, "Accelerator", instead=_LISTS)
@@ -59,6 +60,23 @@ def unwrap(accelerator: Accelerator, model: Any) -> Any:
         return accelerator.unwrap_model(model, keep_torch_compile=False)
     finally:
         del vars(model)["_orig_mod"]
+
+
+def refuse_forgetful_load(accelerator: Accelerator) -> None:
+    """accelerate 1.12 reads of a sharded checkpoint of FSDP2 all but the optimizer's state, and says nothing.
+
+    Raises:
+        AFLoRAError: It is about to be read by that release.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2 or not is_older("accelerate", "1.13"):
+        return
+    if plugin.state_dict_type.name == "SHARDED_STATE_DICT":
+        raise AFLoRAError(
+            "accelerate before 1.13 does not read the optimizer's state from a sharded checkpoint of FSDP2: the "
+            "training would go on as if it had just begun. accelerate 1.13 or later reads this one; with an earlier "
+            "release, save with fsdp_state_dict_type: FULL_STATE_DICT, as launch/fsdp2.yaml does."
+        )
 
 
 def log(tracker: Any, values: dict[str, Any], step: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from ..compat.accelerate import models, unwrap
+from ..compat.accelerate import models, refuse_forgetful_load, unwrap
 from ..compat.patch import patch_method
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
@@ -67,6 +67,7 @@ class AccelerateState:
     def _load_state(self, original: Callable[..., Any], input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if (freezing := self._freezing()) is None:
             return original(input_dir, *args, **kwargs)
+        refuse_forgetful_load(self._accelerator)
         state: dict[str, Any] = {"tensors": {}}
 
         def read() -> dict[str, Any]:

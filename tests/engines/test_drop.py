@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from aflora_dist.compat.contract import is_older
 from tests.launch import ENGINES, ROOT, launch
 
 pytestmark = pytest.mark.distributed
@@ -81,6 +82,8 @@ def test_accelerate_s_own_checkpoint_holds_the_freezing(engine: str, groups: str
 
     With groups that run empty ("ab") ZeRO works on a stand-in of the optimizer.
     """
+    if engine == "fsdp2" and is_older("accelerate", "1.13"):
+        pytest.skip("accelerate before 1.13 does not read the optimizer's state (refused: tests/test_compat.py)")
     for found in printed(engine, 2, "SAVED ", "saved", str(tmp_path), "--groups", groups):
         assert found["events"] > 1
         assert found["equal"] == [{"step": True, "losses": True, "log": True, "weights": True}] * 3
