@@ -18,8 +18,25 @@ NONE: tuple[str, ...] = ()
 
 # File below tests/ -> test -> the parameters that `make test` runs; a * at an end stands for anything.
 STAYS: dict[str, dict[str, tuple[str, ...]]] = {
-    # On two ranks all cases of all engines, in one launch an engine; on three each engine and each case.
+    # On two ranks and on three each engine and each case, in one launch an engine.
     "engines/test_equivalence.py": {
+        "test_two_ranks_equal_one_process": (
+            "ddp-plain",
+            "ddp-a group of matrices",
+            "ddp-checkpointing, all layers",
+            "zero1-clip, accumulation 3",
+            "zero1-by quantile",
+            "zero2-clip",
+            "zero2-groups of A and of B",
+            "zero2-by quantile",
+            "zero3-plain",
+            "zero3-clip, accumulation 3",
+            "zero3-a group of matrices",
+            "fsdp2-clip",
+            "fsdp2-groups of A and of B",
+            "fsdp2-checkpointing, all layers",
+        ),
+        "test_bfloat16_trains_and_freezes_the_same_on_both_ranks": ("ddp", "zero3", "fsdp2"),
         "test_three_ranks_equal_one_process": (
             "ddp-clip",
             "zero1-groups of A and of B",
@@ -104,6 +121,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_authors_recipe_goes_on_on_any_engine": NONE,
         "test_one_process_goes_on_to_the_bit_from_any_update": ("4", "12"),
         "test_a_wish_to_stop_saves_and_leaves_together": ("TERM to one rank",),
+        "test_a_short_campaign_of_kills": NONE,
     },
     "store/test_diverged.py": {
         "test_a_run_that_diverges_between_two_checkpoints_goes_on_from_the_finite_one_at_a_lower_rate": ("single",),
@@ -114,6 +132,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_a_signal_to_one_rank_has_all_save_and_leave_after_the_same_update": ("single", "ddp"),
         "test_resuming_with_deepspeed_s_own_optimizer_and_schedule_is_exact": ("zero1-*",),
         "test_the_same_trainer_resumes_from_before_its_freezes_and_trains_again": ("single", "fsdp2"),
+        "test_a_compiled_model_freezes_the_same": NONE,
     },
     # Each kind, and one engine that leaves gradients whole and one that shards them.
     "test_trl.py": {
@@ -140,7 +159,6 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_launch_configurations_give_the_results_of_one_process_on_a_cpu": (
             "cpu",
             "zero2",
-            "zero3_offload",
             "fsdp2",
         ),
     },
@@ -156,11 +174,11 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_half_precision_trains_alike_and_goes_on_to_the_bit": ("zero3-*",),
     },
     "training/test_best_epoch.py": {
-        "test_the_adapter_is_the_best_epoch_s_after_a_restart_too": ("single", "zero3"),
+        "test_the_adapter_is_the_best_epoch_s_after_a_restart_too": ("single",),
     },
     "training/test_updates.py": {"test_all_of_it_at_once_resumes_to_the_bit": ("single",)},
     "training/test_hub_runs.py": {
-        "test_every_engine_and_precision_trains_what_float32_trains": ("single-bf16", "ddp-bf16", "zero3-no"),
+        "test_every_engine_and_precision_trains_what_float32_trains": ("single-bf16", "zero3-no"),
         "test_every_preset_trains_on_the_layout_that_it_names": ("llm/math10k", "official/stsb"),
         "test_a_run_over_pickles_in_float16_is_planned_merged_and_made_lora": ("glue/rte",),
     },
@@ -176,7 +194,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_meeting.py": {"test_ranks_that_are_started_anew_hear_nothing_of_what_those_before_them_said": NONE},
     "methods/test_methods.py": {
-        "test_methods_train_alike_on_two_ranks_and_go_on_in_one_process": ("ddp", "zero3"),
+        "test_methods_train_alike_on_two_ranks_and_go_on_in_one_process": ("zero3",),
         "test_a_method_trains_saves_and_resumes_to_the_bit": ("lora", "full"),
         "test_a_language_model_is_trained_by_a_method_and_loads_again": ("lora",),
     },
@@ -185,14 +203,20 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_every_shipped_study_is_one": ("paper's-fig5", "small-controls", "small-word_problems")
     },
     "test_plan.py": {
-        "test_a_run_does_what_was_planned": ("single-no", "zero1-no", "zero2-bf16", "fsdp2-no"),
+        "test_a_run_does_what_was_planned": ("single-no", "zero2-bf16", "fsdp2-no"),
+        "test_the_demos_language_model_is_planned_from_its_files_header": NONE,
         "test_a_dry_run_prints_the_plan_of_its_launch_once_and_writes_nothing": ("ddp", "zero3"),
     },
     "test_profiling.py": {
+        "test_bf16_works_on_the_default_model_and_says_whose_outputs_it_casts": NONE,
+        "test_a_prefix_is_measured_by_its_method_without_it_and_without_freezing_and_trained_as_long_without": NONE,
         "test_overhead_is_measured_on_two_ranks": NONE,
         "test_throughput_is_measured_on_two_ranks": NONE,
         "test_the_rest_of_peft_s_methods_train_what_they_should": NONE,
     },
+    # The embedded language model: the study of word problems is planned with it.
+    "tasks/test_model.py": {"test_the_embedded_language_model_is_loaded_from_its_file": NONE},
+    "gpu/test_command.py": {"test_the_main_job_of_a_deepspeed_section_trains_on_made_up_data": NONE},
     # TensorBoard, its plugin and a browser over a profiled run.
     "watch/test_telemetry.py": {
         "test_the_profiler_plugin_reads_both_ranks_all_ranges_and_data_loading": NONE,

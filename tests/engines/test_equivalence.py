@@ -42,14 +42,22 @@ EVERY = (*ENGINES, "fsdp2")
 
 
 def cases(engine: str, processes: int) -> dict[str, list[str]]:
-    """Name of a case and what tests/workers/tiny.py is told."""
-    known = CASES | {"two replicas": ["--replicas", "2", "--clip", "0.05"]}
-    if processes <= 2:
-        return CASES | (OF_FSDP2 if engine == "fsdp2" else {})
+    """Name of a case and what tests/workers/tiny.py is told: of those that a test looks at which is run."""
+    known = CASES | OF_FSDP2 | {"two replicas": ["--replicas", "2", "--clip", "0.05"]}
+    if processes == 1:
+        return {case: told for case, told in CASES.items() if case != "bf16"}
+    if processes == 2:
+        pairs = {case: (test_two_ranks_equal_one_process, f"[{engine}-{case}]") for case in CASES}
+        pairs["bf16"] = (test_bfloat16_trains_and_freezes_the_same_on_both_ranks, f"[{engine}]")
+        return {case: known[case] for case in pairs if chosen(*pairs[case])} | (OF_FSDP2 if engine == "fsdp2" else {})
     if processes == 3:
-        test = f"tests/engines/test_equivalence.py::{test_three_ranks_equal_one_process.__name__}"
-        return {case: known[case] for place, case in THREE if place == engine and is_chosen(f"{test}[{place}-{case}]")}
+        asked = [case for place, case in THREE if place == engine]
+        return {case: known[case] for case in asked if chosen(test_three_ranks_equal_one_process, f"[{engine}-{case}]")}
     return {case: known[case] for case in FOUR[engine]}
+
+
+def chosen(test: Any, parameters: str) -> bool:
+    return is_chosen(f"tests/engines/test_equivalence.py::{test.__name__}{parameters}")
 
 
 @functools.cache
