@@ -1,15 +1,11 @@
 """A training that becomes faster as it goes: seconds of a step through a whole schedule, with and without freezing.
 
-    python -m profiling.schedule speed                                  # the reviews, the demo's encoder
-    python -m profiling.schedule speed --accuracy 0 1 2 --steps 117     # trains each, too: an epoch
+    python -m profiling.schedule speed          # the reviews, the demo's encoder
 
 All train in one process, on the same batches: of each update every variant takes its step, in another order each time.
 Where blocks freeze whole, from the bottom on (`freezing.prefix`), the backward pass ends above them. Beside the clock
 stand the bytes that a step keeps for its backward pass and those of the optimizer, and what `aflora plan` says of the
-latter before anything trains.
-
-With --accuracy each variant is trained by the main job, and so is a control: the same method without freezing on so
-much less of the data that it takes as long.
+latter before anything trains. What freezing so costs in accuracy, `aflora reproduce beyond` says.
 
 Writes speed.json, speed.md and speed.png to --out.
 """
@@ -46,7 +42,6 @@ from aflora_dist.tasks.model import load_base
 from aflora_dist.tasks.tokens import tokenized
 from aflora_dist.training.build import create_optimizer
 from aflora_dist.training.command_line import parse
-from aflora_dist.training.loop import train
 
 from .compare import saved_bytes
 from .methods import Method, shared_copy
@@ -103,7 +98,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=128, help="tokens after which texts are cut")
     parser.add_argument("--initial", type=float, default=0.1, help="t_i, of the training")
     parser.add_argument("--final", type=float, default=0.2, help="t_f, of the training")
-    parser.add_argument("--accuracy", type=int, nargs="*", default=[], metavar="SEED", help="train with each seed, too")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"))
     args = parser.parse_args(argv)
     wanted = {*args.variants, *(other for name in args.variants for other in AGAINST.get(name, []))}
@@ -116,21 +110,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
     report: dict[str, Any] = {"steps": args.steps, "variants": measure(args)}
     report["ratios"] = {
-        name: {other: ratios(report["variants"], name, other) for other in AGAINST[name]} for name in compared(args)
+        name: {other: ratios(report["variants"], name, other) for other in others}
+        for name, others in AGAINST.items()
+        if name in args.variants
     }
     write(report, args.out)
-    if args.accuracy:
-        report["accuracy"] = accuracies(report, args)
-        write(report, args.out)
     print((args.out / "speed.md").read_text())
     return report
 
 
-def compared(args: argparse.Namespace) -> list[str]:
-    return [name for name in AGAINST if name in args.variants]
-
-
-def configured(name: str, args: argparse.Namespace, folder: Path, **more: Any) -> tuple[Config, str]:
+def configured(name: str, args: argparse.Namespace, folder: Path) -> Config:
     """The main job's configuration of a variant, of one epoch of `--steps` updates."""
     method, freezes, options = VARIANTS[name]
     chosen = {
@@ -146,17 +135,16 @@ def configured(name: str, args: argparse.Namespace, folder: Path, **more: Any) -
         "train.learning_rate": RATES[method][0],
         "train.head_learning_rate": RATES[method][1],
         **options,
-        **more,
     }
     if freezes:
         chosen |= {"freezing.enabled": True, "freezing.initial_epochs": args.initial}
         chosen |= {"freezing.final_epochs": args.final}
-    return parse([part for key, value in chosen.items() for part in (f"--{key}", str(value))])
+    return parse([part for key, value in chosen.items() for part in (f"--{key}", str(value))])[0]
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
-        first, _ = configured(args.variants[0], args, Path(name))
+        first = configured(args.variants[0], args, Path(name))
         data = load_data(first.data, first.train.seed)
         if (most := len(data.train) // args.batch_size) < args.steps:
             raise SystemExit(
@@ -165,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             )
         base, tokenizer, head = load_base(first.model, data.labels)
         examples = tokenized(data.train, tokenizer, args.max_length, "the training split")
-        variants = {name: prepared(configured(name, args, Path(name))[0], base, head, args) for name in args.variants}
+        variants = {each: prepared(configured(each, args, Path(name)), base, head, args) for each in args.variants}
     order, collate = random.Random(0), DataCollatorWithPadding(tokenizer)
     chosen = order.sample(range(len(examples)), args.steps * args.batch_size)
     accelerator = Accelerator()
@@ -237,27 +225,6 @@ def ratios(variants: dict[str, Any], name: str, against: str) -> dict[str, float
     }
 
 
-def accuracies(report: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Of every variant, and of its method without any freezing on as much data as takes as long, with each seed."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for name in args.variants:
-        found[name] = {"accuracy": [trained(name, args, seed) for seed in args.accuracy]}
-        if name in compared(args):
-            without = AGAINST[name][0]
-            steps = max(round(args.steps / report["ratios"][name][without]["whole"]), 1)
-            share = {"data.max_train_examples": steps * args.batch_size}
-            found[name]["equal_seconds"] = [trained(without, args, seed, share) for seed in args.accuracy]
-    return found
-
-
-def trained(name: str, args: argparse.Namespace, seed: int, share: dict[str, int] | None = None) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        config, resolved = configured(name, args, Path(folder), **{"train.seed": seed, **(share or {})})
-        result = train(config, resolved)
-    assert result is not None
-    return float(result["metrics"]["accuracy"])
-
-
 def write(report: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -284,18 +251,7 @@ def markdown(report: dict[str, Any]) -> str:
     for name, others in report["ratios"].items():
         for other, ratio in others.items():
             lines.append(f"| {name} | {other} | {ratio['last_tenth']:.2f} | {ratio['whole']:.2f} |")
-    if "accuracy" in report:
-        lines += ["", "| | accuracy | without freezing, in as many seconds |", "|---|---|---|"]
-        for name, each in report["accuracy"].items():
-            lines.append(f"| {name} | {_said(each['accuracy'])} | {_said(each.get('equal_seconds', []))} |")
     return "\n".join(lines) + "\n"
-
-
-def _said(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def picture(report: dict[str, Any]) -> Figure:

@@ -209,7 +209,6 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_profiling.py": {
         "test_bf16_works_on_the_default_model_and_says_whose_outputs_it_casts": NONE,
-        "test_a_prefix_is_measured_by_its_method_without_it_and_without_freezing_and_trained_as_long_without": NONE,
         "test_overhead_is_measured_on_two_ranks": NONE,
         "test_throughput_is_measured_on_two_ranks": NONE,
         "test_the_rest_of_peft_s_methods_train_what_they_should": NONE,
