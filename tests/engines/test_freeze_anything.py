@@ -239,7 +239,7 @@ def test_below_the_first_block_that_trains_nothing_is_kept_and_nothing_runs_back
             # (torch 2.10's in a place of its own, which is not looked at).
             assert lowest[0] <= int("recomputed" in kind)
             assert not lowest[1]
-            assert above[0] > 0
+            assert above[0] > 0 or ("recomputed" in kind and is_older("torch", "2.13"))
             assert above[1]
 
 

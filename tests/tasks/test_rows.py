@@ -27,6 +27,7 @@ CALLS: dict[str, list[Any]] = {  # arguments of a tool, row by row
     "alike": [{"x": 0.1234567890123}, {"x": 2.0}],
 }
 TEMPLATE = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+SORTED = TEMPLATE.replace("tojson", "tojson(sort_keys=True)")  # as pyarrow before 22 puts the parts of what it is told
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,8 @@ def chats(arguments: list[Any]) -> list[dict[str, Any]]:
     return [*({"messages": chat(given)} for given in arguments), {"messages": image}]
 
 
-def rendered(rows: Any) -> list[str]:
-    tokenizer = make_small_tokenizer(TEMPLATE)
+def rendered(rows: Any, template: str = TEMPLATE) -> list[str]:
+    tokenizer = make_small_tokenizer(template)
     return [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
 
 
@@ -85,7 +86,7 @@ def test_no_row_of_a_table_has_the_keys_of_another(
     wanted = without_nulls(rows)  # one that was written cannot be told from one of the table's
     assert [row["messages"] for row in found] == [row["messages"] for row in wanted]
     if case != "whole and not":  # which a table's type decides
-        assert rendered(found) == rendered(wanted)
+        assert rendered(found, SORTED) == rendered(wanted, SORTED)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -99,8 +100,9 @@ def test_a_template_sees_the_nulls_and_the_tools_that_were_written(as_text: bool
         pq.write_table(pa.Table.from_pylist(kept), path)
     else:
         path.write_text("\n".join(map(json.dumps, kept)))
-    template = (
-        "{{ tools | tojson }}{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
+    turns = SORTED if suffix == "parquet" else TEMPLATE
+    template = "{{ tools | tojson(sort_keys=True) }}" + turns.replace("{{", "{% generation %}{{").replace(
+        "}}", "}}{% endgeneration %}"
     )
     encode = Encoder(chat_tokenizer("bytes", template), 10_000, "completions", None, "it")
     for loss_on in ("completions", "all"):

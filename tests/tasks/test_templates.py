@@ -37,7 +37,8 @@ def test_an_empty_reasoning_part_is_learned_as_it_will_be_asked_for_and_told() -
     told = ["<think>\n\n</think>\n\nfine<|im_end|>\n"], Note.NO_THOUGHT
     assert learned(trl_templates.qwen3_chat_template, ASKED) == told
     begun = ["\n</think>\n\nfine<|im_end|>\n"], Note.NO_THOUGHT  # the generation prompt has begun it
-    assert learned(trl_templates.qwen3_5_think_chat_template, ASKED) == begun
+    if (template := getattr(trl_templates, "qwen3_5_think_chat_template", None)) is not None:  # of a later TRL
+        assert learned(template, ASKED) == begun
     thought = [ASKED[0], {**ASKED[1], "reasoning_content": "I am."}]
     assert learned(trl_templates.qwen3_chat_template, thought) == (
         ["<think>\nI am.\n</think>\n\nfine<|im_end|>\n"],
