@@ -18,7 +18,7 @@ class NoChoiceError(AFLoRAError):
 
 
 def seconds_of(record: Mapping[str, Any]) -> float:
-    """Of training: the processor's where they are known (on CPUs), which other work beside does not change."""
+    """Of training: the processor's where known (on CPUs), which other work beside changes less than the clock's."""
     return float(record.get("train_cpu_seconds") or record["train_seconds"])
 
 
