@@ -213,7 +213,6 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_throughput_is_measured_on_two_ranks": NONE,
         "test_the_rest_of_peft_s_methods_train_what_they_should": NONE,
     },
-    # The embedded language model: the study of word problems is planned with it.
     "tasks/test_model.py": {"test_the_embedded_language_model_is_loaded_from_its_file": NONE},
     "gpu/test_command.py": {"test_the_main_job_of_a_deepspeed_section_trains_on_made_up_data": NONE},
     # TensorBoard, its plugin and a browser over a profiled run.

@@ -53,8 +53,8 @@ def test_a_checkpoint_of_which_the_optimizer_s_state_would_be_left_is_refused(
     older: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compat_accelerate, "is_older", lambda library, release: older)
-    plugin = SimpleNamespace(fsdp_version=2, state_dict_type=SimpleNamespace(name=kind))
-    accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    plugin = SimpleNamespace(state_dict_type=SimpleNamespace(name=kind))
+    accelerator: Any = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
     if older and kind == "SHARDED_STATE_DICT":
         with pytest.raises(AFLoRAError, match=r"accelerate 1\.13 or later reads this one"):
             refuse_forgetful_load(accelerator)

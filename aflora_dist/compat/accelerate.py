@@ -68,10 +68,9 @@ def refuse_forgetful_load(accelerator: Accelerator) -> None:
     Raises:
         AFLoRAError: It is about to be read by that release.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None or plugin.fsdp_version != 2 or not is_older("accelerate", "1.13"):
+    if not accelerator.is_fsdp2 or not is_older("accelerate", "1.13"):
         return
-    if plugin.state_dict_type.name == "SHARDED_STATE_DICT":
+    if accelerator.state.fsdp_plugin.state_dict_type.name == "SHARDED_STATE_DICT":
         raise AFLoRAError(
             "accelerate before 1.13 does not read the optimizer's state from a sharded checkpoint of FSDP2: the "
             "training would go on as if it had just begun. accelerate 1.13 or later reads this one; with an earlier "
