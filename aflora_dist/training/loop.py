@@ -51,7 +51,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
         checkpointer.guarding(training.control),
         closing(training.log) as log,
         closing(training.traces()) as traces,
-        closing(StopRequest(run.stop_file, run.writes)) as stop_request,
+        StopRequest(run.stop_file, run.writes) as stop_request,
     ):
         log.open(training.first_step)
         if training.resumed:

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,9 +41,20 @@ class StopRequest:
         self._device = torch.device("cpu") if self._group is not None else PartialState().device
         self._updates = self._every = 1
         self._began = time.monotonic()
-        self._previous = {}
+        self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
             self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """Give the signals back; of several ranks, one that fails keeps them until it has said why.
+
+        The launcher's SIGTERM to those that are left comes at the moment at which they find out that another is gone.
+        """
+        if kind is None or not dist.is_initialized():
+            self.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._requested = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +161,13 @@ def test_every_rank_ends_and_one_speaks(arguments: list[str]) -> None:
     assert done.stderr.count("aflora: error:") == 1
     assert "Error" not in done.stderr.replace("ChildFailedError", "").replace("aflora: error:", "")
     assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.distributed
+def test_a_rank_that_is_left_behind_says_so_although_the_launcher_ends_it() -> None:
+    done = launch("ddp", 2, str(ROOT / "tests" / "workers" / "left_behind.py"))
+    assert done.returncode == -signal.SIGKILL
+    assert "another rank has ended in the middle of the training" in done.stderr
 
 
 @pytest.mark.distributed
