@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ class Results:
         """
         record: dict[str, Any] = {"settings": settings_of(config), "seed": config.train.seed}
         record |= {key: found[key] for key in ("failed", "frozen", *_KEPT) if found.get(key) is not None}
-        record |= {"seconds": seconds, "version": __version__}
+        ended = datetime.now(UTC).isoformat(timespec="minutes")  # seconds of other times are another machine's
+        record |= {"seconds": seconds, "ended": ended, "version": __version__}
         with writing("A run's result", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".{name}.tmp"

@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from ..store.best import LOWER_IS_BETTER
 from .choice import Records, no_metric, seconds_of
@@ -14,6 +18,7 @@ from .differences import Difference, corrected_for, paired
 from .grid import Grid
 
 AVERAGE = "average"  # over the tasks, where there are several
+_BREAK = timedelta(hours=1)  # in which nothing ran: then another time begins
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Cell:
         missing: Runs that have not been done.
         trained: Parameters on average over the updates, the head's left out.
         seconds: Of training; of a CPU's core where that was measured.
+        spans: From when to when its runs ran, where that was kept.
         chosen: What was searched for it.
         paper: What the paper reports.
         broken: Why it has no values, where that is neither.
@@ -44,6 +50,7 @@ class Cell:
     chosen: str
     paper: float | None
     broken: str = ""
+    spans: tuple[tuple[datetime, datetime], ...] = ()
 
     @property
     def mean(self) -> float | None:
@@ -105,12 +112,18 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
                     ", ".join(f"{name.partition('.')[2]} {value}" for name, value in chosen.items()),
                     grid.study.paper.get(method, {}).get(task),
                     plan.broken.get((task, method), said),
+                    tuple(_span(r) for r in ended.values() if "ended" in r),
                 )
             )
         for method, quoted in grid.study.paper.items():
             if task in quoted and method not in grid.study.methods:
                 found.append(Cell(task, method, metric, {}, {}, 0, 0, None, None, "", quoted[task]))
     return found
+
+
+def _span(record: Mapping[str, Any]) -> tuple[datetime, datetime]:
+    end = datetime.fromisoformat(record["ended"])
+    return end - timedelta(seconds=record["seconds"] or record["train_seconds"]), end
 
 
 def _values(record: Mapping[str, list[dict[str, float | None]]], metric: str) -> list[float]:
@@ -205,9 +218,37 @@ def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> lis
             f"Differences are paired by seed; p is Student's t, corrected by Holm's method for {len(pairs)} "
             "comparisons; a difference is called one where it is below 0.05."
         )
+    lines += _at_other_times(found)
     if study.differs:
         lines.append(f"Setting: {study.differs}")
     return lines
+
+
+def _at_other_times(found: Sequence[Cell]) -> list[str]:
+    """Which cells' seconds do not compare: a sentence, if there are such."""
+    starts: list[datetime] = []
+    until = datetime.min.replace(tzinfo=UTC)
+    for begin, end in sorted(span for cell in found for span in cell.spans):
+        if begin - until > _BREAK:
+            starts.append(begin)
+        until = max(until, end)
+    by_times: defaultdict[tuple[datetime, ...], list[str]] = defaultdict(list)
+    for cell in found:
+        times = tuple(sorted({starts[bisect_right(starts, begin) - 1] for begin, _ in cell.spans}))
+        if times:
+            by_times[times].append(
+                cell.method if len({one.task for one in found}) == 1 else f"{cell.method} on {cell.task}"
+            )
+    if len(by_times) < 2:
+        return []
+    said = [
+        f"{', '.join(names)} from {' and '.join(f'{time:%d %B %Y %H:%M}' for time in times)} on"
+        for times, names in sorted(by_times.items())
+    ]
+    return [
+        f"Not all ran at the same time ({'; '.join(said)}; UTC): seconds of different times do not compare, for a "
+        "machine that has other work to do takes longer."
+    ]
 
 
 def markdown(grid: Grid, records: Records) -> str:

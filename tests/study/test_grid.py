@@ -286,6 +286,24 @@ def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
     assert numbers["differences"].count("\n") == 2
 
 
+def test_a_table_says_whose_seconds_were_not_measured_at_the_same_time(tmp_path: Path) -> None:
+    methods = {"never": {"adapter.freezing": "never"}, "random": {"freezing.score": "random"}}
+    grid, results = grid_of(tmp_path, methods=methods), Results(tmp_path / "results")
+    runs = settle(grid, results, lambda run: 0.8).reported
+    assert "at the same time" not in markdown(grid, results.records)  # they have just been
+    for method, ends in {"never": ("10:00", "10:50", "11:49"), "random": ("10:10", "12:50", "13:10")}.items():
+        for run, end in zip(runs["reviews", method].values(), ends, strict=True):
+            results.records[run.name]["ended"] = f"2026-05-01T{end}+00:00"
+    text = markdown(grid, results.records)  # each took 12 s: from 11:49 to 12:49 nothing ran
+    assert (
+        "(never from 01 May 2026 09:59 on; random from 01 May 2026 09:59 and 01 May 2026 12:49 on; UTC): seconds of "
+        "different times do not compare"
+    ) in text
+    for run in runs["reviews", "never"].values():
+        del results.records[run.name]["ended"]  # results from before it was kept
+    assert "at the same time" not in markdown(grid, results.records)
+
+
 def test_an_outlook_counts_what_is_left_and_how_long_it_takes(tmp_path: Path) -> None:
     grid, results = grid_of(tmp_path, methods={"aflora": {}}), Results(tmp_path / "results")
     assert outlook(grid.plan({}), results).startswith("3 of 3 runs to do, how long is known")
