@@ -36,24 +36,22 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
             "fsdp2-groups of A and of B",
             "fsdp2-checkpointing, all layers",
         ),
-        "test_bfloat16_trains_and_freezes_the_same_on_both_ranks": ("ddp", "zero3", "fsdp2"),
+        "test_bfloat16_trains_and_freezes_the_same_on_both_ranks": ("ddp", "zero3"),
         "test_three_ranks_equal_one_process": (
             "ddp-clip",
-            "zero1-groups of A and of B",
             "zero2-a group of matrices",
             "zero3-by quantile",
-            "fsdp2-clip",
         ),
-        "test_four_ranks_equal_one_process": ("fsdp2",),
+        "test_four_ranks_equal_one_process": NONE,
     },
     "engines/test_dealing.py": {
         "test_dealt_batches_train_what_undealt_ones_train": (
             "single-1",
             "ddp-2",
             "zero1-3",
-            "zero2-3",
-            "zero3-3",
-            "fsdp2-3",
+            "zero2-2",
+            "zero3-2",
+            "fsdp2-2",
         ),
     },
     # Every kind and every engine, but not all of each; each engine goes on from the one before it.
@@ -105,7 +103,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_half_of_a_model_freezes_in_the_memory_of_a_step": ("zero2",),
         "test_a_freeze_moves_only_what_changes_its_owner": ("zero2",),
         "test_a_freeze_needs_no_more_memory_than_a_step": ("zero2",),
-        "test_accelerate_s_own_checkpoint_holds_the_freezing": ("ddp-head", "zero3-ab"),
+        "test_accelerate_s_own_checkpoint_holds_the_freezing": ("ddp-head",),
     },
     # Each engine is once the source and once the target.
     "store/test_resume.py": {
@@ -121,28 +119,34 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_authors_recipe_goes_on_on_any_engine": NONE,
         "test_one_process_goes_on_to_the_bit_from_any_update": ("4", "12"),
         "test_a_wish_to_stop_saves_and_leaves_together": ("TERM to one rank",),
+        "test_when_a_rank_is_killed_the_other_ends_with_a_message_and_resume_gives_the_same": ("1",),
+        "test_a_rank_killed_under_the_launcher_ends_the_job_and_resume_gives_the_same": NONE,
         "test_a_short_campaign_of_kills": NONE,
     },
     "store/test_diverged.py": {
         "test_a_run_that_diverges_between_two_checkpoints_goes_on_from_the_finite_one_at_a_lower_rate": ("single",),
     },
+    # The freeze log and the saved adapter on each engine, for which both are made at once.
     "test_trainer.py": {
-        "test_resuming_is_exact_before_between_and_after_the_freezes": ("single", "zero3"),
-        "test_lora_goes_on_in_the_middle_of_a_prefix": ("zero3",),
+        "test_the_best_model_comes_back_though_matrices_froze_since": ("single", "zero2"),
+        "test_resuming_is_exact_before_between_and_after_the_freezes": ("single",),
+        "test_lora_freezes_with_its_lowest_blocks_as_on_one_process": ("single", "ddp"),
+        "test_lora_goes_on_in_the_middle_of_a_prefix": NONE,
+        "test_one_process_resumes_from_a_sharded_checkpoint": ("fsdp2",),
         "test_a_signal_to_one_rank_has_all_save_and_leave_after_the_same_update": ("single", "ddp"),
         "test_resuming_with_deepspeed_s_own_optimizer_and_schedule_is_exact": ("zero1-*",),
-        "test_the_same_trainer_resumes_from_before_its_freezes_and_trains_again": ("single", "fsdp2"),
+        "test_the_same_trainer_resumes_from_before_its_freezes_and_trains_again": ("single",),
         "test_a_compiled_model_freezes_the_same": NONE,
     },
     # Each kind, and one engine that leaves gradients whole and one that shards them.
     "test_trl.py": {
         "test_sft_freezes_as_an_own_loop_does": ("single", "zero3"),
-        "test_preferences_and_rewards_freeze_the_same_on_every_engine": ("single-*", "ddp-reward"),
-        "test_all_freezes_and_the_whole_adapter_is_saved": ("single-*", "ddp-reward", "zero3-sft"),
-        "test_resuming_is_exact": ("single-sft", "zero3-sft"),
+        "test_preferences_and_rewards_freeze_the_same_on_every_engine": ("single-dpo", "ddp-reward"),
+        "test_all_freezes_and_the_whole_adapter_is_saved": ("single-sft", "ddp-reward"),
+        "test_resuming_is_exact": ("single-sft",),
         "test_sft_of_lora_freezes_as_trainer_does": ("single",),
     },
-    "test_saving.py": {"test_what_the_pages_save_is_all_that_was_trained": ("cpu", "zero3", "fsdp2")},
+    "test_saving.py": {"test_what_the_pages_save_is_all_that_was_trained": ("cpu", "zero3")},
     "test_control.py": {
         "test_what_goes_wrong_on_one_rank_ends_all_with_the_reason": ("on_freeze", "PowerSGD"),
         "test_fp16_scores_are_unscaled_and_an_overflow_moves_only_the_clock": ("zero2",),
@@ -159,53 +163,63 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_launch_configurations_give_the_results_of_one_process_on_a_cpu": (
             "cpu",
             "zero2",
-            "fsdp2",
         ),
+        "test_activation_checkpointing_of_fsdp2_changes_no_name": NONE,
     },
     "training/test_sft.py": {
         "test_the_loss_is_the_mean_over_the_global_batch_s_tokens": (
             "single-1",
             "ddp-3",
             "zero1-2",
-            "zero2-3",
+            "zero2-2",
             "zero3-2",
-            "fsdp2-3",
+            "fsdp2-2",
         ),
-        "test_half_precision_trains_alike_and_goes_on_to_the_bit": ("zero3-*",),
+        "test_half_precision_trains_alike_and_goes_on_to_the_bit": NONE,
     },
     "training/test_best_epoch.py": {
         "test_the_adapter_is_the_best_epoch_s_after_a_restart_too": ("single",),
     },
     "training/test_updates.py": {"test_all_of_it_at_once_resumes_to_the_bit": ("single",)},
     "training/test_hub_runs.py": {
-        "test_every_engine_and_precision_trains_what_float32_trains": ("single-bf16", "zero3-no"),
-        "test_every_preset_trains_on_the_layout_that_it_names": ("llm/math10k", "official/stsb"),
+        "test_every_engine_and_precision_trains_what_float32_trains": ("single-bf16",),
+        "test_every_preset_trains_on_the_layout_that_it_names": ("official/stsb",),
         "test_a_run_over_pickles_in_float16_is_planned_merged_and_made_lora": ("glue/rte",),
     },
     "training/test_errors.py": {
+        "test_every_rank_ends_and_one_speaks": NONE,
         "test_lonely_processes_are_noticed": NONE,
         "test_a_full_disk_of_the_main_process_ends_every_rank_with_the_reason": NONE,
     },
-    "training/test_slurm.py": {  # the array of seeds stays
+    "training/test_launching.py": {"test_nothing_is_lost_when_a_rank_leaves": NONE},
+    "training/test_slurm.py": {  # one job stays
+        "test_an_array_of_seeds_is_collected_into_a_table": NONE,
         "test_a_job_interrupted_in_three_ways_comes_back_and_ends_with_the_same_model": NONE,
         "test_several_tasks_a_node_are_so_many_ranks_and_a_port_in_use_is_passed_over": NONE,
-        "test_a_signal_to_the_ranks_saves_and_ends_the_job": NONE,
         "test_a_script_of_one_s_own_runs_on_all_nodes_and_comes_back": NONE,
     },
     "test_meeting.py": {"test_ranks_that_are_started_anew_hear_nothing_of_what_those_before_them_said": NONE},
     "methods/test_methods.py": {
-        "test_methods_train_alike_on_two_ranks_and_go_on_in_one_process": ("zero3",),
+        "test_methods_train_alike_on_two_ranks_and_go_on_in_one_process": NONE,
         "test_a_method_trains_saves_and_resumes_to_the_bit": ("lora", "full"),
         "test_a_language_model_is_trained_by_a_method_and_loads_again": ("lora",),
     },
+    "study/test_work.py": {
+        "test_a_study_that_is_killed_goes_on_and_ends_with_the_same_table": NONE,
+        "test_an_array_of_jobs_shares_a_study_and_a_killed_one_is_made_up_for": NONE,
+    },
+    "study/test_page.py": {"test_the_page_is_what_the_committed_results_make_of_it": NONE},
+    "test_peft_benchmark.py": {"test_it_trains_and_freezes_as_a_loop_with_accelerate": NONE},
+    "serve/test_leaving.py": {"test_stock_libraries_compute_the_same_and_know_what_labels_are_called": NONE},
     # Each option of a study is said once in these two; the others say more of the same.
     "study/test_grid.py": {
         "test_every_shipped_study_is_one": ("paper's-fig5", "small-controls", "small-word_problems")
     },
     "test_plan.py": {
-        "test_a_run_does_what_was_planned": ("single-no", "zero2-bf16", "fsdp2-no"),
+        "test_a_run_does_what_was_planned": ("single-no", "zero2-bf16"),
+        "test_a_model_of_70_billion_parameters_is_planned_in_little_memory": NONE,
         "test_the_demos_language_model_is_planned_from_its_files_header": NONE,
-        "test_a_dry_run_prints_the_plan_of_its_launch_once_and_writes_nothing": ("ddp", "zero3"),
+        "test_a_dry_run_prints_the_plan_of_its_launch_once_and_writes_nothing": ("ddp",),
     },
     "test_profiling.py": {
         "test_bf16_works_on_the_default_model_and_says_whose_outputs_it_casts": NONE,
@@ -235,6 +249,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "test_install.py": {  # a training of the demo in an environment of its own
         "test_the_demo_trains_without_deepspeed": NONE,
         "test_a_run_is_shown_collected_and_exported_where_the_main_job_is_not_installed": NONE,
+        "test_a_missing_extra_is_named_in_a_line_with_its_command": NONE,
     },
     "test_registration.py": {  # a new Python for each
         "test_a_saved_adapter_loads_when_the_package_is_imported": ("before PEFT",),
@@ -264,6 +279,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_help_and_wrong_options_are_found_without_heavy_packages": ("ImportError*",),
     },
     "adapter/test_architectures.py": {
+        "test_every_architecture_of_transformers_is_found_or_refused_by_name": NONE,
         "test_every_block_layer_is_adapted_and_told_apart": ("bert", "deberta-v2", "gpt2", "llama", "mixtral", "t5"),
         "test_what_peft_adapts_by_default_is_among_what_is_adapted_here": ("bert", "gpt2", "llama", "t5"),
     },

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ def memory(field: str) -> int:
 
 def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def settle() -> None:
+    """Until threads of the communication have let go of what they sent."""
+    gc.collect()
+    now, before = memory("VmRSS"), 0
+    while now != before:
+        time.sleep(0.1)
+        now, before = memory("VmRSS"), now
 
 
 def owners(engine: Any) -> dict[str, np.ndarray]:
@@ -98,21 +108,22 @@ def main(arguments: list[str] | None = None) -> None:
         step(number)
     gc.collect()
     reset_peak()
-    step(2)
+    for number in range(2, 5):  # how much of a step is alive at once depends on when threads come to their turn
+        step(number)
     step_peak = memory("VmHWM") - ground
     engine, names = freezing.engine, freezing.freezable
     before = owners(engine)
     with Traffic() as drop:
         engine.drop([])
     nothing = drop.bytes
-    gc.collect()
+    settle()
     reset_peak()
     with Traffic() as freeze:
         freezing.freeze([n for n in names if int(n.split(".layer.")[1].split(".")[0]) < 4] if blocks else names[2:4])
     freeze_peak = memory("VmHWM") - ground
     after = owners(engine)
     moved = {name: int((after[name] != before[name]).sum()) for name in after}
-    step(3)
+    step(5)
     found = {
         "kind": engine.kind,
         "drop of nothing": nothing,
