@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -169,8 +169,11 @@ def _write_cells(
 ) -> None:
     quoting: dict[str, Any] = {"quoting": how} | ({"quotechar": None} if how == csv.QUOTE_NONE else {})
     writer = csv.writer(file, delimiter=delimiter, lineterminator="\n", **quoting)
-    writer.writerow([*columns, *new])
-    writer.writerows([*_cells(row, columns), *map(_text, values)] for row, values in rows)
+    # Before 3.13, csv leaves a carriage return without quotes, and whoever reads it sees a line's end.
+    quoted = csv.writer(file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    lines = ([*_cells(row, columns), *map(_text, values)] for row, values in rows)
+    for cells in chain([[*columns, *new]], lines):
+        (quoted if any("\r" in cell for cell in cells) else writer).writerow(cells)
 
 
 def _write_json(file: IO[str], records: Iterable[dict[str, Any]], is_list: bool) -> None:

@@ -21,7 +21,18 @@ from aflora_dist.predict.output import Output
 from aflora_dist.predict.partial import Partial
 from aflora_dist.tasks.reading import read_table
 
-AWKWARD = ['a "quoted" word', "two\nlines", "a, comma", "", " blanks ", "naïve ☃", "007", "1.10"]
+AWKWARD = [
+    'a "quoted" word',
+    "two\nlines",
+    "an old\rMac's",
+    "a PC's\r\nline",
+    "a, comma",
+    "",
+    " blanks ",
+    "naïve ☃",
+    "007",
+    "1.10",
+]
 NEW = ["prediction", "probability_a"]
 
 
