@@ -30,8 +30,8 @@ class DataConfig(Checked):
         validation_split: Likewise, for evaluation. By default validation, dev or test, where there is one.
         train_file: For "files" and "sft": CSV, TSV, JSON (lines) or parquet.
         validation_file: For "files" and "sft": likewise, for evaluation.
-        mix: More to train on: files, and data sets of the hub as NAME or NAME:SUBSET, each with how often an epoch has
-            its examples, as in '{"chats.jsonl": 2, "openai/gsm8k:main": 0.5}': twice, and half of them.
+        mix: More to train on: files, and data sets of the hub as NAME, NAME:SUBSET or NAME:SUBSET:SPLIT, each with how
+            often an epoch has its examples, as in '{"chats.jsonl": 2, "openai/gsm8k:main": 0.5}': twice, and half.
         columns: Which columns stand for those that are understood, as in '{"prompt": "question", "completion":
             "answer"}'.
         hold_out: So many training examples, drawn at random, serve for evaluation: where there are no data for it, or
@@ -94,6 +94,8 @@ class DataConfig(Checked):
         for part in ("subset", "revision", "validation_split"):
             if getattr(self, part) is not None and self.name in (None, "demo"):
                 raise AFLoRAError(f"data.{part} is of a data set that data.name names: name one, or drop it.")
+        if self.mix and self.name == "demo":
+            raise AFLoRAError("data.mix has no use beside data.name=demo, whose problems are made up: name other data.")
         if self.name is not None and self.train_file is not None:
             raise AFLoRAError("data.name and data.train_file are both given: name one, and add others with data.mix.")
         if self.validation_split is not None and self.validation_file is not None:

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from ..errors import AFLoRAError
 from ..options import Config
 from ..tasks.batches import BatchShape, Texts, evaluation_loader, lengths
-from ..tasks.data import metrics_for, positive_class
+from ..tasks.data import metrics_for, positive_class, refuse_swallowed_rows
 from ..tasks.evaluation import gather_logits
 from ..tasks.glue import TASKS
 from ..tasks.labels import given_labels
@@ -65,6 +65,8 @@ class _Labels:
             if column not in self.table.columns:
                 raise AFLoRAError(f"{self.table.lacks(column)} --data.text_columns says which hold the text.")
             self.table.check_text(column)
+        if data.label_column in self.table.columns:
+            refuse_swallowed_rows(self.table, data, self.texts)
         self.rows = len(self.table.lines)
         self.new = ["prediction", *(f"probability_{label}" for label in self.labels or ())]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -149,7 +150,9 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
+    if isinstance(value, bytes):
+        return value.decode(errors=_ESCAPED)
+    return _json(value) if isinstance(value, list | dict) else str(value)
 
 
 def _cells(row: Row, columns: Sequence[str]) -> list[str]:
@@ -180,8 +183,28 @@ def _write_json(file: IO[str], records: Iterable[dict[str, Any]], is_list: bool)
     """A line for each; of a list with brackets around all, and commas between."""
     first, between, last = ("[\n", ",\n", "\n]\n") if is_list else ("", "\n", "\n")
     for number, record in enumerate(records):
-        file.write((between if number else first) + json.dumps(record, ensure_ascii=False, default=str))
+        file.write((between if number else first) + _json(record))
     file.write(last)
+
+
+def _json(value: Any) -> str:
+    """A value as JSON, which has no NaN: null stands for it; bytes are the text that they encode."""
+
+    def other(value: Any) -> str:
+        return value.decode(errors=_ESCAPED) if isinstance(value, bytes) else str(value)
+
+    try:
+        return json.dumps(value, ensure_ascii=False, default=other, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=other, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _arrow(name: str, values: list[Any]) -> pa.Array:

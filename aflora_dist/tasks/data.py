@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..processes import first_on_node
 from .glue import TASKS, GlueTask
 from .labels import as_number, encode_labels
 from .reading import LINE, Row, Rows, listed, plain_rows, read_columns, shown
-from .sources import at_most, evaluation_rows, load_from_hub, split_off, training_rows
+from .sources import at_most, evaluation_rows, load_from_hub, refuse_unknown_columns, split_off, training_rows
 
 _DEMO_HELD_OUT = 1000
 
@@ -189,6 +189,7 @@ def _own(config: DataConfig, seed: int) -> Data:
         )
     parts = training_rows(config, wanted)
     held = evaluation_rows(config, wanted)
+    refuse_unknown_columns(config, [*(table for table, _ in parts), held])
     for table in [*(table for table, _ in parts), *([] if held is None else [held])]:
         _check_texts(table, config)
     tables = {"train": Rows.joined([table for table, _ in parts])}
@@ -219,21 +220,24 @@ def metrics_for(task: str, names: list[str] | None) -> tuple[str, ...]:
 def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list[str], dict[str, list[int]]] | None:
     """Class names in the order that a data set gives them (datasets.ClassLabel), and each split's class numbers."""
     kinds = {split: table.rows.features[config.label_column] for split, table in tables.items()}
-    kind = kinds["train"]
-    if not isinstance(kind, datasets.ClassLabel) or config.regression or any(k != kind for k in kinds.values()):
+    if config.regression or not all(isinstance(kind, datasets.ClassLabel) for kind in kinds.values()):
         return None
-    labels = {split: table.rows[config.label_column][:] for split, table in tables.items()}
-    for split, found in labels.items():
-        tables[split].check_filled(config.label_column)
-        if (
-            odd := next((row for row, label in enumerate(found) if not 0 <= label < len(kind.names)), None)
-        ) is not None:
+    names, labels = kinds["train"].names, {}
+    for split, table in tables.items():
+        table.check_filled(config.label_column)
+        found, own = table.rows[config.label_column][:], kinds[split].names
+        odd = next((row for row, label in enumerate(found) if not 0 <= label < len(own)), None)
+        if odd is None:  # another file may number its classes otherwise, or have fewer
+            odd = next((row for row, label in enumerate(found) if own[label] not in names), None)
+        if odd is not None:
+            said = own[found[odd]] if 0 <= found[odd] < len(own) else found[odd]
             raise AFLoRAError(
-                f"{tables[split].where(odd)}: its label is {found[odd]}, which is none of {listed(kind.names)}. (A "
+                f"{table.where(odd)}: its label is {said}, which is none of {listed(names)}. (A "
                 f"split without labels? data.validation_split names another, data.hold_out takes some of the training "
                 f"examples. Single rows without one: leave them out, with datasets' filter and to_parquet.)"
             )
-    return kind.names, labels
+        labels[split] = [names.index(own[label]) for label in found]
+    return names, labels
 
 
 def positive_class(config: DataConfig, names: list[str] | None) -> int:
@@ -281,18 +285,23 @@ def _check_texts(table: Rows, config: DataConfig) -> None:
             )
     for column in config.text_columns:
         table.check_text(column)
-    if table.untyped and table.name.lower().endswith(".csv"):
-        _refuse_swallowed_rows(table, config)
+    refuse_swallowed_rows(table, config, config.text_columns)
 
 
-def _refuse_swallowed_rows(table: Rows, config: DataConfig) -> None:
-    """A quote too many makes all up to the next one a cell's text; its lines then end in labels, as texts do not."""
-    labels, place = set(table.rows[config.label_column][:]), table.columns.index(config.label_column)
-    for column in config.text_columns:
+def refuse_swallowed_rows(table: Rows, config: DataConfig, texts: Sequence[str]) -> None:
+    """Raise an AFLoRAError where a CSV file's text holds rows.
+
+    A quote too many makes all up to the next one a cell's text; its lines then end in labels, as texts do not.
+    """
+    if not table.untyped or not table.name.lower().endswith(".csv"):
+        return
+    labels = set(table.rows[config.label_column][:])
+    place = table.header.index(config.columns.get(config.label_column, config.label_column))
+    for column in texts:
         for row, text in enumerate(table.rows[column][:]):
             for line in text.split("\n") if "\n" in text else ():
                 cells = line.rstrip("\r").split(",")
-                if len(cells) == len(table.columns) and cells[place] in labels:
+                if len(cells) == len(table.header) and cells[place] in labels:
                     raise AFLoRAError(
                         f"{table.where(row)}: between two quotes there are whole rows, such as {shown(line)}. Double "
                         f'quotes that belong to a text (""), or save the file as JSON lines if this is one text.'

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import datasets
 import pyarrow as pa
 
 from ..errors import AFLoRAError
@@ -125,7 +126,10 @@ def given_labels(table: Rows, column: str, names: list[str] | None) -> tuple[lis
         place |= {str(number): number for number in range(len(names))}  # a file may hold numbers, as GLUE's do
     found: list[float | None] = []
     unknown = None
-    for row, value in enumerate(table.rows[column][:]):
+    kind = table.rows.features[column]
+    own = dict(enumerate(kind.names)) if isinstance(kind, datasets.ClassLabel) and names is not None else {}
+    for row, number_or_name in enumerate(table.rows[column][:]):
+        value = own.get(number_or_name, number_or_name)
         text = str(int(value)) if isinstance(value, bool) else str(value)
         number = as_number(text)
         near = (text, text.strip(), "" if number is None else _class_of(number))
@@ -208,7 +212,9 @@ def _are_numbers(labels: _Column) -> bool:
     numbers = [row for row, value in enumerate(values) if value is not None]
     example = next((row for row in numbers if missing or "." in cells[row]), None)
     if example is not None:
-        said = f"is no number, but {shown(cells[example])} (line {labels.table.lines[example]}) is one"
+        file = labels.table.where(odd[0]).rpartition(", ")[0]
+        other = labels.table.where(example).removeprefix(f"{file}, ")
+        said = f"is no number, but {shown(cells[example])} ({other}) is one"
     elif all(_ALMOST.fullmatch(cells[row].strip()) and set(cells[row]) & set(",%' ") for row in odd):
         said = "is almost a number"
     else:

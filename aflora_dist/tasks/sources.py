@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def training_rows(config: DataConfig, wanted: Collection[str]) -> list[tuple[Row
         )
     if config.name is not None:
         name, subset = config.name, config.subset
-        first = _hub_rows(name, subset, config.revision, config.train_split, config, wanted)
+        first = _hub_rows(name, subset, config.revision, config.train_split, config, wanted, "train_split")
     else:
         assert config.train_file is not None
         first = _file_rows(config.train_file, config, wanted)
@@ -48,8 +49,10 @@ def training_rows(config: DataConfig, wanted: Collection[str]) -> list[tuple[Row
         if source.lower().endswith(FILES):
             rows = _file_rows(source, config, wanted)
         else:
-            name, _, subset = source.partition(":")
-            rows = _hub_rows(name, subset or None, None, config.train_split, config, wanted)
+            name, subset, split = [*source.split(":", 2), "", ""][:3]
+            # data.train_split is of data.name, and may be a part of it.
+            split = split or (config.train_split if name == config.name else "train")
+            rows = _hub_rows(name, subset or None, None, split, config, wanted, "mix")
         if config.revision is None and Path(rows.name).resolve() == Path(first.name).resolve():
             found[0] = (first, 1 + weight)  # once, for a row that is held out would be trained on by the other name
         else:
@@ -60,13 +63,22 @@ def training_rows(config: DataConfig, wanted: Collection[str]) -> list[tuple[Row
     return found
 
 
+def refuse_unknown_columns(config: DataConfig, tables: Sequence[Rows | None]) -> None:
+    """Raise an AFLoRAError where data.columns names a column that no table has."""
+    there = [table for table in tables if table is not None]
+    for source in config.columns.values():
+        if not any(source in table.header for table in there):
+            raise there[0].lacks(source)
+
+
 def evaluation_rows(config: DataConfig, wanted: Collection[str]) -> Rows | None:
     """What is measured with, likewise; None: there is nothing of its own. A collective."""
     if config.validation_file is not None:
         return _file_rows(config.validation_file, config, wanted)
     if config.name is None or (config.hold_out and config.validation_split is None):
         return None
-    return _hub_rows(config.name, config.subset, config.revision, config.validation_split, config, wanted, held=True)
+    split = config.validation_split
+    return _hub_rows(config.name, config.subset, config.revision, split, config, wanted, "validation_split")
 
 
 def split_off(
@@ -94,8 +106,24 @@ def split_off(
             raise AFLoRAError(_TO_EVALUATE.format(where=where, rows=len(train)))
         places = datasets.Dataset.from_dict({"place": kept}).train_test_split(test_size=config.hold_out, seed=seed)
         held, kept = train.select(places["test"]["place"][:]), np.asarray(places["train"]["place"][:])
+        if len(parts) > 1:
+            kept = _unheld(train, kept, np.asarray(places["test"]["place"][:]), [rows for rows, _ in parts])
     chosen = _weighted(kept, parts, seed)
     return train if np.array_equal(chosen, np.arange(len(train))) else train.select(chosen), held
+
+
+def _unheld(train: datasets.Dataset, kept: np.ndarray, held: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The places that are kept, but for rows that are held out of another part: it may be the same set again."""
+
+    def told(places: np.ndarray) -> Iterator[tuple[str, int]]:
+        part_of = np.searchsorted(np.cumsum(sizes), places, side="right")
+        contents = (json.dumps(row, sort_keys=True, default=str) for row in train.select(places))
+        return zip(contents, part_of.tolist(), strict=True)
+
+    parts_of: dict[str, set[int]] = {}
+    for content, part in told(held):
+        parts_of.setdefault(content, set()).add(part)
+    return kept[[not parts_of.get(content, set()) - {part} for content, part in told(kept)]]
 
 
 def _weighted(kept: np.ndarray, parts: Sequence[tuple[int, float]], seed: int) -> np.ndarray:
@@ -167,23 +195,28 @@ def _hub_rows(
     split: str | None,
     config: DataConfig,
     wanted: Collection[str],
-    held: bool = False,
+    option: str,
 ) -> Any:
-    """Of `held` rows, None where no split is named and there is none of those that are usual."""
+    """None where no split is named and there is none of those that are usual and not trained on.
+
+    Args:
+        option: Which names the split.
+    """
     loaded = load_from_hub(
         name, subset, revision, "give a folder that holds the data set, or use data.train_file and data.validation_file"
     )
     if split is None:
-        split = next((usual for usual in HELD_OUT if usual in loaded), None)
+        trained = {part.partition("[")[0].strip() for part in config.train_split.split("+")}
+        split = next((usual for usual in HELD_OUT if usual in loaded and usual not in trained), None)
         if split is None:
             return None
     try:
         instruction = datasets.ReadInstruction.from_spec(split)
         places = instruction.to_absolute({part: len(rows) for part, rows in loaded.items()})
     except Exception:
-        option = "validation_split" if held else "train_split"
+        names = f"{name}:{subset or ''}:SPLIT in data.mix" if option == "mix" else f"data.{option}"
         raise AFLoRAError(
-            f"The data set {name!r} has no split named {split}; it has: {', '.join(loaded)}. data.{option} names one, "
+            f"The data set {name!r} has no split named {split}; it has: {', '.join(loaded)}. {names} names one, "
             f"or a part of it, as {next(iter(loaded))}[:90%]."
         ) from None
     parts = [loaded[at.splitname].select(range(at.from_ or 0, _end(at, loaded))) for at in places]

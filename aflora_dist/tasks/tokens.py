@@ -118,7 +118,7 @@ def _content(dataset: datasets.Dataset, tokenizer: Any) -> str:
             if path.is_file():
                 content.update(path.name.encode() + path.read_bytes())
     for examples in dataset.iter(batch_size=min(10_000, _rows_of(dataset, _AT_ONCE))):
-        content.update(json.dumps(examples).encode())
+        content.update(json.dumps(examples, default=str).encode())  # Decimal, dates
     return content.hexdigest()
 
 

@@ -87,6 +87,21 @@ def test_json_keeps_its_values_and_what_a_row_lacks(tmp_path: Path) -> None:
     assert found[2][found[0].index("nested")] == ""
 
 
+def test_what_json_and_cells_cannot_hold_is_written_as_near_as_they_can(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "nan": [float("nan")], "bytes": [b"caf\xc3\xa9"], "list": [[1.0, float("inf")]]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    (line,) = written(tmp_path / "in.parquet", tmp_path / "out.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert found | dict.fromkeys(NEW) == {
+        "text": "a",
+        "nan": None,
+        "bytes": "café",
+        "list": [1.0, None],
+    } | dict.fromkeys(NEW)
+    with written(tmp_path / "in.parquet", tmp_path / "out.csv").open() as file:
+        assert next(csv.DictReader(file))["bytes"] == "café"
+
+
 def test_parquet_keeps_its_types(tmp_path: Path) -> None:
     table = pa.table(
         {

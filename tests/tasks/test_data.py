@@ -153,10 +153,12 @@ def test_two_lone_quotes_in_a_csv_do_not_swallow_the_rows_between_them(tmp_path:
         'text,label\ngood,pos\n"great plot,pos\nbad,neg\nbad b",neg\n',
         'label,text\nneg,poor\npos,"great plot\nneg,bad\nneg,bad b"\n',
         'text,label\r\ngood,pos\r\n"great plot,pos\r\nbad b",neg\r\n',
+        'mood,text\nneg,poor\npos,"great plot\nneg,bad\nneg,bad b"\n',
     ):
         path.write_text(content, newline="")
+        columns = {"label": "mood"} if "mood" in content else {}
         with pytest.raises(AFLoRAError, match=r"file.csv, line 3: between two quotes there are whole rows"):
-            own(path)
+            own(path, columns=columns)
     path.write_text('text,label\n"Dear all,\nthank you, really",pos\nbad,neg\n')
     assert own(path).train["text"][0] == "Dear all,\nthank you, really"
 

@@ -16,7 +16,7 @@ from aflora_dist.tasks.sft import encode as encoding
 from aflora_dist.tasks.sft.answers import Answer, last_number
 from aflora_dist.tasks.sft.batching import IGNORED
 from aflora_dist.tasks.sft.encode import Encoder
-from aflora_dist.tasks.sft.examples import load_examples, question, turns
+from aflora_dist.tasks.sft.examples import load_examples, question, tools, turns
 from aflora_dist.tasks.sft.problems import word_problems
 from aflora_dist.tasks.sft.task import LanguageModelling
 from aflora_dist.tasks.sft.template import PLAIN_TEMPLATE
@@ -180,6 +180,37 @@ def test_a_turn_that_calls_a_tool_needs_no_content(content: dict[str, None]) -> 
         turns({"messages": [CHAT[0], {**turn, "tool_calls": None}]}, None)
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "text": "Ada"},
+        {"role": "assistant", "value": "Ada", "content": None},
+        {"role": "assistant", "content": None, "refusal": "no"},
+        {"role": "user", "content": None, "id": "7"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"from": "gpt", "value": None, "model": "x"},
+    ],
+)
+def test_a_turn_in_which_nothing_is_said_is_not_learned_as_silence(turn: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="whose content is no text"):
+        turns({"messages": [CHAT[0], turn]}, None)
+
+
+@pytest.mark.parametrize(
+    "calls", ['[{"name": "f"}]', {"name": "f"}, 5, ["f"], [{"function": "f"}], [{"function": None}]]
+)
+def test_calls_that_are_none_are_refused(calls: Any) -> None:
+    with pytest.raises(ValueError, match="column messages has tool_calls that are no list of"):
+        turns({"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": calls}]}, None)
+
+
+def test_no_tools_are_none_however_they_are_written() -> None:
+    assert [tools({"tools": none}) for none in (None, "", "[]", [])] == [None] * 4
+    assert tools({"tools": '[{"name": "f"}]'}) == [{"name": "f"}]
+    with pytest.raises(ValueError, match="column tools has a function that is no JSON schema"):
+        tools({"tools": [{"type": "function", "function": "f"}]})
+
+
 def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     split = datasets.Dataset.from_dict({"text": ["a", "b"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": split, "test": split})
@@ -268,6 +299,7 @@ def test_what_is_held_out_serves_instead_of_data_for_evaluation(tmp_path: Path) 
         ("jsonl", '{"instruction": 5, "input": "b", "output": "c"}', r"line 1: column instruction holds no text"),
         ("csv", "prompt,completion\na,b\nprompt,completion\nc,d\n", r"line 3: the header again"),
         ("csv", 'messages\n"[]"\n', r"line 2: column messages holds neither text nor a list"),
+        ("csv", "prompt,completion,tools\na,b,[]\na,b,no JSON\n", r"line 3: column tools holds no JSON"),
         ("csv", "prompt,reply\na,b\n", r"has the columns prompt, reply, which are none"),
         ("csv", "prompt,completion\na, b,c\n", r"line 2: 3 fields, expected 2"),
     ],
@@ -352,6 +384,10 @@ def test_answers_are_compared_by_their_last_number() -> None:
         7,
         -3,
     ]
+    assert [last_number(text) for text in (5e-05, 1e16, "1.5e-3 m", "from 3-5", "\u221212", "7e", "2e3x")] == [
+        *(5e-05, 1e16, 1.5e-3, 5, -12, 7, 3),
+    ]
+    assert Answer(0, "It is 0.00005 .", 5e-05).correct
     assert Answer(0, "It is 4 + 3 = 7.0 .", 7).correct
     assert not Answer(0, "It is 7 or 8", 7).correct
     assert not Answer(0, "who knows", 7).correct

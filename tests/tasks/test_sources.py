@@ -13,6 +13,8 @@ import pytest
 from aflora_dist import AFLoRAError
 from aflora_dist.options import DataConfig
 from aflora_dist.tasks.data import load_data
+from aflora_dist.tasks.labels import given_labels
+from aflora_dist.tasks.reading import read_table
 from aflora_dist.tasks.sft.encode import Encoder
 from aflora_dist.tasks.sft.examples import load_examples, turns
 from aflora_dist.tasks.sft.task import last_number
@@ -194,6 +196,79 @@ def test_a_set_that_is_mixed_with_itself_is_held_out_once(tmp_path: Path) -> Non
     held = data.evaluation["validation"]["text"][:]
     assert len(held) == 3
     assert Counter(data.train["text"][:]) == {text: 3 for text in "abcdefgh" if text not in held}
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "{}:default", "{}/train.jsonl"])
+def test_what_is_held_out_is_not_trained_on_under_another_name(spelling: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    rows = [{"prompt": f"what is {i} ?", "completion": f"Ada {i}"} for i in range(8)]
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, held = sft(name=str(tmp_path / "set"), mix={spelling.format(tmp_path / "set"): 1.0}, hold_out=3)
+    assert len(held) == 3
+    assert Counter(train["prompt"][:]) == {r["prompt"]: 2 for r in rows if r["prompt"] not in held["prompt"][:]}
+
+
+def test_a_split_is_of_the_set_that_it_was_said_of(tmp_path: Path) -> None:
+    chat, gsm8k = hub_sets.ultrachat(tmp_path / "chats"), hub_sets.gsm8k(tmp_path / "gsm8k", times=5)
+    options: dict[str, Any] = {"columns": COLUMNS, "hold_out": 1}
+    alone = len(sft(name=str(chat), train_split="train_sft", hold_out=1)[0])
+    mixed = sft(name=str(chat), train_split="train_sft", mix={f"{gsm8k}:main": 1.0}, **options)[0]
+    assert len(mixed) == alone + 20
+    of_its_own = sft(name=str(chat), train_split="train_sft", mix={f"{gsm8k}:main:test[:3]": 1.0}, **options)[0]
+    assert len(of_its_own) == alone + 3
+    with pytest.raises(AFLoRAError, match=r"no split named train; .* .*chats::SPLIT in data.mix names one"):
+        sft(name=str(gsm8k), subset="main", mix={str(chat): 1.0}, **options)
+
+
+def test_what_is_trained_on_is_not_measured_with(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split, size in (("train", 4), ("validation", 3), ("test", 2)):
+        (folder / f"{split}.jsonl").write_text("".join(f'{{"text": "{split} {i}"}}\n' for i in range(size)))
+    assert [len(rows) for rows in sft(name=str(folder))] == [4, 3]
+    assert [len(rows) for rows in sft(name=str(folder), train_split="train+validation[:2]")] == [6, 2]
+    with pytest.raises(AFLoRAError, match="has no examples for evaluation"):
+        sft(name=str(folder), train_split="train+validation+test")
+
+
+def test_columns_that_are_named_are_those_that_are_read(tmp_path: Path) -> None:
+    file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    row = {"prompt": "p", "completion": "c", "question": "q", "answer": "a"}
+    file.write_text(json.dumps({**row, "messages": [{"role": "user", "content": "m"}]}))
+    options: dict[str, Any] = {"train_file": str(file), "validation_file": str(file)}
+    train, _ = sft(columns=COLUMNS, **options)
+    assert train[:] == {"prompt": ["q"], "completion": ["a"]}
+    with pytest.raises(AFLoRAError, match=r"a.jsonl has no column 'questoin'; its columns are: prompt, completion,"):
+        sft(columns={"prompt": "questoin"}, **options)
+    # One that has what is meant under its own names keeps it, though a column is called as another's.
+    file.write_text(json.dumps({"question": "q", "answer": "a"}))
+    other.write_text(json.dumps({"prompt": "p", "completion": "c", "answer": "7"}))
+    train, _ = sft(columns=COLUMNS, mix={str(other): 1.0}, **options)
+    assert [[turn["content"] for turn in row["messages"]] for row in train] == [["q", "a"], ["p", "c"]]
+
+
+def test_classes_are_matched_by_name_where_two_files_number_them_otherwise(tmp_path: Path) -> None:
+    for split, names in (("train", ["cat", "dog", "emu"]), ("validation", ["cat", "emu"])):
+        kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        rows = {"text": [f"a {name}" for name in names], "label": [*range(len(names))]}
+        datasets.Dataset.from_dict(rows, datasets.Features(kinds)).to_parquet(tmp_path / f"{split}.parquet")
+    files = {f"{split}_file": str(tmp_path / f"{split}.parquet") for split in ("train", "validation")}
+    data = load_data(DataConfig(task="files", **files), seed=0)
+    assert data.labels == ["cat", "dog", "emu"]
+    assert data.evaluation["validation"]["label"][:] == [0, 2]
+    table = read_table(files["validation_file"], {"text", "label"})
+    assert given_labels(table, "label", ["dog", "emu", "cat"]) == ([2, 1], None)
+    files = {"train_file": files["validation_file"], "validation_file": files["train_file"]}
+    with pytest.raises(AFLoRAError, match=r"train.parquet, row 2: its label is dog, which is none of cat, emu"):
+        load_data(DataConfig(task="files", **files), seed=0)
+
+
+def test_numbers_of_two_files_are_told_with_their_files(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("text,label\na,0.5 of\n")
+    (tmp_path / "y.csv").write_text("text,label\na,0.5\n")
+    options = {"train_file": str(tmp_path / "x.csv"), "mix": {str(tmp_path / "y.csv"): 1.0}, "hold_out": 1}
+    with pytest.raises(AFLoRAError, match=r"x.csv, line 2, .* is no number, but '0.5' \(.*y.csv, line 2\) is one"):
+        load_data(DataConfig(task="files", **options), seed=0)
 
 
 def test_classifiers_mix_files_too_and_errors_name_the_line_of_the_right_one(tmp_path: Path) -> None:

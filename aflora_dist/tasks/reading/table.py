@@ -44,6 +44,7 @@ class Rows:
         untyped: Its values are cells of text, whatever they stand for.
         lines: int64, (rows,): the line in which a row begins; in parquet, which has no lines, its number from 1.
         parts: What it was joined of, if it was.
+        header: The names of all of its columns as they stand in it, in their order, whatever stands for what.
     """
 
     name: str
@@ -52,6 +53,10 @@ class Rows:
     untyped: bool
     lines: np.ndarray
     parts: tuple[Rows, ...] = ()
+    header: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "header", self.header or tuple(self.columns))
 
     def where(self, row: int) -> str:
         """For errors: the file and the line of a row, counted from 0."""
@@ -65,10 +70,11 @@ class Rows:
         """With columns that stand for others.
 
         Args:
-            columns: Name -> the column that is meant; those that are not there are passed over.
+            columns: Name -> the column that is meant; those that are not there are passed over. Where one of these
+                is not there, and all of the names are, it is those that are meant.
         """
         found = {name: other for name, other in columns.items() if other in self.columns}
-        if not found:
+        if not found or (len(found) < len(columns) and {*columns} <= {*self.columns}):
             return self
         kept = [name for name in self.rows.column_names if name not in found and name not in found.values()]
         pieces = [self.rows.select_columns([other]).rename_columns({other: name}) for name, other in found.items()]
@@ -101,9 +107,9 @@ class Rows:
 
     def lacks(self, column: str) -> AFLoRAError:
         """The error that says so, with the columns that it has."""
-        near = next((name for name in self.columns if _bare(name) == _bare(column)), None)
+        near = next((name for name in self.header if _bare(name) == _bare(column)), None)
         hint = f" {near!r} is written otherwise." if near is not None else ""
-        return AFLoRAError(f"{self.name} has no column {column!r}; its columns are: {listed(self.columns)}.{hint}")
+        return AFLoRAError(f"{self.name} has no column {column!r}; its columns are: {listed(self.header)}.{hint}")
 
     def type(self, column: str) -> pa.DataType:
         """A column's type."""

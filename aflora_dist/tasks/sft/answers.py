@@ -20,7 +20,8 @@ from ...compat.accelerate import unwrap
 from ..batches import Batch, move
 from .encode import End
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+# A minus after a digit stands between two numbers.
+_NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w))?")
 _SHOWN = 3
 
 
@@ -29,8 +30,10 @@ def last_number(text: Any) -> float | None:
 
     >>> last_number("So 3 * 4 = 12. The answer is $1,012.50."), last_number("None."), last_number(7)
     (1012.5, None, 7.0)
+    >>> last_number("It is 5e-05."), last_number("from 3-5"), last_number("\N{MINUS SIGN}12 degrees")
+    (5e-05, 5.0, -12.0)
     """
-    found = _NUMBER.findall(str(text))
+    found = _NUMBER.findall(str(text).replace("\N{MINUS SIGN}", "-"))
     return float(found[-1].replace(",", "")) if found else None
 
 

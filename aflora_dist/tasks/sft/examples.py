@@ -14,7 +14,7 @@ from ...errors import AFLoRAError
 from ...options import DataConfig
 from ...untrusted import load_json
 from ..reading import Rows, as_json_column, exact, listed, read_table
-from ..sources import at_most, evaluation_rows, split_off, training_rows
+from ..sources import at_most, evaluation_rows, refuse_unknown_columns, split_off, training_rows
 from .problems import word_problems
 
 # Columns that make an example, those that may stand beside them, and those that only a prompt needs.
@@ -37,6 +37,9 @@ _OTHER_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "assistan
 # Who speaks in a turn that has "from" and "value" (ShareGPT).
 _SHAREGPT = _OTHER_ROLES | dict.fromkeys(("tool", "function", "observation", "function_response"), "tool")
 _SHAREGPT |= {"function_call": "assistant"}
+# What a turn may hold in the place of content, and what a tool's may that returns nothing.
+_INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_OF_TOOLS = ("tool_call_id", "name", "id")
 Turn = dict[str, Any]
 
 
@@ -48,19 +51,21 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
     """
     datasets.disable_progress_bars()
     if config.name == "demo":
-        parts, train = [], word_problems(512, seed=0)
+        tables, parts, train = [], [], word_problems(512, seed=0)
         held = word_problems(64, seed=1)
     else:
-        parts = [(_examples(table, True), weight) for table, weight in training_rows(config, _COLUMNS)]
+        tables = training_rows(config, _COLUMNS)
+        parts = [(_examples(table, True, config), weight) for table, weight in tables]
         train = _alike([rows for rows, _ in parts])
         held = None
     if config.name != "demo" or config.validation_file is not None:
         table = evaluation_rows(config, _COLUMNS)
-        held = None if table is None else _examples(table, False)
+        refuse_unknown_columns(config, [*(table for table, _ in tables), table])
+        held = None if table is None else _examples(table, False, config)
     where = config.name or str(config.train_file)
     train, held = split_off(config, train, [(len(rows), weight) for rows, weight in parts], held, seed, where)
-    train = train.select_columns(_choose(train.column_names, where, True))
-    held = held.select_columns(_choose(held.column_names, where, False))
+    train = train.select_columns(_choose(train.column_names, where, True, config))
+    held = held.select_columns(_choose(held.column_names, where, False, config))
     return at_most(config.max_train_examples, train, seed), at_most(config.max_eval_examples, held)
 
 
@@ -76,7 +81,7 @@ def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]
     if "answer" not in table.columns:
         rows = table.rows.add_column("answer", [""] * len(table.lines))
         table = replace(table, columns=[*table.columns, "answer"], rows=rows)
-    prompts = _examples(table, trained=False)
+    prompts = _examples(table, False, config)
     if "text" in prompts.column_names:
         raise AFLoRAError(
             f"{name} has no column of prompts (messages, prompt, instruction), and plain text is not answered. "
@@ -85,15 +90,15 @@ def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]
     return table, prompts
 
 
-def _examples(table: Rows, trained: bool) -> datasets.Dataset:
+def _examples(table: Rows, trained: bool, config: DataConfig) -> datasets.Dataset:
     """The columns of a table that make examples, checked row by row where there are lines to be told."""
-    chosen = [column for column in _choose(table.columns, table.name, trained) if column != "answer"]
+    chosen = [column for column in _choose(table.columns, table.name, trained, config) if column != "answer"]
     for column in chosen:
         if column == "text":
             table.check_text(column)
         elif column not in ("input", "completion", "output", "tools", "system"):
             table.check_filled(column)
-    if "messages" in chosen or "conversations" in chosen or not all(map(table.is_text, chosen)):
+    if {"messages", "conversations", "tools"} & {*chosen} or not all(map(table.is_text, chosen)):
         for place, row in enumerate(table.rows.select_columns(chosen)):
             try:
                 turns(row, None)
@@ -127,11 +132,14 @@ def is_understood(columns: Sequence[str]) -> bool:
     return any(set(columns).issuperset(needed) for needed, _, _ in _FORMS) and "label" not in columns
 
 
-def _choose(found: Sequence[str], where: str, trained: bool) -> list[str]:
-    """Those columns that make an example. What is only to be answered needs no completion, but an answer."""
+def _choose(found: Sequence[str], where: str, trained: bool, config: DataConfig) -> list[str]:
+    """Those columns that make an example. What is only to be answered needs no completion, but an answer.
+
+    A form of which data.columns names a column goes before others.
+    """
     columns = set(found)
     answer = [] if trained or "answer" not in columns else ["answer"]
-    for needed, beside, prompt in _FORMS:
+    for needed, beside, prompt in sorted(_FORMS, key=lambda form: not config.columns.keys() & {*form[0]}):
         if columns.issuperset(needed):
             return [*needed, *(c for c in beside if c in columns), *(answer if prompt else [])]
         if answer and prompt and columns.issuperset(prompt):
@@ -186,7 +194,9 @@ def tools(row: Mapping[str, Any]) -> list[Any] | None:
             raise ValueError("column tools holds no JSON") from None
     if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
         raise ValueError("column tools holds no list of functions (JSON schemas)")
-    return found
+    if found and not all(isinstance(tool.get("function", {}), dict) for tool in found):
+        raise ValueError("column tools has a function that is no JSON schema")
+    return found or None
 
 
 def question(row: Mapping[str, Any]) -> str:
@@ -214,10 +224,21 @@ def _messages(value: Any, column: str) -> list[Turn]:
         meant = _OTHER_ROLES.get(role.strip().lower()) if isinstance(role, str) else "user"
         if meant is not None and role != meant:
             raise ValueError(f'column {column} has the role {role!r}; roles are "system", "user" and "assistant"')
-        calls = any(part is not None for key, part in turn.items() if key != "role")
-        if not isinstance(content, str | list) and not (content is None and calls):  # of a tool
+        _check_calls(turn.get("tool_calls"), column)
+        beside = _OF_TOOLS if role == "tool" else _INSTEAD
+        if not isinstance(content, str | list) and not (content is None and any(turn.get(key) for key in beside)):
             raise ValueError(f"column {column} has a turn of the {role} whose content is no text")
     return found
+
+
+def _check_calls(calls: Any, column: str) -> None:
+    """Raise a ValueError if a turn's tool_calls are no calls of functions, each with its name."""
+    named = calls is None or isinstance(calls, list)
+    for call in calls or () if named else ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        named = named and isinstance(function, dict) and isinstance(function.get("name"), str)
+    if not named:
+        raise ValueError(f'column {column} has tool_calls that are no list of {{"function": {{"name", "arguments"}}}}')
 
 
 def _of_sharegpt(turn: Turn, column: str) -> Turn:
