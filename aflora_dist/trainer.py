@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,8 @@ class FreezingCallback(TrainerCallback):
         self.on_train_end(args, state, control)  # of a training that was interrupted
         trainer = self.trainer
         assert trainer is not None, "Trainer has introduced itself"
+        if state.max_steps <= 0:  # num_train_epochs=0: nothing is trained
+            return
         self.freezing = AdaptiveFreezing(
             trainer.accelerator,
             trainer.model_wrapped,
@@ -154,10 +157,8 @@ class FreezingCallback(TrainerCallback):
 
     def _config(self, args: TrainingArguments, state: TrainerState, loader: Any) -> FreezingConfig:
         total = state.max_steps
-        if args.max_steps <= 0:  # Trainer has counted epochs, perhaps a fraction of one
-            per_epoch = total / args.num_train_epochs
-        else:
-            per_epoch = len(loader) / args.gradient_accumulation_steps if has_length(loader) else total
+        # As Trainer counts: the odd rest of an epoch's micro-batches is an update, too.
+        per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1) if has_length(loader) else total
         initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
         final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
         t_p = None if self.prefix_epochs is None else round(per_epoch * self.prefix_epochs)
@@ -173,7 +174,21 @@ class FreezingCallback(TrainerCallback):
     # -- what Trainer does before it tells, or in another way than is right here -------------------
 
     def _load_from_checkpoint(self, trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """All that trained comes back by name when training begins; the rest is the base model's."""
+        """What was saved and does not train (rows for new tokens, buffers); what trains comes back by name, later.
+
+        Where ranks hold shards of the model it has what its files and the seed made of it.
+        """
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
+        if trainer.is_fsdp_enabled or stage == 3:
+            return
+        trained = [(parameter, parameter.requires_grad) for parameter in trainer.model.parameters()]
+        try:
+            original(*args, **kwargs)
+        except ValueError as error:
+            if "valid checkpoint" not in str(error):  # by an engine that left no files of it
+                raise
+        for parameter, trains in trained:  # PEFT switches all of an adapter on
+            parameter.requires_grad_(trains)
 
     def _prepare_for_training(
         self,
@@ -208,6 +223,8 @@ class FreezingCallback(TrainerCallback):
             progress = found.training["progress"]
             since = {name for event in progress["parts"]["freezing"]["events"] for name in event["frozen"]}
             self._thaw(trainer, since.union(progress["engine"]["names"]))
+            if trainer.is_deepspeed_enabled:  # else Trainer has done so
+                trainer._load_from_checkpoint(resume_from_checkpoint)
         return original(max_steps, train_dataloader, None)
 
     def _thaw(self, trainer: Trainer, names: Any) -> None:
@@ -230,6 +247,7 @@ class FreezingCallback(TrainerCallback):
         if best is None or self.freezing is None:
             original()
         else:
+            trainer._load_from_checkpoint(trainer.state.best_model_checkpoint)
             self.freezing.state.load_values(best.tensors)
 
     def _save_model(

@@ -24,6 +24,7 @@ from aflora_dist.engines.ddp import check_hooks
 from tests.launch import ROOT, launch
 from tests.loop import CONFIG, Loop, assert_same
 from tests.workers.tiny import build_base, build_model, global_batch
+from tests.workers.trainer import build_llama
 
 
 def test_a_model_that_nothing_freezes_refuses_its_second_step() -> None:
@@ -92,9 +93,24 @@ def test_freezing_by_hand_takes_whole_pairs_and_known_names() -> None:
     assert loop.freezing.events[0].frozen == [first, first[:-1] + "B"]
     with pytest.raises(AFLoRAError, match="still trains"):
         loop.freezing.freeze([first])
+    loop.freezing.freeze([])
+    assert len(loop.freezing.events) == 1
     for number in range(1, 12):
         loop.step(number)
     assert not loop.freezing.remaining
+
+
+def test_freezing_by_hand_leaves_something_to_train() -> None:
+    accelerator, model = Accelerator(cpu=True), build_llama(lora=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model, optimizer = accelerator.prepare(model, optimizer)
+    freezing = AdaptiveFreezing(
+        accelerator, model, optimizer, FreezingConfig(total_steps=4, initial_steps=1, final_steps=0)
+    )
+    with pytest.raises(AFLoRAError, match="the next step would have no gradient"):
+        freezing.freeze(freezing.remaining)
+    freezing.freeze(freezing.remaining[1:])
+    assert len(freezing.remaining) == 1
 
 
 def test_a_model_is_frozen_by_one_object_at_a_time() -> None:

@@ -144,6 +144,7 @@ def test_a_run_does_what_was_planned(engine: str, precision: str, measured: Any)
         {"method.name": "vera", "method.options": '{"r": 16}'},
         {"adapter.freezing": "never"},
         {"freezing.pairwise": True, "freezing.every": 3},
+        {"freezing.score": "smallest_first", "freezing.final_epochs": 0, "train.vector_learning_rate": 0.5},
         {"freezing.shape": "quadratic", "adapter.freezable": "all"},
         {"method.name": "lora", "freezing.enabled": True, "freezing.score": "smallest_first"},
         {"method.name": "full", "freezing.enabled": True, "freezing.unit": "block", **LOWEST_FIRST},

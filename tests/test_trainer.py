@@ -24,7 +24,7 @@ from aflora_dist.trainer import TRAINER, _introduce
 from tests.launch import launch_series
 from tests.test_contract import GONE
 from tests.workers import trainer as worker
-from tests.workers.trainer import STEPS, Examples, Stream, batch, build_llama, settings, values
+from tests.workers.trainer import LENGTH, STEPS, Examples, Stream, batch, build_llama, settings, values
 
 EVERY = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 # Whose checkpoint each goes on from, besides its own and one process's: each is a source and a target.
@@ -333,6 +333,7 @@ def make(out: Path, callback: TrainerCallback | None, model: Any = None, data: A
         model=model or build_llama(),
         args=TrainingArguments(**settings(out, **options)),
         train_dataset=data or Examples(),
+        eval_dataset=Examples() if "eval_strategy" in options else None,
         callbacks=[callback] if callback else None,
     )
 
@@ -374,6 +375,81 @@ def test_halves_of_an_odd_number_of_updates_make_a_whole(tmp_path: Path) -> None
     assert (config.total_steps, config.initial_steps, config.final_steps) == (15, 8, 7)
 
 
+@pytest.mark.parametrize(("accumulation", "updates"), [(2, 3), (64, 1)])
+def test_epochs_have_as_many_updates_however_their_number_is_said(
+    accumulation: int, updates: int, tmp_path: Path
+) -> None:
+    """The odd rest of five batches is an update, too."""
+    options = {"per_device_train_batch_size": 10, "gradient_accumulation_steps": accumulation}
+    for said in ({"num_train_epochs": 6}, {"max_steps": 6 * updates}):
+        callback = FreezingCallback(initial_epochs=2, final_epochs=1)
+        make(tmp_path, callback, **options, **said).train()
+        assert callback.freezing is not None
+        config = callback.freezing.config
+        assert (config.total_steps, config.initial_steps, config.final_steps) == (6 * updates, 2 * updates, updates)
+
+
+def test_a_training_of_no_epoch_freezes_nothing(tmp_path: Path) -> None:
+    callback = FreezingCallback()
+    make(tmp_path, callback, num_train_epochs=0).train()
+    assert callback.freezing is None
+    with pytest.raises(AFLoRAError, match="must be finite numbers of epochs"):
+        make(tmp_path, FreezingCallback(initial_epochs=float("nan"))).train()
+
+
+class Normed(torch.nn.Module):
+    """Of what a checkpoint holds, statistics of batches do not train, and in `fixed` nothing does."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fixed, self.down, self.up = (torch.nn.Linear(LENGTH, LENGTH) for _ in range(3))
+        self.norm, self.head = torch.nn.BatchNorm1d(LENGTH), torch.nn.Linear(LENGTH, 2)
+        self.fixed.requires_grad_(False)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        hidden = self.up(self.norm(self.down(self.fixed(input_ids.float()))).relu())
+        return {"loss": torch.nn.functional.cross_entropy(self.head(hidden), labels[:, 0] % 2)}
+
+
+def test_what_does_not_train_and_is_saved_comes_back_too(tmp_path: Path) -> None:
+    def trained(resume: int | None, seed: int, **options: Any) -> tuple[dict[str, torch.Tensor], Trainer]:
+        callback = FreezingCallback(freezable=["down.weight", "up.weight"], final_epochs=1)
+        trainer = make(tmp_path, callback, Normed(seed), **FOURTHS | options)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(tmp_path / f"checkpoint-{resume}"))
+        return dict(trainer.model.state_dict()), trainer
+
+    whole, _ = trained(None, seed=0)
+    again, _ = trained(8, seed=1)
+    assert [name for name, value in again.items() if not torch.equal(value, whole[name])] == []
+    best, trainer = trained(None, seed=2, **BEST)
+    chosen = load_file(Path(str(trainer.state.best_model_checkpoint)) / "model.safetensors")
+    assert "norm.running_mean" in chosen
+    assert [name for name, value in best.items() if not torch.equal(value, chosen[name])] == []
+
+
+def test_a_second_training_goes_on_where_a_lowest_block_waits_for_its_rest(tmp_path: Path) -> None:
+    """All of its matrices have frozen, and its vectors were not yet allowed to."""
+
+    class Early(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 5
+
+    callback = FreezingCallback(
+        score="front_to_back", prefix=True, initial_epochs=0.5, final_epochs=0.25, prefix_epochs=0
+    )
+    trainer = make(tmp_path, callback)
+    trainer.add_callback(early := Early())
+    trainer.train()
+    assert callback.freezing is not None
+    frozen = {name for event in callback.freezing.events for name in event.frozen}
+    assert {name.rpartition(".")[2] for name in frozen} == {"A", "B"}
+    assert all(name in frozen for name in frozen | {*callback.freezing.freezable} if ".layers.0." in name)
+    trainer.remove_callback(early)
+    trainer.train()
+    assert {event.backward_from for event in callback.freezing.events} >= {1}
+
+
 def test_a_random_order_is_that_of_the_training_s_seed(tmp_path: Path) -> None:
     orders = []
     for seed, said in ((5, {}), (6, {}), (6, {"seed": 5})):
@@ -392,6 +468,8 @@ def test_every_option_of_freezing_can_be_said(tmp_path: Path) -> None:
     assert callback.freezing is not None
     assert callback.freezing.config.keywords(0) == {**said, "shape": "quadratic"}
     assert FreezingCallback(rule="quantile").options.rule == "quantile"
+    with pytest.raises(AFLoRAError, match=r"unit must be one of matrix, layer, block, got None"):
+        FreezingCallback(unit=None)  # type: ignore[arg-type]
     with pytest.raises(AFLoRAError, match=r"beta1 must be less than 1, got 1\.0"):
         FreezingCallback(beta1=1.0)
 

@@ -41,6 +41,10 @@ class Adapted:
         """Names of the projection matrices that may freeze, as `freezable_matrices`."""
         return list(self.freezable_matrices())
 
+    def frozen(self) -> set[str]:
+        """Names of the projection matrices that have frozen by score."""
+        return {f"{name}.{matrix}" for name, path in self._paths.items() if path.adaptive for matrix in path.frozen}
+
     def have_frozen(self, names: Collection[str]) -> None:
         """These must not train, whatever PEFT switches on; what may freeze besides trains (again)."""
         self._may_freeze |= set(names)

@@ -107,7 +107,7 @@ def remember_frozen(model: nn.Module, names: Collection[str]) -> None:
 
 def frozen_before(model: nn.Module) -> set[str]:
     """What trainings of this model, unwrapped, froze in this process and does not train now."""
-    names = _FROZEN.get(model)
+    names = _FROZEN.get(model, set()) | Adapted(model).frozen()
     return {n for n, p in named_parameters(model).items() if n in names and not p.requires_grad} if names else set()
 
 

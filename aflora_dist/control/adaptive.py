@@ -298,7 +298,7 @@ class AdaptiveFreezing:
         Where they are frozen by the layer or block (`unit`), all of it freezes.
 
         Raises:
-            AFLoRAError: A name is not that of a freezable matrix that still trains.
+            AFLoRAError: A name is not that of a freezable matrix that still trains, or nothing else trains.
         """
         unknown = sorted(set(names) - set(self.remaining))
         if unknown:
@@ -306,6 +306,10 @@ class AdaptiveFreezing:
         chosen = set(names)
         whole = [name for unit in self.policy.units.values() if chosen & set(unit) for name in unit]
         self.engine.agree(f"{self.step}{whole}", "were told to freeze different matrices")
+        if not whole:
+            return
+        if not {*self.engine.trainable} - {*whole}:
+            raise AFLoRAError("All that trains would freeze, and the next step would have no gradient. Leave one out.")
         self._freeze(whole, {}, self._stopwatch.start(self.engine.device), max(self.step - 1, 0))
 
     def _freeze(self, names: list[str], scores: dict[str, float], start: float, step: int) -> None:

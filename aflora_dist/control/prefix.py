@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapter.freezable import refuse_all
+from ..adapter.freezable import frozen_before, refuse_all
 from ..compat.transformers import recomputes_reentrantly
 from ..engines import Engine
 from ..errors import AFLoRAError
@@ -113,7 +113,7 @@ class Prefix:
 
     def _block(self, index: int) -> nn.Module:
         """The module of a block, inside of what wraps it; above the highest all of the model."""
-        places = [matrix_position(next(n for n in names if n in self._freezable)) for names in self.blocks]
+        places = [max(map(matrix_position, names), key=lambda place: place.layer) for names in self.blocks]
         number = places[index].layer if index < len(places) else places[-1].layer + 1
         wanted = f"{places[0].stack}.{number}"
         blocks = (module for name, module in named_modules(self._model).items() if of_base(name) == wanted)
@@ -163,7 +163,10 @@ def blocks_from_below(
     ordered = [blocks[number] for number in sorted(blocks)]
     ordered[0] = below + ordered[0]
     may = set(freezable)
-    ordered = list(takewhile(lambda block: may & {*block}, ordered))
+    there = {places[name] for name in may | frozen_before(model)}  # a training before this one may have frozen it
+    ordered = [
+        block for number, block in takewhile(lambda at: at[0] in there, zip(sorted(blocks), ordered, strict=True))
+    ]
     if not ordered:
         raise AFLoRAError(
             f"FreezingConfig(prefix=True) freezes a model's blocks from the bottom, and in the lowest one that trains "

@@ -101,9 +101,10 @@ class QuantilePolicy(FreezingPolicy):
 class ThresholdPolicy(FreezingPolicy):
     """A unit freezes when its score has fallen below a fraction of its own early level: there is no t_f to guess.
 
-    The level is the unit's score after step t_i, the grace period. From then on, at every step that is a multiple of
-    `every`, the units whose score lies below `threshold` times their level freeze. (As GradES, arXiv 2509.01842, but
-    relative to each unit's own level: an absolute threshold does not carry over from one model to another.)
+    The level is the unit's score after step t_i, the grace period, or the first one above 0. From then on, at every
+    step that is a multiple of `every`, the units whose score lies below `threshold` times their level freeze. (As
+    GradES, arXiv 2509.01842, but relative to each unit's own level: an absolute threshold does not carry over from one
+    model to another.)
     How many freeze, and whether all do, is not known before.
 
     Args:
@@ -128,8 +129,9 @@ class ThresholdPolicy(FreezingPolicy):
         self, schedule: CubicSchedule, step: int, scores: Mapping[str, float], quantile: Callable[[float], float]
     ) -> list[str]:
         means = self._means(scores)
-        if not self.levels:
-            self.levels = means
+        for unit, mean in means.items():
+            # What is 0 says nothing yet: before the first update s_b is, and no gradient reaches A and B.
+            self.levels[unit] = self.levels.get(unit) or mean
         fallen = [unit for unit in means if means[unit] < self.threshold * self.levels[unit]]
         return [name for unit in sorted(fallen, key=lambda u: (means[u], u)) for name in self.units[unit]]
 

@@ -14,7 +14,12 @@ def whole_steps(initial: float, final: float, total: int) -> tuple[int, int]:
     """t_i and t_f that come as fractions of updates, from epochs, as `CubicSchedule` takes them.
 
     Rounded, both up perhaps, they may be more than the training that they are not more than: then t_f is what is left.
+
+    Raises:
+        AFLoRAError: One is no finite number.
     """
+    if not (math.isfinite(initial) and math.isfinite(final)):
+        raise AFLoRAError(f"t_i and t_f must be finite numbers of epochs, got {initial} and {final} updates.")
     t_i, t_f = round(initial), round(final)
     if initial + final <= total * (1 + 1e-9):
         t_f = min(t_f, total - t_i)

@@ -33,7 +33,11 @@ class Checked:
         for option in fields(self):
             name, value = f"{self.label}{option.name}", getattr(self, option.name)
             choices = _choices(hints[option.name])
-            if choices and value is not None and value not in choices:
+            if (
+                choices
+                and value not in choices
+                and (value is not None or type(None) not in get_args(hints[option.name]))
+            ):
                 raise AFLoRAError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
             if isinstance(value, int | float):
                 _check_number(name, value, option.metadata)

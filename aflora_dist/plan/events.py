@@ -70,7 +70,8 @@ class Freezes:
         self.schedule, self.trainable, self.order = schedule, trainable, order
         self._of_unit, self._matrices, self._units = policy.units, len(numels), len(policy)
         sizes = {unit: sum(numels[name] for name in names) for unit, names in policy.units.items()}
-        ordered = sorted(sizes.values()) if order is None else [sizes[unit] for unit in order]
+        self._likely = list(order) if order is not None else sorted(sizes, key=lambda unit: sizes[unit])
+        ordered = [sizes[unit] for unit in self._likely]
         self._least = [0, *accumulate(ordered)]
         self._most = self._least if order is not None else [0, *accumulate(reversed(ordered))]
         self._blocks = blocks
@@ -126,6 +127,12 @@ class Freezes:
             sum(getattr(left, kind) * share for left, share in parts) for kind in ("least", "expected", "most")
         )
         return Elements(least, expected, most)
+
+    @property
+    def left(self) -> set[str]:
+        """Names of the matrices that train to the end; where scores will say which these are, the largest."""
+        frozen = _latest(self.counts, self.schedule.total_steps)
+        return {name for unit in self._likely[frozen:] for name in self._of_unit[unit]}
 
     @property
     def beside(self) -> set[str]:

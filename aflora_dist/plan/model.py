@@ -83,10 +83,10 @@ class PlannedModel:
             self.freezes = Freezes(schedule, self.policy, self.numels, self.start, order, prefix, blocks)
         self.certain = freezing is None or not self.freezes or freezing.rule == "rank"
         self.head = sum(p.numel() for name, p, _ in members if method.is_head(name))
-        self.learning_rates = {
-            "head" if method.is_head(names[id(group["params"][0])]) else "adapter": float(group["lr"])
-            for group in groups
-        }
+        self.learning_rates: dict[str, float] = {}
+        for group in groups:  # the first is the matrices'; vectors and LoRA+'s B may have another rate
+            part = "head" if method.is_head(names[id(group["params"][0])]) else "adapter"
+            self.learning_rates.setdefault(part, float(group["lr"]))
         self._at = {name: i for i, (name, _, _) in enumerate(members)}
         kept = {*held}
         self._fixed = {n: p for n, p in named if n in kept or (is_adapter(n) and not p.requires_grad)}
@@ -97,7 +97,9 @@ class PlannedModel:
         if self.freezes is None:
             return Elements(self.start, self.start, self.start)
         average = self.freezes.average
-        return average if self.certain else Elements(self.freezes.end.least, average.expected, self.start)
+        if self.certain:
+            return average
+        return Elements(self.start - sum(self.numels.values()), average.expected, self.start)  # all at once
 
     @property
     def end(self) -> int:
@@ -110,7 +112,9 @@ class PlannedModel:
         if engine == "fsdp2" and launch.half:  # accelerate has what trains in float32 then
             trained = dataclasses.replace(trained, itemsizes=np.full_like(trained.itemsizes, FLOAT32))
         beside = self.freezes.beside if self.freezes else ()
-        left = ~trained.freezable & np.array([name not in beside for name in self._at])
+        last = self.freezes.left if self.freezes and self.certain else ()
+        left = np.array([name in last or name not in beside for name in self._at])
+        left &= ~trained.freezable | np.array([name in last for name in self._at])
         return EnginePlan(
             engine=engine,
             ranks=ranks,

@@ -122,7 +122,7 @@ def _steps(config: Config, data: _Data, planned: PlannedModel) -> Steps:
         total=total,
         tokens=data.tokens,
         initial=schedule.initial_steps if schedule else None,
-        final=schedule.final_steps if schedule else None,
+        final=schedule.final_steps if schedule and config.freezing.rule != "threshold" else None,
         warm_up=warm_up(config, total),
         learning_rates=planned.learning_rates,
     )

@@ -15,7 +15,7 @@ class Steps:
         examples: To train on.
         left_out: Of them in each epoch: the last, incomplete batch.
         tokens: In an epoch, rounded up as batches are; None if not known.
-        initial, final: t_i and t_f in updates; None if nothing freezes.
+        initial, final: t_i and t_f in updates; None if nothing freezes, final also where a threshold says when.
         warm_up: Updates in which the learning rates rise to their peaks.
         learning_rates: Peaks, by what has them: "adapter" (with method.name=full the model), "head".
     """

@@ -54,6 +54,8 @@ def _steps(plan: Plan) -> Iterator[str]:
             f"Freezing begins after t_i = {steps.initial:,} and ends t_f = {steps.final:,} before the end, with update "
             f"{steps.total - steps.final:,}"
         )
+    elif steps.initial is not None:
+        yield f"Freezing begins after t_i = {steps.initial:,}; when it ends, scores will say"
     rates = ", ".join(f"{rate:g} ({what})" for what, rate in steps.learning_rates.items())
     yield f"Learning rates at their peak, after {steps.warm_up:,} updates: {rates}\n"
 

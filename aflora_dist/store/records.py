@@ -22,6 +22,7 @@ from .typed import as_json, finite, integer, number, text, typed
 
 CONFIG, METRICS, FREEZE_LOG, RESULT = "config.yaml", "metrics.jsonl", "freeze_log.jsonl", "result.json"
 _NOT_SETTING = ("run", "profile")  # sections of config.yaml that say nothing about the training
+_DECIDE = ("keep_best", "patience", "eval_every")  # of section run: which of the weights are the result
 _LONGEST_CONFIG, _MOST_NODES = 200_000, 10_000  # bytes, and values in it; of a run it has a few thousand bytes
 _LONGEST_RECORD = 2**30  # bytes of a log
 
@@ -98,6 +99,7 @@ class Result:
     avg_trainable_params: float | None
     lora_r8_trainable_params: int | None
     freezable_matrices: int | None
+    frozen_matrices: int | None
     freeze_events: int | None
     freeze_seconds_total: float | None
     traces: list[str]
@@ -307,7 +309,12 @@ def read_settings(path: Path) -> Settings | None:
     if model is None or task is None:
         return None
     try:
-        values = as_json({key: value for key, value in config.items() if key not in _NOT_SETTING}, [_MOST_NODES])
+        said = {key: value for key, value in config.items() if key not in _NOT_SETTING}
+        if isinstance(config.get("run"), dict) and (
+            told := {k: config["run"][k] for k in _DECIDE if k in config["run"]}
+        ):
+            said["run"] = told
+        values = as_json(said, [_MOST_NODES])
     except ValueError:
         return None
     values["train"].pop("seed", None)

@@ -38,7 +38,9 @@ def figures(result: Result) -> Iterator[tuple[str, str]]:
         than = f"; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many" if lora is not None else ""
         yield "trainable parameters", f"{average:,.0f} on average{than}"
     if result.freezable_matrices and result.freeze_events is not None:
-        yield "froze", f"{result.freezable_matrices} projection matrices in {result.freeze_events} events"
+        all_of_them = result.frozen_matrices in (None, result.freezable_matrices)  # an earlier release did not say
+        count = "" if all_of_them else f"{result.frozen_matrices} of "
+        yield "froze", f"{count}{result.freezable_matrices} projection matrices in {result.freeze_events} events"
     if result.freezable_matrices and result.freeze_seconds_total is not None:
         share = (
             f", {result.freeze_seconds_total / result.train_seconds:.2%} of training" if result.train_seconds else ""

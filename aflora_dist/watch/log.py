@@ -331,6 +331,7 @@ class TrainingLog(Part):
             "lora_r8_trainable_params": self.lora_r8,
             "head_params": self.head_params,
             "freezable_matrices": len(control.freezable),
+            "frozen_matrices": len({name for event in control.events for name in event.frozen} & {*control.freezable}),
             "freeze_events": len(control.events),
             "freeze_seconds_total": per_rank[:, 1].max().item(),
             "checkpoints": len(self.save_seconds),

@@ -140,3 +140,12 @@ def test_a_unit_freezes_when_it_has_fallen_below_a_fraction_of_its_own_early_lev
         assert one.choose(schedule, 6, {"a": 3.9, "b": 0.06}, float) == ["a"]
         assert one.choose(schedule, 8, {"b": 0.04}, float) == ["b"]
     assert not policy.due(schedule, 8, 0)
+
+
+def test_a_score_of_nothing_is_no_level() -> None:
+    """With t_i = 0: s_b is 0 before the first update, so that neither A nor B has a gradient."""
+    schedule = CubicSchedule(total_steps=10, initial_steps=0, final_steps=0)
+    policy = ThresholdPolicy(["a", "b"], threshold=0.5)
+    assert policy.choose(schedule, 0, {"a": 0.0, "b": 4.0}, float) == []
+    assert policy.choose(schedule, 1, {"a": 2.0, "b": 3.0}, float) == []  # a's is known now
+    assert policy.choose(schedule, 2, {"a": 0.9, "b": 3.0}, float) == ["a"]

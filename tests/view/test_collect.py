@@ -49,6 +49,15 @@ def test_three_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row["deviation"] == pytest.approx(statistics.stdev([0.7, 0.75, 0.8]))
 
 
+def test_what_decides_which_weights_are_the_result_makes_another_setting(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "seed_1" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**config, "run": {**config.get("run", {}), "keep_best": "accuracy"}}))
+    assert sorted(row["seeds"] for row in Collected(folder, capsys).rows) == [1, 2]
+
+
 FOREIGN = {
     "hydra": b"model:\n  _target_: x.Y\ntrain: {lr: 0.1}\ndata: imagenet\n",
     "tags": b"a: !!python/object:x.Y {}\n",

@@ -137,3 +137,12 @@ def test_the_summary_names_the_method_that_trained(
     said = capsys.readouterr().out
     assert f"{called} on rte" in said
     assert ("projection matrices in" in said) == (called == "AFLoRA")
+
+
+def test_what_did_not_freeze_is_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    counted = {"freezable_matrices": 8, "frozen_matrices": 5, "freeze_events": 2}
+    (run / "result.json").write_text(json.dumps(result | counted))
+    assert show([str(run)]) == 0
+    assert "5 of 8 projection matrices in 2 events" in capsys.readouterr().out
