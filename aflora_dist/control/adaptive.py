@@ -293,24 +293,20 @@ class AdaptiveFreezing:
             self._stopwatch.stop(start, self.engine.device)
 
     def freeze(self, names: Sequence[str]) -> None:
-        """Freeze these matrices now, whatever the schedule says. A collective: call it on every rank.
-
-        Where they are frozen by the layer or block (`unit`), all of it freezes.
+        """Freeze these matrices now, and all of their layer or block (`unit`), whatever the schedule says. A collective.
 
         Raises:
             AFLoRAError: A name is not that of a freezable matrix that still trains, or nothing else trains.
         """
-        unknown = sorted(set(names) - set(self.remaining))
-        if unknown:
-            raise AFLoRAError(f"{unknown[0]!r} is not a freezable matrix that still trains; see `remaining`.")
         chosen = set(names)
+        if unknown := sorted(chosen - {*self.remaining}):
+            raise AFLoRAError(f"{unknown[0]!r} is not a freezable matrix that still trains; see `remaining`.")
         whole = [name for unit in self.policy.units.values() if chosen & set(unit) for name in unit]
         self.engine.agree(f"{self.step}{whole}", "were told to freeze different matrices")
-        if not whole:
-            return
-        if not {*self.engine.trainable} - {*whole}:
+        if whole and not {*self.engine.trainable} - {*whole}:
             raise AFLoRAError("All that trains would freeze, and the next step would have no gradient. Leave one out.")
-        self._freeze(whole, {}, self._stopwatch.start(self.engine.device), max(self.step - 1, 0))
+        if whole:
+            self._freeze(whole, {}, self._stopwatch.start(self.engine.device), max(self.step - 1, 0))
 
     def _freeze(self, names: list[str], scores: dict[str, float], start: float, step: int) -> None:
         """Freeze after the global batch `step`."""

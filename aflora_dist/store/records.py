@@ -309,12 +309,9 @@ def read_settings(path: Path) -> Settings | None:
     if model is None or task is None:
         return None
     try:
-        said = {key: value for key, value in config.items() if key not in _NOT_SETTING}
-        if isinstance(config.get("run"), dict) and (
-            told := {k: config["run"][k] for k in _DECIDE if k in config["run"]}
-        ):
-            said["run"] = told
-        values = as_json(said, [_MOST_NODES])
+        run = config.get("run")
+        told = {f"run.{key}": run[key] for key in _DECIDE if run.get(key) is not None} if isinstance(run, dict) else {}
+        values = as_json({k: v for k, v in config.items() if k not in _NOT_SETTING} | told, [_MOST_NODES])
     except ValueError:
         return None
     values["train"].pop("seed", None)
