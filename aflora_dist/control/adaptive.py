@@ -293,7 +293,7 @@ class AdaptiveFreezing:
             self._stopwatch.stop(start, self.engine.device)
 
     def freeze(self, names: Sequence[str]) -> None:
-        """Freeze these matrices now, and all of their layer or block (`unit`), whatever the schedule says. A collective.
+        """Freeze these now, and all of their layer or block (`unit`), whatever the schedule says. A collective.
 
         Raises:
             AFLoRAError: A name is not that of a freezable matrix that still trains, or nothing else trains.
