@@ -33,11 +33,8 @@ class Checked:
         for option in fields(self):
             name, value = f"{self.label}{option.name}", getattr(self, option.name)
             choices = _choices(hints[option.name])
-            if (
-                choices
-                and value not in choices
-                and (value is not None or type(None) not in get_args(hints[option.name]))
-            ):
+            null = value is None and type(None) in get_args(hints[option.name])
+            if choices and not null and value not in choices:
                 raise AFLoRAError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
             if isinstance(value, int | float):
                 _check_number(name, value, option.metadata)

@@ -223,12 +223,13 @@ def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list
     if config.regression or not all(isinstance(kind, datasets.ClassLabel) for kind in kinds.values()):
         return None
     names, labels = kinds["train"].names, {}
+    number = {name: place for place, name in enumerate(names)}
     for split, table in tables.items():
         table.check_filled(config.label_column)
         found, own = table.rows[config.label_column][:], kinds[split].names
         odd = next((row for row, label in enumerate(found) if not 0 <= label < len(own)), None)
         if odd is None:  # another file may number its classes otherwise, or have fewer
-            odd = next((row for row, label in enumerate(found) if own[label] not in names), None)
+            odd = next((row for row, label in enumerate(found) if own[label] not in number), None)
         if odd is not None:
             said = own[found[odd]] if 0 <= found[odd] < len(own) else found[odd]
             raise AFLoRAError(
@@ -236,7 +237,7 @@ def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list
                 f"split without labels? data.validation_split names another, data.hold_out takes some of the training "
                 f"examples. Single rows without one: leave them out, with datasets' filter and to_parquet.)"
             )
-        labels[split] = [names.index(own[label]) for label in found]
+        labels[split] = [number[own[label]] for label in found]
     return names, labels
 
 
@@ -296,7 +297,8 @@ def refuse_swallowed_rows(table: Rows, config: DataConfig, texts: Sequence[str])
     if not table.untyped or not table.name.lower().endswith(".csv"):
         return
     labels = set(table.rows[config.label_column][:])
-    place = table.header.index(config.columns.get(config.label_column, config.label_column))
+    meant = config.columns.get(config.label_column)
+    place = table.header.index(meant if meant in table.header else config.label_column)
     for column in texts:
         for row, text in enumerate(table.rows[column][:]):
             for line in text.split("\n") if "\n" in text else ():
