@@ -185,7 +185,8 @@ class FreezingCallback(TrainerCallback):
         try:
             original(*args, **kwargs)
         except ValueError as error:
-            if "valid checkpoint" not in str(error):  # by an engine that left no files of it
+            # Another engine has left no files of it, or a model in shards.
+            if not any(said in str(error) for said in ("Can't find a valid checkpoint", "only supported when using")):
                 raise
         for parameter, trains in trained:  # PEFT switches all of an adapter on
             parameter.requires_grad_(trains)
