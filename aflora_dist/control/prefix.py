@@ -113,9 +113,11 @@ class Prefix:
 
     def _block(self, index: int) -> nn.Module:
         """The module of a block, inside of what wraps it; above the highest all of the model."""
-        places = [max(map(matrix_position, names), key=lambda place: place.layer) for names in self.blocks]
-        number = places[index].layer if index < len(places) else places[-1].layer + 1
-        wanted = f"{places[0].stack}.{number}"
+        stack = matrix_position(next(iter(self._freezable))).stack  # what lies below may be numbered in another one
+        each = (map(matrix_position, names) for names in self.blocks)
+        numbers = [next(place.layer for place in places if place.stack == stack) for places in each]
+        number = numbers[index] if index < len(numbers) else numbers[-1] + 1
+        wanted = f"{stack}.{number}"
         blocks = (module for name, module in named_modules(self._model).items() if of_base(name) == wanted)
         return next(blocks, self._model)
 

@@ -111,10 +111,10 @@ class PlannedModel:
         engine, ranks, trained = launch.engine, launch.num_processes, self.trained
         if engine == "fsdp2" and launch.half:  # accelerate has what trains in float32 then
             trained = dataclasses.replace(trained, itemsizes=np.full_like(trained.itemsizes, FLOAT32))
-        beside = self.freezes.beside if self.freezes else ()
-        last = self.freezes.left if self.freezes and self.certain else ()
-        left = np.array([name in last or name not in beside for name in self._at])
-        left &= ~trained.freezable | np.array([name in last for name in self._at])
+        beside = self.freezes.beside if self.freezes else set()
+        last = self.freezes.left if self.freezes and self.certain else set()
+        frozen = trained.freezable | np.array([name in beside for name in self._at])
+        left = ~frozen | np.array([name in last for name in self._at])
         return EnginePlan(
             engine=engine,
             ranks=ranks,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import AFLoRAError, one_line, writing
+from ..store.typed import finite
 from ..tasks.reading import is_plain, whole_rows
 from .partial import Values
 
@@ -150,9 +150,7 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, bytes):
-        return value.decode(errors=_ESCAPED)
-    return _json(value) if isinstance(value, list | dict) else str(value)
+    return _json(value) if isinstance(value, list | dict) else _other(value)
 
 
 def _cells(row: Row, columns: Sequence[str]) -> list[str]:
@@ -188,23 +186,16 @@ def _write_json(file: IO[str], records: Iterable[dict[str, Any]], is_list: bool)
 
 
 def _json(value: Any) -> str:
-    """A value as JSON, which has no NaN: null stands for it; bytes are the text that they encode."""
-
-    def other(value: Any) -> str:
-        return value.decode(errors=_ESCAPED) if isinstance(value, bytes) else str(value)
-
+    """A value as JSON, which has no NaN: null stands for it."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=other, allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, default=_other, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, default=other, allow_nan=False)
+        return json.dumps(finite(value), ensure_ascii=False, default=_other, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list) else value
+def _other(value: Any) -> str:
+    """What JSON and cells have no kind for; bytes are the text that they encode."""
+    return value.decode(errors=_ESCAPED) if isinstance(value, bytes) else str(value)
 
 
 def _arrow(name: str, values: list[Any]) -> pa.Array:
