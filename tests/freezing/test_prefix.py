@@ -120,6 +120,17 @@ def test_the_backward_pass_ends_at_the_block_and_not_at_what_wraps_it() -> None:
     assert [id(end) for end in ends] == [id(inside[1]), id(model)]
 
 
+def test_what_lies_below_the_blocks_may_be_numbered_higher() -> None:
+    """A model whose embeddings have stages of their own."""
+    model, ends = build_base(), []
+    model.bert.embeddings.stages = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(4)}) for _ in range(5))
+    engine: Any = SimpleNamespace(model=model, members=[[*named_parameters(model)]], end_backward_at=ends.append)
+    prefix = Prefix(engine, [*freezable_names(model)], CONFIG)
+    assert "bert.embeddings.stages.4.norm.weight" in prefix.blocks[0]
+    prefix.due(11, [name for name in prefix.blocks[1] if name in freezable_names(model)])
+    assert [id(end) for end in ends] == [id(model.bert.encoder.layer[1])]
+
+
 def test_all_that_freezes_with_a_block_is_kept_in_what_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO-3 takes what does not train for the base model's."""
     kept: set[str] = set()
