@@ -73,6 +73,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
             "fsdp2-one block, recomputed",
             "fsdp2-random",
             "fsdp2-prefix",
+            "fsdp2-beside a reference",
         ),
         "test_an_engine_goes_on_where_another_one_was_cut": (
             "single-means",

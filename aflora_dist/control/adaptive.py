@@ -26,6 +26,7 @@ from ..processes import on_main, refuse_lonely_processes
 from .accelerate_state import AccelerateState
 from .ending import Ending
 from .freezable import Choice, Chosen, Freezable, names_of
+from .frozen import KeptFrozen
 from .prefix import Prefix
 from .progress import Progress
 from .scores import scores_for
@@ -36,17 +37,16 @@ from .stopwatch import Stopwatch
 class AdaptiveFreezing:
     """Freezes parameters of a model while it trains, on every rank the same.
 
-    Create it after `accelerator.prepare()`, on every rank. From then on each optimizer update is
-    observed, and after a global batch at which floor(r(t) N) grows the matrices with the lowest scores
-    stop training and are gone from gradients, optimizer and communication. Nothing has to be called:
-    accelerator.save_state and load_state hold the freezing, too.
+    Create it after `accelerator.prepare()`, on every rank. From then on each optimizer update is observed, and after a
+    global batch at which floor(r(t) N) grows the matrices with the lowest scores stop training and are gone from
+    gradients, optimizer and communication. Nothing has to be called: accelerator.save_state and load_state hold the
+    freezing, too.
 
-    An AFLoRA adapter with `freezing="never"` or "always", or `freezable="none"`, is left as it is; only
-    steps are counted then.
+    An AFLoRA adapter with `freezing="never"` or "always", or `freezable="none"`, is left as it is; only steps are
+    counted then.
 
     Args:
-        accelerator: The loop's `Accelerator`. Clip with `accelerator.clip_grad_norm_`: scores are
-            taken before clipping.
+        accelerator: The loop's `Accelerator`. Clip with `accelerator.clip_grad_norm_`: scores are taken before that.
         model, optimizer: As `accelerator.prepare()` returned them.
         config: Schedule and score.
         freezable: What may freeze, of what the optimizer trains: names of parameters; a regular expression that
@@ -87,7 +87,8 @@ class AdaptiveFreezing:
         self._adapter = adapter_of(self.engine.model)
         if self._adapter.freezing_attached:
             raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
-        self._told: list[Freezable] = [self._adapter]  # of what has frozen
+        self._kept_frozen = KeptFrozen(self.engine.model)
+        self._told: list[Freezable] = [self._kept_frozen, self._adapter]  # of what has frozen
         if freezable is not None:
             self._told.append(freezable if isinstance(freezable, Freezable) else Chosen(freezable, self.engine))
         self.freezable = names_of(self._told[-1], self.engine, config)
@@ -191,6 +192,7 @@ class AdaptiveFreezing:
         self.progress.after_batch = [call for call in self.progress.after_batch if call != self._after_batch]
         self.progress.parts.pop("freezing", None)
         self._adapter.detach(waived=waived)
+        self._kept_frozen.take_back()
         if self._prefix is not None:
             self._prefix.take_back()
 
@@ -264,10 +266,7 @@ class AdaptiveFreezing:
         weights: Callable[[], Sequence[Tensor]],
         scale: Tensor | float,
     ) -> None:
-        with (
-            self._stopwatch.queueing(self._scores.devices[bucket]),
-            torch.profiler.record_function("aflora.observe"),
-        ):
+        with self._stopwatch.queueing(self._scores.devices[bucket]), torch.profiler.record_function("aflora.observe"):
             self._scores.observe(bucket, gradients, weights, scale, self.step)
 
     def _after_batch(self) -> None:

@@ -12,7 +12,7 @@ from ..errors import UnsupportedEngineError
 from .base import Engine, Observer, Record
 from .ddp import ReplicatedEngine
 from .fsdp2 import Fsdp2Engine
-from .optimizers import examine, inner_optimizer, plain
+from .optimizers import examine, inner_optimizer, plain, release
 from .rehearsal import rehearse
 from .transfer import Move, Piece, Renamed, place
 
@@ -29,6 +29,7 @@ __all__ = [
     "place",
     "plain",
     "rehearse",
+    "release",
 ]
 
 

@@ -49,6 +49,7 @@ KINDS |= {
         "momentum": ("full", ["--momentum"], {"unit": "block"}),
         "prefix": ("aflora", [], {"prefix": True, "prefix_steps": 2, "score": "front_to_back"}),
         "prefix of all": ("full", [], {"prefix": True, "prefix_steps": 3, "unit": "block", "score": "front_to_back"}),
+        "beside a reference": ("lora", ["--reference", "--recompute", "--clip", "0.05"], {}),
     }.items()
 }
 GO_ON = ("means", "fallen", "momentum", "prefix of all")  # what each engine goes on with where the one before was cut

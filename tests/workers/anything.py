@@ -137,12 +137,13 @@ class Training:
         accumulation: int = 1,
         clip: float = 0.0,
         shard_all: bool = False,
+        reference: bool = False,
     ) -> None:
         # What FSDP2 wraps, if that is the engine.
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = WRAPPED.get(kind, "BertLayer")
         model = build(kind)  # for ZeRO-3 transformers draws some models' weights otherwise once there is an accelerator
         self.accelerator = create_accelerator(accumulation, clip, shard_all)
-        self.accumulation, self.clip = accumulation, clip
+        self.accumulation, self.clip, self.reference = accumulation, clip, reference
         if recompute:  # as PEFT and Trainer do
             checkpoint_activations(model)
             model.enable_input_require_grads()  # type: ignore[operator]
@@ -163,6 +164,9 @@ class Training:
                 batch = {k: v[first : first + share] for k, v in global_batch(step).items()}
                 with self.accelerator.accumulate(self.model):
                     loss = self.model(**batch).loss
+                    if self.reference:  # as TRL's DPO has its own, after the trained model's pass
+                        with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
+                            self.model(**batch)
                     self.accelerator.backward(loss)
                     if clips and self.accelerator.sync_gradients:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -243,6 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--momentum", action="store_true", help="SGD")
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--clip", type=float, default=0.0)
+    parser.add_argument("--reference", action="store_true", help="each step asks the model without its adapter, too")
     parser.add_argument("--shard-all", action="store_true", help="ZeRO-3 keeps no small parameter whole")
     parser.add_argument("--freezing", type=json.loads, default={})
     parser.add_argument("--from", dest="start", type=Path, help="go on from the snapshot of a rank 0 of this folder")
@@ -252,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(exist_ok=True)
     config = replace(CONFIG, **args.freezing)
     os.environ["FSDP_IGNORED_MODULES"] = r".*\.lora_.*" if args.replicated else "nothing"
-    loop = {name: getattr(args, name) for name in ("momentum", "accumulation", "clip", "shard_all")}
+    loop = {name: getattr(args, name) for name in ("momentum", "accumulation", "clip", "shard_all", "reference")}
     training = Training(args.kind, config, args.freezable, args.recompute, **loop)
     ranks = training.accelerator.num_processes
     result = {"kind": training.freezing.engine.kind, "world_size": ranks, "losses": training.losses}

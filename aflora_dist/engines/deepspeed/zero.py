@@ -162,8 +162,8 @@ class ZeroEngine(Engine):
         wanted, before = set(names), self._fragments()
         old = self._let_go()
         dropped = [self.parameters[name] for name in self.trainable if name not in wanted]
-        for parameter in dropped:
-            release(parameter)
+        for parameter in (self.parameters[name] for group in self.members for name in group if name not in wanted):
+            release(parameter)  # those that had frozen before, too: PEFT may have switched their gradients on
         self._groups = [[name for name in group if name in wanted] for group in self.members]
         for group, members in zip(self.optimizer.param_groups, self._groups, strict=True):
             group["params"] = [self.parameters[name].requires_grad_(True) for name in members]

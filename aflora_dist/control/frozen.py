@@ -1,0 +1,70 @@
+"""What has frozen stays so, whoever switches gradients on again. Freezes nothing itself."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..engines import release
+from ..names import named_modules, named_parameters
+
+
+class KeptFrozen:
+    """PEFT lets all of an adapter train again whenever it switches adapters: set_adapter, the end of disable_adapter.
+
+    (A reference model, as TRL's DPO takes it, is that at each step.) What has frozen is in no param group then, so
+    that its gradient is neither reduced nor set to zero, and counts where gradients are clipped. So each layer of an
+    adapter looks before its forward pass, a recomputed one too.
+
+    The interface is that of `Freezable`, which is told of what has frozen.
+
+    Args:
+        model: The unwrapped model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._held: list[tuple[Any, Callable[..., None]]] = []  # a hook's handle, what it calls
+
+    def freezable(self) -> Collection[str]:
+        return ()
+
+    def have_frozen(self, names: Collection[str]) -> None:
+        self._look_no_more()  # a checkpoint of before has let some of them train again
+        modules, frozen = named_modules(self._model), named_parameters(self._model, remove_duplicate=False)
+        switched = {n: m for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
+        below: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
+        gone = {id(frozen[name]) for name in names}
+        for name in (name for name, parameter in frozen.items() if id(parameter) in gone):
+            owner, _, own = name.rpartition(".")
+            layer = owner
+            while layer and layer not in switched:
+                layer = layer.rpartition(".")[0]
+            if layer in switched:
+                below[layer].append((modules[owner], own))
+        for layer, places in below.items():
+            hold = partial(_hold, places)  # no function of this one: models are copied and pickled with their hooks
+            self._held.append((switched[layer].register_forward_pre_hook(hold), hold))
+
+    def take_back(self) -> None:
+        """Look for the last time."""
+        for _, hold in self._held:
+            hold()
+        self._look_no_more()
+
+    def _look_no_more(self) -> None:
+        while self._held:
+            self._held.pop()[0].remove()
+
+
+def _hold(places: list[tuple[nn.Module, str]], *_: Any) -> None:
+    for owner, name in places:  # by name, for FSDP2 puts other parameters in their place
+        parameter = getattr(owner, name)
+        if parameter.requires_grad:
+            release(parameter)

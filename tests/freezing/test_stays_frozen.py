@@ -1,0 +1,86 @@
+"""What has frozen stays so when PEFT switches adapters, which lets all of an adapter train again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from torch import nn
+
+from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
+from tests.workers.anything import Training
+from tests.workers.tiny import build_base, global_batch
+
+STEPS = 8
+CONFIG = FreezingConfig(total_steps=STEPS, initial_steps=1, final_steps=5)
+PREFIX = FreezingConfig(**{**vars(CONFIG), "prefix": True, "prefix_steps": 5})
+TARGETS = ["query", "value"]
+
+
+def disabled(model: Any) -> None:
+    with torch.no_grad(), model.disable_adapter():
+        model(**global_batch(0))
+
+
+def chosen(model: Any) -> None:
+    model.set_adapter("default")
+
+
+CASES: dict[str, tuple[Any, FreezingConfig, Any]] = {
+    "lora": (LoraConfig(target_modules=TARGETS, init_lora_weights=False), CONFIG, None),
+    "loha": (LoHaConfig(target_modules=TARGETS, init_weights=False), CONFIG, r".*hada_w\d_a.*"),
+    "a whole module": (AFLoRAConfig(modules_to_save=["pooler"]), CONFIG, r".*pooler.*weight|.*\.aflora.*\.[AB]"),
+    "a prefix": (AFLoRAConfig(modules_to_save=["LayerNorm"]), PREFIX, None),
+}
+
+
+def train(case: str, switch: Callable[[Any], None] | None) -> tuple[nn.Module, list[float], AdaptiveFreezing]:
+    """A loop in which `switch` is called between the forward pass and the backward pass; gradients are clipped."""
+    torch.manual_seed(0)
+    config, freezing_config, freezable = CASES[case]
+    config.task_type = "SEQ_CLS"
+    model: Any = get_peft_model(build_base(), config)
+    accelerator = Accelerator(cpu=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2))
+    freezing = AdaptiveFreezing(accelerator, model, optimizer, freezing_config, freezable=freezable)
+    norms = []
+    for step in range(STEPS):
+        loss = model(**global_batch(step)).loss
+        if switch is not None:
+            switch(model)
+        accelerator.backward(loss)
+        norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.05) or 0))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, norms, freezing
+
+
+@pytest.mark.parametrize("switch", [disabled, chosen])
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_with_a_reference_is_the_training_without(case: str, switch: Callable[[Any], None]) -> None:
+    expected, expected_norms, _ = train(case, None)
+    model, norms, freezing = train(case, switch)
+    assert norms == expected_norms
+    assert freezing.frozen
+    for (name, value), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(value, other), name
+        assert name not in freezing.frozen or value.grad is None
+    switch(model)
+    freezing.detach()
+    assert not [name for name, value in model.named_parameters() if name in freezing.frozen and value.requires_grad]
+
+
+def test_recomputed_activations_are_those_of_the_forward_pass() -> None:
+    values = {}
+    for reference in (False, True):
+        training = Training("lora", recompute=True, clip=0.05, reference=reference)
+        training.train(0, 8)
+        values[reference] = training.values()
+        assert training.freezing.frozen
+    assert values[True].keys() == values[False].keys()
+    assert all(torch.equal(value, values[False][name]) for name, value in values[True].items())
