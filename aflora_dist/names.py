@@ -108,6 +108,15 @@ def of_base(name: str) -> str:
     return name.removeprefix(_PREFIX)
 
 
+def in_peft(name: str) -> str:
+    """What PEFT's files call it, whether a PeftModel says its name or the model itself.
+
+    >>> in_peft("bert.pooler"), in_peft("base_model.model.bert.pooler")
+    ('base_model.model.bert.pooler', 'base_model.model.bert.pooler')
+    """
+    return f"{_PREFIX}{of_base(name)}"
+
+
 # What wraps a module in place, by its class or a base of it, and the attribute that holds the module.
 _WRAPPERS = {
     "ActivationWrapper": "_checkpoint_wrapped_module",  # of torch's CheckpointWrapper and OffloadWrapper

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import wraps
@@ -143,8 +144,9 @@ class AFLoRAConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         for card in (folder / "README.md", folder.parent / "README.md"):
-            text = card.read_text(encoding="utf-8") if card.is_file() else ""
-            if "library_name: peft" in text:
-                if "import aflora_dist" not in text:
-                    card.write_text(text.rstrip() + "\n" + _CARD, encoding="utf-8")
-                return
+            with suppress(OSError, UnicodeError):  # somebody else's: no reason to save no adapter
+                text = card.read_text(encoding="utf-8") if card.is_file() else ""
+                if "library_name: peft" in text:
+                    if "import aflora_dist" not in text:
+                        card.write_text(text.rstrip() + "\n" + _CARD, encoding="utf-8")
+                    return

@@ -40,6 +40,7 @@ class Folding:
     def __init__(self, layers: Iterable[HasPaths]) -> None:
         self.layers = list(layers)
         self._given: list[AFLoRAPath] = []
+        self._begun: nn.Module | None = None  # by whose forward
         self._compiled = False
         self._live: set[AFLoRAPath] = set()
         self._lag = 0
@@ -91,9 +92,13 @@ class Folding:
         around_compiled(outer, partial(_Around, folding, outer))
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        # It may have begun further outside; DataParallel's replicas have parameters of their own.
-        if is_traced() or self._given or is_replica(module):
+        if is_traced() or is_replica(module):  # DataParallel's replicas have parameters of their own
             return
+        if module is self._begun:  # a forward that Ctrl-C ended, after which torch calls no hook
+            self.end(module, args, None)
+        if self._given:  # it has begun further outside
+            return
+        self._begun = module
         groups: dict[Any, list[AFLoRAPath]] = defaultdict(list)
         for path in (path for layer in self.layers for path in layer.paths_in_use()):
             if is_sharded_by_module(path):
@@ -136,6 +141,7 @@ class Folding:
             for path in self._given:
                 path.keep(None)
             self._given = []
+            self._begun = None
 
 
 class _Around:

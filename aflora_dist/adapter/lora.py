@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..names import is_adapter, named_modules, of_base
+from ..names import in_peft, is_adapter, named_modules, of_base
 from .config import AFLoRAConfig
 from .layer import AFLoRALayer
 from .path import lora_up
@@ -31,11 +31,12 @@ def write_lora(
     Args:
         folder: Is there.
         config: Of the AFLoRA adapter, as its adapter_config.json has it.
-        paths: A, B, s_d and s_b by the name that the adapter's file has for their layer (base_model.model. ...).
+        paths: A, B, s_d and s_b by the name of their layer.
         whole: What it holds besides, by its names there.
     """
-    tensors = dict(whole)
-    for layer, (A, B, s_d, s_b) in paths.items():
+    # A model that transformers' add_adapter has adapted has no names of a PeftModel, and PEFT reads those only.
+    tensors = {in_peft(key): tensor for key, tensor in whole.items()}
+    for layer, (A, B, s_d, s_b) in ((in_peft(layer), path) for layer, path in paths.items()):
         tensors[f"{layer}.lora_A.weight"] = A.detach().clone().contiguous()
         tensors[f"{layer}.lora_B.weight"] = lora_up(B, s_d, s_b)
     bias = config.get("bias", "none")

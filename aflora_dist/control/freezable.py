@@ -101,7 +101,7 @@ def names_of(source: Freezable, engine: Engine, config: FreezingConfig) -> list[
     wanted = set(source.freezable())
     ids = {id(p) for n, p in named_parameters(engine.model, remove_duplicate=False).items() if n in wanted}
     trained = set(engine.trainable)
-    found = [name for name, p in engine.parameters.items() if id(p) in ids and name in trained]
+    found = [name for name, p in engine.parameters.items() if id(p) in ids and name in trained and engine.numel(name)]
     if wanted and not found:
         raise AFLoRAError(
             "AdaptiveFreezing has nothing to freeze: of what may freeze, such as "

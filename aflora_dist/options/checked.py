@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from ..errors import AFLoRAError
 
@@ -31,13 +34,29 @@ class Checked:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for option in fields(self):
-            name, value = f"{self.label}{option.name}", getattr(self, option.name)
+            name = f"{self.label}{option.name}"
+            value = _of_kind(name, getattr(self, option.name), hints[option.name])
+            object.__setattr__(self, option.name, value)
             choices = _choices(hints[option.name])
             null = value is None and type(None) in get_args(hints[option.name])
             if choices and not null and value not in choices:
                 raise AFLoRAError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
             if isinstance(value, int | float):
                 _check_number(name, value, option.metadata)
+
+
+def _of_kind(name: str, value: Any, hint: Any) -> Any:
+    """Of options that are numbers, or yes or no, and may be null: the value as Python has it, for checkpoints."""
+    kinds = {*get_args(hint)} if get_origin(hint) in (Union, UnionType) else {hint}
+    if not kinds <= {int, float, bool, NoneType} or (value is None and NoneType in kinds):
+        return value
+    plain = value.item() if isinstance(value, np.generic) else value
+    if isinstance(plain, float) and float not in kinds and plain.is_integer():  # as np.ceil gives it
+        plain = int(plain)
+    if type(plain) in kinds or (float in kinds and type(plain) is int):
+        return plain
+    wanted = "true or false" if bool in kinds else "a number" if float in kinds else "a whole number"
+    raise AFLoRAError(f"{name} must be {wanted}, got {value!r}.")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

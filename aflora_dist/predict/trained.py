@@ -21,10 +21,10 @@ from ..errors import AFLoRAError, one_line
 from ..hub import snapshot
 from ..methods.autocast import match_autocast
 from ..options import Config
-from ..serve.source import Source, read_adapter
+from ..serve.source import Source, read_adapter, trained_folder
 from ..store.records import CONFIG, read_settings
 from ..tasks.limits import Limits
-from ..tasks.model import fetch, load_classifier, load_language_model
+from ..tasks.model import base_head, fetch, load_classifier, load_language_model
 from ..tasks.reading import listed
 from ..training.build import shard_by_block
 from ..training.command_line import parse
@@ -65,7 +65,7 @@ def find_trained(name: str, options: list[str]) -> TrainedModel:
     path = Path(name)
     if not path.exists():
         path = _from_hub(name)
-    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    folder = trained_folder(path)
     run = next((at for at in (path, path.parent) if _is_run(at)), None)
     if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         return _whole(folder, run, options)
@@ -83,7 +83,13 @@ def find_trained(name: str, options: list[str]) -> TrainedModel:
     outputs = source.outputs(_weights(source)) or 2
     if outputs == 1:
         return TrainedModel(source.folder, config, source, None, "a number")
-    return TrainedModel(source.folder, config, source, _names(source.labels, outputs), "a class")
+    names = source.labels
+    if run is None or names is None:  # somebody else's: then the base model's configuration says it
+        base_names, several = base_head(config.model)
+        if several and run is None:
+            raise _several(config.model.name)
+        names = names or base_names
+    return TrainedModel(source.folder, config, source, _names(names, outputs), "a class")
 
 
 def _whole(folder: Path, run: Path | None, options: list[str]) -> TrainedModel:
@@ -98,6 +104,8 @@ def _whole(folder: Path, run: Path | None, options: list[str]) -> TrainedModel:
     config = _config(run, [], answers, [*options, "--model.name", str(folder)])
     if answers:
         return TrainedModel(folder, config, None, None, "an answer")
+    if content.get("problem_type") == "multi_label_classification":
+        raise _several(folder)
     names = content.get("id2label")
     names = names if isinstance(names, dict) else dict.fromkeys("01")  # transformers leaves out what is its default
     if len(names) == 1:
@@ -127,10 +135,16 @@ def _config(run: Path | None, base: list[str], answers: bool, options: list[str]
     return parse([str(run / CONFIG), *trains, "--run.dir", str(run), "--run.overwrite", "false", *options])[0]
 
 
-def _names(known: list[str] | None, outputs: int) -> list[str]:
-    if known is not None and len(known) == outputs:
-        return known
-    return [f"LABEL_{number}" for number in range(outputs)]
+def _names(known: list[str], outputs: int) -> list[str]:
+    return known if len(known) == outputs else [f"LABEL_{number}" for number in range(outputs)]
+
+
+def _several(model: object) -> AFLoRAError:
+    return AFLoRAError(
+        f"{model} gives a text any number of labels (problem_type=multi_label_classification in its config.json), and "
+        f"what is predicted here is one class. transformers' pipeline('text-classification', ..., top_k=None) has a "
+        f"probability for each."
+    )
 
 
 def _weights(source: Source) -> Mapping[str, Tensor]:
@@ -160,6 +174,8 @@ def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, 
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     limits = Limits.of(model, config.model.name)
+    if trained.adapter is not None:
+        limits = limits.without(trained.adapter.config.get("num_virtual_tokens"))
     limits.check_length("data.max_length", config.data.max_length)
     if trained.adapter is not None:
         model = _adapted(model, trained.adapter)

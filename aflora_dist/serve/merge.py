@@ -144,7 +144,11 @@ class Merged:
         if labels is not None and len(labels) == self.config.num_labels:
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: i for i, label in enumerate(labels)}
-        self.config.problem_type = "regression" if self.config.num_labels == 1 else "single_label_classification"
+        several = self.source.run is None and self.config.problem_type == "multi_label_classification"
+        if self.config.num_labels == 1:
+            self.config.problem_type = "regression"
+        elif not several:  # somebody else's, whose base says that a text may have several labels
+            self.config.problem_type = "single_label_classification"
 
     def _check_places(self, skeleton: Skeleton) -> None:
         for weight in self.layers:
@@ -255,7 +259,9 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byte
         if shard and held + tensor.nbytes > shard_bytes:
             flush()
             held = 0
-        shard[name] = tensor.contiguous()
+        tensor = tensor.contiguous()
+        there = {held.untyped_storage().data_ptr() for held in shard.values()}
+        shard[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in there else tensor  # a pickle ties them
         held += tensor.nbytes
         total += tensor.nbytes
     flush()

@@ -130,6 +130,15 @@ class Source:
         return any(path.name not in _TEMPLATES for path in self.tokenizer)
 
 
+def trained_folder(path: Path) -> Path:
+    """Where a run's directory, or a folder of adapters by name, has what was trained; else the folder itself.
+
+    PEFT writes an adapter that is called "adapter" beside the one that is called "default".
+    """
+    inner = path / "adapter"
+    return inner if inner.is_dir() and ((path / CONFIG).is_file() or not (path / _CONFIG).is_file()) else path
+
+
 def read_adapter(path: Path, any_method: bool = False) -> Source:
     """The adapter in a run's directory, or in an adapter's folder.
 
@@ -139,7 +148,7 @@ def read_adapter(path: Path, any_method: bool = False) -> Source:
     Raises:
         AFLoRAError: There is none, it is of another method, or it is not whole.
     """
-    folder = path / "adapter" if (path / "adapter" / _CONFIG).is_file() else path
+    folder = trained_folder(path)
     if not (folder / _CONFIG).is_file():
         unfinished = " The run has not ended: --resume ends it." if (path / "config.yaml").is_file() else ""
         raise AFLoRAError(f"{path} is neither a run's directory with adapter/ nor an adapter's folder.{unfinished}")
@@ -208,11 +217,16 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise AFLoRAError(f"{out} exists already and is not an empty folder; nothing is overwritten. Name another.")
-    temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    out, name = out.resolve(), f".{out.resolve().name}.{os.getpid()}.tmp"
+    there = out.is_dir()  # which may be the working directory, or mounted, and then cannot be replaced
+    temporary = out / name if there else out.with_name(name)
     try:
         with writing(what, out):
             temporary.mkdir(parents=True)
             yield temporary
-            temporary.replace(out)
+            if not there:
+                temporary.replace(out)
+            for path in temporary.iterdir() if there else ():
+                path.rename(out / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -50,15 +50,22 @@ def first_best(means: Mapping[Any, float | None], metric: str) -> Any:
     return min(there, key=lambda value: (sign * there[value], number_of(value)), default=None)
 
 
-def beyond(tried: list[Any], best: Any) -> list[Any] | None:
-    """One more value beyond the end at which the best lies, as far as its neighbour; None where it lies inside."""
+def beyond(tried: list[Any], best: Any, whole: bool) -> list[Any] | None:
+    """One more value beyond the end at which the best lies, as far as its neighbour; None where it lies inside.
+
+    Args:
+        whole: Whether these are whole numbers from 1 on; None, too, where there is no other such number.
+    """
     in_order = sorted(tried, key=number_of)
     at = in_order.index(best)
     if 0 < at < len(in_order) - 1 or number_of(best) == 0:
         return None
     neighbour = in_order[1] if at == 0 else in_order[-2]
     further = number_of(best) ** 2 / number_of(neighbour) if number_of(neighbour) else 0.0
-    return [*tried, float(f"{further:.3g}")] if further else None
+    value = round(further) if whole else float(f"{further:.3g}")
+    if (whole and value < 1) or value in (0, *map(number_of, tried)):
+        return None
+    return [*tried, value]
 
 
 def number_of(value: Any) -> float:

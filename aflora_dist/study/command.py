@@ -36,7 +36,8 @@ def write_tables(grid: Grid, results: Results, folder: Path) -> list[Path]:
     if "freeze_map" in grid.study.pictures:
         for task in grid.study.tasks:
             for method in grid.study.reported:
-                drawn[f"{name}_{task}_{method}_froze.png"] = mean_freeze_map(grid, records, task, method)
+                file = f"{name}_{task}_{method}_froze.png".replace("/", "-")  # names of the study's
+                drawn[file] = mean_freeze_map(grid, records, task, method)
     with writing("The tables", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():

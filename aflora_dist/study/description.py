@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -83,19 +83,21 @@ class Study:
         """The part of it with these tasks, methods and seeds; all where none is named.
 
         Raises:
-            AFLoRAError: It has no such task or method.
+            AFLoRAError: It has no such task or method; a seed is none, or the sweep's.
         """
         for named, there, what in ((tasks, self.tasks, "task"), (methods, self.methods, "method")):
             for name in named:
                 if name not in there:
                     raise AFLoRAError(f"{self.name} has no {what} {name!r}: it has {', '.join(there)}.")
-        return replace(
+        part = replace(
             self,
             tasks={name: self.tasks[name] for name in tasks or self.tasks},
-            seeds=list(seeds or self.seeds),
+            seeds=_seeds([*(seeds or self.seeds)], "--seeds"),
             only=list(methods or self.reported),
             compare=[pair for pair in self.compare if not methods or {*pair} <= {*methods}],
         )
+        _refuse_seeds_of_both(part, self.name)
+        return part
 
     @property
     def reported(self) -> list[str]:
@@ -114,13 +116,14 @@ def read_study(path: Path, small: bool = False) -> Study:
     """
     said = _document(path)
     if (other := said.pop("like", None)) is not None:  # another file beside it says what this one does not
-        common = _document(path.with_name(f"{other}.yaml"))
-        said = {**common, **said, "small": {**(common.get("small") or {}), **(said.get("small") or {})}}
+        common = _document(beside := path.parent / f"{other}.yaml")
+        smaller = [_mapping(of.get("small"), f"{file}: small") for of, file in ((common, beside), (said, path))]
+        said = {**common, **said, "small": {**smaller[0], **smaller[1]}}
     instead = _mapping(said.pop("small", {}), f"{path}: small")
     if small and not instead:
         raise AFLoRAError(f"{path} has no section `small`: leave --small away.")
     if small:
-        said = _merged(said, instead)
+        said = _merged(said, instead, path)
     known = {option.name for option in fields(Study)} - {"name", "only"}
     _refuse_unknown(said, known, str(path))
     for needed in ("tasks", "methods", "seeds"):
@@ -148,15 +151,38 @@ def read_study(path: Path, small: bool = False) -> Study:
     return study
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of what JSON has, a date being a text; of a key that stands twice others take the last."""
+
+    yaml_constructors: ClassVar = {
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if str(tag).rpartition(":")[2] not in ("binary", "omap", "pairs", "set", "timestamp")
+    } | {"tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str}
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, names = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if str(key.value) in names:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} stands there twice: keep one", problem_mark=key.start_mark
+                )
+            names.add(str(key.value))
+        return node
+
+
 def _document(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         refuse_deep_yaml(text, yaml.SafeLoader)
-        said = yaml.safe_load(text)
+        said = yaml.load(text, _Loader)
     except OSError as error:
         raise AFLoRAError(f"{path}, which is to describe a study, could not be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AFLoRAError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}.") from None
+    except Exception as error:  # PyYAML lets through whatever its constructors raise
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}"
+        told = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise AFLoRAError(f"{path}{where}: this is not YAML that describes a study: {told[:200]}.") from None
     if not isinstance(said, dict):
         raise AFLoRAError(f"{path} must hold tasks, methods and seeds, each with its values below it.")
     return said
@@ -167,11 +193,11 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("[!_]*.yaml"))}
 
 
-def _merged(said: dict[str, Any], instead: dict[str, Any]) -> dict[str, Any]:
+def _merged(said: dict[str, Any], instead: dict[str, Any], path: Path) -> dict[str, Any]:
     """`methods` and `settings` are merged name by name; whatever else is replaced."""
     both = {**said, **instead}
     for key in ("methods", "settings"):
-        ours, theirs = said.get(key) or {}, instead.get(key) or {}
+        ours, theirs = _mapping(said.get(key), f"{path}: {key}"), _mapping(instead.get(key), f"{path}: small.{key}")
         both[key] = {
             name: {**(ours.get(name) or {}), **(theirs.get(name) or {})}
             if isinstance(ours.get(name, {}), Mapping | None) and isinstance(theirs.get(name, {}), Mapping | None)
@@ -207,7 +233,7 @@ def _seeds(value: Any, where: str) -> list[int]:
 
 
 def _pair(value: Any, path: Path) -> tuple[str, str]:
-    if not isinstance(value, list) or len(value) != 2:
+    if not isinstance(value, list) or len(value) != 2 or str(value[0]) == str(value[1]):
         raise AFLoRAError(f"{path}: compare must list pairs of methods, as [[plain, other]]; {value!r} is none.")
     return str(value[0]), str(value[1])
 
@@ -272,19 +298,23 @@ def _check(study: Study, path: Path) -> None:
                 raise AFLoRAError(f"{path}: methods.{name} refers to {other!r}, which takes from others itself.")
         if method.sweep and study.sweep is None:
             raise AFLoRAError(f"{path}: methods.{name} has values to try, and no section `sweep` says by which seeds.")
-    for pair in study.compare:
+    for at, pair in enumerate(study.compare):
         for name in pair:
             if name not in study.methods:
                 raise AFLoRAError(f"{path}: compare names {name!r}, which is no method of it.")
+        if {*pair} in map(set, study.compare[:at]):
+            raise AFLoRAError(f"{path}: compare names {' and '.join(pair)} twice, and p would be corrected for more.")
     for picture in study.pictures:
         if picture != "freeze_map":
             raise AFLoRAError(f"{path}: there is no picture {picture!r} beside the usual ones. There is: freeze_map.")
-    if study.sweep is None:
-        return
-    if both := {*study.sweep.seeds} & {*study.seeds}:
-        raise AFLoRAError(f"{path}: seed {min(both)} is the sweep's and is reported, too. Take another.")
-    if not study.sweep.options.get("data.hold_out"):
+    _refuse_seeds_of_both(study, str(path))
+    if study.sweep is not None and not study.sweep.options.get("data.hold_out"):
         raise AFLoRAError(
             f"{path}: the sweep would choose by what is reported. Give sweep.options a data.hold_out: so many training "
             f"examples are held out, and looked at instead."
         )
+
+
+def _refuse_seeds_of_both(study: Study, where: str) -> None:
+    if study.sweep is not None and (both := {*study.sweep.seeds} & {*study.seeds}):
+        raise AFLoRAError(f"{where}: seed {min(both)} is the sweep's and is reported, too. Take another.")

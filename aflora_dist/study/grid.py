@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from ..errors import AFLoRAError
-from ..options import Config
+from ..options import Config, flat
 from ..tasks.glue import TASKS
 from ..training.command_line import OPTIONS, parse
 from .choice import NoChoiceError, Records, beyond, first_best, mean_of, number_of, seconds_of
@@ -79,12 +79,14 @@ class Grid:
 
     Raises:
         AFLoRAError: `aflora train` has no such option, or refuses its value; a rate that is searched is given for all
-            runs; what is reported is looked at to choose it; a task has no such metric.
+            runs; what is reported is looked at to choose it; a task has no such metric; two methods or tasks differ
+            only in what makes no other run.
     """
 
     def __init__(self, study: Study, more: Mapping[str, Any] | None = None) -> None:
         self.study, self.more = study, dict(more or {})
         self._configs: dict[str, Config] = {}  # parsing takes a tenth of a second
+        self._first: dict[str, Planned] = {}  # of each name
         self.metrics = {task: self._metric(task) for task in study.tasks}
         for method in study.reported:
             self._check(method)
@@ -122,8 +124,8 @@ class Grid:
                 {key: value for key, value in of.items() if not key.startswith(unread)} for of in (given, more)
             )
         said = {**given, **own, **more}
-        late = {"train.seed": seed, **options}
         try:
+            late = {"train.seed": seed, **{name: _as_its_kind(name, value) for name, value in options.items()}}
             return Planned(task, method, {**said, **late}, self._config(said, late))
         except AFLoRAError as error:
             raise AFLoRAError(f"{self.study.name}, {method} on {task}: {error}") from None
@@ -131,7 +133,7 @@ class Grid:
     def _config(self, said: dict[str, Any], late: Mapping[str, Any]) -> Config:
         """What options come to; numbers that were chosen for a run are put into what the others come to."""
         kinds = {name: kind for name in late if (kind := OPTIONS.get(name)) in (int, float)}
-        numbers = {name: kind(number_of(late[name])) for name, kind in kinds.items()}
+        numbers = {name: late[name] for name, kind in kinds.items() if isinstance(late[name], kind)}
         said = {**said, **{name: value for name, value in late.items() if name not in numbers}}
         key = json.dumps(said, sort_keys=True)
         if key not in self._configs:
@@ -159,13 +161,15 @@ class Grid:
                     f"{self.study.name}: {option} is searched for {method}, and given for all runs. Drop one."
                 )
         for task in self.study.tasks:
+            plain = self.run(task, method, {}, 0)
+            self._refuse_one_for_two(plain)
             for option, values in searched.items():
                 for value in values:
                     number_of(value)
-                    self.run(task, method, {option: value}, 0)
+                    self._refuse_one_for_two(self.run(task, method, {option: value}, 0))
             if not searched or sweep is None:
                 continue
-            if self.run(task, method, {}, 0).config.data.hold_out:
+            if plain.config.data.hold_out:
                 raise AFLoRAError(
                     f"{self.study.name}, {method} on {task}: data.hold_out is the sweep's to say (sweep.options), and "
                     f"is given for what is reported, too, which would be measured on what rates are chosen by. "
@@ -176,6 +180,17 @@ class Grid:
                     f"{self.study.name}, {method}: without data.hold_out the sweep would choose by what is reported. "
                     f"Leave --data.hold_out away."
                 )
+
+    def _refuse_one_for_two(self, run: Planned) -> None:
+        """Raise for a run that would be taken for an earlier one, with other options."""
+        first = self._first.setdefault(run.name, run)
+        ours, theirs = flat(asdict(run.config)), flat(asdict(first.config))
+        if differ := [name for name in ours if ours[name] != theirs.get(name)]:
+            raise AFLoRAError(
+                f"{self.study.name}: {first.method} on {first.task} and {run.method} on {run.task} differ only in "
+                f"{', '.join(differ)}, which makes no other run of it: a table would show the same one for both. Give "
+                f"both the same, or drop one."
+            )
 
     def _searched(self, method: str) -> dict[str, list[Any]]:
         """Option -> values to try, of the methods that it takes rates from, too."""
@@ -233,7 +248,7 @@ class Grid:
             best = first_best(means, metric)
             if best is None:
                 raise NoChoiceError(f"{method} on {task}: no value of the sweep over {option} ended well.")
-            wider = beyond(tried, best)
+            wider = beyond(tried, best, _is_whole(option, tried))
             if wider is None or len(tried) >= len(values) + sweep.wider:
                 return best
             try:
@@ -280,6 +295,18 @@ def _metrics_of(kind: str) -> list[str]:
         return ["accuracy", "f1", "pearson"] if kind == "files" else ["accuracy"]
     splits = TASKS[kind].evaluation_splits
     return [f"{name}{split.removeprefix('validation')}" for split in splits for name in TASKS[kind].metrics]
+
+
+def _as_its_kind(option: str, value: Any) -> Any:
+    """A number as the option takes it: what names a run and what its command says are the same one."""
+    kind = OPTIONS.get(option)
+    return kind(number_of(value)) if kind is float or (kind is int and number_of(value).is_integer()) else value
+
+
+def _is_whole(option: str, values: list[Any]) -> bool:
+    """Whether an option takes whole numbers alone; of a name of others, as method.options.r, its values tell."""
+    kind = OPTIONS.get(option)
+    return all(isinstance(value, int) for value in values) if kind is None else kind in (int, int | None)
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:

@@ -7,13 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import AFLoRAError, writing
 from ..options import CHANGES_NOTHING, Config, flat
-from ..store.records import Run, dumps, loads
+from ..store.records import RESULT, Run, as_result, dumps, loads
+from ..tasks.glue import TASKS
+from ..untrusted import reading
 from ..version import __version__
 
 _KEPT = (
@@ -23,15 +25,15 @@ _KEPT = (
 )
 # Of what else may differ between a run and its continuation: what is trained on, how long, and what is kept of it.
 _FILES = ("data.train_file", "data.validation_file")
-_DECIDE = ("data.name", "run.eval_every", "run.keep_best", "run.patience")
+_DECIDE = ("run.eval_every", "run.keep_best", "run.patience")
 _MOST_MATRICES = 400  # whose steps of freezing are kept
 
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What a run trains, as option -> value where that is not the default, without its seed.
 
-    What only says where data lie, or how they are cut into micro-batches, is left out: it is the same run. A file
-    counts by its content, a data set by its name.
+    What only says where data lie, or how they are cut into micro-batches, is left out: it is the same run. Files and
+    folders count by their content, a data set of the hub by its name.
 
     Raises:
         AFLoRAError: A file of data cannot be read.
@@ -40,24 +42,44 @@ def settings_of(config: Config) -> dict[str, Any]:
     changed = {name: value for name, value in mine.items() if value != default.get(name) and name != "train.seed"}
     told = {name: changed[name] for name in _DECIDE if name in changed}
     told |= {name: _content(name, changed[name]) for name in _FILES if name in changed}
+    if "data.name" in changed:
+        name = changed["data.name"]
+        told["data.name"] = name if name == "demo" else _source("data.name", name)  # made up, whatever lies here
     if "data.mix" in changed:
-        mixed = [
-            (_content("data.mix", name) if Path(name).is_file() else name, n) for name, n in config.data.mix.items()
-        ]
-        told["data.mix"] = [list(one) for one in mixed]
+        told["data.mix"] = [[_source("data.mix", name), n] for name, n in config.data.mix.items()]
+    if config.data.path is not None and (task := TASKS.get(config.data.task)) is not None:  # of other tasks' files none
+        files = [str(Path(config.data.path, task.folder, file)) for _, file in task.files]
+        told["data.path"] = [_content("data.path", file) for file in files]
     free = [name for name in changed if name in CHANGES_NOTHING or name.partition(".")[0] in CHANGES_NOTHING]
     return {name: value for name, value in changed.items() if name not in free} | told
 
 
-def _content(option: str, file: str) -> str:
+def _source(option: str, name: str) -> str:
+    """What lies on disk by its content, also with SUBSET:SPLIT behind it; all else is of the hub."""
+    if Path(name).is_file():
+        return _content(option, name)
+    folder, sign, part = name.partition(":")
+    return f"{_content(option, folder)}{sign}{part}" if folder and Path(folder).is_dir() else name
+
+
+def _content(option: str, named: str) -> str:
     try:
-        said = Path(file).stat()
-        return _digest(Path(file).resolve(), said.st_size, said.st_mtime_ns)
+        if not Path(named).is_dir():
+            return _content_of(Path(named))
+        inside = sorted((file.relative_to(named), file) for file in Path(named).rglob("*") if file.is_file())
+        # What is hidden is no data: a clone's .git.
+        told = [(str(at), _content_of(file)) for at, file in inside if not any(part[0] == "." for part in at.parts)]
+        return f"folder sha256 {hashlib.sha256(json.dumps(told).encode()).hexdigest()}"
     except OSError as error:
-        raise AFLoRAError(f"{option}={file} could not be read: {error.strerror or error}.") from None
+        raise AFLoRAError(f"{option}={named} could not be read: {error.strerror or error}.") from None
 
 
-@lru_cache(maxsize=64)  # each look at what is left asks for all runs' names
+def _content_of(file: Path) -> str:
+    said = file.stat()
+    return _digest(file.resolve(), said.st_size, said.st_mtime_ns)
+
+
+@cache  # each look at what is left asks for all runs' names
 def _digest(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return f"{path.suffix.lower()} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}".strip()
@@ -93,7 +115,8 @@ class Results:
                 continue
             try:
                 record = loads(file.read_bytes())
-                sound = isinstance(record["settings"], dict) and ("failed" in record or bool(record["evaluations"]))
+                whole = "failed" in record or bool(as_result(record).evaluations and record["train_seconds"])
+                sound = isinstance(record["settings"], dict) and whole
             except (OSError, ValueError, KeyError, TypeError):
                 sound = False
             if not sound:
@@ -120,11 +143,17 @@ class Results:
 
 
 def result_in(path: Path) -> dict[str, Any] | None:
-    """result.json of a run's directory, with the step after which each matrix froze; None: it has not ended."""
-    file = path / "result.json"
+    """result.json of a run's directory, with the step after which each matrix froze; None: it has not ended.
+
+    Raises:
+        AFLoRAError: It cannot be read, or is cut.
+    """
+    file = path / RESULT
     if not file.is_file():
         return None
-    result: dict[str, Any] = loads(file.read_bytes())
+    with reading(file, "If it is cut, delete it: the same command goes on from the run's last checkpoint."):
+        result: dict[str, Any] = loads(file.read_bytes())
+        as_result(result)
     frozen = Run(path).frozen
     if 0 < len(frozen) <= _MOST_MATRICES:
         result["frozen"] = frozen

@@ -7,8 +7,8 @@ import io
 import statistics
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from .grid import Grid
 
 AVERAGE = "average"  # over the tasks, where there are several
 _BREAK = timedelta(hours=1)  # in which nothing ran: then another time begins
+_WAY = ("engine", "world_size", "mixed_precision")  # how a run was launched: no part of its name
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Cell:
         trained: Parameters on average over the updates, the head's left out.
         seconds: Of training; of a CPU's core where that was measured.
         spans: From when to when its runs ran, where that was kept.
+        ways: How its runs were launched, by _WAY.
         chosen: What was searched for it.
         paper: What the paper reports.
         broken: Why it has no values, where that is neither.
@@ -51,6 +53,7 @@ class Cell:
     paper: float | None
     broken: str = ""
     spans: tuple[tuple[datetime, datetime], ...] = ()
+    ways: tuple[dict[str, Any], ...] = ()
 
     @property
     def mean(self) -> float | None:
@@ -72,8 +75,13 @@ class Compared:
     task: str
     method: str
     other: str
+    metric: str
     difference: Difference
-    better: bool  # whether the difference, as it is, speaks for the method
+
+    @property
+    def better(self) -> bool:
+        """Whether the difference, as it is, speaks for the method."""
+        return (self.difference.mean < 0) == (self.metric in LOWER_IS_BETTER)
 
     @property
     def said(self) -> str:
@@ -113,6 +121,7 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
                     grid.study.paper.get(method, {}).get(task),
                     plan.broken.get((task, method), said),
                     tuple(_span(r) for r in ended.values() if "ended" in r),
+                    tuple({key: r.get(key, "unknown") for key in _WAY} for r in ended.values()),
                 )
             )
         for method, quoted in grid.study.paper.items():
@@ -136,20 +145,16 @@ def compared(grid: Grid, found: Sequence[Cell]) -> list[Compared]:
     by = {(cell.task, cell.method): cell for cell in found}
     tasks = [*grid.study.tasks]
     several = len(tasks) > 1 and not any(metric in LOWER_IS_BETTER for metric in grid.metrics.values())
-    pairs: list[tuple[str, str, str, Difference | None, bool]] = []
-    for method, other in grid.study.compare:
-        for task in tasks:
-            ours, theirs = by[task, method], by[task, other]
-            pairs.append((task, method, other, paired(ours.values, theirs.values), ours.metric in LOWER_IS_BETTER))
+    pairs: list[Compared] = []
+    for both in grid.study.compare:
+        values = [(task, grid.metrics[task], [by[task, method].values for method in both]) for task in tasks]
         if several:
-            ours_mean, theirs_mean = (_averages([by[task, name] for task in tasks]) for name in (method, other))
-            pairs.append((AVERAGE, method, other, paired(ours_mean, theirs_mean), False))
-    there = [(task, method, other, one, lower) for task, method, other, one, lower in pairs if one is not None]
-    corrected = corrected_for([one for _, _, _, one, _ in there])
-    return [
-        Compared(task, method, other, one, (one.mean < 0) == lower)
-        for (task, method, other, _, lower), one in zip(there, corrected, strict=True)
-    ]
+            values.append((AVERAGE, AVERAGE, [_averages([by[task, method] for task in tasks]) for method in both]))
+        for task, metric, (ours, theirs) in values:
+            if (difference := paired(ours, theirs)) is not None:
+                pairs.append(Compared(task, *both, metric, difference))
+    corrected = corrected_for([pair.difference for pair in pairs])
+    return [replace(pair, difference=difference) for pair, difference in zip(pairs, corrected, strict=True)]
 
 
 def _averages(of_method: Sequence[Cell]) -> dict[int, float]:
@@ -162,6 +167,21 @@ def _averages(of_method: Sequence[Cell]) -> dict[int, float]:
 
 _HEAD = ["task", "method", "seeds", "metric", "last epoch", "best epoch", "trained", "seconds", "chosen", "paper"]
 _HEAD_DIFFERENCES = ["task", "compared", "seeds", "difference", "95% interval", "p, corrected", ""]
+_IN_LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$"}
+    | {special: rf"\{special}" for special in "&%$#_{}"}
+)
+
+
+def digits_of(metric: str) -> int:
+    """Behind the point: losses are no points, and small."""
+    return 4 if metric in LOWER_IS_BETTER else 2
+
+
+def unit_of(metrics: Collection[str]) -> str:
+    """What numbers of these metrics are in."""
+    points = ["points"] * any(metric not in LOWER_IS_BETTER for metric in metrics)
+    return " and ".join([*points, *(f"units of {metric}" for metric in LOWER_IS_BETTER if metric in metrics)])
 
 
 def _numbers(found: Sequence[Cell]) -> list[list[str]]:
@@ -169,7 +189,7 @@ def _numbers(found: Sequence[Cell]) -> list[list[str]]:
     for cell in found:
         broken = [f"{n} {what}" for n, what in ((cell.failed, "diverged"), (cell.missing, "to do")) if n]
         broken += ["broken, see below"] * bool(cell.broken)
-        digits = 4 if cell.metric in LOWER_IS_BETTER else 2
+        digits = digits_of(cell.metric)
         spread = f" ± {cell.deviation:.{digits}f}" if cell.deviation is not None else ""
         rows.append(
             [
@@ -182,7 +202,7 @@ def _numbers(found: Sequence[Cell]) -> list[list[str]]:
                 "-" if cell.trained is None else f"{cell.trained:,.0f}",
                 "-" if cell.seconds is None else f"{cell.seconds:,.1f}",
                 cell.chosen or "-",
-                "-" if cell.paper is None else f"{cell.paper:.2f}",
+                "-" if cell.paper is None else f"{cell.paper:.{digits}f}",
             ]
         )
     return rows
@@ -191,23 +211,24 @@ def _numbers(found: Sequence[Cell]) -> list[list[str]]:
 def _differences(found: Sequence[Compared]) -> list[list[str]]:
     rows = []
     for one in found:
-        d = one.difference
-        between = "-" if d.low is None or d.high is None else f"{d.low:+.2f} to {d.high:+.2f}"
+        d, digits = one.difference, digits_of(one.metric)
+        between = "-" if d.low is None or d.high is None else f"{d.low:+.{digits}f} to {d.high:+.{digits}f}"
         corrected = "-" if d.corrected is None else f"{d.corrected:.3f}"
         names = f"{one.method} - {one.other}"
-        rows.append([one.task, names, str(d.seeds), f"{d.mean:+.2f}", between, corrected, one.said])
+        rows.append([one.task, names, str(d.seeds), f"{d.mean:+.{digits}f}", between, corrected, one.said])
     return rows
 
 
 def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> list[str]:
     """What one has to know to read the tables."""
     study = grid.study
-    lines = [f"{study.title}"]
-    lines.append(
-        "Mean and standard deviation over seeds, in points; the best epoch is chosen by the data that are reported, "
+    unit = unit_of({cell.metric for cell in found})
+    lines = [
+        study.title,
+        f"Mean and standard deviation over seeds, in {unit}; the best epoch is chosen by the data that are reported, "
         "and is too good for that. Trained: parameters, on average over the updates, without the head. Seconds: of "
-        "training (on CPUs those of the processor, of the main rank)."
-    )
+        "training (on CPUs those of the processor, of the main rank).",
+    ]
     if study.sweep is not None and any(cell.chosen for cell in found):
         seeds = ", ".join(map(str, study.sweep.seeds))
         held = study.sweep.options["data.hold_out"]
@@ -218,10 +239,26 @@ def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> lis
             f"Differences are paired by seed; p is Student's t, corrected by Holm's method for {len(pairs)} "
             "comparisons; a difference is called one where it is below 0.05."
         )
-    lines += _at_other_times(found)
+    lines += [*_not_alike(found), *_at_other_times(found)]
     if study.differs:
         lines.append(f"Setting: {study.differs}")
-    return lines
+    return [" ".join(line.split()) for line in lines]
+
+
+def _not_alike(found: Sequence[Cell]) -> list[str]:
+    """Which cells' runs were launched in another way than others': a sentence, if there are such."""
+    differ = [key for key in _WAY if len({way[key] for cell in found for way in cell.ways}) > 1]
+    by_way: defaultdict[str, list[str]] = defaultdict(list)
+    for cell in found:
+        ways = sorted({", ".join(f"{key} {way[key]}" for key in differ) for way in cell.ways})
+        by_way[" and ".join(ways)].append(_where(cell, found))
+    said = [f"{', '.join(names)} with {ways}" for ways, names in by_way.items() if ways]
+    told = f"Not all were launched alike ({'; '.join(said)}): what differs may come of that, and not of the method."
+    return [told] if differ else []
+
+
+def _where(cell: Cell, found: Sequence[Cell]) -> str:
+    return cell.method if len({one.task for one in found}) == 1 else f"{cell.method} on {cell.task}"
 
 
 def _at_other_times(found: Sequence[Cell]) -> list[str]:
@@ -236,9 +273,7 @@ def _at_other_times(found: Sequence[Cell]) -> list[str]:
     for cell in found:
         times = tuple(sorted({starts[bisect_right(starts, begin) - 1] for begin, _ in cell.spans}))
         if times:
-            by_times[times].append(
-                cell.method if len({one.task for one in found}) == 1 else f"{cell.method} on {cell.task}"
-            )
+            by_times[times].append(_where(cell, found))
     if len(by_times) < 2:
         return []
     said = [
@@ -270,7 +305,8 @@ def _shown(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    cells_of = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells_of)])
 
 
 def latex(grid: Grid, records: Records) -> str:
@@ -285,15 +321,9 @@ def latex(grid: Grid, records: Records) -> str:
 
 
 def _latex_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in (head, *rows)]
+    lines = [" & ".join(cell.translate(_IN_LATEX) for cell in row) + r" \\" for row in (head, *rows)]
     body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{{'l' * len(head)}}}", *body, r"\end{tabular}"])
-
-
-def _escaped(text: str) -> str:
-    for special in "\\&%$#_{}":
-        text = text.replace(special, rf"\{special}" if special != "\\" else r"\textbackslash ")
-    return text.replace("±", r"$\pm$")
 
 
 def as_csv(grid: Grid, records: Records) -> dict[str, str]:

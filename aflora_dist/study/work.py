@@ -138,9 +138,8 @@ class Work:
     def _begin(self, run: Planned) -> bool:
         """Start a run, unless somebody else is at it or has done it."""
         folder = self.folder / run.name
-        with writing("A run", folder, "Name another folder with --out."):
+        with writing("A run", folder, "Name another folder with --out."), ExitStack() as held:
             folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
             claim = held.enter_context((folder / _CLAIM).open("a+", encoding="utf-8"))
             if not try_lock(claim) or _is_held(folder / LOCK):
                 return False
@@ -150,11 +149,11 @@ class Work:
             if (found := result_in(folder)) is not None:
                 self._keep(run, folder, found, None)
                 return True
+            (folder / "stop").unlink(missing_ok=True)
+            anew, said = not (folder / "config.yaml").exists(), folder / _SAID
+            printed = said.stat().st_size if said.exists() else 0
+            process = start_process(self._command(run, folder), self._environment(), said)
             held.pop_all()
-        (folder / "stop").unlink(missing_ok=True)
-        anew, said = not (folder / "config.yaml").exists(), folder / _SAID
-        printed = said.stat().st_size if said.exists() else 0
-        process = start_process(self._command(run, folder), self._environment(), said)
         self.jobs[run.name] = Job(run, folder, process, claim, anew, printed)
         return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -50,6 +50,11 @@ class Limits:
             kinds=getattr(config, "type_vocab_size", None) or None,
             end=config.eos_token_id if getattr(config, "is_encoder_decoder", False) else None,
         )
+
+    def without(self, virtual: Any) -> Limits:
+        """What is left where an adapter puts so many tokens of its own (prompt learning) before those of a text."""
+        taken = virtual if isinstance(virtual, int) else 0
+        return self if self.positions is None else replace(self, positions=self.positions - taken)
 
     def check_length(self, option: str, length: int) -> None:
         """Raise an AFLoRAError if so many tokens are too many."""

@@ -152,6 +152,19 @@ def fetch(config: ModelConfig, *, language_model: bool) -> None:
     first_on_node(download)
 
 
+def base_head(config: ModelConfig) -> tuple[list[str], bool]:
+    """Of a classifier's configuration, without its weights: class names by number; whether a text may have several.
+
+    Raises:
+        AFLoRAError: The model is not there.
+    """
+    name, hub, _ = _source(config, False)
+    with _readable(config):
+        found = _config(name, config, hub)
+        names = [str(found.id2label[number]) for number in sorted(found.id2label)]
+    return names, found.problem_type == "multi_label_classification"
+
+
 def _labels(labels: list[str] | None) -> dict[str, Any]:
     """What a model's configuration says of its head; None: a regression."""
     if labels is None:

@@ -1,4 +1,7 @@
-"""Locks that an interrupted compilation has left: DeepSpeed would wait for their end for ever, without a word."""
+"""Locks that an interrupted compilation has left: DeepSpeed would wait for their end for ever, without a word.
+
+With torch before 2.14, where the lock is that a file is there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils import cpp_extension
 
 from ..errors import AFLoRAError
 
@@ -29,6 +32,8 @@ def check_locks(ops: Sequence[str]) -> None:
     Raises:
         AFLoRAError: Names what to remove.
     """
+    if not hasattr(cpp_extension, "FileBaton"):  # torch 2.14: a lock ends with who holds it, and its file stays
+        return
     for lock in _locks(ops):
         if _shared(lock.parent):
             _wait(lock)
@@ -56,7 +61,7 @@ def _folder() -> Path:
     if version := torch.version.hip or torch.version.cuda:
         device = f"{'rocm' if torch.version.hip else 'cu'}{version.replace('.', '')}"
     python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
-    return Path(get_default_build_root()) / f"{python}_{device}"
+    return Path(cpp_extension.get_default_build_root()) / f"{python}_{device}"
 
 
 def _shared(folder: Path) -> bool:

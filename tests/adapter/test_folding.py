@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -381,3 +382,22 @@ class TestCastsThatAreKept:
             model(x + 1)
         del x
         assert cast_once._latest is None
+
+
+def test_after_an_interruption_nothing_folded_is_left() -> None:
+    """torch calls no hook after Ctrl-C; in a notebook other weights may be loaded then."""
+    model = adapted(None)
+    x = torch.randn(4, 6, dtype=torch.float64)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().down.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".s_b"):
+                parameter.add_(1.0)
+    torch.testing.assert_close(model(x), plain(model, x), rtol=0, atol=1e-12)

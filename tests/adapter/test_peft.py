@@ -376,3 +376,27 @@ def test_options_of_other_methods_are_refused_with_a_clear_word(option: dict[str
 def test_no_matching_module_is_peft_s_error() -> None:
     with pytest.raises(ValueError, match="No modules were targeted"):
         adapted(target_modules=["nowhere"])
+
+
+def test_a_model_that_transformers_has_adapted_is_saved_as_lora_by_peft_s_names(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    model.add_adapter(AFLoRAConfig(modules_to_save=["classifier"]), adapter_name="default")
+    randomise(model, 1)
+    save_as_lora(model, tmp_path / "lora")
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    lora = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    tokens = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(lora(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_somebody_s_readme_stops_no_saving(beside: bool, tmp_path: Path) -> None:
+    (folder := tmp_path / "project" / "adapter").mkdir(parents=True)
+    ((folder if beside else folder.parent) / "README.md").write_bytes("Caf\u00e9".encode("latin-1"))
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=16, num_attention_heads=2))
+    model.add_adapter(AFLoRAConfig(), adapter_name="default")
+    model.save_pretrained(folder)
+    assert (folder / "adapter_model.safetensors").exists()

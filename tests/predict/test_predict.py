@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score
@@ -299,3 +299,36 @@ def test_a_head_of_two_layers_may_have_more_classes_than_hidden_units(tmp_path: 
     for count in (3, 8, 20):
         trained = find_trained(str(save_lora(tmp_path / "base", tmp_path / str(count), None, count)), [])
         assert trained.labels == [f"LABEL_{number}" for number in range(count)]
+
+
+def test_class_names_that_the_adapter_lacks_are_the_base_model_s(
+    tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    model.config.id2label = {0: "negative", 1: "positive"}
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "base")
+    adapter = save_lora(tmp_path / "base", tmp_path / "adapter", ["pooler"], 2)
+    assert predict(adapter, reviews / "dev.csv", "--out", tmp_path / "out.csv") == 0
+    assert {"probability_negative", "probability_positive"} < set(read(tmp_path / "out.csv")[0])
+    assert "rows with a label in column 'label'" in capsys.readouterr().out
+
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path / "base")
+    for of_several in (tmp_path / "base", adapter):
+        assert predict(of_several, reviews / "dev.csv", "--out", tmp_path / "several.csv") == 2
+        assert "gives a text any number of labels" in capsys.readouterr().err
+    assert not (tmp_path / "several.csv").exists()
+
+
+def test_tokens_of_the_adapter_s_own_take_positions(
+    tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    prompts = get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+    prompts.save_pretrained(tmp_path / "prompts")
+    positions = model.config.max_position_embeddings
+    words = ["--out", tmp_path / "out.csv", "--data.max_length"]
+    assert predict(tmp_path / "prompts", reviews / "dev.csv", *words, positions) == 2
+    assert f"is more than the {positions - 4} positions" in capsys.readouterr().err
+    assert predict(tmp_path / "prompts", reviews / "dev.csv", *words, positions - 4) == 0

@@ -14,10 +14,13 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -258,3 +261,57 @@ def test_a_merged_weight_is_that_of_the_adapter_s_own_formula(llama: Path, tmp_p
     found = load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"].double()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == A.shape[0]
+
+
+@pytest.mark.parametrize("whole_names", [True, False])
+def test_a_pickle_that_stores_tied_weights_is_merged(whole_names: bool, tmp_path: Path) -> None:
+    """A checkpoint of pretraining, whose decoder is the embedding: safetensors holds no memory twice, pickles do."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    pretrained = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
+    pretrained.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save(pretrained.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    assert len({t.data_ptr() for t in pretrained.state_dict().values()}) < len(pretrained.state_dict())
+    kind, task = (AutoModelForMaskedLM, None) if whole_names else (AutoModelForSequenceClassification, "SEQ_CLS")
+    config = AFLoRAConfig(task_type=task, modules_to_save=["pooler"] if task else None)
+    model = get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+    randomise(model, 1)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert aflora("merge", tmp_path / "adapter", tmp_path / "merged", "--base", tmp_path / "base") == 0
+    merged = kind.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_what_may_have_several_labels_still_may(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, num_labels=3, problem_type="multi_label_classification", **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    get_peft_model(base, AFLoRAConfig(task_type="SEQ_CLS")).save_pretrained(str(tmp_path / "adapter"))
+    assert aflora("merge", tmp_path / "adapter", tmp_path / "merged") == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["problem_type"] == config.problem_type
+
+
+@pytest.mark.parametrize("where", ["a link", "here", "a link to nothing"])
+def test_a_folder_that_cannot_be_replaced_is_filled(
+    where: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, _ = adapter_for(llama, tmp_path / "adapter")
+    (real := tmp_path / "real").mkdir()
+    (out := tmp_path / "out").symlink_to(real)
+    if where == "a link to nothing":
+        real.rmdir()
+    if where == "here":
+        monkeypatch.chdir(real)
+        out = Path()
+    assert aflora("to-lora", adapter, out) == 0
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {path.name for path in real.iterdir()}
+
+
+def test_an_adapter_that_is_called_adapter_is_not_taken_for_the_one_beside_it(llama: Path, tmp_path: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), AFLoRAConfig(task_type="CAUSAL_LM", r=4))
+    model.add_adapter("adapter", AFLoRAConfig(task_type="CAUSAL_LM", r=2))
+    model.save_pretrained(str(tmp_path / "both"))
+    for folder, r in ((tmp_path / "both", 4), (tmp_path / "both" / "adapter", 2)):
+        assert aflora("to-lora", folder, tmp_path / f"lora{r}") == 0
+        assert json.loads((tmp_path / f"lora{r}" / "adapter_config.json").read_text())["r"] == r

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
+from aflora_dist import FreezingConfig
 from aflora_dist.errors import AFLoRAError
 from aflora_dist.methods.choose import create_method
 from aflora_dist.options import FreezingKeywords, FreezingOptions
@@ -223,3 +225,29 @@ def test_own_data_need_a_model_s_name(task: str) -> None:
 def test_the_demo_s_data_come_with_its_model() -> None:
     assert "\n  name: demo\n" in parse([])[1]
     assert parse(["--data.task", "sft", "--data.name", "demo"])[0].model.name == "demo"
+
+
+def test_numbers_of_numpy_are_python_s_in_what_is_kept() -> None:
+    config = FreezingConfig(
+        total_steps=np.ceil(9.5), initial_steps=np.int64(1), final_steps=np.int32(2), beta1=np.float32(0.5)
+    )
+    assert config == FreezingConfig(total_steps=10, initial_steps=1, final_steps=2, beta1=0.5)
+    assert {type(value) for value in vars(config).values()} <= {int, float, str, bool, type(None)}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("total_steps", "10", "a whole number"),
+        ("total_steps", 10.5, "a whole number"),
+        ("initial_steps", None, "a whole number"),
+        ("every", True, "a whole number"),
+        ("beta1", "0.5", "a number"),
+        ("prefix", "false", "true or false"),
+        ("pairwise", 1, "true or false"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(option: str, value: Any, wanted: str) -> None:
+    options: dict[str, Any] = {"total_steps": 10, "initial_steps": 1, "final_steps": 2, option: value}
+    with pytest.raises(AFLoRAError, match=rf"FreezingConfig: {option} must be {wanted}, got {value!r}"):
+        FreezingConfig(**options)

@@ -22,6 +22,7 @@ import torch
 import torch.utils.cpp_extension
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.file_baton import FileBaton
 
 from aflora_dist import AFLoRAError
 from aflora_dist.processes import launched_accelerator, meeting
@@ -355,6 +356,18 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lock:
     return Lock(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def files_are_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch before 2.14."""
+    monkeypatch.setattr(torch.utils.cpp_extension, "FileBaton", FileBaton, raising=False)
+
+
+def test_a_file_that_torch_from_2_14_on_leaves_behind_is_no_lock(lock: Lock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.utils.cpp_extension, "FileBaton")
+    lock.forget()
+    compile_lock.check_locks(["deepspeed_shm_comm"])
+
+
 def test_a_lock_of_an_interrupted_compilation_is_named(
     lock: Lock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -380,8 +393,7 @@ def test_only_the_folder_that_this_torch_uses_counts(
     cuda: str | None, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    for module in (compile_lock, torch.utils.cpp_extension):
-        monkeypatch.setattr(module, "get_default_build_root", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.utils.cpp_extension, "get_default_build_root", lambda: str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", cuda)
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     for other in ("py27_cpu", *(f"{python}_{device}" for device in ("cpu", "cu130", "cu128") if device != own)):
