@@ -7,6 +7,7 @@ from importlib import import_module
 
 from .errors import AFLoRAError
 from .extras import require
+from .notices import write_anything
 from .version import __version__
 
 USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...]
@@ -68,6 +69,7 @@ def main() -> int:
 def run(line: list[str]) -> int:
     """Run a command and import nothing for the others. What a user did wrong is said here, in a line or two."""
     name, *arguments = line or [""]
+    write_anything()
     try:
         if name in _COMMANDS:
             module, trains = _COMMANDS[name]

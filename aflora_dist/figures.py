@@ -80,7 +80,8 @@ def curves(metrics: Sequence[Update], lora_r8: int | None = None) -> Figure:
     trained.set_ylabel("trainable parameters")
     trained.yaxis.set_major_formatter(lambda value, _: f"{value / 1e3:,.0f}k")
     rates.plot(steps, _values(metrics, "lr"), color=_BLUE, label="adapter")
-    rates.plot(steps, _values(metrics, "head_lr"), color=_GOLD, linestyle="--", label="head")
+    if any(line.head_lr is not None for line in metrics):
+        rates.plot(steps, _values(metrics, "head_lr"), color=_GOLD, linestyle="--", label="head")
     rates.set_ylabel("learning rate")
     for axis in (trained, rates):
         axis.set_xlabel("step (optimizer update)")

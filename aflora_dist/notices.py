@@ -6,6 +6,7 @@ or level, as of any library's.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -36,6 +37,13 @@ if not logger.handlers:
     logger.addHandler(_Terminal())
     logger.addFilter(_is_first)
     logger.propagate = False
+
+
+def write_anything() -> None:
+    """A terminal, or a log, that is not UTF-8 gets a ? for what it cannot hold, which is no reason to end."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 _LIBRARIES = ("DeepSpeed", "deepspeed", "accelerate", "transformers", "datasets", "torch.distributed")

@@ -42,6 +42,10 @@ def known_methods() -> dict[str, Any]:
     return kinds
 
 
+# What PEFT raises for options of other types, or that do not go together.
+_REFUSED = (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError, AssertionError)
+
+
 class PeftMethod(FreezingMethod):
     """What trains by PEFT, AFLoRA too, beside a head that trains whole."""
 
@@ -66,7 +70,7 @@ class PeftMethod(FreezingMethod):
             return get_peft_model(model, config, **options)
         except AFLoRAError:
             raise
-        except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, AssertionError) as error:
+        except _REFUSED as error:
             raise AFLoRAError(f"PEFT cannot put {self.name} into this model: {one_line(error)}") from error
 
     def is_head(self, name: str) -> bool:

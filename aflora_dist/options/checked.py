@@ -8,8 +8,6 @@ from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 from ..errors import AFLoRAError
 
 # What a field's metadata may say of its numbers.
@@ -50,7 +48,7 @@ def _of_kind(name: str, value: Any, hint: Any) -> Any:
     kinds = {*get_args(hint)} if get_origin(hint) in (Union, UnionType) else {hint}
     if not kinds <= {int, float, bool, NoneType} or (value is None and NoneType in kinds):
         return value
-    plain = value.item() if isinstance(value, np.generic) else value
+    plain = value.item() if hasattr(value, "item") else value  # NumPy's, which is not imported for this
     if isinstance(plain, float) and float not in kinds and plain.is_integer():  # as np.ceil gives it
         plain = int(plain)
     if type(plain) in kinds or (float in kinds and type(plain) is int):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ..errors import AFLoRAError, DamagedError, DivergedError
 from ..processes import on_main
 
 FORMAT = 3
+_NAME = re.compile(r"step_\d{8,}")
 _STATE, _TRAINING, _MANIFEST = "state.safetensors", "training.json", "manifest.json"
 
 
@@ -104,8 +106,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], training: Mappi
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete and damaged checkpoints in a folder, newest first."""
-    return sorted(folder.glob("step_*"), key=lambda path: path.name, reverse=True)
+    """Complete and damaged checkpoints in a folder, newest first; what a user calls otherwise is left to them."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def load(path: Path) -> Checkpoint:
@@ -122,6 +125,8 @@ def load(path: Path) -> Checkpoint:
     if broken := _not_finite(tensors):  # earlier releases wrote such
         raise DamagedError(f"The checkpoint {path} is of a training that had diverged: {broken} is not finite.")
     training = untrusted.load_json((path / _TRAINING).read_text(encoding="utf-8"))
+    if not isinstance(training, dict):
+        raise DamagedError(f"The checkpoint {path} is damaged: {_TRAINING} holds no names and values.")
     if training.get("format") == 2:
         training = _upgraded(training)
     if training.get("format") != FORMAT:

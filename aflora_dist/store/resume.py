@@ -107,6 +107,11 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
         path = Path(run.config.resume)
         if not path.is_dir():
             raise AFLoRAError(f"run.resume={path} is not a checkpoint's folder.")
+        if (path / "checkpoints").is_dir():
+            raise AFLoRAError(
+                f"run.resume={path} is a run. --run.dir {path} --resume goes on from its newest checkpoint, "
+                f"--resume {path}/checkpoints/step_... from one of them."
+            )
         return checkpoint.load(path)
     newest, complaints = checkpoint.newest_good(run.checkpoints)
     for complaint in complaints:

@@ -18,8 +18,9 @@ from typing import IO, Any
 from accelerate import Accelerator
 
 from ..errors import AFLoRAError, writing
-from ..options import RunConfig
+from ..options import Config, RunConfig
 from ..processes import on_main
+from .checkpoint import list_checkpoints
 from .lock import LOCK, try_lock
 from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
 
@@ -58,6 +59,9 @@ def refuse_taken(config: RunConfig) -> None:
     path = Path(config.dir)
     if path.exists() and not path.is_dir():
         raise AFLoRAError(f"run.dir={path} is a file. Name a folder.")
+    there = next(at for at in (path, *path.absolute().parents) if at.exists())
+    if not path.exists() and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise AFLoRAError(f"run.dir={path} cannot be made: {there} is no folder that may be written to. Name another.")
     held = [name for name in (*_FILES, *_FOLDERS) if (path / name).exists()]
     goes_on = config.resume is not None and (
         config.resume == "last" or Path(config.resume).resolve().parent == (path / "checkpoints").resolve()
@@ -69,6 +73,22 @@ def refuse_taken(config: RunConfig) -> None:
         )
 
 
+def refuse_own_input(config: Config) -> None:
+    """Raise AFLoRAError where run.overwrite would delete what the run reads: the model of the run that was there."""
+    if not config.run.overwrite:
+        return
+    data, folder = config.data, Path(config.run.dir)
+    gone = [(folder / name).resolve() for name in (*_FILES, *_FOLDERS, *map("abandoned_{}".format, _PUT_ASIDE))]
+    read = (config.model.name, data.path, data.name, data.train_file, data.validation_file, *data.mix)
+    for name in filter(None, read):
+        path = Path(name).resolve()
+        if path.exists() and any(path.is_relative_to(old) for old in gone):
+            raise AFLoRAError(
+                f"run.overwrite=true would delete {name}, which this run reads. Name another folder with run.dir, or "
+                f"move that away first."
+            )
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
@@ -78,7 +98,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():  # what a link leads to is the user's
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -206,7 +226,7 @@ class RunDirectory:
 
         Those that an earlier branch left aside go then: with them nothing new could be done.
         """
-        later = [path for path in self.checkpoints.glob("step_*") if path.name > f"step_{step:08d}"]
+        later = [path for path in list_checkpoints(self.checkpoints) if path.name > f"step_{step:08d}"]
         if later:
             for old in self.checkpoints.glob("abandoned_step_*"):
                 _remove(old)
@@ -222,8 +242,8 @@ class RunDirectory:
                 record = loads(line)
                 if record["step"] < steps:
                     kept.append(dumps(record) + "\n")
-            except (ValueError, TypeError, KeyError):
-                break
+            except (ValueError, TypeError, KeyError):  # one that is damaged takes no other with it
+                continue
         self._replace(name, "".join(kept))
 
     def _replace(self, name: str, text: str) -> None:

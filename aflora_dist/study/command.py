@@ -10,10 +10,11 @@ from typing import Any
 
 from ..errors import AFLoRAError, writing
 from ..extras import require
+from .cells import cells, compared
 from .description import read_study, shipped
 from .grid import Grid
 from .results import Results
-from .tables import as_csv, cells, compared, latex, markdown
+from .tables import as_csv, latex, markdown
 from .work import Work, outlook
 
 

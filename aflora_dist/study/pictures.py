@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from ..figures import freeze_map
+from .cells import Cell, Compared
 from .choice import Records
 from .grid import Grid
-from .tables import Cell, Compared, unit_of
+from .tables import measured_in
 
 _BLUE, _GOLD, _GREY = "#1f5a96", "#c9a227", "#8a8f98"
 
@@ -29,7 +30,7 @@ def dots(pairs: Sequence[Compared]) -> Figure:
         range(len(pairs)), [f"{p.method} - {p.other}, {p.task}" for p in pairs], fontsize=8, parse_math=False
     )
     axis.invert_yaxis()
-    unit = unit_of({pair.metric for pair in pairs})
+    unit = measured_in({pair.metric for pair in pairs})
     axis.set_xlabel(f"difference in {unit}, 95% interval; filled: seen after correction", fontsize=8)
     axis.spines[["top", "right", "left"]].set_visible(False)
     return figure

@@ -1,170 +1,21 @@
-"""A study's tables: what its runs came to, and which differences they show. As Markdown, LaTeX and CSV."""
+"""A study's tables: its cells and differences as Markdown, LaTeX and CSV, with what one has to know to read them."""
 
 from __future__ import annotations
 
 import csv
 import io
-import statistics
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from ..store.best import LOWER_IS_BETTER
-from .choice import Records, no_metric, seconds_of
-from .differences import Difference, corrected_for, paired
+from .cells import WAY, Cell, Compared, cells, compared
+from .choice import Records
 from .grid import Grid
 
-AVERAGE = "average"  # over the tasks, where there are several
 _BREAK = timedelta(hours=1)  # in which nothing ran: then another time begins
-_WAY = ("engine", "world_size", "mixed_precision")  # how a run was launched: no part of its name
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A method on a task; metrics but losses are in points (x 100), as the paper's.
-
-    Attributes:
-        values: After the last epoch, by seed.
-        best: After the best epoch, which is chosen by the very data that are reported: too good, as in the paper.
-        failed: Runs that broke down.
-        missing: Runs that have not been done.
-        trained: Parameters on average over the updates, the head's left out.
-        seconds: Of training; of a CPU's core where that was measured.
-        spans: From when to when its runs ran, where that was kept.
-        ways: How its runs were launched, by _WAY.
-        chosen: What was searched for it.
-        paper: What the paper reports.
-        broken: Why it has no values, where that is neither.
-    """
-
-    task: str
-    method: str
-    metric: str
-    values: dict[int, float]
-    best: dict[int, float]
-    failed: int
-    missing: int
-    trained: float | None
-    seconds: float | None
-    chosen: str
-    paper: float | None
-    broken: str = ""
-    spans: tuple[tuple[datetime, datetime], ...] = ()
-    ways: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def mean(self) -> float | None:
-        return statistics.fmean(self.values.values()) if self.values else None
-
-    @property
-    def deviation(self) -> float | None:
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
-
-    @property
-    def best_mean(self) -> float | None:
-        return statistics.fmean(self.best.values()) if self.best else None
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A method less another one, on a task or on average."""
-
-    task: str
-    method: str
-    other: str
-    metric: str
-    difference: Difference
-
-    @property
-    def better(self) -> bool:
-        """Whether the difference, as it is, speaks for the method."""
-        return (self.difference.mean < 0) == (self.metric in LOWER_IS_BETTER)
-
-    @property
-    def said(self) -> str:
-        if not self.difference.seen:
-            return "no difference seen"
-        return f"{self.method if self.better else self.other} is better"
-
-
-def cells(grid: Grid, records: Records) -> list[Cell]:
-    """What the runs that are there came to; a line per task and method."""
-    plan, found = grid.plan(records), []
-    for task in grid.study.tasks:
-        metric = grid.metrics[task]
-        scale = 1.0 if metric in LOWER_IS_BETTER else 100.0
-        best_of = min if metric in LOWER_IS_BETTER else max
-        for method in grid.study.reported:
-            runs = plan.reported.get((task, method), {})
-            there = {seed: records[run.name] for seed, run in runs.items() if run.name in records}
-            well = {seed: r for seed, r in there.items() if "failed" not in r}
-            lacking = [r for r in well.values() if metric not in r["metrics"]]
-            said = no_metric(f"{method} on {task}", metric, lacking[0]) if lacking else ""
-            ended = {seed: r for seed, r in well.items() if r["evaluations"][-1].get(metric) is not None}
-            trained = [r["avg_trainable_params"] for r in ended.values() if "avg_trainable_params" in r]
-            chosen = plan.chosen.get((task, method), {})
-            found.append(
-                Cell(
-                    task,
-                    method,
-                    metric,
-                    {seed: scale * _values(r, metric)[-1] for seed, r in ended.items()},
-                    {seed: scale * best_of(_values(r, metric)) for seed, r in ended.items()},
-                    len(there) - len(ended) - len(lacking),
-                    0 if (task, method) in plan.broken else len(grid.study.seeds) - len(there),
-                    statistics.fmean(trained) if trained else None,
-                    statistics.fmean(map(seconds_of, ended.values())) if ended else None,
-                    ", ".join(f"{name.partition('.')[2]} {value}" for name, value in chosen.items()),
-                    grid.study.paper.get(method, {}).get(task),
-                    plan.broken.get((task, method), said),
-                    tuple(_span(r) for r in ended.values() if "ended" in r),
-                    tuple({key: r.get(key, "unknown") for key in _WAY} for r in ended.values()),
-                )
-            )
-        for method, quoted in grid.study.paper.items():
-            if task in quoted and method not in grid.study.methods:
-                found.append(Cell(task, method, metric, {}, {}, 0, 0, None, None, "", quoted[task]))
-    return found
-
-
-def _span(record: Mapping[str, Any]) -> tuple[datetime, datetime]:
-    end = datetime.fromisoformat(record["ended"])
-    return end - timedelta(seconds=record["seconds"] or record["train_seconds"]), end
-
-
-def _values(record: Mapping[str, list[dict[str, float | None]]], metric: str) -> list[float]:
-    """After each epoch after which it was a number."""
-    return [value for epoch in record["evaluations"] if (value := epoch.get(metric)) is not None]
-
-
-def compared(grid: Grid, found: Sequence[Cell]) -> list[Compared]:
-    """The comparisons that the study names, task by task and on average, corrected for how many they are."""
-    by = {(cell.task, cell.method): cell for cell in found}
-    tasks = [*grid.study.tasks]
-    several = len(tasks) > 1 and not any(metric in LOWER_IS_BETTER for metric in grid.metrics.values())
-    pairs: list[Compared] = []
-    for both in grid.study.compare:
-        values = [(task, grid.metrics[task], [by[task, method].values for method in both]) for task in tasks]
-        if several:
-            values.append((AVERAGE, AVERAGE, [_averages([by[task, method] for task in tasks]) for method in both]))
-        for task, metric, (ours, theirs) in values:
-            if (difference := paired(ours, theirs)) is not None:
-                pairs.append(Compared(task, *both, metric, difference))
-    corrected = corrected_for([pair.difference for pair in pairs])
-    return [replace(pair, difference=difference) for pair, difference in zip(pairs, corrected, strict=True)]
-
-
-def _averages(of_method: Sequence[Cell]) -> dict[int, float]:
-    """By seed, of those that all tasks have."""
-    seeds = set.intersection(*({*cell.values} for cell in of_method))
-    return {seed: statistics.fmean(cell.values[seed] for cell in of_method) for seed in sorted(seeds)}
-
-
-# -- as text ------------------------------------------------------------------------------------------
-
 _HEAD = ["task", "method", "seeds", "metric", "last epoch", "best epoch", "trained", "seconds", "chosen", "paper"]
 _HEAD_DIFFERENCES = ["task", "compared", "seeds", "difference", "95% interval", "p, corrected", ""]
 _IN_LATEX = str.maketrans(
@@ -178,7 +29,7 @@ def digits_of(metric: str) -> int:
     return 4 if metric in LOWER_IS_BETTER else 2
 
 
-def unit_of(metrics: Collection[str]) -> str:
+def measured_in(metrics: Collection[str]) -> str:
     """What numbers of these metrics are in."""
     points = ["points"] * any(metric not in LOWER_IS_BETTER for metric in metrics)
     return " and ".join([*points, *(f"units of {metric}" for metric in LOWER_IS_BETTER if metric in metrics)])
@@ -222,7 +73,7 @@ def _differences(found: Sequence[Compared]) -> list[list[str]]:
 def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> list[str]:
     """What one has to know to read the tables."""
     study = grid.study
-    unit = unit_of({cell.metric for cell in found})
+    unit = measured_in({cell.metric for cell in found})
     lines = [
         study.title,
         f"Mean and standard deviation over seeds, in {unit}; the best epoch is chosen by the data that are reported, "
@@ -247,7 +98,7 @@ def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> lis
 
 def _not_alike(found: Sequence[Cell]) -> list[str]:
     """Which cells' runs were launched in another way than others': a sentence, if there are such."""
-    differ = [key for key in _WAY if len({way[key] for cell in found for way in cell.ways}) > 1]
+    differ = [key for key in WAY if len({way[key] for cell in found for way in cell.ways}) > 1]
     by_way: defaultdict[str, list[str]] = defaultdict(list)
     for cell in found:
         ways = sorted({", ".join(f"{key} {way[key]}" for key in differ) for way in cell.ways})

@@ -307,7 +307,9 @@ def create_schedule(config: Config, optimizer: torch.optim.Optimizer, total_step
         options.setdefault("num_decay_steps", max(1, round(0.1 * total_steps)))
     try:
         schedule: LambdaLR = get_scheduler(name, optimizer, rise, total_steps, options)
-    except (TypeError, ValueError) as error:
+        for share in schedule.lr_lambdas:  # some options are looked at late
+            share(total_steps - 1)
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise AFLoRAError(
             f"train.schedule={name} does not take {options} (train.schedule_options): {one_line(error)}."
         ) from None

@@ -7,12 +7,12 @@ from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_dumper
 
 from ..errors import AFLoRAError
 from ..options import Config
 from ..watch.trackers import TENSORBOARD, check_trackers
-from .config_file import Entries, look_through
+from .config_file import Entries, as_yaml, look_through
 from .help import help_text
 from .presets import PRESETS
 
@@ -39,6 +39,7 @@ _LAUNCHER = re.compile(
     r"--(local[_-]rank|num_processes|num_machines|mixed_precision|config_file|deepspeed|use_\w+|main_\w+"
     r"|zero_stage|multi_gpu|machine_rank|cpu)\b"
 )
+_NO_DECIMAL = re.compile(r":|^\s*[+-]?0[\dxob_]")  # YAML counts 1:30 in sixties, and 010 in eights
 # What transformers' Trainer calls its options, where the names are far from ours.
 _OF_TRAINER = {
     "num_train_epochs": "train.epochs",
@@ -69,6 +70,8 @@ _OF_TRAINER = {
     "completion_only_loss": "data.loss_on",
 }
 
+set_dumper("aflora", as_yaml)
+
 
 def parse(arguments: list[str]) -> tuple[Config, str]:
     """The configuration that a command line asks for, and the same as YAML with everything resolved.
@@ -87,7 +90,10 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     entries: Entries = {}
     for path in files:
         entries |= look_through(path, _GROUPS, nullable, _FREE)
-    preset = _preset(said.get("preset") or (entries["preset"].value if "preset" in entries else None))
+    preset = _preset(said["preset"] if "preset" in said else entries["preset"].value if "preset" in entries else None)
+    for name, text in said.items():
+        if {int, float} & {OPTIONS.get(name), *get_args(OPTIONS.get(name))} and _NO_DECIMAL.search(text):
+            raise AFLoRAError(f"{name} must be {_kind(OPTIONS[name])}, not {text[:80]}.")
     parser = _parser()
     parser.set_defaults(preset)
     try:
@@ -97,6 +103,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     except Exception as error:  # jsonargparse raises many kinds
         raise AFLoRAError(_readable(error, said, entries)) from None
     namespace.pop("config", None)  # the files it came from
+    _restore_texts(namespace, said, entries)
     _rename_tensorboard(namespace)
     config = Config(**parser.instantiate(namespace).as_dict())
     check_trackers(config.run.trackers)
@@ -104,7 +111,9 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     _refuse_no_model(config, named="model.name" in {*preset, *entries, *said})
     if config.method.name != "aflora":
         _refuse_options_without_a_user(config, parser.get_defaults())
-    return config, parser.dump(namespace, skip_unset=False)
+    # Whoever names what this leaves behind wants the same training, and no other one deleted or taken up for it.
+    namespace["run.overwrite"], namespace["run.resume"] = False, None
+    return config, parser.dump(namespace, format="aflora", skip_unset=False)
 
 
 def _parser() -> ArgumentParser:
@@ -158,6 +167,15 @@ def _preset(name: str | None) -> dict[str, Any]:
     if name not in PRESETS:
         raise AFLoRAError(f"There is no preset {name!r}. Presets: {', '.join(sorted(PRESETS))}.")
     return PRESETS[name]
+
+
+def _restore_texts(namespace: Any, said: dict[str, str], entries: Entries) -> None:
+    """Texts in which YAML reads nothing: "# Role: tutor" is a comment to it, and a quoted 'null' is null."""
+    written = {name: None if entry.null else entry.value for name, entry in entries.items()}
+    written |= {name: None if text.strip() in ("", "null", "~") else text for name, text in said.items()}
+    for name, text in written.items():
+        if OPTIONS.get(name) == str | None and namespace[name] is None:
+            namespace[name] = text
 
 
 def _rename_tensorboard(namespace: Any) -> None:

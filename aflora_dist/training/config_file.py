@@ -10,7 +10,7 @@ import re
 from collections.abc import Container, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -19,14 +19,15 @@ from ..untrusted import refuse_deep_yaml
 
 
 class Entry(NamedTuple):
-    """An option in a file: where, for messages, as in "mine.yaml, line 3", and what is written there."""
+    """An option in a file: where, for messages, as in "mine.yaml, line 3"; what is written there; and if it is null."""
 
     place: str
     value: str
+    null: bool = False
 
 
 Entries = dict[str, Entry]
-_NULL, _INT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:int"
+_NULL, _INT, _FLOAT, _TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "int", "float", "str"))
 
 
 def look_through(path: str, groups: Container[str], options: dict[str, bool], free: Container[str] = ()) -> Entries:
@@ -57,6 +58,19 @@ def look_through(path: str, groups: Container[str], options: dict[str, bool], fr
         if value.tag == _INT and (":" in value.value or re.match(r"[+-]?0.", value.value)):
             raise AFLoRAError(f"{place}: {name}: to YAML, {value.value} is no decimal number.")
     return entries
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what jsonargparse, and YAML 1.2, would read as a number: a commit of the name 12e4567."""
+
+
+_Dumper.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def as_yaml(options: Any) -> str:
+    """A configuration as a file of options, to the same values when it is read again."""
+    text: str = yaml.dump(options, Dumper=_Dumper, allow_unicode=True, default_flow_style=False, sort_keys=False)
+    return text
 
 
 def _document(path: str) -> yaml.Node | None:
@@ -93,7 +107,10 @@ def _leaves(
                 f"{place}: {name} stands there already ({entries[name].place.rsplit(', ')[-1]}): keep one."
             )
         null = value.tag == _NULL
-        entries[name] = Entry(place, "null" if null else value.value if isinstance(value, yaml.ScalarNode) else "this")
+        said = "null" if null else value.value if isinstance(value, yaml.ScalarNode) else "this"
+        entries[name] = Entry(place, said, null)
+        if prefix.removesuffix(".") in free and key.tag != _TEXT:
+            raise AFLoRAError(f"{place}: to YAML, {key.value} is no text. Put it into quotes.")
         if name in groups:
             if not isinstance(value, yaml.MappingNode):
                 raise AFLoRAError(f"{place}: {name} must hold options, indented in the lines below it; or remove it.")

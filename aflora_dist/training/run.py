@@ -10,11 +10,12 @@ from pathlib import Path
 from ..errors import AFLoRAError
 from ..extras import require
 from ..leaving import guarded, leave
-from ..notices import logger, quiet_libraries
+from ..notices import logger, quiet_libraries, write_anything
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `aflora train`; returns the exit status. What a user did wrong is said in a line or two."""
+    write_anything()
     undo = quiet_libraries()
     given = sys.argv[1:] if arguments is None else arguments
     then = "The same command with --resume goes on from the last checkpoint."

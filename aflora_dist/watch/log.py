@@ -139,7 +139,7 @@ class TrainingLog(Part):
             "epoch": self.step / self.updates_per_epoch,
             "loss": mean,
             "lr": rates[0],
-            "head_lr": rates[-1],
+            "head_lr": rates[-1] if self.head_params else None,
             "grad_norm": float(norm) if norm is not None and np.isfinite(float(norm)) else None,  # JSON has no NaN
             "trainable_params": self.progress.engine.trainable_params,
             "frozen": len(self.control.frozen),

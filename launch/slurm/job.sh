@@ -53,6 +53,11 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     else
         arguments+=(--train.seed "$seed")
         if ((${#presets[@]})); then
+            if ((SLURM_ARRAY_TASK_ID >= ${#seeds[@]} * ${#presets[@]})); then
+                echo "aflora: ${#seeds[@]} seed(s) by ${#presets[@]} preset(s) have no element $SLURM_ARRAY_TASK_ID:" \
+                    "sbatch --array=0-$((${#seeds[@]} * ${#presets[@]} - 1)) ..." >&2
+                exit 2
+            fi
             preset=${presets[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}
             arguments+=(--preset "$preset")
             run_dir=$run_dir/${preset//\//_}

@@ -381,6 +381,7 @@ def test_another_method_freezes_where_it_is_told_to_and_resumes_to_the_bit(
         ({"method.options": '{"task_type": "X"}'}, r"task_type is set by aflora train"),
         ({"method.options": '{"target_modules": ["nothing"]}'}, r"PEFT cannot put lora into this model: No modules"),
         ({"method.options": '{"r": -1}'}, r"PEFT cannot put lora into this model"),
+        ({"method.options": '{"rank_pattern": 3}'}, r"PEFT cannot put lora into this model"),
         ({"method.name": "aflora"}, r"method.options \(r, lora_alpha\) is for PEFT's other methods"),
         ({"method.name": "full"}, r"method.name=full has no options"),
         ({"adapter.r": 8}, r"adapter.r=8 is for AFLoRA, and method.name=lora"),

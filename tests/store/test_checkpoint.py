@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,11 +63,39 @@ def test_only_the_last_checkpoints_are_kept_and_unfinished_ones_do_not_count(sma
     assert [path.name for path in checkpoint.list_checkpoints(small)] == ["step_00000004", "step_00000003"]
 
 
-def test_another_format_is_refused(small: Path) -> None:
-    path = small / "step_00000003"
-    (path / "training.json").write_text(json.dumps({"format": 99}))
+def rewrite(path: Path, training: str) -> None:
+    """Another training.json, which fits to the manifest."""
+    (path / "training.json").write_text(training)
     (path / "manifest.json").write_text(
         json.dumps({name: checkpoint._fingerprint(path / name) for name in ("state.safetensors", "training.json")})
     )
+
+
+def test_what_a_user_keeps_beside_checkpoints_is_neither_taken_for_one_nor_deleted(small: Path) -> None:
+    kept = ["step_00000003_good", "step_backup", "step_good", "step_3"]
+    for name in kept:
+        shutil.copytree(small / "step_00000003", small / name)
+    (small / "step_00000009").write_text("a note")
+    for step in (4, 5):
+        checkpoint.save(small, step, {"value/w": torch.zeros(1)}, {"step": step}, keep=1)
+        assert [path.name for path in checkpoint.list_checkpoints(small)] == [f"step_{step:08d}"]
+    assert all((small / name).is_dir() for name in kept)
+    found, _ = checkpoint.newest_good(small)
+    assert found is not None
+    assert found.training["step"] == 5
+
+
+@pytest.mark.parametrize("training", ["[]", "null", "3"])
+def test_a_training_json_of_another_kind_is_damaged(training: str, small: Path) -> None:
+    rewrite(small / "step_00000003", training)
+    found, (complaint,) = checkpoint.newest_good(small)
+    assert found is not None
+    assert found.training["step"] == 2
+    assert "training.json holds no names" in complaint
+
+
+def test_another_format_is_refused(small: Path) -> None:
+    path = small / "step_00000003"
+    rewrite(path, json.dumps({"format": 99}))
     with pytest.raises(AFLoRAError, match=r"has format 99; this version of aflora_dist reads 3\.$"):
         checkpoint.load(path)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from aflora_dist import AFLoRAError
 from aflora_dist.options import RunConfig
+from aflora_dist.plan.command import main as plan
 from aflora_dist.store.rundir import GoingOn, RunDirectory
 from aflora_dist.training.run import main
 from tests.runs import lines, options
@@ -117,3 +118,68 @@ def test_checkpoints_hold_no_scores_and_the_log_of_a_run_that_goes_on_has_all(
     (moved / "training.json").write_text(json.dumps(training))
     sign(moved)
     assert gone_on("of an earlier release", moved) == log
+
+
+def test_a_run_does_not_delete_what_it_begins_from(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = [*arguments, "--method.name", "full", "--freezing.enabled", "true"]
+    assert main(whole) == 0
+    trained = files(tmp_path / "run")
+    again = [*whole, "--model.name", str(tmp_path / "run" / "adapter"), "--run.overwrite", "true"]
+    for command in (main, plan):
+        capsys.readouterr()
+        assert command(again) == (2 if command is main else 0)
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert f"run.overwrite=true would delete {tmp_path / 'run' / 'adapter'}, which" in said
+    assert files(tmp_path / "run") == trained
+
+
+def test_what_a_run_leaves_behind_asks_for_no_other_one_s_end(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--run.overwrite", "true"]) == 0
+    kept = files(tmp_path / "run")
+    assert main([str(tmp_path / "run" / "config.yaml")]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert files(tmp_path / "run") == kept
+
+
+def test_folders_that_are_links_are_let_go_and_what_they_lead_to_stays(arguments: list[str], tmp_path: Path) -> None:
+    (scratch := tmp_path / "scratch").mkdir()
+    (scratch / "mine").touch()
+    assert main(arguments) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").symlink_to(scratch)
+    assert main([*arguments, "--run.overwrite", "true"]) == 0
+    assert [path.name for path in scratch.iterdir()] == ["mine"]
+
+
+def test_a_damaged_line_takes_no_other_with_it(arguments: list[str], tmp_path: Path) -> None:
+    assert main(arguments) == 0
+    run = tmp_path / "run"
+    expected = lines(run, "metrics.jsonl")
+    written = (run / "metrics.jsonl").read_text().splitlines()
+    written[2] = written[2][:17]
+    (run / "metrics.jsonl").write_text("\n".join(written) + "\n")
+    newest = max((run / "checkpoints").glob("step_*"))
+    assert main([*arguments, "--resume", str(newest)]) == 0
+    assert [line["step"] for line in lines(run, "metrics.jsonl")] == [
+        line["step"] for number, line in enumerate(expected) if number != 2
+    ]
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    wrong = [*arguments, "--model.name", "no/such-model", "--run.dir", str(tmp_path / "file" / "run")]
+    assert main(wrong) == 2
+    assert f"{tmp_path / 'file'} is no folder that may be written to" in capsys.readouterr().err
+
+
+def test_a_run_is_no_checkpoint(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    more = ["--run.dir", str(tmp_path / "other"), "--train.epochs", "9", "--resume", str(tmp_path / "run")]
+    assert main([*arguments, *more]) == 2
+    assert "is a run. --run.dir" in capsys.readouterr().err

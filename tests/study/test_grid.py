@@ -10,10 +10,11 @@ import pytest
 
 from aflora_dist.errors import AFLoRAError
 from aflora_dist.options import Config, DataConfig, RunConfig
+from aflora_dist.study.cells import cells, compared
 from aflora_dist.study.description import read_study, shipped
 from aflora_dist.study.grid import Grid, Planned
 from aflora_dist.study.results import Results, name_of, settings_of
-from aflora_dist.study.tables import as_csv, cells, compared, latex, markdown
+from aflora_dist.study.tables import as_csv, latex, markdown
 from aflora_dist.study.work import outlook
 from aflora_dist.training.command_line import parse
 from tests.launch import ROOT

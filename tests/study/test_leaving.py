@@ -11,6 +11,7 @@ import pytest
 from aflora_dist.errors import AFLoRAError
 from aflora_dist.study import work
 from aflora_dist.study.command import main
+from aflora_dist.study.description import read_study
 from aflora_dist.study.grid import Grid
 from aflora_dist.study.results import Results
 from tests.study.written import grid_of, write_study
@@ -105,3 +106,27 @@ def test_a_study_with_a_broken_method_writes_its_tables_and_says_so(
     assert main("study", [str(file), "--out", str(tmp_path)]) == 0
     assert "aflora: broken: a on reviews: no value of the sweep" in capsys.readouterr().err
     assert "broken, see below" in (tmp_path / "tables" / "mine.md").read_text()
+
+
+@pytest.mark.parametrize("file", [".claim", ".lock", "printed.txt"])
+def test_a_file_of_a_run_that_cannot_be_written_names_the_option(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in the file's place, for root may write anything."""
+    grid = grid_of(tmp_path, methods={"a": {}}, seeds=[0])
+    (run,) = grid.plan({}).runs()
+    (tmp_path / "runs" / run.name / file).mkdir(parents=True)
+    monkeypatch.setattr(work, "_PAUSE", 0.01)
+    with pytest.raises(
+        AFLoRAError, match=rf"A run could not be written to .*{run.name}: Is a directory\. Name another"
+    ):
+        work_on(grid, tmp_path).run()
+
+
+def test_a_cut_result_of_a_run_ends_the_study_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_study(tmp_path, methods={"a": {}}, seeds=[0])
+    (run,) = Grid(read_study(file)).plan({}).runs()
+    (tmp_path / "runs" / run.name).mkdir(parents=True)
+    (tmp_path / "runs" / run.name / "result.json").write_text('{"metrics": {')
+    assert main("study", [str(file), "--out", str(tmp_path)]) == 2
+    assert "result.json cannot be read" in capsys.readouterr().err

@@ -5,9 +5,9 @@ from __future__ import annotations
 import runpy
 from dataclasses import replace
 
+from aflora_dist.study.cells import Compared
 from aflora_dist.study.differences import Difference
 from aflora_dist.study.results import Results
-from aflora_dist.study.tables import Compared
 from tests.launch import ROOT
 
 SCRIPT = ROOT / "docs" / "accuracy.py"
@@ -29,9 +29,9 @@ def test_it_answers_in_its_first_ten_lines() -> None:
 def test_who_it_is_for_follows_from_what_is_seen() -> None:
     counted = runpy.run_path(str(SCRIPT))["counted"]
     difference = Difference(1.0, 3, 0.9, 1.1, 0.001, 0.01)
-    better = Compared("reviews", "prefix", "lora", difference, better=True)
-    worse = Compared("reviews", "random", "never", difference, better=False)
-    unseen = Compared("reviews", "gradient", "never", replace(difference, corrected=0.9), better=False)
+    better = Compared("reviews", "prefix", "lora", "accuracy", difference)
+    worse = Compared("reviews", "random", "never", "accuracy", replace(difference, mean=-1.0))
+    unseen = Compared("reviews", "gradient", "never", "accuracy", replace(difference, corrected=0.9))
     assert counted([]) == "not measured yet"
     assert counted([better]) == "better in 1 of 1 (prefix) and worse in 0 of 1 comparisons"
     neither = "better in 0 of 1 and worse in 0 of 1 comparisons, no difference seen in the rest"

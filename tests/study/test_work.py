@@ -17,11 +17,11 @@ import pytest
 import yaml
 
 from aflora_dist.study import work
+from aflora_dist.study.cells import cells, compared
 from aflora_dist.study.command import main
 from aflora_dist.study.description import read_study
 from aflora_dist.study.grid import Grid
 from aflora_dist.study.results import Results
-from aflora_dist.study.tables import cells, compared
 from aflora_dist.view.collect import groups
 from tests.launch import ROOT, begin
 from tests.ranks import Ranks

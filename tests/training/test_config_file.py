@@ -37,6 +37,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "text for a list": ("run:\n  trackers: wandb\n", r"line 2: run.trackers must be a list .*\[a, b\], not wandb"),
     "choice": ("model:\n  dtype: bf16\n", "must be one of float32, bfloat16, float16, or null, not bf16"),
     "infinite": ("train:\n  learning_rate: .inf\n", "train.learning_rate must be a finite number, not inf"),
+    "key of yes": ("data:\n  columns: {on: text}\n", "line 2: to YAML, on is no text. Put it into quotes"),
     "utf-16": ("train:\n  epochs: 3\n".encode("utf-16"), "is not text in UTF-8 .byte 0"),
 }
 
@@ -98,6 +99,9 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "decay": (["--freezing.beta2", "1.0"], "freezing.beta2 must be less than 1, got 1.0"),
     "pairs": (["--freezing.pairwise=true", "--freezing.rule=quantile"], "freezing.rule=quantile judges each matrix"),
     "of a task": (["--data.packing", "true"], "data.packing is for data.task=sft, not demo"),
+    "sixties": (["--train.epochs", "1:30"], "train.epochs must be a whole number, not 1:30"),
+    "octal": (["--train.seed=010"], "train.seed must be a whole number, not 010"),
+    "empty preset": (["--preset", ""], "There is no preset ''. Presets: demo"),
     "kind": (["--model.dtype", "fp16"], "model.dtype must be one of float32, bfloat16, float16, or null, not fp16"),
 }
 
@@ -140,3 +144,39 @@ def test_only_the_command_line_has_code_of_others_run(option: str, value: str, t
         assert str(getattr(parse([str(file), *said])[0].model, option)).lower() == value
     file.write_text(f"model:\n  {option}: {'false' if value == 'true' else 'sdpa'}\n")
     parse([str(file)])
+
+
+SFT = ["--model.name", "m", "--data.task", "sft", "--data.train_file", "x.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["# Role: tutor", "---", "&a", "null and void", "# Role: tutor\nBe brief."])
+def test_a_text_in_which_yaml_reads_nothing_is_that_text(text: str, tmp_path: Path) -> None:
+    config, resolved = parse([*SFT, f"--data.system={text}"])
+    assert config.data.system == text
+    (tmp_path / "again.yaml").write_text(resolved)
+    assert parse([str(tmp_path / "again.yaml")])[0].data.system == text
+
+
+def test_null_is_a_text_where_it_is_quoted(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for written, expected in {"'null'": "null", '"~"': "~", "null": None, "~": None}.items():
+        file.write_text(f"data:\n  system: {written}\n")
+        assert parse([str(file), *SFT])[0].data.system == expected
+        assert parse([str(file), *SFT, "--data.system", "null"])[0].data.system is None
+
+
+@pytest.mark.parametrize("revision", ["12e4567", "1e5", "1_000e5", "0x1f", "12345678", "on"])
+def test_a_revision_that_looks_like_a_number_is_read_again(revision: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"model:\n  revision: '{revision}'\n")
+    _, resolved = parse([str(file)])
+    file.write_text(resolved)
+    assert parse([str(file)])[0].model.revision == revision
+
+
+def test_what_is_left_behind_asks_for_nothing_to_be_deleted_or_taken_up() -> None:
+    for said, meant in ((["--run.overwrite", "true"], (True, None)), (["--resume"], (False, "last"))):
+        config, resolved = parse(said)
+        assert (config.run.overwrite, config.run.resume) == meant
+        left = yaml.safe_load(resolved)["run"]
+        assert (left["overwrite"], left["resume"]) == (False, None)

@@ -337,6 +337,17 @@ def test_job_scripts_start_the_main_job_or_a_script_of_one_s_own(
         assert expected in done.stderr
 
 
+@pytest.mark.parametrize("element", [0, 3, 4])
+def test_an_array_longer_than_its_table_trains_nothing_else(element: int, tmp_path: Path) -> None:
+    table = {"AFLORA_SEEDS": "3 7", "AFLORA_PRESETS": "glue/cola glue/rte"}
+    elements = {"SLURM_ARRAY_TASK_ID": str(element), "SLURM_ARRAY_JOB_ID": "6", **table}
+    arguments = ["--run.dir", str(tmp_path / "run")]
+    done = submit(ROOT / "launch" / "slurm" / "cpu.sbatch", arguments, ROOT, tmp_path, **elements)
+    assert done.returncode == (2 if element == 4 else 0)
+    assert ("no element 4: sbatch --array=0-3" in done.stderr) == (element == 4)
+    assert ("glue_rte/seed_7" in done.stdout) == (element == 3)
+
+
 class Lock:
     """The lock of a compilation, as torch takes it."""
 

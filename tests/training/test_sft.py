@@ -183,6 +183,7 @@ def test_the_loss_is_the_mean_over_the_global_batch_s_tokens(
         result = json.loads((run / "result.json").read_text())
         assert (result["engine"], result["world_size"], result["steps"]) == (engine, ranks, EPOCHS * PER_EPOCH)
         metrics = lines(run, "metrics.jsonl")
+        assert {line["head_lr"] for line in metrics} == {None}
         assert [line["loss"] for line in metrics] == pytest.approx(plain["losses"], abs=1e-5), case
         assert [line["grad_norm"] for line in metrics] == pytest.approx(plain["norms"], rel=1e-4), case
         log = lines(run, "freeze_log.jsonl")

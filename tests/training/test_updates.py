@@ -154,6 +154,7 @@ def test_schedules_are_what_their_formulas_say_for_every_group(name: str) -> Non
             "schedule=cosine does not take {'num_cycle': 2}",
         ),
         ({"schedule_options": {"min_lr": 2}, "schedule": "cosine_with_min_lr"}, "say min_lr_rate, a share of it"),
+        ({"schedule_options": {"timescale": 0}, "schedule": "inverse_sqrt"}, "does not take {'timescale': 0}"),
         ({"optimizer_options": {"lr": 1}}, "optimizer_options names lr: rates and weight decay are"),
         ({"optimizer_options": {"beta": 1}}, "optimizer=AdamW does not take {'beta': 1}"),
         ({"loraplus_lr_ratio": 4.0}, "loraplus_lr_ratio is for methods with matrices A and B; full has none"),

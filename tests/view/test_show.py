@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -146,3 +147,20 @@ def test_what_did_not_freeze_is_not_counted(tmp_path: Path, capsys: pytest.Captu
     (run / "result.json").write_text(json.dumps(result | counted))
     assert show([str(run)]) == 0
     assert "5 of 8 projection matrices in 2 events" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf_8_is_no_reason_to_end(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "l\u00e4uft \u2192")
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    monkeypatch.setattr("sys.stdout", streams[0])
+    monkeypatch.setattr("sys.stderr", streams[1])
+    assert show([str(run)]) == 0
+    assert show([str(tmp_path / "\u2192")]) == 2
+    for stream in streams:
+        stream.flush()
+    said, complained = (stream.buffer.getvalue().decode(encoding) for stream in streams)  # type: ignore[attr-defined]
+    assert "projection matrices frozen" in said
+    assert "?" in complained
