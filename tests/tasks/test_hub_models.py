@@ -7,19 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 import sentencepiece
 import torch
-import transformers.utils.hub
 from accelerate.utils import DistributedType
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from aflora_dist import AFLoRAError, extras
 from aflora_dist.options import ModelConfig
-from aflora_dist.serve.base import find_base
 from aflora_dist.tasks import model as models
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.model import load_base, load_language_model, outline_base
@@ -158,42 +154,6 @@ def test_a_tokenizer_that_cannot_be_read_names_the_packages(
 def test_a_module_in_a_package_that_is_not_there_is_not_installed() -> None:
     assert extras.installed("google.protobuf")
     assert not extras.installed("no_such_package_here.at_all")
-
-
-def refuses(monkeypatch: pytest.MonkeyPatch, error: type[Exception], status: int) -> None:
-    """Have the hub answer so, whatever is asked of it."""
-    answer = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/some/model"))
-
-    def refused(*args: Any, **kwargs: Any) -> None:
-        raise error(f"{status} Client Error. (Request ID: Root=1-2)", response=answer)  # type: ignore[call-arg]
-
-    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", refused)
-    monkeypatch.setattr("aflora_dist.hub.snapshot_download", refused)
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "said"),
-    [
-        (GatedRepoError, 401, r"is gated. Accept its licence at https://huggingface.co/some/model.*`hf auth login`"),
-        (GatedRepoError, 403, r"is gated. Accept its licence at https://huggingface.co/some/model.*HF_TOKEN"),
-        (RepositoryNotFoundError, 401, r"neither a folder nor a repository .* private, .*`hf auth login`.*HF_TOKEN"),
-        (RevisionNotFoundError, 404, r"no such revision. https://huggingface.co/some/model shows"),
-    ],
-)
-def test_what_the_hub_refuses_says_what_to_do(
-    error: type[Exception], status: int, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refuses(monkeypatch, error, status)
-    asked = [
-        lambda: load_base(ModelConfig(name="some/model"), ["no", "yes"]),
-        lambda: outline_base(ModelConfig(name="some/model"), ["no", "yes"]),
-        lambda: models.load_tokenizer(ModelConfig(name="some/model")),
-        lambda: find_base("some/model", None),
-    ]
-    for ask in asked:
-        with pytest.raises(AFLoRAError, match=said) as raised:
-            ask()
-        assert "Request ID" not in str(raised.value)
 
 
 def test_a_folder_that_is_not_there_is_named() -> None:
