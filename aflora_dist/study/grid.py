@@ -162,6 +162,12 @@ class Grid:
                 )
         for task in self.study.tasks:
             plain = self.run(task, method, {}, 0)
+            data = plain.config.data
+            if data.task in ("files", "sft") and data.name is None and data.train_file is None:
+                raise AFLoRAError(
+                    f"{self.study.name}, {task}: it names no data. Add --data.train_file FILE and "
+                    f"--data.validation_file FILE, or --data.name NAME."
+                )
             self._refuse_one_for_two(plain)
             for option, values in searched.items():
                 for value in values:

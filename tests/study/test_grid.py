@@ -35,8 +35,12 @@ def test_every_shipped_study_is_one(name: str, small: bool) -> None:
         with pytest.raises(AFLoRAError, match="no section `small`"):
             read_study(shipped()[name], small)
         return
-    study = read_study(shipped()[name], small)
-    agenda = Grid(study).plan({})
+    study, data = read_study(shipped()[name], small), {}
+    if name == "word_problems":
+        with pytest.raises(AFLoRAError, match=r"word_problems, problems: it names no data. Add --data.train_file"):
+            Grid(study)
+        data = {"data.name": "demo"}
+    agenda = Grid(study, data).plan({})
     assert agenda.runs()
     assert len(agenda.runs()) + agenda.open >= len(study.tasks) * len(study.methods)
 
