@@ -42,7 +42,7 @@ if not logger.handlers:
 def write_anything() -> None:
     """A terminal, or a log, that is not UTF-8 gets a ? for what it cannot hold, which is no reason to end."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # others do not fail
             stream.reconfigure(errors="replace")
 
 

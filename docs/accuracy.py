@@ -22,11 +22,12 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from aflora_dist.study.cells import Cell, Compared, cells, compared
 from aflora_dist.study.description import read_study, shipped
 from aflora_dist.study.grid import Grid
 from aflora_dist.study.pictures import dots
 from aflora_dist.study.results import Results
-from aflora_dist.study.tables import Cell, Compared, cells, compared, markdown
+from aflora_dist.study.tables import markdown
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"

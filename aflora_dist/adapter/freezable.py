@@ -74,7 +74,7 @@ class Matrices:
         )
 
     def have_frozen(self, names: Collection[str]) -> None:
-        """Nobody switches the gradient of what has frozen on again; a later training is to know of it."""
+        """A later training is to know of it."""
         remember_frozen(self._model, names)
 
     @property

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..compat.torch import is_traced
 from ..engines import release
 from ..names import named_modules, named_parameters
 
@@ -20,7 +20,7 @@ class KeptFrozen:
 
     (A reference model, as TRL's DPO takes it, is that at each step.) What has frozen is in no param group then, so
     that its gradient is neither reduced nor set to zero, and counts where gradients are clipped. So each layer of an
-    adapter looks before its forward pass, a recomputed one too.
+    adapter looks before its forward pass, a recomputed one too; in a compiled model none does.
 
     The interface is that of `Freezable`, which is told of what has frozen.
 
@@ -51,7 +51,7 @@ class KeptFrozen:
             if layer in switched:
                 below[layer].append((modules[owner], own))
         for layer, places in below.items():
-            hold = partial(_hold, places)  # no function of this one: models are copied and pickled with their hooks
+            hold = _Hold(places)  # no function of this one: models are copied and pickled with their hooks
             self._held.append((switched[layer].register_forward_pre_hook(hold), hold))
 
     def take_back(self) -> None:
@@ -65,8 +65,16 @@ class KeptFrozen:
             self._held.pop()[0].remove()
 
 
-def _hold(places: list[tuple[nn.Module, str]], *_: Any) -> None:
-    for owner, name in places:  # by name, for FSDP2 puts other parameters in their place
-        parameter = getattr(owner, name)
-        if parameter.requires_grad:
-            release(parameter)
+class _Hold:
+    """An object: of a partial's arguments a compiler takes note, and would compile anew after each freeze."""
+
+    def __init__(self, places: list[tuple[nn.Module, str]]) -> None:
+        self._places = places
+
+    def __call__(self, *_: Any) -> None:
+        if is_traced():
+            return
+        for owner, name in self._places:  # by name, for FSDP2 puts other parameters in their place
+            parameter = getattr(owner, name, None)  # None: its adapter has been deleted
+            if parameter is not None and parameter.requires_grad:
+                release(parameter)

@@ -48,7 +48,7 @@ def _of_kind(name: str, value: Any, hint: Any) -> Any:
     kinds = {*get_args(hint)} if get_origin(hint) in (Union, UnionType) else {hint}
     if not kinds <= {int, float, bool, NoneType} or (value is None and NoneType in kinds):
         return value
-    plain = value.item() if hasattr(value, "item") else value  # NumPy's, which is not imported for this
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy's, which is not imported for this
     if isinstance(plain, float) and float not in kinds and plain.is_integer():  # as np.ceil gives it
         plain = int(plain)
     if type(plain) in kinds or (float in kinds and type(plain) is int):

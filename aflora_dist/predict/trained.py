@@ -86,7 +86,7 @@ def find_trained(name: str, options: list[str]) -> TrainedModel:
     names = source.labels
     if run is None or names is None:  # somebody else's: then the base model's configuration says it
         base_names, several = base_head(config.model)
-        if several and run is None:
+        if several and run is None and len(base_names) == outputs:  # a head of the adapter's own is of one label
             raise _several(config.model.name)
         names = names or base_names
     return TrainedModel(source.folder, config, source, _names(names, outputs), "a class")

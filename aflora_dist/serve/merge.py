@@ -136,7 +136,9 @@ class Merged:
         """What a classifier's configuration has, as the training had it."""
         if self.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
             return
+        several = self.source.run is None and self.config.problem_type == "multi_label_classification"
         if (outputs := self.source.outputs(self.source.tensors)) is not None:
+            several = several and outputs == self.config.num_labels  # else the head is the adapter's own
             self.config.num_labels = outputs
         if self.task_type != "SEQ_CLS":
             return
@@ -144,7 +146,6 @@ class Merged:
         if labels is not None and len(labels) == self.config.num_labels:
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: i for i, label in enumerate(labels)}
-        several = self.source.run is None and self.config.problem_type == "multi_label_classification"
         if self.config.num_labels == 1:
             self.config.problem_type = "regression"
         elif not several:  # somebody else's, whose base says that a text may have several labels
@@ -249,19 +250,23 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byte
     files: list[list[str]] = []
     total = held = 0
     shard: dict[str, Tensor] = {}
+    places: set[int] = set()  # the memory of its tensors
 
     def flush() -> None:
         save_file(shard, folder / f".{len(files)}.safetensors", metadata={"format": "pt"})
         files.append(list(shard))
         shard.clear()
+        places.clear()
 
     for name, tensor in tensors:
         if shard and held + tensor.nbytes > shard_bytes:
             flush()
             held = 0
         tensor = tensor.contiguous()
-        there = {held.untyped_storage().data_ptr() for held in shard.values()}
-        shard[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in there else tensor  # a pickle ties them
+        if (place := tensor.untyped_storage().data_ptr()) in places:  # a pickle ties them
+            tensor = tensor.clone()
+        places.add(place)
+        shard[name] = tensor
         held += tensor.nbytes
         total += tensor.nbytes
     flush()

@@ -210,14 +210,17 @@ def _run(directory: Path) -> tuple[Settings | None, Result | None, list[str]]:
 
 @contextmanager
 def new_folder(out: Path, what: str) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when all is written; nothing is left of it if that fails.
+    """A folder to write into. When all is written it becomes `out`, or, where that is an empty folder, fills it.
+
+    If the writing fails, nothing is left of it.
 
     Raises:
         AFLoRAError: `out` holds something already, or cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    ours = f".{out.resolve().name}.*.tmp"  # of a process that was killed
+    if out.exists() and not (out.is_dir() and all(path.match(ours) for path in out.iterdir())):
         raise AFLoRAError(f"{out} exists already and is not an empty folder; nothing is overwritten. Name another.")
-    out, name = out.resolve(), f".{out.resolve().name}.{os.getpid()}.tmp"
+    out, name = out.resolve(), ours.replace("*", str(os.getpid()))
     there = out.is_dir()  # which may be the working directory, or mounted, and then cannot be replaced
     temporary = out / name if there else out.with_name(name)
     try:

@@ -108,7 +108,12 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], training: Mappi
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete and damaged checkpoints in a folder, newest first; what a user calls otherwise is left to them."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The updates after which a checkpoint was written, by its name."""
+    return int(path.name.removeprefix("step_"))
 
 
 def load(path: Path) -> Checkpoint:

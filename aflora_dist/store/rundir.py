@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from ..errors import AFLoRAError, writing
 from ..options import Config, RunConfig
 from ..processes import on_main
-from .checkpoint import list_checkpoints
+from .checkpoint import list_checkpoints, step_of
 from .lock import LOCK, try_lock
 from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
 
@@ -54,7 +54,7 @@ def refuse_taken(config: RunConfig) -> None:
     """Raise unless a run may begin, or go on, in its directory.
 
     Raises:
-        AFLoRAError: It holds (part of) a run already, or is a file.
+        AFLoRAError: It holds (part of) a run already, is a file, or cannot be made.
     """
     path = Path(config.dir)
     if path.exists() and not path.is_dir():
@@ -78,11 +78,13 @@ def refuse_own_input(config: Config) -> None:
     if not config.run.overwrite:
         return
     data, folder = config.data, Path(config.run.dir)
-    gone = [(folder / name).resolve() for name in (*_FILES, *_FOLDERS, *map("abandoned_{}".format, _PUT_ASIDE))]
+    there = (*_FILES, *_FOLDERS, *map("abandoned_{}".format, _PUT_ASIDE))
+    gone = [folder.resolve() / name for name in there]  # of a link the link alone
     read = (config.model.name, data.path, data.name, data.train_file, data.validation_file, *data.mix)
     for name in filter(None, read):
-        path = Path(name).resolve()
-        if path.exists() and any(path.is_relative_to(old) for old in gone):
+        paths = [path for path in map(Path, (name, name.partition(":")[0])) if path.exists()]  # FOLDER:SUBSET
+        places = [place for path in paths for place in (path.resolve(), Path(os.path.abspath(path)))]  # through a link
+        if any(place.is_relative_to(old) for place in places for old in gone):
             raise AFLoRAError(
                 f"run.overwrite=true would delete {name}, which this run reads. Name another folder with run.dir, or "
                 f"move that away first."
@@ -226,7 +228,7 @@ class RunDirectory:
 
         Those that an earlier branch left aside go then: with them nothing new could be done.
         """
-        later = [path for path in list_checkpoints(self.checkpoints) if path.name > f"step_{step:08d}"]
+        later = [path for path in list_checkpoints(self.checkpoints) if step_of(path) > step]
         if later:
             for old in self.checkpoints.glob("abandoned_step_*"):
                 _remove(old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -151,6 +152,12 @@ def read_study(path: Path, small: bool = False) -> Study:
     return study
 
 
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    if ":" in node.value or re.match(r"[+-]?0.", node.value):
+        raise yaml.MarkedYAMLError(problem=f"{node.value} is no decimal number", problem_mark=node.start_mark)
+    return loader.construct_yaml_int(node)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML of what JSON has, a date being a text; of a key that stands twice others take the last."""
 
@@ -158,7 +165,7 @@ class _Loader(yaml.SafeLoader):
         tag: make
         for tag, make in yaml.SafeLoader.yaml_constructors.items()
         if str(tag).rpartition(":")[2] not in ("binary", "omap", "pairs", "set", "timestamp")
-    } | {"tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str}
+    } | {"tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str, "tag:yaml.org,2002:int": _decimal}
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node, names = super().compose_mapping_node(anchor), set()

@@ -306,7 +306,13 @@ def _metrics_of(kind: str) -> list[str]:
 def _as_its_kind(option: str, value: Any) -> Any:
     """A number as the option takes it: what names a run and what its command says are the same one."""
     kind = OPTIONS.get(option)
-    return kind(number_of(value)) if kind is float or (kind is int and number_of(value).is_integer()) else value
+    if kind not in (int, float):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value  # `aflora train` says what it must be
+    return value if kind is int and not number.is_integer() else kind(number)
 
 
 def _is_whole(option: str, values: list[Any]) -> bool:

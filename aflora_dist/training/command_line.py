@@ -92,7 +92,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
         entries |= look_through(path, _GROUPS, nullable, _FREE)
     preset = _preset(said["preset"] if "preset" in said else entries["preset"].value if "preset" in entries else None)
     for name, text in said.items():
-        if {int, float} & {OPTIONS.get(name), *get_args(OPTIONS.get(name))} and _NO_DECIMAL.search(text):
+        if OPTIONS.get(name) in (int, float, int | None, float | None) and _NO_DECIMAL.search(text):
             raise AFLoRAError(f"{name} must be {_kind(OPTIONS[name])}, not {text[:80]}.")
     parser = _parser()
     parser.set_defaults(preset)
@@ -172,7 +172,8 @@ def _preset(name: str | None) -> dict[str, Any]:
 def _restore_texts(namespace: Any, said: dict[str, str], entries: Entries) -> None:
     """Texts in which YAML reads nothing: "# Role: tutor" is a comment to it, and a quoted 'null' is null."""
     written = {name: None if entry.null else entry.value for name, entry in entries.items()}
-    written |= {name: None if text.strip() in ("", "null", "~") else text for name, text in said.items()}
+    null = ("", "null", "Null", "NULL", "~")
+    written |= {name: None if text.strip() in null else text for name, text in said.items()}
     for name, text in written.items():
         if OPTIONS.get(name) == str | None and namespace[name] is None:
             namespace[name] = text

@@ -64,7 +64,9 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what jsonargparse, and YAML 1.2, would read as a number: a commit of the name 12e4567."""
 
 
-_Dumper.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Dumper.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def as_yaml(options: Any) -> str:

@@ -47,17 +47,19 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     read -ra seeds <<<"${AFLORA_SEEDS:-$SLURM_ARRAY_TASK_ID}"
     read -ra presets <<<"${AFLORA_PRESETS:-}"
+    elements=$((${#seeds[@]} * (${#presets[@]} && ! 0$own ? ${#presets[@]} : 1)))
+    if [ -n "${AFLORA_SEEDS:-}" ] || ((elements > 1)); then
+        if ((SLURM_ARRAY_TASK_ID >= elements)); then
+            echo "aflora: the seeds and presets have no element $SLURM_ARRAY_TASK_ID: --array=0-$((elements - 1))" >&2
+            exit 2
+        fi
+    fi
     seed=${seeds[SLURM_ARRAY_TASK_ID % ${#seeds[@]}]}
     if [ -n "$own" ]; then
         arguments=("${arguments[@]//\{seed\}/$seed}")
     else
         arguments+=(--train.seed "$seed")
         if ((${#presets[@]})); then
-            if ((SLURM_ARRAY_TASK_ID >= ${#seeds[@]} * ${#presets[@]})); then
-                echo "aflora: ${#seeds[@]} seed(s) by ${#presets[@]} preset(s) have no element $SLURM_ARRAY_TASK_ID:" \
-                    "sbatch --array=0-$((${#seeds[@]} * ${#presets[@]} - 1)) ..." >&2
-                exit 2
-            fi
             preset=${presets[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}
             arguments+=(--preset "$preset")
             run_dir=$run_dir/${preset//\//_}

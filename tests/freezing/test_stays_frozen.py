@@ -84,3 +84,12 @@ def test_recomputed_activations_are_those_of_the_forward_pass() -> None:
         assert training.freezing.frozen
     assert values[True].keys() == values[False].keys()
     assert all(torch.equal(value, values[False][name]) for name, value in values[True].items())
+
+
+def test_an_adapter_that_was_deleted_is_asked_for_nothing() -> None:
+    model, _, freezing = train("loha", None)
+    model.add_adapter("other", CASES["loha"][0])
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model(**global_batch(0))
+    freezing.detach()

@@ -290,6 +290,13 @@ def test_what_may_have_several_labels_still_may(tmp_path: Path) -> None:
     get_peft_model(base, AFLoRAConfig(task_type="SEQ_CLS")).save_pretrained(str(tmp_path / "adapter"))
     assert aflora("merge", tmp_path / "adapter", tmp_path / "merged") == 0
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["problem_type"] == config.problem_type
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=2, ignore_mismatched_sizes=True, problem_type="single_label_classification"
+    )
+    get_peft_model(base, AFLoRAConfig(task_type="SEQ_CLS")).save_pretrained(str(tmp_path / "of_two"))
+    assert aflora("merge", tmp_path / "of_two", tmp_path / "merged_of_two") == 0
+    kind = json.loads((tmp_path / "merged_of_two" / "config.json").read_text())["problem_type"]
+    assert kind == "single_label_classification"
 
 
 @pytest.mark.parametrize("where", ["a link", "here", "a link to nothing"])

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from aflora_dist import AFLoRAError
 from aflora_dist.options import RunConfig
 from aflora_dist.plan.command import main as plan
-from aflora_dist.store.rundir import GoingOn, RunDirectory
+from aflora_dist.store.rundir import GoingOn, RunDirectory, refuse_own_input
+from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main
 from tests.runs import lines, options
 from tests.store.test_resume import sign
@@ -133,6 +134,15 @@ def test_a_run_does_not_delete_what_it_begins_from(
         said = " ".join("".join(capsys.readouterr()).split())
         assert f"run.overwrite=true would delete {tmp_path / 'run' / 'adapter'}, which" in said
     assert files(tmp_path / "run") == trained
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "adapter")
+    told = {"model.name": tmp_path / "link", "data.mix": f'{{"{tmp_path}/run/adapter:main": 1}}'}
+    for option, value in told.items():
+        config, _ = parse([*whole, "--run.overwrite", "true", f"--{option}", str(value)])
+        with pytest.raises(AFLoRAError, match=r"run\.overwrite=true would delete"):
+            refuse_own_input(config)
+    shutil.rmtree(tmp_path / "run" / "lora", ignore_errors=True)
+    (tmp_path / "run" / "lora").symlink_to(tmp_path)  # which the run would only let go
+    refuse_own_input(parse([*whole, "--run.overwrite", "true", "--model.name", str(tmp_path)])[0])
 
 
 def test_what_a_run_leaves_behind_asks_for_no_other_one_s_end(

@@ -162,10 +162,16 @@ def test_null_is_a_text_where_it_is_quoted(tmp_path: Path) -> None:
     for written, expected in {"'null'": "null", '"~"': "~", "null": None, "~": None}.items():
         file.write_text(f"data:\n  system: {written}\n")
         assert parse([str(file), *SFT])[0].data.system == expected
-        assert parse([str(file), *SFT, "--data.system", "null"])[0].data.system is None
+        for null in ("null", "NULL", "~"):
+            assert parse([str(file), *SFT, "--data.system", null])[0].data.system is None
 
 
-@pytest.mark.parametrize("revision", ["12e4567", "1e5", "1_000e5", "0x1f", "12345678", "on"])
+def test_names_and_numbers_are_given_on_the_command_line() -> None:
+    assert parse([*SFT, "--data.mix", '{"a.jsonl": 0.5}'])[0].data.mix == {"a.jsonl": 0.5}
+    assert parse([*SFT, "--data.columns", '{"prompt": "01:2"}'])[0].data.columns == {"prompt": "01:2"}
+
+
+@pytest.mark.parametrize("revision", ["12e4567", "1e5", "1.5e3", "1.e5", "1_000e5", "0x1f", "12345678", "on"])
 def test_a_revision_that_looks_like_a_number_is_read_again(revision: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(f"model:\n  revision: '{revision}'\n")
