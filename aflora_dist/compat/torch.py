@@ -24,7 +24,8 @@ _NEW_REDUCER = ("give DDP a reducer over the parameters that still train", "a pu
 
 REDUCER = [
     *_ddp("_build_params_for_reducer _build_debug_param_to_name_mapping _ddp_init_helper", *_NEW_REDUCER),
-    *_ddp("_comm_hooks _set_static_graph static_graph reducer", *_NEW_REDUCER),
+    *_ddp("_comm_hooks static_graph reducer", *_NEW_REDUCER),
+    *_ddp("_join_config", "know that ranks go on alone", _QUERY),
     *_ddp("require_backward_grad_sync", "know that gradients were reduced over the ranks", _QUERY),
 ]
 AUTOGRAD = private(
@@ -222,13 +223,15 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
 
     The old reducer's destructor takes its autograd hooks away, so nothing may hold on to it.
     """
-    static_graph = ddp.static_graph
     ddp.reducer = ddp.logger = None  # type: ignore[assignment]
     parameters, expect_sparse = ddp._build_params_for_reducer()
     names: Mapping[int, str] = ddp._build_debug_param_to_name_mapping(parameters)
-    ddp._ddp_init_helper(parameters, expect_sparse, names, static_graph)
+    ddp._ddp_init_helper(parameters, expect_sparse, names, False)
     for hook, state in ddp._comm_hooks:
         dist._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]
     ddp._has_rebuilt_buckets = False
-    if static_graph:
-        ddp._set_static_graph()
+
+
+def joins(ddp: DistributedDataParallel) -> bool:
+    """Whether a rank that runs out of batches only shadows the others' collectives from then on."""
+    return bool(ddp._join_config.enable)

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapter.freezable import frozen_before, refuse_all
@@ -91,25 +91,12 @@ class Prefix:
         models = [module for module in self._model.modules() if isinstance(module, PreTrainedModel)]
         embeddings = {id(found): found for model in models if (found := model.get_input_embeddings()) is not None}
         for module in embeddings.values():  # after the hook that asks
-            self._handles.append(module.register_forward_hook(lambda module, inputs, output: output.detach()))
+            self._handles.append(module.register_forward_hook(_detached))
 
     def _look(self) -> None:
         """Warn if the next output of the lowest block needs a gradient all the same: what it is given then trains."""
-        where = self.blocks[0][-1]
-
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return
-            handle.remove()
-            first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, torch.Tensor) and first.requires_grad:
-                logger.warning(
-                    f"the whole block of {where} has frozen, and the backward pass still goes through it: something "
-                    f"that trains outside of the blocks goes into them. Let it not train, or prefix=True saves no time."
-                )
-
-        handle = self._block(0).register_forward_hook(look)
-        self._handles.append(handle)
+        # Models are copied and pickled with their hooks: no function of this one.
+        self._handles.append(self._block(0).register_forward_hook(_Look(self.blocks[0][-1])))
 
     def _block(self, index: int) -> nn.Module:
         """The module of a block, inside of what wraps it; above the highest all of the model."""
@@ -134,6 +121,28 @@ class Prefix:
         while self.frozen < len(self.blocks) and not {*self.blocks[self.frozen]} - gone:
             self.frozen += 1
         self._let_go()
+
+
+def _detached(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.detach()
+
+
+class _Look:
+    """Looks once at what comes out of a block."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self.done = where, False
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or self.done or not torch.is_grad_enabled():
+            return
+        self.done = True
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, torch.Tensor) and first.requires_grad:
+            logger.warning(
+                f"the whole block of {self.where} has frozen, and the backward pass still goes through it: something "
+                f"that trains outside of the blocks goes into them. Let it not train, or prefix=True saves no time."
+            )
 
 
 def blocks_from_below(

@@ -101,6 +101,7 @@ class Clipping:
     # -- what is patched ----------------------------------------------------------------------
 
     def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._refuse_unseen_change(zeroed=True)  # afterwards nothing would tell it
         result = original(*args, **kwargs)
         self._backward_ended()
         return result
@@ -116,6 +117,9 @@ class Clipping:
         self._queued = False
         if self._clipped is not None:
             clipped = {id(g) for ref in self._clipped_gradients if (g := ref()) is not None}
+            unchanged = [self._versions.get(id(g)) == g._version and id(g) in clipped for g in self._gradients()]
+            if unchanged and all(unchanged):  # a backward pass of another model
+                return
             if any(id(gradient) in clipped for gradient in self._gradients()):
                 raise UnsupportedEngineError(_CLIP_ONCE)  # something was added to gradients that were clipped already
             self.updated()  # they were thrown away: a batch was skipped
@@ -184,11 +188,13 @@ class Clipping:
     def _note(self) -> None:
         self._versions = {id(gradient): gradient._version for gradient in self._gradients()}
 
-    def _refuse_unseen_change(self) -> None:
+    def _refuse_unseen_change(self, zeroed: bool = False) -> None:
+        """`zeroed`: they may have been set to zero, for a batch that is left out."""
         if not self._versions:
             return
         for gradient in self._gradients():
-            if self._versions.get(id(gradient)) != gradient._version:
+            changed = self._versions.get(id(gradient)) != gradient._version
+            if changed and not (zeroed and not gradient.any()):
                 raise UnsupportedEngineError(
                     "The gradients changed between the backward pass and optimizer.step(). Freezing scores need them "
                     "before clipping: use accelerator.clip_grad_norm_ instead of torch.nn.utils.clip_grad_norm_, and "

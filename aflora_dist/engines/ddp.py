@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..compat.contract import require_private
-from ..compat.torch import REDUCER, comm_hooks, rebuild_reducer
+from ..compat.torch import REDUCER, comm_hooks, joins, rebuild_reducer
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
 from .native import NativeEngine
+from .optimizers import release
 
 _LOCAL_SGD = (
     "The gradients of this update were not reduced over the ranks (model.no_sync(), as accelerate's LocalSGD does): "
@@ -34,11 +35,17 @@ class ReplicatedEngine(NativeEngine):
         if self.ddp is None and self.world_size > 1:
             raise UnsupportedEngineError(
                 f"There are {self.world_size} processes, but the model is not wrapped in DDP: pass the model that "
-                f"accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True)."
+                f"accelerator.prepare() returned; on a CPU create the accelerator with Accelerator(cpu=True); with "
+                f"Trainer evaluate after train(), for transformers wraps no model that it has evaluated."
             )
         if self.ddp is not None:
             require_private("torch", self.ddp, REDUCER)
             check_hooks(self.ddp)
+            if self.ddp.static_graph:
+                raise UnsupportedEngineError(
+                    "DDP with static_graph=True takes the graph of its first step for that of all others, and each "
+                    "freeze changes it. Leave it out (ddp_static_graph of TrainingArguments)."
+                )
         super().__init__(accelerator, model, optimizer)
         self._order = {name: i for i, name in enumerate(self.parameters)}
 
@@ -47,6 +54,11 @@ class ReplicatedEngine(NativeEngine):
             if not self.ddp.require_backward_grad_sync:
                 raise UnsupportedEngineError(_LOCAL_SGD)
             check_hooks(self.ddp)  # one may have been registered since
+            if joins(self.ddp):
+                raise UnsupportedEngineError(
+                    "Ranks with more batches than others (join_uneven_inputs, torch's Join) train on alone, and cannot "
+                    "freeze together. Give all ranks as many batches: Accelerator(even_batches=True) does, its default."
+                )
 
     def _fragment(self, name: str) -> Fragment | None:
         # An equal share of every matrix, so that a drop leaves the rest where it is; the remainders go round.
@@ -56,8 +68,12 @@ class ReplicatedEngine(NativeEngine):
         return Fragment(name, start, min(share, numel - start)) if start < numel else None
 
     def _trained_set_changed(self) -> None:
-        if self.ddp is not None:
-            rebuild_reducer(self.ddp)
+        if self.ddp is None:
+            return
+        trained = {*self.trainable}
+        for name in (name for group in self.members for name in group if name not in trained):
+            release(self.parameters[name])  # PEFT may have switched it on since it froze, and a reducer would wait
+        rebuild_reducer(self.ddp)
 
     def _holds_first_copy(self, parameter: nn.Parameter) -> bool:
         return self.rank == 0

@@ -138,3 +138,39 @@ def test_a_loop_in_which_scores_would_be_wrong_is_refused(what: str) -> None:
     call, said = REFUSED_LOOPS[what]
     with pytest.raises(AFLoRAError, match=said):
         call(loop)
+
+
+def test_what_changes_gradients_before_another_backward_pass_is_noticed() -> None:
+    loop, other = Loop(), torch.nn.Linear(2, 2)
+    loop.train(0, 1)  # before, the gradients of what freezes are zero
+    loop.backward(1)
+    torch.nn.utils.clip_grad_norm_(loop.model.parameters(), 1e-3)
+    with pytest.raises(AFLoRAError, match=r"accelerator\.clip_grad_norm_"):
+        loop.accelerator.backward(other(torch.ones(1, 2)).sum())
+
+
+def test_a_skipped_batch_s_gradients_may_be_zeroed_in_place() -> None:
+    ours, other = Loop(), Loop()
+    for number in range(12):
+        ours.step(number)
+        other.backward(number + 50)
+        other.model.zero_grad(set_to_none=False)
+        other.step(number)
+    assert_same(ours.weights(), other.weights())
+
+
+def test_two_models_are_clipped_each_on_its_own() -> None:
+    """As in adversarial training: both backward passes and both clippings before both updates."""
+    ours, plain, second = Loop(), Loop(), torch.nn.Linear(2, 2)
+    for number in range(12):
+        plain.step(number, clip=0.01)
+        ours.backward(number)
+        ours.accelerator.clip_grad_norm_(ours.model.parameters(), 0.01)
+        ours.accelerator.backward(second(torch.ones(1, 2)).sum())
+        ours.accelerator.clip_grad_norm_(second.parameters(), 0.01)
+        ours.optimizer.step()
+        ours.optimizer.zero_grad()
+    assert [(e.step, e.frozen, e.scores) for e in ours.freezing.events] == [
+        (e.step, e.frozen, e.scores) for e in plain.freezing.events
+    ]
+    assert_same(ours.weights(), plain.weights())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,3 +149,17 @@ def test_all_that_freezes_with_a_block_is_kept_in_what_is_saved(monkeypatch: pyt
         optimizer.zero_grad()
     assert any(name.endswith("LayerNorm.bias") for name in freezing.frozen)
     assert kept >= {*freezing.frozen}
+
+
+def test_a_model_whose_lowest_block_has_frozen_is_copied_and_pickled() -> None:
+    model = build_base()
+    engine: Any = SimpleNamespace(
+        model=model, members=[[*named_parameters(model)]], end_backward_at=lambda module: None
+    )
+    prefix = Prefix(engine, [*freezable_names(model)], CONFIG)
+    prefix.due(11, [name for name in prefix.blocks[1] if name in freezable_names(model)])
+    file = io.BytesIO()
+    torch.save(copy.deepcopy(model), file)
+    file.seek(0)
+    batch = global_batch(0)
+    torch.testing.assert_close(torch.load(file, weights_only=False)(**batch).loss, model(**batch).loss)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...compat.contract import Private, require_private
 from ...compat.deepspeed import BOTH, ENGINE, divide_once, gather_completely
 from ...errors import UnsupportedEngineError
 from ...freezing import Fragment
+from ...notices import logger
 from ..base import Engine, Record
 from ..optimizers import release
 from ..transfer import Move, Piece, place, plan
@@ -53,7 +55,8 @@ class ZeroEngine(Engine):
         self._stand_in: Optimizer | None = None
         self._visible: list[int] = []  # positions of the param groups that the stand-in has
         self._loss_scale = 1.0
-        self._stepped = False
+        self._stepped = 0  # updates since optimizer.step() was called
+        self._told_of_clipping = False
         self._observed: list[list[Span]] = []  # per partition
         super().__init__(accelerator, self.ds.module, self.ds.basic_optimizer)
 
@@ -126,7 +129,7 @@ class ZeroEngine(Engine):
             self._loss_scale = float(self.zero.loss_scale)
             original_step(*args, **kwargs)
             if whole:
-                self._stepped = True
+                self._stepped += 1
                 done(self.ds.was_step_applied())
 
         self.ds.step = step
@@ -134,6 +137,7 @@ class ZeroEngine(Engine):
         self._handles.append(self.optimizer.register_step_pre_hook(before).remove)
         if self._wrapper is not None:
             self._patch(self._wrapper, "step", self._check_stepped)
+        self._patch(self.accelerator, "clip_grad_norm_", self._clip_grad_norm)
 
     def _check_stepped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.sync_gradients and not self._stepped:
@@ -141,8 +145,34 @@ class ZeroEngine(Engine):
                 "optimizer.step() was called, but DeepSpeed has made no update: its update is part of "
                 "accelerator.backward(loss). Call that instead of loss.backward()."
             )
-        self._stepped = False
+        updates, self._stepped = self._stepped, 0
+        if updates > 1:
+            raise UnsupportedEngineError(
+                f"DeepSpeed has made {updates} updates for one optimizer.step(), one for each accelerator.backward(): "
+                f"accumulate in `with accelerator.accumulate(model):`, or add the losses up before the backward pass."
+            )
         return original(*args, **kwargs)
+
+    def _clip_grad_norm(
+        self, original: Callable[..., Any], parameters: Any, max_norm: float, norm_type: float = 2
+    ) -> Any:
+        clips = float(self.zero.clip_grad or 0)
+        if not self._told_of_clipping and clips != (0 if math.isinf(max_norm) else max_norm):
+            self._told_of_clipping = True
+            logger.warning(
+                f"DeepSpeed clips by itself, {f'at {clips:g}' if clips else 'not at all here'}, and "
+                f"accelerator.clip_grad_norm_(..., {max_norm:g}) changes nothing under it. Write "
+                f'"gradient_clipping": {max_norm:g} into its configuration: for "auto" accelerate takes 1.0.'
+            )
+        return original(parameters, max_norm, norm_type)
+
+    def drop(self, names: Iterable[str]) -> list[Move]:
+        if not self.accelerator.sync_gradients:
+            raise UnsupportedEngineError(
+                "Matrices would freeze in the midst of an accumulation, whose gradients so far DeepSpeed would lose: "
+                "call freeze() after the optimizer.step() of a whole global batch."
+            )
+        return super().drop(names)
 
     def _layout(self) -> list[list[Span]]:
         return self._layouts()[self.rank]

@@ -1,0 +1,134 @@
+"""A user's loops as they should not be, and one that DPO's reference and checkpoints make: what each comes to.
+
+    python -m tests.workers.loops OUT LOOP ...
+
+Every rank writes {loop: what was said, or its values and losses} to OUT/rank<N>.pt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.algorithms.join import Join
+
+from aflora_dist import AFLoRAError, FreezingConfig
+from tests.workers.anything import GLOBAL_BATCH, Training, global_batch
+
+CONFIG = FreezingConfig(total_steps=12, initial_steps=2, final_steps=6)
+
+
+def part(training: Training, step: int, micro: int = 0, micros: int = 1) -> dict[str, torch.Tensor]:
+    ranks = training.accelerator.num_processes
+    share = GLOBAL_BATCH // ranks // micros
+    first = (micro * ranks + training.accelerator.process_index) * share
+    return {key: value[first : first + share] for key, value in global_batch(step).items()}
+
+
+def saved_beside_a_reference() -> Training:
+    """As `FreezingCallback` saves, after DPO's reference pass has had PEFT switch all gradients on."""
+    training = Training("lora", CONFIG)
+    model, accelerator = training.model, training.accelerator
+    for step in range(12):
+        loss = model(**part(training, step)).loss
+        with torch.no_grad(), accelerator.unwrap_model(model).disable_adapter():
+            model(**part(training, step))
+        accelerator.backward(loss)
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        training.freezing.progress.snapshot()
+        training.freezing.engine.settle()
+    return training
+
+
+def frozen_within_an_accumulation() -> Training:
+    training = Training("lora", CONFIG, accumulation=2)
+    for step in range(4):
+        for micro in range(2):
+            if (step, micro) == (2, 1):
+                training.freezing.freeze(sorted(training.freezing.remaining)[:4])
+            with training.accelerator.accumulate(training.model):
+                training.accelerator.backward(training.model(**part(training, step, micro, 2)).loss)
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+    return training
+
+
+def two_backward_passes() -> Training:
+    training = Training("lora", CONFIG)
+    for step in range(4):
+        for other in (step, step + 50):
+            training.accelerator.backward(training.model(**part(training, other)).loss / 2)
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+    return training
+
+
+def clipped_otherwise() -> Training:
+    training = Training("lora", CONFIG, clip=1.0)
+    for step in range(3):
+        training.accelerator.backward(training.model(**part(training, step)).loss)
+        training.accelerator.clip_grad_norm_(training.model.parameters(), 0.1)
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+    return training
+
+
+def joined() -> Training:
+    training = Training("lora", CONFIG)
+    several = training.accelerator.num_processes > 1
+    with Join([training.model]) if several else contextlib.nullcontext():  # type: ignore[list-item]
+        for step in range(4):
+            training.accelerator.backward(training.model(**part(training, step)).loss)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+    return training
+
+
+LOOPS: dict[str, Callable[[], Training]] = {
+    made.__name__: made
+    for made in (
+        saved_beside_a_reference,
+        frozen_within_an_accumulation,
+        two_backward_passes,
+        clipped_otherwise,
+        joined,
+    )
+}
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[io.StringIO]:
+    said, logger = io.StringIO(), logging.getLogger("aflora_dist")
+    handler = logging.StreamHandler(said)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    out, *names = sys.argv[1:] if arguments is None else arguments
+    found: dict[str, Any] = {}
+    for name in names:
+        with listening() as said:
+            try:
+                training = LOOPS[name]()
+                found[name] = {"values": training.values(), "step": training.freezing.step, "said": said.getvalue()}
+                training.accelerator.end_training()
+            except AFLoRAError as error:
+                found[name] = {"said": str(error)}
+    Path(out).mkdir(exist_ok=True)
+    torch.save(found, Path(out) / f"rank{os.environ.get('RANK', '0')}.pt")
+
+
+if __name__ == "__main__":
+    main()
