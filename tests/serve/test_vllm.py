@@ -13,17 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from aflora_dist import AFLoRAConfig
 from aflora_dist.adapter import AFLoRALayer
+from aflora_dist.extras import installed
 from aflora_dist.serve.main import main as serve
 from tests.adapter.test_peft import randomise
 from tests.small_lm import make_small_language_model
 
-try:
-    from vllm.config.lora import LoRAConfig
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.peft_helper import PEFTHelper
-except ImportError:
-    pytest.skip("no vLLM, which comes with CUDA", allow_module_level=True)
-
+pytestmark = pytest.mark.skipif(not installed("vllm"), reason="no vLLM, which comes with CUDA")
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -32,6 +27,10 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def test_vllm_reads_the_matrices_that_were_exported(
     kind: Any, r: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # for a GPU that is not there
     base = make_small_language_model(tmp_path / "base")
     task = "CAUSAL_LM" if kind is AutoModelForCausalLM else "SEQ_CLS"
