@@ -37,13 +37,13 @@ class KeptFrozen:
 
     def have_frozen(self, names: Collection[str]) -> None:
         self._look_no_more()  # a checkpoint of before has let some of them train again
-        modules, frozen = named_modules(self._model), named_parameters(self._model, remove_duplicate=False)
+        modules, parameters = named_modules(self._model), named_parameters(self._model, remove_duplicate=False)
         switched: dict[str, Any] = {
             n: m for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
         }
         below: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-        gone = {id(frozen[name]) for name in names}
-        for name in (name for name, parameter in frozen.items() if id(parameter) in gone):
+        gone = {id(parameters[name]) for name in names}
+        for name in (name for name, parameter in parameters.items() if id(parameter) in gone):
             owner, _, own = name.rpartition(".")
             layer = owner
             while layer and layer not in switched:
