@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 
 from ..compat.accelerate import models, refuse_forgetful_load, unwrap
 from ..compat.patch import patch_method
+from ..engines import Engine
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
-
-if TYPE_CHECKING:
-    from .adaptive import AdaptiveFreezing
+from .progress import Progress
+from .state import FreezingState
 
 _FILE = "aflora_freezing{}.pt"
+
+
+class Saved(Protocol):
+    """What is asked of the freezing that is saved: an `AdaptiveFreezing`."""
+
+    engine: Engine
+    progress: Progress
+    state: FreezingState
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def ended(self) -> None: ...
+    def release(self) -> None: ...
 
 
 class AccelerateState:
@@ -29,7 +42,7 @@ class AccelerateState:
     its state is loaded. The accelerator outlives models, so it does not keep the freezing alive.
     """
 
-    def __init__(self, accelerator: Accelerator, freezing: AdaptiveFreezing) -> None:
+    def __init__(self, accelerator: Accelerator, freezing: Saved) -> None:
         self._accelerator = accelerator
         self._freezing = weakref.ref(freezing)
         unwrapped = [unwrap(accelerator, model) for model in models(accelerator)]

@@ -21,15 +21,13 @@ from ..adapter.precision import beyond_float16, check_precision
 from ..adapter.saving import names_to_save, save_peft
 from ..engines import Engine, create_engine, rehearse
 from ..errors import AFLoRAError, DivergedError, writing
-from ..freezing import ORDERS, FreezeEvent, FreezingConfig, policy_for
+from ..freezing import ORDERS, FreezeEvent, FreezingConfig
 from ..processes import on_main, refuse_lonely_processes
 from .accelerate_state import AccelerateState
 from .ending import Ending
 from .freezable import Choice, Chosen, Freezable, names_of
 from .frozen import KeptFrozen
-from .prefix import Prefix
 from .progress import Progress
-from .scores import scores_for
 from .state import FreezingState
 from .stopwatch import Stopwatch
 
@@ -59,7 +57,6 @@ class AdaptiveFreezing:
 
     Attributes:
         seconds: Spent so far on observing, deciding and dropping: of the host, or of the GPU where that works longer.
-        events: All freeze events so far; what has frozen is what they say.
         state: What of this survives a restart, as a part of `progress`.
 
     Raises:
@@ -88,22 +85,18 @@ class AdaptiveFreezing:
         if self._adapter.freezing_attached:
             raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
         self._kept_frozen = KeptFrozen(self.engine.model)
-        self._told: list[Freezable] = [self._kept_frozen, self._adapter]  # of what has frozen
+        told: list[Freezable] = [self._kept_frozen, self._adapter]
         if freezable is not None:
-            self._told.append(freezable if isinstance(freezable, Freezable) else Chosen(freezable, self.engine))
-        self.freezable = names_of(self._told[-1], self.engine, config)
-        self.events: list[FreezeEvent] = []
-        self.state = FreezingState(self)
+            told.append(freezable if isinstance(freezable, Freezable) else Chosen(freezable, self.engine))
+        self.freezable = names_of(told[-1], self.engine, config)
         self.schedule = config.schedule()
-        self.policy = policy_for(config, self.freezable)
         self.numels = {name: self.engine.numel(name) for name in self.freezable}
         self._stopwatch = Stopwatch()
         self.engine.agree(f"{config}{self.numels}", "were set up with different models or FreezingConfigs")
         if self.freezable:
             rehearse(self.engine, min(self.freezable, key=self.numels.__getitem__))
-        self._prefix = Prefix(self.engine, self.freezable, config) if config.prefix and self.freezable else None
-        self.engine.keep(self.state.fixed(()))
-        self._scores = scores_for(self.engine, config, self.numels)
+        self.state = FreezingState(self.engine, config, self.numels, self._adapter.own, told)
+        self.policy, self._prefix, self._scores = self.state.policy, self.state.prefix, self.state.scores
         self._own_clock = progress is None
         self.progress = progress or Progress(self.engine)
         self.engine.observer = None if config.score in ORDERS else self._observe
@@ -120,15 +113,19 @@ class AdaptiveFreezing:
         return self.progress.step
 
     @property
+    def events(self) -> list[FreezeEvent]:
+        """All freeze events so far; what has frozen is what they say."""
+        return self.state.events
+
+    @property
     def frozen(self) -> dict[str, int]:
         """What has frozen, with the step after which it did."""
-        return {name: event.step for event in self.events for name in event.frozen}
+        return self.state.frozen
 
     @property
     def remaining(self) -> list[str]:
         """Freezable matrices that still train."""
-        frozen = self.frozen
-        return [name for name in self.freezable if name not in frozen]
+        return self.state.remaining
 
     @property
     def seconds(self) -> float:
@@ -253,10 +250,6 @@ class AdaptiveFreezing:
         self.state.go_on(state["tensors"], record)
         self.progress.step, self.progress.skipped = record["step"], record["skipped"]
 
-    def _tell(self) -> None:
-        for each in self._told:
-            each.have_frozen(self.frozen)
-
     # -- each global batch -------------------------------------------------------------------
 
     def _observe(
@@ -323,7 +316,7 @@ class AdaptiveFreezing:
                 backward_from=0 if self._prefix is None else self._prefix.frozen,
             )
         )
-        self._tell()
+        self.state.tell()
         self._report(self.events[-1])
 
     def _drop(self, names: Sequence[str]) -> None:

@@ -2,33 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from ..engines import Renamed
+from ..engines import Engine, Renamed
 from ..errors import AFLoRAError
-from ..freezing import FreezeEvent, FreezingConfig
-
-if TYPE_CHECKING:
-    from .adaptive import AdaptiveFreezing
+from ..freezing import FreezeEvent, FreezingConfig, policy_for
+from .freezable import Freezable
+from .prefix import Prefix
+from .scores import scores_for
 
 
 class FreezingState:
-    """The state of one `AdaptiveFreezing`, besides the clock's and the engine's."""
+    """All that changes while parameters freeze, besides the clock's and the engine's.
 
-    def __init__(self, freezing: AdaptiveFreezing) -> None:
-        self._freezing = freezing
-        self._engine = freezing.engine
+    Args:
+        numels: Elements of each parameter that may freeze, by name.
+        own: Names of the adapter's own parameters, which are saved whether they train or not.
+        told: Who hears of what has frozen.
+
+    Attributes:
+        events: All freeze events so far; what has frozen is what they say.
+        policy: Which matrices are next.
+        prefix: The blocks that freeze whole from the bottom, where they do.
+        scores: Of the matrices that still train.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: FreezingConfig,
+        numels: Mapping[str, int],
+        own: Collection[str],
+        told: Sequence[Freezable],
+    ) -> None:
+        self._engine, self._config, self._numels, self._own, self._told = engine, config, numels, own, told
+        self.events: list[FreezeEvent] = []
+        self.policy = policy_for(config, list(numels))
+        self.prefix = Prefix(engine, list(numels), config) if config.prefix and numels else None
+        engine.keep(self.fixed(()))
+        self.scores = scores_for(engine, config, numels)
+
+    @property
+    def frozen(self) -> dict[str, int]:
+        """What has frozen, with the step after which it did."""
+        return {name: event.step for event in self.events for name in event.frozen}
+
+    @property
+    def remaining(self) -> list[str]:
+        """Freezable matrices that still train."""
+        frozen = self.frozen
+        return [name for name in self._numels if name not in frozen]
+
+    def tell(self) -> None:
+        """Tell all who are concerned what has frozen so far."""
+        for each in self._told:
+            each.have_frozen(self.frozen)
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Averages ("smoothed/NAME", "uncertainty/NAME") and what does not train: frozen, or never did ("fixed/NAME").
 
         Of the events what a restart needs: not their scores, which `on_freeze` was told.
         """
-        tensors = self._freezing._scores.snapshot()
+        tensors = self.scores.snapshot()
         fixed = self.fixed(self._engine.trainable)
         tensors |= {f"fixed/{name}": value for name, value in self._engine.gather(fixed).items()}
         record = self.record()
@@ -38,21 +77,20 @@ class FreezingState:
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Go on from what `snapshot` gave; the engine has been restored. A collective."""
-        self._freezing.events = [FreezeEvent(**event) for event in record["events"]]
+        self.events = [FreezeEvent(**event) for event in record["events"]]
         fixed = self.fixed(self._engine.trainable)
         self._engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
         self.go_on(tensors, record)
 
     def go_on(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """`restore` where somebody else has restored all weights. A collective."""
-        freezing = self._freezing
-        freezing.events = [FreezeEvent(**event) for event in record["events"]]
-        freezing._tell()
-        if freezing._prefix is not None:
-            freezing._prefix.restore(freezing.frozen)
+        self.events = [FreezeEvent(**event) for event in record["events"]]
+        self.tell()
+        if self.prefix is not None:
+            self.prefix.restore(self.frozen)
         # An earlier release knew of neither.
-        freezing._scores.restore(tensors, freezing.remaining, record.get("window", {}))
-        freezing.policy.load_state(record.get("policy", {}))
+        self.scores.restore(tensors, self.remaining, record.get("window", {}))
+        self.policy.load_state(record.get("policy", {}))
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Look whether `restore` can go on from this record; nothing changes.
@@ -62,12 +100,12 @@ class FreezingState:
         """
         theirs_config = FreezingConfig(**record["config"])  # an earlier release lacks the newer options
         for option in fields(theirs_config):
-            here, there = getattr(self._freezing.config, option.name), getattr(theirs_config, option.name)
+            here, there = getattr(self._config, option.name), getattr(theirs_config, option.name)
             if there != here and (option.name != "seed" or theirs_config.score == "random"):
                 raise AFLoRAError(
                     f"The checkpoint is of another schedule: {option.name} is {there} there and {here} here."
                 )
-        mine, theirs = self._freezing.numels, record["numels"]
+        mine, theirs = self._numels, record["numels"]
         for name in sorted({*mine, *theirs}):
             if mine.get(name) != theirs.get(name):
                 raise AFLoRAError(
@@ -78,11 +116,11 @@ class FreezingState:
     def record(self) -> dict[str, Any]:
         """Events with all that they say, and what `check` compares. A collective."""
         return {
-            "events": [asdict(event) for event in self._freezing.events],
-            "config": asdict(self._freezing.config),
-            "numels": self._freezing.numels,
-            "window": self._freezing._scores.record(),
-            "policy": self._freezing.policy.state(),
+            "events": [asdict(event) for event in self.events],
+            "config": asdict(self._config),
+            "numels": self._numels,
+            "window": self.scores.record(),
+            "policy": self.policy.state(),
         }
 
     def select(self, record: Mapping[str, Any]) -> None:
@@ -115,7 +153,6 @@ class FreezingState:
 
     def fixed(self, trainable: Sequence[str]) -> list[str]:
         """Names of the parameters that do not train, and are not the base model's."""
-        freezing, trains = self._freezing, set(trainable)
-        ours = {*freezing._adapter.own, *freezing.freezable, *freezing.frozen}
-        ours = ours.union(*(freezing._prefix.blocks if freezing._prefix else ()))
+        trains, ours = set(trainable), {*self._own, *self._numels, *self.frozen}
+        ours = ours.union(*(self.prefix.blocks if self.prefix else ()))
         return [name for name in self._engine.parameters if name in ours and name not in trains]

@@ -70,7 +70,7 @@ class DataConfig(Checked):
     mix: dict[str, float] = field(default_factory=dict, metadata=_OF_FILES_AND_SFT)
     columns: dict[str, str] = field(default_factory=dict, metadata=_OF_FILES_AND_SFT)
     hold_out: int = field(default=0, metadata=NOT_NEGATIVE)
-    text_columns: list[str] = field(default_factory=lambda: ["text"])
+    text_columns: list[str] = field(default_factory=lambda: ["text"])  # of all tasks: what is predicted is a file
     label_column: str = "label"
     regression: bool | None = field(default=None, metadata=_OF_FILES)
     positive_label: str | None = field(default=None, metadata=_OF_FILES)
@@ -79,10 +79,10 @@ class DataConfig(Checked):
     tokens_per_micro_batch: int | None = field(default=None, metadata=AT_LEAST_ONE)
     max_train_examples: int | None = field(default=None, metadata=AT_LEAST_ONE)
     max_eval_examples: int | None = field(default=None, metadata=AT_LEAST_ONE)
-    loss_on: Literal["completions", "all"] = "completions"
+    loss_on: Literal["completions", "all"] = field(default="completions", metadata=_OF_SFT)
     packing: bool = field(default=False, metadata=_OF_SFT)
     system: str | None = field(default=None, metadata=_OF_SFT)
-    max_new_tokens: int = field(default=128, metadata=AT_LEAST_ONE)
+    max_new_tokens: int = field(default=128, metadata=AT_LEAST_ONE | _OF_SFT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,3 +106,10 @@ class DataConfig(Checked):
             raise AFLoRAError(f"data.path is for GLUE's tasks; data.task={self.task} does not read it.")
         if self.pad_to_max_length and self.task == "sft":
             raise AFLoRAError("data.pad_to_max_length is for classifiers: data.task=sft has no use for it.")
+
+    def refuse_columns(self) -> None:
+        """Raise where columns are named that this task does not read. Predicting does: what it is given is a file."""
+        instead = "Name data.columns instead" if self.task == "sft" else "Leave it out"
+        for name, usual in (("text_columns", ["text"]), ("label_column", "label")):
+            if self.task != "files" and getattr(self, name) != usual:
+                raise AFLoRAError(f"data.{name} is for data.task=files, not {self.task}. {instead}.")

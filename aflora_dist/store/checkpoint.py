@@ -111,6 +111,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def list_abandoned(folder: Path) -> list[Path]:
+    """Checkpoints that another branch of the run has left, as abandoned_step_STEP."""
+    return [path for path in folder.glob("abandoned_*") if _NAME.fullmatch(path.name.removeprefix("abandoned_"))]
+
+
 def step_of(path: Path) -> int:
     """The updates after which a checkpoint was written, by its name."""
     return int(path.name.removeprefix("step_"))

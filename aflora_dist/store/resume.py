@@ -114,9 +114,14 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
             )
         return checkpoint.load(path)
     newest, complaints = checkpoint.newest_good(run.checkpoints)
+    if newest is None and (held := run.kept_if_begun_anew()):
+        raise AFLoRAError(
+            " ".join(complaints) + f" {run.path} holds no checkpoint of a run (step_...) to go on from, and to begin "
+            f"anew would delete {', '.join(held[:5])}{' and more' if len(held) > 5 else ''}. Name a checkpoint with "
+            f"--resume FOLDER, move away what you need, or begin again with run.overwrite=true."
+        )
     for complaint in complaints:
-        instead = f"Going on from {newest.path.name}" if newest else "There is no other: starting from the beginning"
-        logger.warning(f"{complaint} {instead}.")
+        logger.warning(f"{complaint} Going on from {newest.path.name}." if newest else complaint)
     return newest
 
 
@@ -238,7 +243,7 @@ class Checkpointer:
         events = record["parts"].get("freezing", {}).get("events", [])
         if self.run.writes:
             events = _with_scores(events, loaded.path.parent.parent / records.FREEZE_LOG)
-        self.run.claim(self.resolved, going_on=GoingOn(record["step"], events))
+        self.run.claim(self.resolved, going_on=GoingOn(loaded.path, record["step"], events))
         return record["step"]
 
     def _check_data(self, loaded: Checkpoint) -> None:

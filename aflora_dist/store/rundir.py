@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from ..errors import AFLoRAError, writing
 from ..options import Config, RunConfig
 from ..processes import on_main
-from .checkpoint import list_checkpoints, step_of
+from .checkpoint import list_abandoned, list_checkpoints, step_of
 from .lock import LOCK, try_lock
 from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
 
@@ -33,8 +33,9 @@ _PUT_ASIDE = (FREEZE_LOG, METRICS, "adapter", LORA, RESULT)  # of a finished run
 
 @dataclass(frozen=True)
 class GoingOn:
-    """Where a run is taken up: after `step` updates, with these lines of freeze_log.jsonl so far."""
+    """Where a run is taken up: at this checkpoint after `step` updates, with these lines of freeze_log.jsonl so far."""
 
+    checkpoint: Path
     step: int
     events: list[dict[str, Any]]
 
@@ -106,6 +107,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _holds_any(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and any(folder.iterdir())
+
+
 class RunDirectory:
     """The directory of one run. Looked at when created; nothing changes in it before `claim`.
 
@@ -159,6 +164,17 @@ class RunDirectory:
 
         on_main(self.accelerator, take)
 
+    def kept_if_begun_anew(self) -> list[str]:
+        """What lies here that took a training, or is not a run's: to begin anew would delete it."""
+        names = [*_FOLDERS, *(f"abandoned_{name}" for name in _PUT_ASIDE)]
+        if (self.path / CONFIG).exists():  # else nothing says that a run wrote these
+            names = [name for name in names if name not in ("tensorboard", "trackers")]
+        held = [name for name in names if name != "checkpoints" and (self.path / name).exists()]
+        if self.checkpoints.is_dir():
+            found = sorted(path.name for path in self.checkpoints.iterdir() if not path.name.startswith(".step_"))
+            held += [f"checkpoints/{name}" for name in found]
+        return held
+
     def _owner(self) -> list[tuple[int, int] | None]:
         """Tells runs in this directory apart: each writes its configuration anew when it begins or is taken up."""
         return [_identity(self.path / name) for name in (CONFIG, RESULT)]
@@ -200,12 +216,17 @@ class RunDirectory:
         if going_on is None:
             for name in reversed(_FILES):  # the result first: a killed process must not look finished
                 (self.path / name).unlink(missing_ok=True)
+            for old in (*list_checkpoints(self.checkpoints), *list_abandoned(self.checkpoints)):
+                _remove(old)
             for name in (*_FOLDERS, *(f"abandoned_{name}" for name in _PUT_ASIDE)):
-                _remove(self.path / name)
+                if name != "checkpoints" or not _holds_any(self.checkpoints):  # else copies of the user's
+                    _remove(self.path / name)
         else:
             if (self.path / "result.json").exists():
                 self._put_aside()
-            self._abandon(going_on.step)
+            else:
+                _remove(self.path / LORA)  # of a result that was deleted; what serves is made of adapter/
+            self._abandon(going_on)
             self._replace("freeze_log.jsonl", "".join(dumps(event) + "\n" for event in going_on.events))
             self._cut("metrics.jsonl", going_on.step)
         self.tensorboard.mkdir(exist_ok=True)
@@ -223,15 +244,16 @@ class RunDirectory:
                 _remove(aside)
                 path.replace(aside)
 
-    def _abandon(self, step: int) -> None:
+    def _abandon(self, going_on: GoingOn) -> None:
         """Put checkpoints of later steps aside: what follows now is another branch, or they are damaged.
 
-        Those that an earlier branch left aside go then: with them nothing new could be done.
+        Those that an earlier branch left aside go then, but for the one that is read now.
         """
-        later = [path for path in list_checkpoints(self.checkpoints) if step_of(path) > step]
+        later = [path for path in list_checkpoints(self.checkpoints) if step_of(path) > going_on.step]
         if later:
-            for old in self.checkpoints.glob("abandoned_step_*"):
-                _remove(old)
+            for old in list_abandoned(self.checkpoints):
+                if old.resolve() != going_on.checkpoint.resolve():
+                    _remove(old)
         for path in later:
             path.replace(path.with_name(f"abandoned_{path.name}"))
 

@@ -60,6 +60,7 @@ def load_data(config: DataConfig, seed: int) -> Data:
             empty split. The message says where and what to do.
     """
     datasets.disable_progress_bars()
+    config.refuse_columns()
     if config.task == "demo":
         data = _demo()
     elif config.task == "files":

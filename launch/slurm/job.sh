@@ -5,6 +5,7 @@
 # Preemption and time limit: Slurm sends USR1 to this shell ahead of the end. Launchers do not pass signals on, so
 # the request goes by a file; all ranks save after the same update and leave; this shell puts the job back into the
 # queue, and the next start goes on with --resume. A node that fails puts the job back by itself (--requeue).
+# Ranks that have not left after AFLORA_GRACE seconds (100) are ended, and the job goes back into the queue all the same.
 # A script of your own gets USR1 in every rank, which ignores it unless the script handles it, and AFLORA_GRACE seconds
 # (60); then the job goes back into the queue. The script has to go on from its last checkpoint by itself.
 
@@ -47,6 +48,8 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     read -ra seeds <<<"${AFLORA_SEEDS:-$SLURM_ARRAY_TASK_ID}"
     read -ra presets <<<"${AFLORA_PRESETS:-}"
+    # Without seeds an element of one preset, or of none, is a seed; of several presets each has the same.
+    [ -n "${AFLORA_SEEDS:-}" ] || ((${#presets[@]} < 2)) || seeds=(0)
     elements=$((${#seeds[@]} * (${#presets[@]} && ! 0$own ? ${#presets[@]} : 1)))
     if [ -n "${AFLORA_SEEDS:-}" ] || ((elements > 1)); then
         if ((SLURM_ARRAY_TASK_ID >= elements)); then
@@ -60,7 +63,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     else
         arguments+=(--train.seed "$seed")
         if ((${#presets[@]})); then
-            preset=${presets[SLURM_ARRAY_TASK_ID / ${#seeds[@]}]}
+            preset=${presets[SLURM_ARRAY_TASK_ID / ${#seeds[@]} % ${#presets[@]}]}
             arguments+=(--preset "$preset")
             run_dir=$run_dir/${preset//\//_}
         fi
@@ -72,22 +75,29 @@ elif [[ -n $own && "${arguments[*]}" == *{seed}* ]]; then
 fi
 
 asked= patience=
+# tell: whom; finished: whether all is done. Who has not left by then is ended, and comes back all the same.
+ask() {
+    [ -z "$asked" ] || return
+    asked=1
+    tell
+    (sleep "${AFLORA_GRACE:-$grace}" && ! finished && scontrol requeue "$job") &
+    patience=$!
+}
 if [ -n "$own" ]; then
     what="${target[*]}"
-    ask() {
-        [ -z "$asked" ] || return
-        asked=1
-        scancel --signal=USR1 "$SLURM_JOB_ID"
-        (sleep "${AFLORA_GRACE:-60}" && scontrol requeue "$job") & # ends what is still running
-        patience=$!
-    }
+    grace=60
+    # $job: in an array SLURM_JOB_ID of one of the elements is the number of all of them.
+    tell() { scancel --signal=USR1 "$job"; }
+    finished() { false; }
 else
     what=$run_dir
     arguments+=(--run.dir "$run_dir" --resume)
     mkdir -p "$run_dir"
     rm -f "$run_dir/stop" # meant for an earlier start
     export AFLORA_STOP_CLEARED=1 # one that is there from here on is meant for this start, however early it comes
-    ask() { asked=1; touch "$run_dir/stop"; }
+    grace=100 # ranks look between updates: one may be in a long evaluation, or still loading
+    tell() { touch "$run_dir/stop"; }
+    finished() { [ -e "$run_dir/result.json" ]; }
 fi
 trap ask USR1
 
@@ -117,7 +127,7 @@ wait "$step"
 status=$?
 [ -z "$patience" ] || kill "$patience" 2>/dev/null
 
-if [ -n "$asked" ] && { [ -n "$own" ] || { [ "$status" -eq 0 ] && [ ! -e "$run_dir/result.json" ]; }; }; then
+if [ -n "$asked" ] && { [ -n "$own" ] || [ "$status" -eq 0 ]; } && ! finished; then
     echo "aflora: job $job goes back into the queue"
     scontrol requeue "$job" || exit 1
     exit 0

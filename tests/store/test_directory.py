@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from aflora_dist import AFLoRAError
 from aflora_dist.options import RunConfig
 from aflora_dist.plan.command import main as plan
+from aflora_dist.store import checkpoint
 from aflora_dist.store.rundir import GoingOn, RunDirectory, refuse_own_input
 from aflora_dist.training.command_line import parse
 from aflora_dist.training.run import main
@@ -37,7 +38,7 @@ def test_a_job_that_was_started_before_another_one_began_here_leaves_that_one_s_
     assert main([*arguments, *more]) == 0
     kept = files(folder)
     with pytest.raises(AFLoRAError, match=f"Another job has begun or ended a run in {folder} since"):
-        slow.claim("{}", going_on=GoingOn(6, []) if how == "going on" else None)
+        slow.claim("{}", going_on=GoingOn(folder / "checkpoints" / "step_6", 6, []) if how == "going on" else None)
     assert files(folder) == kept
 
 
@@ -193,3 +194,66 @@ def test_a_run_is_no_checkpoint(arguments: list[str], tmp_path: Path, capsys: py
     more = ["--run.dir", str(tmp_path / "other"), "--train.epochs", "9", "--resume", str(tmp_path / "run")]
     assert main([*arguments, *more]) == 2
     assert "is a run. --run.dir" in capsys.readouterr().err
+
+
+def test_what_took_a_training_is_not_deleted_by_resume(
+    tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--resume` stands in every job that may be requeued: where there is nothing to go on from it is no overwrite."""
+    folder = tmp_path / "run"
+    arguments = options(folder, tiny_model, reviews)  # checkpoints after 5, 10, 15 and 20 updates
+    saved = folder / "checkpoints"
+
+    def refused(*named: str) -> None:
+        kept = files(folder)
+        assert main([*arguments, "--resume"]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert all(name in said for name in (*named, "run.overwrite=true")), said
+        assert files(folder) == kept
+
+    def away(path: Path) -> None:
+        raise OSError(116, "Stale file handle", str(path))
+
+    for name in ("checkpoints/checkpoint-500/model.bin", "adapter/adapter_model.safetensors", "trackers/theirs"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("another program's")
+    refused("adapter", "trackers", "checkpoints/checkpoint-500")
+    shutil.rmtree(folder)
+
+    assert main(arguments) == 0
+    (folder / "result.json").unlink()
+    with monkeypatch.context() as patched:  # a server that is away for a moment
+        patched.setattr(checkpoint, "_fingerprint", away)
+        refused("Stale", "step_00000020")
+    saved.joinpath("step_00000005").rename(saved / "good")
+    for path in saved.glob("step_*"):
+        (path / "manifest.json").write_text("{")
+    refused("manifest.json", "checkpoints/good", "checkpoints/step_00000010")
+    assert main([*arguments, "--run.overwrite", "true"]) == 0
+    assert sorted(path.name for path in saved.iterdir()) == ["good", *(f"step_000000{n:02}" for n in (5, 10, 15, 20))]
+
+
+def test_a_checkpoint_of_another_branch_outlives_going_on_from_it(
+    tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = options(folder, tiny_model, reviews)
+    saved = folder / "checkpoints"
+    assert main(arguments) == 0
+    (saved / "step_00000015").rename(saved / "abandoned_step_00000015")
+    shutil.copytree(saved / "step_00000010", saved / "abandoned_step_00000010")
+    assert main([*arguments, "--resume", str(saved / "abandoned_step_00000015")]) == 0
+    left = sorted(path.name for path in saved.glob("abandoned_*"))
+    assert left == ["abandoned_step_00000015", "abandoned_step_00000020"]
+
+
+def test_what_serves_is_made_of_the_adapter_that_a_run_ends_with(arguments: list[str], tmp_path: Path) -> None:
+    """Where its damaged result was deleted, as a message advises, it goes on; so the older lora/ is none of its."""
+    run = tmp_path / "run"
+    assert main(arguments) == 0
+    served = run / "lora" / "adapter_model.safetensors"
+    expected = served.read_bytes()
+    (run / "result.json").unlink()
+    served.write_bytes(b"of before")
+    assert main([*arguments, "--resume"]) == 0
+    assert served.read_bytes() == expected

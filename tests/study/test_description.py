@@ -66,6 +66,8 @@ def test_what_is_like_another_may_lie_in_another_folder_and_is_told_what_is_miss
     small = written(tmp_path, f"{START}methods: {{a: {{}}}}\nsmall: {{methods: [a]}}\n")
     with pytest.raises(AFLoRAError, match=r"small\.methods must hold names with values"):
         read_study(small, small=True)
+    with pytest.raises(AFLoRAError, match="no section `small`"):
+        read_study(written(tmp_path, f"{START}methods: {{a: {{}}}}\n"), small=True)
 
 
 def test_seeds_of_a_command_line_are_held_to_what_those_of_a_file_are(tmp_path: Path) -> None:

@@ -31,10 +31,6 @@ def rate(run: Planned) -> float:
 @pytest.mark.parametrize("name", shipped())
 @pytest.mark.parametrize("small", [False, True], ids=["paper's", "small"])
 def test_every_shipped_study_is_one(name: str, small: bool) -> None:
-    if small and name == "word_problems":
-        with pytest.raises(AFLoRAError, match="no section `small`"):
-            read_study(shipped()[name], small)
-        return
     study, data = read_study(shipped()[name], small), {}
     if name == "word_problems":
         with pytest.raises(AFLoRAError, match=r"word_problems, problems: it names no data. Add --data.train_file"):

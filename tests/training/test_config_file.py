@@ -99,6 +99,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "decay": (["--freezing.beta2", "1.0"], "freezing.beta2 must be less than 1, got 1.0"),
     "pairs": (["--freezing.pairwise=true", "--freezing.rule=quantile"], "freezing.rule=quantile judges each matrix"),
     "of a task": (["--data.packing", "true"], "data.packing is for data.task=sft, not demo"),
+    "loss of a classifier": (["--data.loss_on", "all"], "data.loss_on is for data.task=sft, not demo"),
     "sixties": (["--train.epochs", "1:30"], "train.epochs must be a whole number, not 1:30"),
     "octal": (["--train.seed=010"], "train.seed must be a whole number, not 010"),
     "empty preset": (["--preset", ""], "There is no preset ''. Presets: demo"),

@@ -66,6 +66,14 @@ OPTIONS = {
     "no steps": (["--profile.steps", "0"], "profile.steps must be at least 1"),
     "starts too late": (["--profile", "--profile.starts", "[3, 11]"], "Profiling does not fit"),
     "too many steps": (["--profile", "--profile.steps", "50"], "Profiling does not fit"),
+    "columns of a task": (
+        ["--data.task", "rte", "--data.label_column", "stars", *NO_FILES],
+        "data.label_column is for data.task=files, not rte. Leave it out",
+    ),
+    "columns of chats": (
+        ["--data.task", "sft", "--data.text_columns", "question"],
+        "data.text_columns is for data.task=files, not sft. Name data.columns instead",
+    ),
     "same column": (["--data.text_columns", "[label]"], "besides data.label_column"),
     "file for another task": (["--data.task", "rte"], "data.train_file is for data.task=files or sft, not rte"),
 }

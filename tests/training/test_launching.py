@@ -349,6 +349,29 @@ def test_an_array_longer_than_its_table_trains_nothing_else(element: int, tmp_pa
     assert ("glue_rte/seed_7" in done.stdout) == (element == 3)
 
 
+def test_presets_of_an_array_without_seeds_have_the_same_seed(tmp_path: Path) -> None:
+    table = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "6", "AFLORA_PRESETS": "glue/cola glue/rte"}
+    script, arguments = ROOT / "launch" / "slurm" / "cpu.sbatch", ["--run.dir", str(tmp_path / "run")]
+    assert "--train.seed 0 --preset glue/rte" in submit(script, arguments, ROOT, tmp_path, **table).stdout
+    table["AFLORA_PRESETS"] = "glue/rte"
+    assert "--train.seed 1 --preset glue/rte" in submit(script, arguments, ROOT, tmp_path, **table).stdout
+
+
+@pytest.mark.parametrize(("grace", "finished"), [("1", False), ("1", True), ("60", False)])
+def test_ranks_that_look_too_late_are_ended_and_the_job_comes_back(grace: str, finished: bool, tmp_path: Path) -> None:
+    """As in a long evaluation, or while the model loads: nobody looks for the request to stop."""
+    script, run = ROOT / "launch" / "slurm" / "cpu.sbatch", tmp_path / "run"
+    run.mkdir()
+    if finished:
+        (run / "result.json").touch()
+    busy = "$(kill -USR1 $PPID; sleep 3)ranks have ended"
+    done = submit(script, ["--run.dir", str(run)], ROOT, tmp_path, busy, AFLORA_GRACE=grace)
+    said = [line for line in done.stdout.splitlines() if line in ("here", "ranks have ended")]  # scontrol's, srun's
+    requeued = [] if finished else ["here"]
+    assert said == [*(requeued if grace == "1" else []), "ranks have ended", *requeued], done.stdout + done.stderr
+    assert (run / "stop").exists()
+
+
 class Lock:
     """The lock of a compilation, as torch takes it."""
 

@@ -168,7 +168,7 @@ def test_an_array_of_seeds_is_collected_into_a_table(
     assert f"{row['mean']:.4f}" in capsys.readouterr().out
 
 
-# Waits to be interrupted the first time, and says who it is the second.
+# Waits to be interrupted the first time, and says who it is the second. Its neighbour of the array says if it was, too.
 OWN = """
 import signal, sys, time
 from pathlib import Path
@@ -181,6 +181,12 @@ if seed % 2 and not saved.exists():
     signal.signal(signal.SIGUSR1, lambda *_: (saved.write_text(""), sys.exit(1)))
     (out / f"ready_{ranks.process_index}").write_text("")
     time.sleep(300)
+if seed % 2 == 0:
+    signal.signal(signal.SIGUSR1, lambda *_: (out / "disturbed").write_text(""))
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not all((out / f"saved_{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.2)
+    time.sleep(2)
 (out / f"done_{seed}_{ranks.process_index}").write_text(str(ranks.num_processes))
 """
 
@@ -196,4 +202,5 @@ def test_a_script_of_one_s_own_runs_on_all_nodes_and_comes_back(cluster: SlurmCl
     job.wait_for_end()
     assert all((tmp_path / f"done_{seed}_{rank}").read_text() == "2" for seed in (2, 5) for rank in (0, 1))
     assert all((tmp_path / f"saved_{rank}").exists() for rank in (0, 1))
+    assert not (tmp_path / "disturbed").exists()
     assert "start 2, 2 node(s), " + str(script) in job.said()

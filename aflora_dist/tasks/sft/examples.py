@@ -50,6 +50,7 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
         AFLoRAError: On every rank: there is none, or its columns are not understood; the message says what is.
     """
     datasets.disable_progress_bars()
+    config.refuse_columns()
     if config.name == "demo":
         tables, parts, train = [], [], word_problems(512, seed=0)
         held = word_problems(64, seed=1)
