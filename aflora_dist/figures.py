@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from .names import freeze_map_cells, grid, matrix_position
+from .names import freeze_map_cells, grid, matrix_position, stack_names
 from .store.records import Event, Update
 from .traces import WindowReport, range_paths, short_name
 
@@ -46,9 +46,9 @@ def freeze_map(
             light = sum(scale.to_rgba(step)[:3]) / 3 > 0.55
             axis.text(column, row, str(step), ha="center", va="center", fontsize=7, color="black" if light else "white")
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="layer")
-    several = len({stack for stack, _ in columns}) > 1
-    labels = [f"{stack.split('.')[0]} {layer}" if several else str(layer) for stack, layer in columns]
-    axis.set_xticks(range(len(columns)), labels, rotation=90 if several else 0, fontsize=8, parse_math=False)
+    called = stack_names(stack for stack, _ in columns)
+    labels = [f"{called[stack]}{layer}" for stack, layer in columns]
+    axis.set_xticks(range(len(columns)), labels, rotation=90 if len(called) > 1 else 0, fontsize=8, parse_math=False)
     axis.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
     axis.set_title(f"{len(frozen)} of {len(names)} projection matrices frozen", fontsize=10)
     axis.tick_params(length=0)
@@ -64,8 +64,13 @@ def freeze_map(
     return figure
 
 
-def curves(metrics: Sequence[Update], lora_r8: int | None = None) -> Figure:
-    """Loss, gradient norm, trainable parameters and learning rates over the steps of metrics.jsonl."""
+def curves(metrics: Sequence[Update], lora_r8: int | None = None, head: int = 0) -> Figure:
+    """Loss, gradient norm, trainable parameters and learning rates over the steps of metrics.jsonl.
+
+    Args:
+        lora_r8: What LoRA r=8 trains on the same layers.
+        head: What is among the trainable parameters besides, and would be beside LoRA's.
+    """
     steps = [line.step for line in metrics]
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     (loss, norm), (trained, rates) = figure.subplots(2, 2, sharex=True)
@@ -75,7 +80,10 @@ def curves(metrics: Sequence[Update], lora_r8: int | None = None) -> Figure:
     norm.set_ylabel("gradient norm before clipping")
     trained.step(steps, _values(metrics, "trainable_params"), where="post", color=_BLUE, label="this run")
     if lora_r8:
-        trained.axhline(lora_r8, color=_GOLD, linestyle="--", label="LoRA r=8")
+        with_head = " and the head" if head else ""
+        trained.axhline(lora_r8 + head, color=_GOLD, linestyle="--", label=f"LoRA r=8{with_head}")
+        if head:
+            trained.axhline(head, color=_GREY, linestyle=":", label="the head")
     trained.set_ylim(bottom=0)
     trained.set_ylabel("trainable parameters")
     trained.yaxis.set_major_formatter(lambda value, _: f"{value / 1e3:,.0f}k")
@@ -97,11 +105,12 @@ def _values(metrics: Sequence[Update], key: str) -> list[float]:
 
 
 def score_curves(events: Sequence[Event], total_steps: int) -> Figure:
-    """Every matrix's freezing score at the freeze events, ending where it froze; the colour is its layer."""
+    """Every matrix's freezing score at the freeze events, with a dot where it froze; the colour is its layer."""
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axis = figure.add_subplot()
     names = sorted({name for event in events for name in event.scores})
     columns, _ = grid(names)
+    frozen = {name for event in events for name in event.frozen}
     position = {column: i for i, column in enumerate(columns)}
     scale: Any = ScalarMappable(Normalize(0, max(len(columns) - 1, 1)), _MAP)
     for name in names:
@@ -109,7 +118,8 @@ def score_curves(events: Sequence[Event], total_steps: int) -> Figure:
         where = matrix_position(name)
         colour = scale.to_rgba(position[where.stack, where.layer])
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.8)
-        axis.plot(*points[-1], color=colour, marker="o", markersize=3)
+        if name in frozen:
+            axis.plot(*points[-1], color=colour, marker="o", markersize=3)
     axis.set(yscale="log", xlim=(0, total_steps), xlabel="step (optimizer update)")
     axis.set_ylabel("freezing score, mean of smoothed gradient times uncertainty (Eq. 4)", fontsize=8)
     axis.set_title("a dot: the matrix froze", fontsize=9)

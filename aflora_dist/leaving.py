@@ -67,6 +67,10 @@ def leave(status: int) -> NoReturn:
 def _said(error: BaseException, what: str, then: str) -> int | None:
     """Say what a person is to know; returns the exit status, None for what nobody was expected to do."""
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # once per node: its files may differ
+    if isinstance(error, KeyboardInterrupt):
+        if speaks:
+            print(f"aflora: interrupted. {then}", file=sys.stderr, flush=True)
+        return 130
     if isinstance(error, AFLoRAError):
         if speaks or isinstance(error, LaunchError):
             print(f"aflora: error: {error}", file=sys.stderr, flush=True)

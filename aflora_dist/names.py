@@ -228,6 +228,23 @@ def grid(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
     return sorted({(p.stack, p.layer) for p in positions}), sorted({p.kind for p in positions})
 
 
+def stack_names(stacks: Iterable[str]) -> dict[str, str]:
+    """What to write before the numbers of layers, to tell stacks apart: the first part that does; one needs nothing.
+
+    >>> stack_names(["model.encoder.layers", "model.decoder.layers"])
+    {'model.encoder.layers': 'encoder ', 'model.decoder.layers': 'decoder '}
+    >>> stack_names(["layers"])
+    {'layers': ''}
+    """
+    known = {stack: stack.split(".") for stack in stacks}
+    if len(known) < 2:
+        return dict.fromkeys(known, "")
+    for parts in zip(*known.values(), strict=False):
+        if len({*parts}) == len(known):
+            return {stack: f"{part} " for stack, part in zip(known, parts, strict=True)}
+    return {stack: f"{stack} ".lstrip() for stack in known}
+
+
 def freeze_map_cells(
     names: Sequence[str], frozen: Mapping[str, int], ends: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[str, int]], list[str], dict[tuple[str, tuple[str, int]], int | None]]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Unpack
+from weakref import WeakKeyDictionary, ref
 
 import torch
+from peft import PeftModel
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 
-from .adapter.freezable import thaw
+from .adapter.freezable import adapter_of, thaw
 from .adapter.saving import state_dict_of
 from .compat.accelerate import unwrap
 from .compat.contract import require_private
-from .compat.transformers import TRAINER
+from .compat.transformers import TRAINER, saves_adapters
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .control.freezable import Choice
 from .control.scheduler import Scheduler
@@ -32,6 +35,9 @@ from .store.checkpoint import Checkpoint
 from .watch.stopping import StopRequest
 
 _STATE = "aflora"  # the folder in Trainer's checkpoint that holds the training's state by name
+_LAST: WeakKeyDictionary[nn.Module, ref[AdaptiveFreezing]] = (
+    WeakKeyDictionary()
+)  # who froze a model last, if still there
 
 
 class FreezingCallback(TrainerCallback):
@@ -93,6 +99,9 @@ class FreezingCallback(TrainerCallback):
         assert trainer is not None, "Trainer has introduced itself"
         if state.max_steps <= 0:  # num_train_epochs=0: nothing is trained
             return
+        model = unwrap(trainer.accelerator, trainer.model)
+        if (left := _LAST.get(model)) is not None and (of_before := left()) is not None:
+            of_before.release()  # of a Trainer that was interrupted, which a notebook keeps with its traceback
         self.freezing = AdaptiveFreezing(
             trainer.accelerator,
             trainer.model_wrapped,
@@ -101,6 +110,7 @@ class FreezingCallback(TrainerCallback):
             freezable=self.freezable,
             on_freeze=self.on_freeze,
         )
+        _LAST[model] = ref(self.freezing)
         progress = self.freezing.progress
         progress.parts["scheduler"] = Scheduler(trainer.lr_scheduler, progress.engine)
         if self._resumed is not None:
@@ -126,17 +136,19 @@ class FreezingCallback(TrainerCallback):
         if control.should_save and self.freezing is not None:
             self.freezing.progress.check_finite()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the state by name to the checkpoint that Trainer has written. A collective.
+    def _save_rng_state(self, trainer: Trainer, original: Callable[..., Any], output_dir: str) -> None:
+        """Add the state by name to a checkpoint that Trainer writes, before it deletes earlier ones. A collective.
 
         Raises:
             AFLoRAError: On every rank, if it cannot be written.
         """
-        trainer, freezing = self.trainer, self.freezing
-        if trainer is None or freezing is None or args.save_only_model or state.is_hyper_param_search:
+        original(output_dir)
+        freezing = self.freezing
+        mine = self.trainer is trainer  # else this callback is another Trainer's, too
+        if freezing is None or not mine or trainer.state.is_hyper_param_search:
             return
         tensors, record = freezing.progress.snapshot()
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
+        folder = Path(output_dir) / _STATE
 
         def write() -> None:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier training in the same folder
@@ -150,6 +162,8 @@ class FreezingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.freezing is not None:
+            if state.global_step < state.max_steps:  # EarlyStoppingCallback, an error: nobody miscounted
+                self.freezing.interrupted()
             self.freezing.release()
         if self._stop is not None:
             self._stop.close()
@@ -181,13 +195,21 @@ class FreezingCallback(TrainerCallback):
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
         if trainer.is_fsdp_enabled or stage == 3:
             return
-        trained = [(parameter, parameter.requires_grad) for parameter in trainer.model.parameters()]
+        model, folder = trainer.model, Path(args[0] if args else kwargs["resume_from_checkpoint"])
+        ours = (folder / _STATE).is_dir()
+        if ours and saves_adapters(model) and not isinstance(model, PeftModel):
+            return  # Trainer would look for the files of a whole model
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        active = list(model.active_adapters) if isinstance(model, PeftModel) else []
         try:
             original(*args, **kwargs)
         except ValueError as error:
             # Another engine has left no files of it, or a model in shards.
-            if not any(said in str(error) for said in ("Can't find a valid checkpoint", "only supported when using")):
+            known = ("Can't find a valid checkpoint", "only supported when using")
+            if not ours or not any(said in str(error) for said in known):
                 raise
+        if len(active) > 1:  # Trainer has switched all but the first off
+            model.base_model.set_adapter(active)
         for parameter, trains in trained:  # PEFT switches all of an adapter on
             parameter.requires_grad_(trains)
 
@@ -214,6 +236,8 @@ class FreezingCallback(TrainerCallback):
                 trainer.optimizer = None
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
+            if not folder.is_dir():
+                raise AFLoRAError(f"There is no folder {folder}, which resume_from_checkpoint names.")
             self._resumed = found = _find(trainer, folder)
             if found is None:
                 raise AFLoRAError(
@@ -222,11 +246,24 @@ class FreezingCallback(TrainerCallback):
                     f"short. Take another checkpoint, or start from the beginning (resume_from_checkpoint=None)."
                 )
             progress = found.training["progress"]
+            self._hold_frozen(trainer, progress["parts"]["freezing"].get("frozen_before", ()))
             since = {name for event in progress["parts"]["freezing"]["events"] for name in event["frozen"]}
             self._thaw(trainer, since.union(progress["engine"]["names"]))
             if trainer.is_deepspeed_enabled:  # else Trainer has done so
                 trainer._load_from_checkpoint(resume_from_checkpoint)
         return original(max_steps, train_dataloader, None)
+
+    def _hold_frozen(self, trainer: Trainer, names: Collection[str]) -> None:
+        """Where the checkpoint's training was not the model's first: what had frozen before it began."""
+        model = unwrap(trainer.accelerator, trainer.model)
+        training = [p for name, p in named_parameters(model).items() if name in names and p.requires_grad]
+        if not training:
+            return
+        adapter_of(model).have_frozen(set(names))
+        for parameter in training:
+            parameter.requires_grad_(False)
+        if not self._given_optimizer:
+            trainer.optimizer = None  # Trainer makes one without them
 
     def _thaw(self, trainer: Trainer, names: Any) -> None:
         """Where this process has trained the model already: all that the checkpoint's training began with."""
@@ -302,7 +339,7 @@ def _introduce() -> None:
         UnsupportedEngineError: This release of transformers has no such places.
     """
     require_private("transformers", Trainer, TRAINER)
-    for name in ("_load_from_checkpoint", "_prepare_for_training", "_load_best_model", "save_model"):
+    for name in ["_load_from_checkpoint", "_prepare_for_training", "_load_best_model", "_save_rng_state", "save_model"]:
         setattr(Trainer, name, _leading(getattr(Trainer, name), getattr(FreezingCallback, f"_{name.lstrip('_')}")))
 
 

@@ -54,17 +54,19 @@ class Adapted:
                 frozen = self._paths[path].frozen
                 (frozen.add if name in names else frozen.discard)(matrix)
 
-    def attach(self, outer: nn.Module) -> None:
-        """An `AdaptiveFreezing` watches this model from now on; `outer` is what the training loop calls."""
+    def attach(self, outer: nn.Module, by: object) -> None:
+        """`by`, an `AdaptiveFreezing`, watches this model from now on; `outer` is what the training loop calls."""
         for guard in self._guards:
-            guard.attached, guard.waived = True, False
+            guard.watch_for(by)
+            guard.waived = False
         for root in self.roots:
             Folding.compiled(outer, root)
 
     def detach(self, *, waived: bool) -> None:
         """It does not any more; `waived`: the rest of the matrices may train to the end without one."""
         for guard in self._guards:
-            guard.attached, guard.waived = False, waived or guard.waived
+            guard.watch_for(None)
+            guard.waived = waived or guard.waived
 
     @property
     def freezing_attached(self) -> bool:

@@ -58,7 +58,12 @@ def _explaining(cls: type[T]) -> type[T]:
             raise AFLoRAError(f"AFLoRAConfig has no {name}: {_UNSUPPORTED[name]}.")
         init(self, *args, **kwargs)
 
+    def explain_missing(self: Any, name: str) -> Any:
+        reason = _UNSUPPORTED.get(name)
+        raise AttributeError(f"{cls.__name__} has no {name}" + (f": {reason}." if reason else "."))
+
     cls.__init__ = explain  # type: ignore[assignment]
+    cls.__getattr__ = explain_missing  # type: ignore[attr-defined]  # of what is not there
     return cls
 
 

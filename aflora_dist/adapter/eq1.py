@@ -111,10 +111,12 @@ class Up(torch.autograd.Function):
         if y.dtype != h.dtype:  # a half-precision base, and an adapter in float32: rounded once
             change = (rows @ folded).view(y.shape)
             return y.add_(change) if in_place else (y + change).to(y.dtype)
-        if not in_place:
-            return torch.addmm(flat, rows, folded).view(y.shape)
-        torch.addmm(flat, rows, folded, out=flat)
-        return y
+        if in_place:
+            torch.addmm(flat, rows, folded, out=flat)
+            return y
+        out = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view: the model may write to it in place
+        torch.addmm(flat, rows, folded, out=out.view(flat.shape))
+        return out
 
     @staticmethod
     @outside_autocast
@@ -171,14 +173,21 @@ class Fold(torch.autograd.Function):
 
     The parameters are not saved as autograd saves, but held: reentrant checkpointing comes here once
     for each of its segments, and finds saved tensors freed. That nobody changed them is checked here.
+
+    Args:
+        known: F, where it is known already (`fold`): then only the way back is new.
     """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, layout: Layout, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, dtype: torch.dtype, layout: Layout, known: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.parameters = layout, parameters
         # ZeRO-3 fills a parameter anew for each pass; inference tensors have no versions.
         ctx.versions = [p._version for p in parameters] if any(ctx.needs_input_grad) else []
+        if known is not None:
+            return (known.detach(),)
         S, D, B = Fold._stacked(layout, parameters)
         return (D * S).mul_(B).to(dtype).split(list(layout.outs), 1)
 
@@ -202,10 +211,10 @@ class Fold(torch.autograd.Function):
             )
         n = len(layout.outs)
         present = [grad is not None for grad in grads]
-        needs_b, needs_d, needs_B = (ctx.needs_input_grad[2 + k * n : 2 + (k + 1) * n] for k in range(3))
+        needs_b, needs_d, needs_B = (ctx.needs_input_grad[3 + k * n : 3 + (k + 1) * n] for k in range(3))
         some = next((grad for grad in grads if grad is not None), None)
         if some is None:
-            return None, None, *([None] * len(parameters))
+            return None, None, None, *([None] * len(parameters))
         S, D, B = Fold._stacked(layout, parameters)
         r = some.shape[0]
         pieces = [some.new_zeros(r, out) if M is None else M for M, out in zip(grads, layout.outs, strict=True)]
@@ -224,7 +233,7 @@ class Fold(torch.autograd.Function):
         for i, (parameter, need, seen) in enumerate(zip(parameters, needs, present * 3, strict=True)):
             grad = found[i]
             found[i] = grad.to(parameter.dtype) if grad is not None and need and seen else None
-        return None, None, *found
+        return None, None, None, *found
 
 
 class Cast(torch.autograd.Function):

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..compat.torch import around_compiled, forward_hooks, is_compiled, is_replica, is_traced
@@ -128,12 +129,16 @@ class Folding:
 
     def _fold(self, paths: list[AFLoRAPath], dtype: torch.dtype, live: set[AFLoRAPath]) -> None:
         paths.sort(key=lambda path: path.B.shape[0])
-        through = [p for p in paths if p in live and (self._compiled or p.A.dtype != dtype)]
+        # Where engines hook parameters they are to see only those of layers that were called, each when its gradient is
+        # there. A compiled graph is one node in any case.
+        apart = dist.is_available() and dist.is_initialized() and not self._compiled
+        through = [p for p in paths if p in live and (self._compiled or (p.A.dtype != dtype and not apart))]
         cast = dict(zip(through, Cast.apply(dtype, *(path.A for path in through)), strict=True)) if through else {}
         with_graph = torch.is_grad_enabled()
-        for path, up in zip(paths, fold(paths, dtype), strict=True):
+        for path, up in zip(paths, fold(paths, dtype, apart=apart), strict=True):
             A = cast[path] if path in cast else path.cast_A(dtype)
-            path.keep(Folded(A.detach() if self._compiled and path not in cast else A, up, with_graph))
+            A = A.detach() if self._compiled and path not in cast else A
+            path.keep(Folded(A, up, with_graph, path.versions() if with_graph else ()))
         self._given += paths
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:

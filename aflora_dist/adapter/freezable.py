@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, ref
 
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,7 +18,7 @@ from ..names import named_modules, named_parameters
 from .adapted import Adapted
 from .architectures import kind_of
 
-_ATTACHED: WeakSet[nn.Module] = WeakSet()
+_ATTACHED: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()  # by whom; both come and go
 _FROZEN: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -80,15 +80,16 @@ class Matrices:
     @property
     def freezing_attached(self) -> bool:
         """Whether an `AdaptiveFreezing` watches this model."""
-        return self._model in _ATTACHED
+        by = _ATTACHED.get(self._model)
+        return by is not None and by() is not None
 
-    def attach(self, outer: nn.Module) -> None:
-        """One does, from now on."""
-        _ATTACHED.add(self._model)
+    def attach(self, outer: nn.Module, by: object) -> None:
+        """`by` does, from now on."""
+        _ATTACHED[self._model] = ref(by)
 
     def detach(self, *, waived: bool) -> None:
         """None does any more; the rest trains on."""
-        _ATTACHED.discard(self._model)
+        _ATTACHED.pop(self._model, None)
 
 
 def _of_tuner(layer: Any) -> Iterable[nn.Parameter]:

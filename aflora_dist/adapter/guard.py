@@ -19,30 +19,44 @@ class FreezingGuard:
     run forward as often as it likes (DPO twice, gradient checkpointing once more in backward).
 
     Attributes:
+        attached: Whether an `AdaptiveFreezing` watches the training.
         waived: The rest of the matrices is to train to the end (`AdaptiveFreezing.detach`).
     """
 
     def __init__(self) -> None:
-        self._attached = False
+        self.attached = False
+        self._by: ref[Any] | None = None
         self.waived = False
         self._trained = False  # a backward pass has been seen
         self._ran_again = False  # and a forward after it
         self._compiled: int | None = None  # which one, where no layer runs as Python
 
-    @property
-    def attached(self) -> bool:
-        """Whether an `AdaptiveFreezing` watches the training."""
-        return self._attached
+    def watch_for(self, by: object | None) -> None:
+        """`by`, an `AdaptiveFreezing`, watches the training from now on, as long as it is there; None: nobody does."""
+        mine = ref(self)
 
-    @attached.setter
-    def attached(self, value: bool) -> None:
-        self._attached = value
+        def gone(_: Any) -> None:  # of a training that was interrupted
+            if (guard := mine()) is not None:
+                guard.attached = False
+
+        self.attached, self._by = by is not None, None if by is None else ref(by, gone)
         self._trained, self._ran_again, self._compiled = False, False, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, and of what is read from a file, nobody watches the training."""
+        return {
+            **self.__dict__,
+            "attached": False,
+            "_by": None,
+            "_trained": False,
+            "_ran_again": False,
+            "_compiled": None,
+        }
 
     @property
     def is_open(self) -> bool:
         """Whether a training would go unwatched."""
-        return not (self._attached or self.waived)
+        return not (self.attached or self.waived)
 
     def check(self) -> None:
         """Called before each forward of a layer whose matrices train and should freeze, while the guard is open.

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -217,6 +218,9 @@ class AFLoRAModel(BaseTuner):
             adaptive=config.freezing == "adaptive" and config.freezable != "none",
         )
         if layer is not target:
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # Its fast path in evaluation reads the base weights, and is not taken where there are hooks.
+                parent.register_forward_pre_hook(_calls_its_layers)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # a further adapter does not start out trainable
             self._replace_module(parent, target_name, layer, target)
@@ -299,6 +303,10 @@ def _name_adapters(
     return args, {**kwargs, "adapter_names": names}
 
 
+def _calls_its_layers(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
 def _refuse_other_modules(name: str, module: nn.Module) -> None:
     """Unless the module can be adapted."""
     if isinstance(module, AFLoRALayer):
@@ -308,6 +316,11 @@ def _refuse_other_modules(name: str, module: nn.Module) -> None:
             f"The layer {name!r} holds an adapter of another method already ({type(module).__module__}."
             f"{type(module).__name__}). Merge it first (model = model.merge_and_unload()), take it away "
             "(model = model.unload()), or leave the layer out with exclude_modules."
+        )
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise AFLoRAError(
+            f"{name!r} belongs to torch's nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
+            f"there would do nothing. Leave it out with exclude_modules."
         )
     if not isinstance(module, (nn.Linear, Conv1D)) and resolve_quantization_backend(module) is None:
         raise AFLoRAError(

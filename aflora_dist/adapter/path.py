@@ -44,11 +44,13 @@ class Folded:
 
     Attributes:
         with_graph: Gradients flow from here to the parameters.
+        versions: Of the parameters that it was made of.
     """
 
     A: Tensor
     up: Tensor
     with_graph: bool
+    versions: tuple[int, ...] = ()
 
 
 @lru_cache(maxsize=64)
@@ -56,11 +58,29 @@ def _layout(outs: tuple[int, ...], device: torch.device) -> Layout:
     return Layout(outs, device)
 
 
-def fold(paths: list[AFLoRAPath], dtype: torch.dtype) -> list[Tensor]:
-    """(s_b B s_d)^T of each path, (r, out). All on one device, with one rank r; equal sizes side by side."""
-    layout = _layout(tuple(path.B.shape[0] for path in paths), paths[0].B.device)
-    parameters = [getattr(path, name) for name in ("s_b", "s_d", "B") for path in paths]
-    return list(Fold.apply(dtype, layout, *parameters))
+def fold(paths: list[AFLoRAPath], dtype: torch.dtype, *, apart: bool = False) -> list[Tensor]:
+    """(s_b B s_d)^T of each path, (r, out). All on one device, with one rank r; equal sizes side by side.
+
+    Args:
+        apart: In the graph each layer has a node of its own, so that the backward pass reaches the parameters of those
+            layers alone that were called.
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not apart):
+        found = list(Fold.apply(dtype, _layout_of(paths), None, *_vectors_and_B(paths)))
+    if not apart or not torch.is_grad_enabled():
+        return found
+    return [
+        Fold.apply(dtype, _layout_of([path]), known, *_vectors_and_B([path]))[0]
+        for path, known in zip(paths, found, strict=True)
+    ]
+
+
+def _layout_of(paths: list[AFLoRAPath]) -> Layout:
+    return _layout(tuple(path.B.shape[0] for path in paths), paths[0].B.device)
+
+
+def _vectors_and_B(paths: list[AFLoRAPath]) -> list[nn.Parameter]:  # noqa: N802  # the paper's B
+    return [getattr(path, name) for name in ("s_b", "s_d", "B") for path in paths]
 
 
 class AFLoRAPath(nn.Module):
@@ -127,11 +147,18 @@ class AFLoRAPath(nn.Module):
         if folded is not None and folded.with_graph:
             self.__dict__["_recomputed"] = folded
 
+    def versions(self) -> tuple[int, ...]:
+        """Change when a parameter is written to."""
+        return (self.A._version, self.B._version, self.s_d._version, self.s_b._version)
+
     def _fold(self, x: Tensor) -> Folded:
         """What the model's forward has folded for this layer, if it suits; else folded here and now."""
         folded = self._folded
         if folded is None and in_backward():
-            folded = self._recomputed
+            known = self._recomputed
+            folded = known if known is not None and known.versions == self.versions() else None
+        elif folded is None:  # what is recomputed next may be of this forward, and not of one of the whole model
+            self.__dict__["_recomputed"] = None
         dtype = compute_dtype(x.device.type, promoted(x.dtype, self.A.dtype))
         with_graph = torch.is_grad_enabled()
         if folded is not None and folded.A.dtype == dtype and (folded.with_graph or not with_graph):

@@ -56,8 +56,8 @@ def parameters_by_key(model: Any, adapter_name: str = "default") -> dict[str, nn
 
     Buffers that it holds, too, are left out.
     """
-    blank = {p: torch.empty(whole_shape(p), device="meta") for p in model.parameters()}
-    named = named_parameters(model, remove_duplicate=False)
+    named = named_parameters(model, remove_duplicate=False)  # PEFT's layer over attention makes its own anew each time
+    blank = {p: torch.empty(whole_shape(p), device="meta") for p in named.values()}
     state = buffers(model) | {name: blank[p] for name, p in named.items()}
     whose = {id(value): p for p, value in blank.items()}
     with without_wrappers(model):

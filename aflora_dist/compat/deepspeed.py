@@ -64,6 +64,7 @@ ZERO3 = [
     *_zero3("fp16_groups fp32_partitioned_groups_flat sub_group_to_group_id grad_position get_param_id", *_PLACES),
     *_zero3("parameter_offload persistent_parameters initialize_ds_offload", *_KEEP_HOOKS),
     *_zero3("_leaf_module_hooks ipg_buckets _reassign_or_swap_out_partitioned_parameters", *_KEEP_HOOKS),
+    *_zero3("grad_partitions_flat_buffer", "forget the gradients of the update before", "zeroed gradients"),
     *_zero3("_unpin_offload_buffers", *_KEEP_HOOKS, since="0.19.6"),
 ]
 GATHERING = private("Init", "_allgather_params_coalesced", "wait for all that ZeRO-3 gathers", "DeepSpeed 0.19.8")

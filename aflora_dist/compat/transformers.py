@@ -19,6 +19,7 @@ _config = partial(private, "PreTrainedConfig", anywhere=True)
 TRAINER = [
     *_trainer("_load_from_checkpoint _prepare_for_training", "resume after a freeze, and on another engine"),
     *_trainer("_load_best_model", "go back to a model of before a freeze"),
+    *_trainer("_save_rng_state", "complete a checkpoint before earlier ones are deleted"),
     *_trainer("_save", "save the adapter alone where ranks hold shards"),
 ]
 PRIVATE: list[Private] = [

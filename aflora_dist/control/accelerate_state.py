@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,9 @@ from .progress import Progress
 from .state import FreezingState
 
 _FILE = "aflora_freezing{}.pt"
+# Of each accelerator, the files of those that are attached; none keeps the other alive.
+_TAKEN: weakref.WeakKeyDictionary[Accelerator, weakref.WeakValueDictionary[str, AccelerateState]]
+_TAKEN = weakref.WeakKeyDictionary()
 
 
 class Saved(Protocol):
@@ -46,9 +50,13 @@ class AccelerateState:
         self._accelerator = accelerator
         self._freezing = weakref.ref(freezing)
         unwrapped = [unwrap(accelerator, model) for model in models(accelerator)]
-        number = next((i for i, model in enumerate(unwrapped) if model is freezing.engine.model), 0)
-        self._file = _FILE.format(f"_{number}" if number else "")  # as accelerate numbers models
+        taken = _TAKEN.setdefault(accelerator, weakref.WeakValueDictionary())
+        # As accelerate numbers models. A part of one, frozen by itself, takes the next number that is free.
+        number = next((i for i, model in enumerate(unwrapped) if model is freezing.engine.model), None)
         del unwrapped
+        numbers = count() if number is None else [number]
+        self._file = next(f for n in numbers if (f := _FILE.format(f"_{n}" if n else "")) not in taken or n == number)
+        taken[self._file] = self
         self._handles = [
             patch_method(accelerator, "save_state", self._save_state),
             patch_method(accelerator, "load_state", self._load_state),
@@ -59,6 +67,9 @@ class AccelerateState:
     def close(self) -> None:
         while self._handles:
             self._handles.pop()()
+        taken = _TAKEN.get(self._accelerator)
+        if taken is not None and taken.get(self._file) is self:
+            del taken[self._file]
 
     def _save_state(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if (freezing := self._freezing()) is None:

@@ -102,7 +102,7 @@ class AdaptiveFreezing:
         self.engine.observer = None if config.score in ORDERS else self._observe
         self.progress.after_batch.append(self._after_batch)
         self.progress.parts["freezing"] = self.state
-        self._adapter.attach(model)
+        self._adapter.attach(model, self)
         self._accelerate = AccelerateState(accelerator, self)
         self._ending = Ending(config.total_steps, speaks=accelerator.is_main_process)
         self._exit = weakref.finalize(self, self._ending.say)

@@ -18,9 +18,10 @@ from ..names import named_modules, named_parameters
 class KeptFrozen:
     """PEFT lets all of an adapter train again whenever it switches adapters: set_adapter, the end of disable_adapter.
 
-    (A reference model, as TRL's DPO takes it, is that at each step.) What has frozen is in no param group then, so
-    that its gradient is neither reduced nor set to zero, and counts where gradients are clipped. So each layer of an
-    adapter looks before its forward pass, a recomputed one too; in a compiled model none does.
+    (A reference model, as TRL's DPO takes it, is that at each step; model.requires_grad_(True) is as much in other
+    loops.) What has frozen is in no param group then, so that its gradient is neither reduced nor set to zero, and
+    counts where gradients are clipped. So each layer of an adapter, and each other module with something frozen, looks
+    before its forward pass, a recomputed one too; in a compiled model none does.
 
     The interface is that of `Freezable`, which is told of what has frozen.
 
@@ -38,21 +39,20 @@ class KeptFrozen:
     def have_frozen(self, names: Collection[str]) -> None:
         self._look_no_more()  # a checkpoint of before has let some of them train again
         modules, parameters = named_modules(self._model), named_parameters(self._model, remove_duplicate=False)
-        switched: dict[str, Any] = {
-            n: m for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        }
+        switched = {n for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
         below: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-        gone = {id(parameters[name]) for name in names}
+        gone = {id(parameters[name]) for name in names if name in parameters}  # else deleted with its adapter
         for name in (name for name, parameter in parameters.items() if id(parameter) in gone):
             owner, _, own = name.rpartition(".")
             layer = owner
             while layer and layer not in switched:
                 layer = layer.rpartition(".")[0]
-            if layer in switched:
-                below[layer].append((modules[owner], own))
+            if not layer and isinstance(modules.get(parent := owner.rpartition(".")[0]), nn.MultiheadAttention):
+                layer = parent  # which reads the weight of its out_proj, and never calls it
+            below[layer or owner].append((modules[owner], own))
         for layer, places in below.items():
             hold = _Hold(places)  # no function of this one: models are copied and pickled with their hooks
-            self._held.append((switched[layer].register_forward_pre_hook(hold), hold))
+            self._held.append((modules[layer].register_forward_pre_hook(hold), hold))
 
     def take_back(self) -> None:
         """Look for the last time."""

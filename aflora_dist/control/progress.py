@@ -56,10 +56,12 @@ class Progress:
         self.engine.unwatch()
 
     def _done(self, applied: bool) -> None:
-        for call in self.after_batch:
-            call()
-        self.step += 1
-        self.skipped += not applied
+        try:
+            for call in self.after_batch:
+                call()
+        finally:  # the update has been made, whatever a user's on_freeze says
+            self.step += 1
+            self.skipped += not applied
 
     # -- the state as a whole ----------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapter.freezable import frozen_before
 from ..engines import Engine, Renamed
 from ..errors import AFLoRAError
 from ..freezing import FreezeEvent, FreezingConfig, policy_for
@@ -40,6 +41,7 @@ class FreezingState:
         told: Sequence[Freezable],
     ) -> None:
         self._engine, self._config, self._numels, self._own, self._told = engine, config, numels, own, told
+        self._before = frozen_before(engine.model)
         self.events: list[FreezeEvent] = []
         self.policy = policy_for(config, list(numels))
         self.prefix = Prefix(engine, list(numels), config) if config.prefix and numels else None
@@ -78,7 +80,8 @@ class FreezingState:
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Go on from what `snapshot` gave; the engine has been restored. A collective."""
         self.events = [FreezeEvent(**event) for event in record["events"]]
-        fixed = self.fixed(self._engine.trainable)
+        unknown = self._before - {*record.get("frozen_before", ()), *self._own, *self._numels}  # an earlier release's
+        fixed = [name for name in self.fixed(self._engine.trainable) if name not in unknown]
         self._engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
         self.go_on(tensors, record)
 
@@ -107,6 +110,11 @@ class FreezingState:
                 )
         mine, theirs = self._numels, record["numels"]
         for name in sorted({*mine, *theirs}):
+            if name in record.get("frozen_before", ()):
+                raise AFLoRAError(
+                    f"{name} had frozen, in an earlier training, when that of the checkpoint began, and trains here: "
+                    f"switch it off (requires_grad_(False)) before the optimizer is created."
+                )
             if mine.get(name) != theirs.get(name):
                 raise AFLoRAError(
                     f"The checkpoint is of another model: {name} has {theirs.get(name, 'no')} elements there and "
@@ -119,6 +127,7 @@ class FreezingState:
             "events": [asdict(event) for event in self.events],
             "config": asdict(self._config),
             "numels": self._numels,
+            "frozen_before": sorted(self._before),
             "window": self.scores.record(),
             "policy": self.policy.state(),
         }
@@ -153,6 +162,6 @@ class FreezingState:
 
     def fixed(self, trainable: Sequence[str]) -> list[str]:
         """Names of the parameters that do not train, and are not the base model's."""
-        trains, ours = set(trainable), {*self._own, *self._numels, *self.frozen}
+        trains, ours = set(trainable), {*self._own, *self._numels, *self._before}
         ours = ours.union(*(self.prefix.blocks if self.prefix else ()))
         return [name for name in self._engine.parameters if name in ours and name not in trains]

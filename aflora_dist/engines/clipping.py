@@ -68,6 +68,7 @@ class Clipping:
         """What is observed has changed: watch the backward passes of what still is."""
         for handle in self._hooks:
             handle.remove()
+        self._hooks = []
         # Weak, for autograd holds hooks where the garbage collector does not see them: model, hook and engine would
         # keep each other alive for ever.
         accumulated = weakref.WeakMethod(self._accumulated)
@@ -76,7 +77,11 @@ class Clipping:
             if (method := accumulated()) is not None:
                 method()
 
-        self._hooks = [parameter.register_post_accumulate_grad_hook(hook) for parameter in self.observed()]
+        for parameter in self.observed():
+            trains = parameter.requires_grad
+            parameter.requires_grad_(True)  # torch asks for it; the user may have switched it off for a while
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+            parameter.requires_grad_(trains)
 
     def factor(self, parameters: Sequence[nn.Parameter]) -> Tensor | float:
         """What to multiply the gradients of these parameters with to have them before clipping.

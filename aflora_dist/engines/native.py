@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compat.accelerate import ACCELERATOR, optimizers, unwrap
 from ..compat.contract import require_private
 from ..compat.torch import AUTOGRAD, let_unscale, unscales_itself
-from ..errors import UnsupportedEngineError
+from ..errors import AFLoRAError, UnsupportedEngineError
 from ..freezing import Fragment
 from ..names import named_parameters
 from ..notices import logger
@@ -51,8 +51,15 @@ class NativeEngine(Engine):
 
     @property
     def trainable(self) -> list[str]:
-        groups = self.optimizer.param_groups  # a later one may hold tensors that are not the model's
-        return [self.names[p] for g in groups for p in g["params"] if p.requires_grad and p in self.names]
+        # What has frozen is in no group. What a user switched off for a while is, and trains on when it is on again;
+        # what did not train at first may have been switched on since. A later group may hold tensors of another model.
+        for members, group in zip(self.members, self.optimizer.param_groups, strict=False):
+            known = set(members)
+            on = [self.names[p] for p in group["params"] if p.requires_grad and p in self.names]
+            members += [name for name in on if name not in known]
+        trained = {name for members in self.members for name in members}
+        there = [p for group in self.optimizer.param_groups for p in group["params"] if p in self.names]
+        return [self.names[p] for p in there if p.requires_grad or self.names[p] in trained]
 
     # -- the step ----------------------------------------------------------------------------
 
@@ -125,6 +132,10 @@ class NativeEngine(Engine):
     # -- gradients ---------------------------------------------------------------------------
 
     def buckets(self, names: Sequence[str]) -> list[list[Fragment]]:
+        if odd := next((name for name in names if self.parameters[name].is_complex()), None):
+            raise UnsupportedEngineError(
+                f"{odd} is complex, and the scores of Eq. 2 to 4 are of real numbers. Leave it out with freezable=..."
+            )
         found = [self._fragment(name) for name in names]
         self._fragments = [fragment for fragment in found if fragment is not None]
         self._observed = [self.parameters[name] for name in names]
@@ -141,7 +152,14 @@ class NativeEngine(Engine):
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         # A matrix outside this step's graph (an unused layer) has had no gradient: it is zero.
-        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if parameter.grad is None:
+            return torch.zeros_like(parameter)
+        if parameter.grad.layout != torch.strided:
+            raise UnsupportedEngineError(
+                f"The gradient of {self.names[parameter]} is sparse (nn.Embedding(sparse=True)), which has no score by "
+                f"element. Let it be dense, or leave that parameter out with freezable=..."
+            )
+        return parameter.grad
 
     def _piece(self, parameter: nn.Parameter, tensor: Tensor, fragment: Fragment) -> Tensor:
         local = self._local(tensor).reshape(-1)
@@ -161,17 +179,20 @@ class NativeEngine(Engine):
         for group, members, (parameters, named) in zip(
             self.optimizer.param_groups, self.members, self._originals, strict=False
         ):
+            present, original = {id(p) for p in group["params"]}, {id(p) for p in parameters}
             for member in members:
                 parameter = self.parameters[member]
-                if member in wanted:
-                    parameter.requires_grad_(True)
-                elif parameter.requires_grad:
+                if member not in wanted:
                     release(parameter)
                     self.optimizer.state.pop(parameter, None)
+                elif id(parameter) not in present:
+                    parameter.requires_grad_(True)
             gone = {id(self.parameters[member]) for member in members if member not in wanted}
-            group["params"] = [p for p in parameters if id(p) not in gone]
+            since = [i for i, p in enumerate(group["params"]) if id(p) not in original | gone]
             if named is not None:
-                group["param_names"] = [n for n, p in zip(named, parameters, strict=True) if id(p) not in gone]
+                names_left = [n for n, p in zip(named, parameters, strict=True) if id(p) not in gone]
+                group["param_names"] = names_left + [group["param_names"][i] for i in since]
+            group["params"] = [p for p in parameters if id(p) not in gone] + [group["params"][i] for i in since]
         self._observed = [p for p in self._observed if self.names[p] in wanted]
         self.clipping.follow()
         self._trained_set_changed()
@@ -221,6 +242,22 @@ class NativeEngine(Engine):
                 types = {key: getattr(torch, dtype) for key, dtype in state[name]["moments"].items()}
                 moments = {key: torch.zeros_like(parameter, dtype=dtype) for key, dtype in types.items()}
                 self.optimizer.state[parameter] = {**scalars, **moments}
+
+    def snapshot(self, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], Record]:
+        if names is None:
+            self._refuse_what_came_later()
+        return super().snapshot(names)
+
+    def _refuse_what_came_later(self) -> None:
+        """Raise AFLoRAError where the optimizer updates what a snapshot, which goes by name, would leave out."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.names and parameter.requires_grad:
+                    raise AFLoRAError(
+                        f"The optimizer was given a parameter of {tuple(parameter.shape)} that the model did not have "
+                        f"when freezing began, so what is saved would lack it. Add modules first, and then create "
+                        f"AdaptiveFreezing."
+                    )
 
     def state(self, names: Sequence[str]) -> dict[str, Record]:
         states = {name: self.optimizer.state.get(self.parameters[name]) for name in names}

@@ -41,7 +41,10 @@ class PartialImportance:
         """Take one step's gradients, as `FreezingScore.observe` does."""
         if not self.fragments:
             return
-        sums = [torch.linalg.vector_norm(i, 1, dtype=torch.float32) for i in self._importances(gradients, weights)]
+        sums = [
+            torch.linalg.vector_norm(i, 1, dtype=torch.promote_types(i.dtype, torch.float32)).float()
+            for i in self._importances(gradients, weights)
+        ]
         self.steps[step] = torch.stack(sums).mul_(scale)
 
     def _importances(self, gradients: Sequence[Tensor], weights: Sequence[Tensor] | None) -> Iterable[Tensor]:

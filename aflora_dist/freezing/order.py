@@ -6,10 +6,10 @@ They see no gradient, so they cost nothing and no rank needs to ask another.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from ..names import matrix_position, module_of
+from ..names import matrix_position, module_of, of_base
 from ..options import ScoreKind, Unit
 
 
@@ -17,7 +17,8 @@ def fixed_scores(kind: ScoreKind, numels: Mapping[str, int], seed: int = 0) -> d
     """The score of each matrix; the lowest freeze first.
 
     random: uniform in [0, 1), drawn once from the seed and the name (SHA-256), the same on every rank and engine.
-    front_to_back: the number of the matrix's block; what lies in no numbered block comes first.
+    front_to_back: the place of the matrix's block from the front, 0, 1, ...: by the stacks of the model in their order,
+    and by all numbers in the name, as in a ModuleList; what is in no numbered block comes first.
     smallest_first: how many elements it has.
 
     Args:
@@ -28,9 +29,27 @@ def fixed_scores(kind: ScoreKind, numels: Mapping[str, int], seed: int = 0) -> d
         drawn = {name: hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8] for name in numels}
         return {name: int.from_bytes(bits, "big") / 2**64 for name, bits in drawn.items()}
     if kind == "front_to_back":
-        return {name: float(matrix_position(name).layer) for name in numels}
+        return {name: float(place) for name, place in _from_the_front(list(numels)).items()}
     assert kind == "smallest_first", kind
     return {name: float(numel) for name, numel in numels.items()}
+
+
+def _from_the_front(names: Sequence[str]) -> dict[str, int]:
+    """The place of each matrix's block.
+
+    >>> _from_the_front(["layers.10.weight", "layers.9.weight", "head.weight"])
+    {'layers.10.weight': 2, 'layers.9.weight': 1, 'head.weight': 0}
+    """
+    keys: dict[str, tuple[int, ...]] = {}
+    stacks: dict[str, int] = {}
+    for name in names:
+        parts = module_of(of_base(name)).split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        numbers = [int(part) for part in parts[first:] if part.isdigit()]
+        stack = stacks.setdefault(".".join(parts[:first]), len(stacks)) if numbers else -1
+        keys[name] = (stack, *numbers)
+    places = {key: place for place, key in enumerate(sorted({*keys.values()}))}
+    return {name: places[key] for name, key in keys.items()}
 
 
 def unit_of(name: str, unit: Unit) -> str:

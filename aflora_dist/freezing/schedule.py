@@ -68,6 +68,8 @@ class CubicSchedule:
     def fraction(self, step: int) -> float:
         """r(t), in [0, 1]."""
         T, t_i, t_f = self.total_steps, self.initial_steps, self.final_steps
+        if t_f == 0:  # what trains to the end does so in a loop that goes on after it, too
+            step = min(step, T - 1)
         if step >= T - t_f:
             return 1.0
         if step < t_i:

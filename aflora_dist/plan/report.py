@@ -20,7 +20,7 @@ _WIDTH = 120  # where output goes to no terminal
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """On this process's standard output unless a console is given."""
     if console is None:
-        console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+        console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, emoji=False)
     for part in _parts(plan):
         console.print(part, markup=False)
 

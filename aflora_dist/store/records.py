@@ -88,6 +88,7 @@ class Result:
     best_epoch: float | None
     best_metric: str | None
     engine: str | None
+    mixed_precision: str | None
     world_size: int | None
     steps: int | None
     labels: list[str]
@@ -97,6 +98,7 @@ class Result:
     tokens_per_second: float | None
     mfu: float | None
     avg_trainable_params: float | None
+    head_params: int | None
     lora_r8_trainable_params: int | None
     freezable_matrices: int | None
     frozen_matrices: int | None

@@ -213,7 +213,7 @@ class Checkpointer:
                 raise
             saved = checkpoint.list_checkpoints(self.run.checkpoints)
             how = "Nothing had been saved before: begin again with run.overwrite=true, and save more often."
-            if saved and saved[0] != self._begun_at:
+            if saved and (self._begun_at is None or saved[0].resolve() != self._begun_at.resolve()):
                 how = f"What was saved is of before: the same command with --resume goes on from {saved[0]}."
             elif saved:
                 earlier = f" go on from the one before, with --resume {saved[1]}, or" if len(saved) > 1 else ""

@@ -58,11 +58,12 @@ def against_seconds(found: Sequence[Cell]) -> Figure:
 
 
 def mean_freeze_map(grid: Grid, records: Records, task: str, method: str) -> Figure | None:
-    """Fig. 5: the step after which each matrix froze, the mean over seeds; None where nothing froze."""
+    """Fig. 5: the step after which each matrix froze, the mean over seeds where it did with each; None: nothing did."""
     runs = grid.plan(records).reported.get((task, method), {}).values()
     there = [record for run in runs if (record := records.get(run.name)) and record.get("frozen")]
     if not there:
         return None
     names = [*dict.fromkeys(name for record in there for name in record["frozen"])]
-    steps = {name: [record["frozen"][name] for record in there if name in record["frozen"]] for name in names}
+    with_each = [name for name in names if all(name in record["frozen"] for record in there)]
+    steps = {name: [record["frozen"][name] for record in there] for name in with_each}
     return freeze_map(names, {name: round(statistics.fmean(of)) for name, of in steps.items()}, there[0]["steps"])

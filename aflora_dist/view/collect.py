@@ -91,9 +91,22 @@ def _oddities(run: Outcome, entry: Setting) -> Iterator[str]:
         return
     if run.settings.seed in entry.finished:
         yield f"{run.path} is another run with seed {run.settings.seed}: their mean counts, once."
+    other = next((there for there in entry.runs if there.result is not None), run)
+    if (here := _way(run)) != (there := _way(other)):
+        yield (
+            f"{run.path} ran as {here}, {other.path} as {there}: metrics may differ for that, and the mean of their "
+            f"seconds says nothing."
+        )
     for name, value in run.result.metrics.items():
         if value is None:
             yield f"{run.path}: {name} is not a number in its result; it does not count."
+
+
+def _way(run: Outcome) -> str:
+    """How a run was launched, which its configuration does not say."""
+    assert run.result is not None
+    precision = run.result.mixed_precision
+    return f"{run.result.world_size} x {run.result.engine}" + (f" in {precision}" if precision else "")
 
 
 def walk(folder: Path, problems: list[str]) -> Iterator[Path]:
@@ -173,7 +186,8 @@ def main(arguments: list[str]) -> int:
             args.json.write_text(dumps(lines, indent=2) + "\n", encoding="utf-8")
     table = Table()
     for title in (*_LEFT, "seeds", "mean ± deviation", "trainable", "seconds"):
-        table.add_column(title, justify="left" if title in _LEFT else "right")
+        words = title in _LEFT  # which are folded, and numbers whole
+        table.add_column(title, justify="left" if words else "right", overflow="fold", no_wrap=not words)
     for line in lines:
         deviation = "" if line["deviation"] is None else f" ± {line['deviation']:.4f}"
         table.add_row(

@@ -26,7 +26,7 @@ def print_summary(result: Result, directory: str, console: Console | None = None
     table.add_row(
         "files", f"{directory}/ (adapter/, {stock}freeze_log.jsonl, metrics.jsonl, result.json, tensorboard/)"
     )
-    (console or Console()).print(table)
+    (console or Console(markup=False, emoji=False, highlight=False)).print(table)
 
 
 def figures(result: Result) -> Iterator[tuple[str, str]]:

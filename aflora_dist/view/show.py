@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..errors import writing
 from ..extras import require
-from ..names import freeze_map_cells, grid
+from ..names import freeze_map_cells, grid, stack_names
 from ..store.records import Run as Run
 from .terminal import console as create_console
 from .terminal import warn
@@ -48,13 +48,17 @@ def print_run(run: Run, console: Console) -> None:
     last = run.metrics[-1] if run.metrics else None
     state = "finished" if run.result else f"after {last.step + 1 if last else 0} of {run.total_steps} steps"
     console.print(Text(f"{run.settings.model} on {run.settings.task}: {state}", style="bold"))
-    table = Table.grid(padding=(0, 2))
+    curves = []
     for title, key, form in _CURVES:
         values = [value for line in run.metrics if (value := getattr(line, key)) is not None]
         if values:
-            span = f"{form.format(values[0])} to {form.format(values[-1])}"
-            table.add_row(title, Text(sparkline(values), style="cyan"), span)
-    if table.row_count:
+            curves.append((title, values, f"{form.format(values[0])} to {form.format(values[-1])}"))
+    if curves:
+        beside = sum(max(map(len, texts)) + 2 for texts in ([t for t, _, _ in curves], [s for _, _, s in curves]))
+        table = Table.grid(padding=(0, 2))
+        for title, values, span in curves:
+            bars = sparkline(values, max(1, min(60, console.width - beside - 2)))
+            table.add_row(title, Text(bars, style="cyan", no_wrap=True), span)
         console.print(table)
     if run.events:
         print_freeze_map(run, console)
@@ -70,7 +74,7 @@ def print_freeze_map(run: Run, console: Console) -> None:
     if len(columns) * len(rows) > _LARGEST_MAP:
         console.print(f"{len(run.frozen)} of {len(run.names)} matrices frozen, in too many places for a map.")
         return
-    width = len(str(run.total_steps))
+    width, called = len(str(run.total_steps)), stack_names(stack for stack, _ in columns)
     # As many layers side by side as fit.
     room = max(1, (console.width - max(map(len, rows)) - 4) // (width + 3))
     for first in range(0, len(columns), room):
@@ -78,8 +82,7 @@ def print_freeze_map(run: Run, console: Console) -> None:
         table = Table(title="step after which each matrix froze, by layer" if not first else None, title_justify="left")
         table.add_column("")
         for stack, layer in part:
-            several = len({stack for stack, _ in columns}) > 1
-            table.add_column(f"{stack.split('.')[0]} {layer}" if several else str(layer), justify="right")
+            table.add_column(f"{called[stack]}{layer}", justify="right")
         for kind in rows:
             cells = []
             for column in part:
@@ -110,9 +113,10 @@ def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
     from ..figures import curves, freeze_map, score_curves  # matplotlib takes a second, and is needed here alone
 
     lora = run.result.lora_r8_trainable_params if run.result else None
+    head = run.result.head_params if run.result else None
     drawn = {}
     if run.metrics:
-        drawn["curves"] = curves(run.metrics, lora)
+        drawn["curves"] = curves(run.metrics, lora, head or 0)
     columns, rows = grid(run.names)
     events = run.events if len(columns) * len(rows) <= _LARGEST_MAP else []
     if events:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterable
 
 from rich.console import Console
+
+_WIDTH = 120  # where output goes to no terminal
 
 
 def console() -> Console:
     """Standard output. Texts of other people are printed as they are, on terminals without their letters, too."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    return Console(markup=False, emoji=False, highlight=False)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 def warn(problems: Iterable[str]) -> None:

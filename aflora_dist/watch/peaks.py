@@ -39,6 +39,8 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
         device_name: As torch.cuda.get_device_name() says.
         dtype: fp32, tf32, bf16 or fp16: what matrix products multiply.
     """
+    if " MIG " in device_name:  # a slice of the chip: how much of it computes is not said
+        return None
     for pattern, peaks in _PEAKS:
         if re.search(pattern, device_name):
             return peaks[dtype] * 1e12 if dtype in peaks else None

@@ -24,7 +24,8 @@ _SECONDS = 1.0  # between two exchanges, about
 class StopRequest:
     """Whether all ranks should save and leave after this update.
 
-    The request comes as SIGUSR1 or SIGTERM to any rank, or as a file, for launchers do not pass signals on. About
+    The request comes as SIGUSR1 or SIGTERM to any rank, as Ctrl-C to a single one, or as a file, for launchers do not
+    pass signals on. About
     once a second the ranks exchange three numbers (over gloo if they can, which leaves a GPU's queue alone): whether
     one of them has been asked, whether one has failed, and after how many updates they exchange again. A rank that is
     gone cannot take part, so that the SIGTERM that a launcher sends to those it left behind saves nothing and ends
@@ -43,7 +44,9 @@ class StopRequest:
         self._began = time.monotonic()
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            # A launcher that is interrupted ends its ranks by itself, and at once.
+            alone = () if dist.is_initialized() else (signal.SIGINT,)
+            self._previous = {number: signal.signal(number, self._note) for number in (*_SIGNALS, *alone)}
 
     def __enter__(self) -> StopRequest:
         return self
@@ -58,6 +61,9 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
+        if number == signal.SIGINT:
+            print("\naflora: saving after this update; Ctrl-C once more leaves at once.", flush=True)
+            signal.signal(number, self._previous[number])
 
     def agreed(self, failure: str | None = None) -> bool:
         """Call it after each update: True after the same one on every rank. A collective.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import AFLoRAError
-from ..names import matrix_position
+from ..names import matrix_position, stack_names
 from ..notices import logger
 from ..options import Config, flat
 from ..traces import read_run, tables
@@ -52,12 +52,11 @@ class Telemetry:
     def scores(self, scores: Mapping[str, float], step: int) -> None:
         """The freezing score (Eq. 4) of each matrix that still trains: a group of charts per layer."""
         positions = {name: matrix_position(name) for name in scores}
-        several = len({where.stack for where in positions.values()}) > 1
+        called = stack_names(where.stack for where in positions.values())
         tags = {}
         for name, score in scores.items():
             where = positions[name]
-            stack = f"{where.stack.split('.')[0]} " if several else ""
-            tags[f"score {stack}layer {where.layer:02d}/{where.kind}"] = score
+            tags[f"score {called[where.stack]}layer {where.layer:02d}/{where.kind}"] = score
         if tags:
             self.scalars(tags, step)
 

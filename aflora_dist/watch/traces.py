@@ -99,7 +99,8 @@ def windows(
         matrices: How many there are to freeze.
         steps: Length of each window.
         starts: First updates of the windows. By default one window before the first freeze, one around the
-            freeze that leaves half of the matrices, one after the last.
+            freeze that leaves half of the matrices, one after the last; where there are too few updates before, or
+            after, that one is as short as it must be, or left out.
 
     Raises:
         AFLoRAError: A window does not fit into the training, or two overlap.
@@ -109,18 +110,22 @@ def windows(
     freezes = [t for t, count in enumerate(counts) if count > (counts[t - 1] if t else 0)]
     if starts is None:
         if not freezes:
-            chosen = {"training": 1}
+            chosen = {"training": (1, steps)}
         else:
             half = min(freezes, key=lambda t: abs(2 * counts[t] - matrices))
+            first, last = freezes[0], freezes[-1]
+            after = max(last + 1, min(last + 1 + (total - last) // 2, total - steps))
             chosen = {
-                "1_before": max(1, min(5, freezes[0] - steps - 1)),
-                "2_middle": half - steps // 2,
-                "3_after": min(freezes[-1] + 1 + (total - freezes[-1]) // 2, total - steps),
+                "1_before": (max(1, min(5, first - steps - 1)), min(steps, first - 1)),
+                "2_middle": (half - steps // 2, steps),
+                "3_after": (after, min(steps, total - after)),
             }
     else:
-        chosen = {f"{i}_from_{start}": start for i, start in enumerate(sorted(starts), 1)}
+        chosen = {f"{i}_from_{start}": (start, steps) for i, start in enumerate(sorted(starts), 1)}
     found = tuple(
-        Window(name, start, steps, any(start <= t < start + steps for t in freezes)) for name, start in chosen.items()
+        Window(name, start, length, any(start <= t < start + length for t in freezes))
+        for name, (start, length) in chosen.items()
+        if length > 0
     )
     free = 1  # the step before a window warms the profiler up
     for window in found:

@@ -186,7 +186,7 @@ def test_what_freezes_finds_the_layers_of_every_way(way: str) -> None:
     parameters = dict(model.named_parameters())
     assert len(found) == 8  # A and B of two feed-forward layers in each of two blocks
     assert all(parameters[name] is matrix and matrix.requires_grad for name, matrix in found.items())
-    adapted.attach(model)
+    adapted.attach(model, model)  # by whoever is there
     for _ in range(3):
         step(model)
     adapted.detach(waived=True)
@@ -200,7 +200,7 @@ def test_the_layers_of_a_copy_have_one_guard_of_their_own() -> None:
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         layers = [m for m in twin.modules() if isinstance(m, AFLoRALayer)]
         assert len({id(layer.guard) for layer in layers}) == 1
-        Adapted(twin).attach(twin)
+        Adapted(twin).attach(twin, twin)
         step(twin)
     with pytest.raises(RuntimeError, match="nothing freezes it"):
         step(model)

@@ -78,6 +78,15 @@ class ZeroEngine(Engine):
     def _combined_scale(self) -> Tensor | float:
         """What DeepSpeed divided the loss-scaled gradient by: the loss scale times the clip factor."""
 
+    def _forget_gradients(self) -> None:
+        """An update is done: what the next backward pass does not reach has had no gradient in it.
+
+        DeepSpeed overwrites a parameter's part of what it keeps when its gradient comes, or adds to it; it zeroes none.
+        """
+        for flat in self._partitions():  # a buffer on the CPU, under optimizer offload; else let go of
+            if flat.grad is not None:
+                flat.grad.zero_()
+
     @abstractmethod
     def _replace(self, dropped: Sequence[nn.Parameter]) -> None:
         """Make a new ZeRO optimizer over the inner optimizer's params and free the old one."""
@@ -129,6 +138,7 @@ class ZeroEngine(Engine):
             self._loss_scale = float(self.zero.loss_scale)
             original_step(*args, **kwargs)
             if whole:
+                self._forget_gradients()
                 self._stepped += 1
                 done(self.ds.was_step_applied())
 

@@ -49,6 +49,11 @@ class Zero12Engine(ZeroEngine):
         norm = torch.as_tensor(self.zero._global_grad_norm) * self._loss_scale  # as the gradients were scaled
         return ((norm / scale + 1e-6) / self.zero.clip_grad).clamp(min=1.0) * scale
 
+    def _forget_gradients(self) -> None:
+        super()._forget_gradients()
+        for buffer in getattr(self.zero, "accumulated_grads_in_cpu", {}).values():  # under optimizer offload
+            buffer.zero_()
+
     def _replace(self, dropped: Sequence[nn.Parameter]) -> None:
         old = self.zero
         kept = {

@@ -59,6 +59,10 @@ class Zero3Engine(ZeroEngine):
             return scale
         return ((torch.as_tensor(self.zero._global_grad_norm) + 1e-6) / self.zero.clip_grad).clamp(min=1.0) * scale
 
+    def _forget_gradients(self) -> None:
+        super()._forget_gradients()
+        self.zero.grad_partitions_flat_buffer.zero_()
+
     def _replace(self, dropped: Sequence[Any]) -> None:
         old = self.zero
         kept = {
