@@ -132,7 +132,7 @@ class Training:
         kind: str,
         config: FreezingConfig = CONFIG,
         freezable: Any = None,
-        recompute: bool = False,
+        recompute: bool | str = False,
         momentum: bool = False,
         accumulation: int = 1,
         clip: float = 0.0,
@@ -145,7 +145,7 @@ class Training:
         self.accelerator = create_accelerator(accumulation, clip, shard_all)
         self.accumulation, self.clip, self.reference = accumulation, clip, reference
         if recompute:  # as PEFT and Trainer do
-            checkpoint_activations(model)
+            checkpoint_activations(model, use_reentrant=recompute == "reentrantly")
             model.enable_input_require_grads()  # type: ignore[operator]
         self.blocks = next(m for n, m in model.named_modules() if n.endswith(("encoder.layer", "model.layers")))
         self.model, self.optimizer = self.accelerator.prepare(model, create_optimizer(model, momentum))

@@ -81,6 +81,25 @@ def clipped_otherwise() -> Training:
     return training
 
 
+def with_layers_left_out() -> Training:
+    """As LayerDrop does, all ranks alike: what is not called has no gradient in that update, whatever it had before."""
+    training = Training("aflora", CONFIG, momentum=True)
+    for group in training.optimizer.param_groups:  # where parameters lie flat, one without a gradient has one of zero
+        group |= {"momentum": 0.0, "weight_decay": 0.0}
+    block, original, left_out = training.blocks[1], training.blocks[1].forward, False
+    block.forward = lambda states, *args, **kwargs: states if left_out else original(states, *args, **kwargs)
+    for step in range(12):
+        left_out = 3 <= step < 6 or step == 8
+        training.train(step, step + 1)
+    return training
+
+
+def recomputed_reentrantly() -> Training:
+    training = Training("aflora", CONFIG, recompute="reentrantly")
+    training.train(0, 12)
+    return training
+
+
 def joined() -> Training:
     training = Training("lora", CONFIG)
     several = training.accelerator.num_processes > 1
@@ -99,6 +118,8 @@ LOOPS: dict[str, Callable[[], Training]] = {
         frozen_within_an_accumulation,
         two_backward_passes,
         clipped_otherwise,
+        with_layers_left_out,
+        recomputed_reentrantly,
         joined,
     )
 }
@@ -124,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
                 training = LOOPS[name]()
                 found[name] = {"values": training.values(), "step": training.freezing.step, "said": said.getvalue()}
                 training.accelerator.end_training()
-            except AFLoRAError as error:
+            except (AFLoRAError, RuntimeError) as error:
                 found[name] = {"said": str(error)}
     Path(out).mkdir(exist_ok=True)
     torch.save(found, Path(out) / f"rank{os.environ.get('RANK', '0')}.pt")
