@@ -30,6 +30,10 @@ _GIVEN = re.compile(r"(rel_embeddings|relative_attention_bias|conv)\.")
 _GIVEN_AND_NORM = re.compile(rf"{_GIVEN.pattern}|LayerNorm\.")
 # What lies beside the blocks, registered before them, and comes after the highest of them: in OPT, GTE, T5Gemma, ...
 _AFTER = re.compile(r"(final_layer_norm|final_norm|layer_norm|layernorm|norm|project_out|pooler)\.")
+# What of a model of a user's own is its head, wherever it is registered.
+_HEAD = re.compile(
+    r"(\w+_)?(heads?|classifier|score|scorer|logits|lm_head|out|output|outputs|fc|fc_out|to_logits|qa_outputs)\."
+)
 
 
 class Prefix:
@@ -60,6 +64,7 @@ class Prefix:
         self.frozen = 0
         self._engine, self._model = engine, engine.model
         self._handles: list[Any] = []
+        self._froze_at: int | None = None  # until it has been looked whether the block above is still reached
 
     def due(self, step: int, remaining: Iterable[str]) -> list[str]:
         """What freezes after this step besides what did by its score.
@@ -67,6 +72,9 @@ class Prefix:
         Args:
             remaining: What may freeze by its score and has not.
         """
+        if self._froze_at is not None and step > self._froze_at:
+            self._froze_at = None
+            self._look_above()
         waiting = set(remaining)
         allowed = self.schedule.count(step, len(self.blocks))
         names: list[str] = []
@@ -79,7 +87,21 @@ class Prefix:
             self.frozen += 1
         if self.frozen != before:
             self._let_go()
+            self._froze_at = step
         return names
+
+    def _look_above(self) -> None:
+        """Warn if the lowest block that trains has had no gradient: a user's own checkpointing may end too early."""
+        above = self.blocks[self.frozen] if self.frozen < len(self.blocks) else []
+        parameters = [self._engine.parameters[name] for name in above]
+        if not parameters or self._engine.kind.startswith("zero"):  # DeepSpeed leaves no gradients there
+            return
+        if all(parameter.grad is None and parameter.requires_grad for parameter in parameters):
+            logger.warning(
+                f"{above[0]} has had no gradient since the block below it froze. Where the model calls "
+                f"torch.utils.checkpoint itself, pass use_reentrant=False: the other kind has no gradient for a block "
+                f"whose input needs none."
+            )
 
     def _let_go(self) -> None:
         """Nobody needs a gradient of the embeddings any more, for which PEFT asks where activations are recomputed."""
@@ -210,7 +232,8 @@ def _places(model: nn.Module, stack: str) -> dict[str, int | None]:
         if number.isdigit():
             places[name] = int(number)
         else:
-            goes_in = given.match(beside) if reached else inside.startswith(base) and not _AFTER.match(beside)
+            before = inside.startswith(base) and not _AFTER.match(beside) and not (not base and _HEAD.match(inside))
+            goes_in = given.match(beside) if reached else before
             places[name] = -1 if goes_in else None
     return places
 
@@ -219,8 +242,9 @@ def _base_of(model: nn.Module, stack: str) -> str:
     """How names begin in the base model of transformers' that holds the blocks; "" where it is not part of another."""
     for name, module in named_modules(model).items():
         if isinstance(module, PreTrainedModel):
-            base = of_base(f"{name}." if name else "") + f"{module.base_model_prefix}."
-            return base if stack.startswith(base) else ""
+            around = of_base(f"{name}." if name else "")
+            bases = (f"{around}{module.base_model_prefix}.", around)  # the latter: of a user's own model around it
+            return next((base for base in bases if stack.startswith(base)), "")
     return ""
 
 
