@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Unpack
 from weakref import WeakKeyDictionary, ref
@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 
-from .adapter.freezable import adapter_of, thaw
+from .adapter.freezable import hold_frozen, thaw
 from .adapter.saving import state_dict_of
 from .compat.accelerate import unwrap
 from .compat.contract import require_private
@@ -246,24 +246,14 @@ class FreezingCallback(TrainerCallback):
                     f"short. Take another checkpoint, or start from the beginning (resume_from_checkpoint=None)."
                 )
             progress = found.training["progress"]
-            self._hold_frozen(trainer, progress["parts"]["freezing"].get("frozen_before", ()))
+            before = progress["parts"]["freezing"].get("frozen_before", ())  # that training was not the model's first
+            if hold_frozen(unwrap(trainer.accelerator, trainer.model), before) and not self._given_optimizer:
+                trainer.optimizer = None  # Trainer makes one without them
             since = {name for event in progress["parts"]["freezing"]["events"] for name in event["frozen"]}
             self._thaw(trainer, since.union(progress["engine"]["names"]))
             if trainer.is_deepspeed_enabled:  # else Trainer has done so
                 trainer._load_from_checkpoint(resume_from_checkpoint)
         return original(max_steps, train_dataloader, None)
-
-    def _hold_frozen(self, trainer: Trainer, names: Collection[str]) -> None:
-        """Where the checkpoint's training was not the model's first: what had frozen before it began."""
-        model = unwrap(trainer.accelerator, trainer.model)
-        training = [p for name, p in named_parameters(model).items() if name in names and p.requires_grad]
-        if not training:
-            return
-        adapter_of(model).have_frozen(set(names))
-        for parameter in training:
-            parameter.requires_grad_(False)
-        if not self._given_optimizer:
-            trainer.optimizer = None  # Trainer makes one without them
 
     def _thaw(self, trainer: Trainer, names: Any) -> None:
         """Where this process has trained the model already: all that the checkpoint's training began with."""

@@ -54,7 +54,8 @@ cast_once = _LastCast()
 class KeptCast:
     """The cast of a parameter that does not train, made once and kept for as long as the parameter stays what it is.
 
-    A change that torch does not count, one through `.data`, is not seen.
+    A change that torch does not count, one through `.data`, is not seen: who keeps one has it `forget` where those are
+    usual.
     """
 
     def __init__(self) -> None:

@@ -118,6 +118,16 @@ def adapter_of(model: nn.Module) -> Adapted | Matrices:
     return adapted if adapted.layers else Matrices(model)
 
 
+def hold_frozen(model: nn.Module, names: Collection[str]) -> bool:
+    """Let these not train, as after a training of this model, unwrapped, that froze them; whether any of them did."""
+    training = [p for name, p in named_parameters(model).items() if name in names and p.requires_grad]
+    if training:
+        adapter_of(model).have_frozen(set(names))
+    for parameter in training:
+        parameter.requires_grad_(False)
+    return bool(training)
+
+
 def thaw(model: nn.Module, names: Collection[str]) -> None:
     """Let parameters that an earlier training froze train again, before an optimizer is created.
 

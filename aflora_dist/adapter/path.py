@@ -204,6 +204,12 @@ class AFLoRAPath(nn.Module):
         y = Up.apply(y, h, folded.up, in_place)
         return y.view(*shape[:-1], y.shape[-1]) if plain else y
 
+    def train(self, mode: bool = True) -> AFLoRAPath:
+        """As torch's. Around an evaluation averages of weights are swapped in, often by `.data`, which nobody sees."""
+        if mode != self.training:
+            self._frozen_A.forget()
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AFLoRAPath:
         self._frozen_A.forget()
         return super()._apply(fn, recurse)

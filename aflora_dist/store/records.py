@@ -260,13 +260,8 @@ def read_outcome(path: Path, problems: list[str]) -> Outcome | None:
         return None
     result = read_result(path, problems)
     first, ended, _ = _bytes(path / METRICS, problems, 1_000_000).partition(b"\n")
-    return Outcome(
-        path,
-        settings,
-        result,
-        None if result is None else hashlib.sha256(repr(result).encode(errors="replace")).hexdigest(),
-        hashlib.sha256(first).hexdigest() if ended else None,
-    )
+    result_mark = None if result is None else hashlib.sha256(repr(result).encode(errors="replace")).hexdigest()
+    return Outcome(path, settings, result, result_mark, hashlib.sha256(first).hexdigest() if ended else None)
 
 
 def read_config(path: Path) -> Any:

@@ -92,7 +92,7 @@ def _oddities(run: Outcome, entry: Setting) -> Iterator[str]:
     if run.settings.seed in entry.finished:
         yield f"{run.path} is another run with seed {run.settings.seed}: their mean counts, once."
     other = next((there for there in entry.runs if there.result is not None), run)
-    if (here := _way(run)) != (there := _way(other)):
+    if None not in (here := _way(run), there := _way(other)) and here != there:
         yield (
             f"{run.path} ran as {here}, {other.path} as {there}: metrics may differ for that, and the mean of their "
             f"seconds says nothing."
@@ -102,11 +102,12 @@ def _oddities(run: Outcome, entry: Setting) -> Iterator[str]:
             yield f"{run.path}: {name} is not a number in its result; it does not count."
 
 
-def _way(run: Outcome) -> str:
-    """How a run was launched, which its configuration does not say."""
-    assert run.result is not None
-    precision = run.result.mixed_precision
-    return f"{run.result.world_size} x {run.result.engine}" + (f" in {precision}" if precision else "")
+def _way(run: Outcome) -> str | None:
+    """How a run was launched, which its configuration does not say; None: an earlier release did not, either."""
+    found = run.result
+    if found is None or found.engine is None or found.world_size is None:
+        return None
+    return f"{found.world_size} x {found.engine}" + (f" in {found.mixed_precision}" if found.mixed_precision else "")
 
 
 def walk(folder: Path, problems: list[str]) -> Iterator[Path]:

@@ -129,13 +129,13 @@ def windows(
     )
     free = 1  # the step before a window warms the profiler up
     for window in found:
-        if window.start < free or window.start + steps > total:
+        if window.start < free or window.start + window.steps > total:
             raise AFLoRAError(
                 f"Profiling does not fit: {', '.join(f'{w.steps} steps from step {w.start}' for w in found)} of "
                 f"{total}. The step before each window is needed to warm up. Lower profile.steps, or choose "
                 f"profile.starts."
             )
-        free = window.start + steps + 1
+        free = window.start + window.steps + 1
     return found
 
 

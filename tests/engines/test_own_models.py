@@ -409,3 +409,19 @@ def test_an_adapter_may_be_deleted_after_some_of_it_has_frozen() -> None:
     loop.model.set_adapter("b")
     loop.train(start=8)
     assert loop.freezing.step == STEPS
+
+
+def test_averages_that_are_swapped_in_for_an_evaluation_by_data_are_seen_in_half_precision() -> None:
+    """As helpers for moving averages do, of all parameters: frozen ones, too, whose cast is kept."""
+    model = adapted(Net(), ["0", "1", "2"], freezing="always")
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).sum().backward()
+        model.eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(".A"):
+                parameter.data.copy_(-3 * parameter.data)
+        with torch.no_grad():
+            model.train()
+            model.eval()
+            torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=0, atol=0)

@@ -246,3 +246,27 @@ def test_no_run_is_an_error_in_a_line(what: str, tmp_path: Path, capsys: pytest.
     assert collect([str(folder)]) == 2
     said = "no run under" if what == "nothing" else "no folder"
     assert capsys.readouterr().err == f"aflora: error: There is {said} {folder}.\n"
+
+
+@pytest.mark.parametrize("columns", [None, "60", "80"])
+def test_no_number_is_cut_whatever_the_width(
+    columns: str | None, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if columns is None:
+        monkeypatch.delenv("COLUMNS")
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    for result in folder.glob("*/result.json"):
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"avg_trainable_params": 1234567.0}))
+    printed = Collected(folder, capsys).printed
+    assert "…" not in printed
+    assert "1,234,567" in printed
+    assert "0.7500 ± 0.0500" in printed
+
+
+def test_runs_that_were_launched_otherwise_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Collected(folder, capsys).warnings == []
+    file = folder / "seed_2" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"engine": "single", "world_size": 1}))
+    (warning,) = Collected(folder, capsys).warnings
+    assert f"{file.parent} ran as 1 x single, {folder / 'seed_0'} as 2 x zero2" in warning

@@ -164,3 +164,18 @@ def test_a_terminal_that_is_not_utf_8_is_no_reason_to_end(
     said, complained = (stream.buffer.getvalue().decode(encoding) for stream in streams)  # type: ignore[attr-defined]
     assert "projection matrices frozen" in said
     assert "?" in complained
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_curves_fit_the_terminal_to_their_end(
+    columns: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    folder = write_run(tmp_path / "run")
+    lines = [{"step": step, "loss": 1.0 - step / 200} for step in range(200)]
+    write_lines(folder / "metrics.jsonl", lines)
+    assert show([str(folder)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss")]
+    bars = row.split()[1]
+    assert (bars[0], bars[-1]) == ("█", "▁")
+    assert 10 <= len(bars) <= 60

@@ -149,4 +149,5 @@ def test_mixtures_of_experts_are_not_guessed() -> None:
 def test_peaks_are_those_of_the_data_sheets() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.5e12
     assert peak_flops("Tesla T4", "bf16") is None
+    assert peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16") is None  # a slice: a seventh, or less
     assert peak_flops("a card of tomorrow", "bf16") is None

@@ -37,6 +37,21 @@ def test_windows_lie_before_around_the_middle_of_and_after_the_freezing() -> Non
     assert [w.freezes for w in (before, middle, after)] == [False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("t_i", "t_f", "expected"),
+    [
+        (3, 2, [("1_before", 4), ("2_middle", 4), ("3_after", 1)]),
+        (0, 0, [("1_before", 1), ("2_middle", 4), ("3_after", 4)]),
+        (0, 1, [("1_before", 1), ("2_middle", 4)]),
+        (10, 4, [("1_before", 4), ("2_middle", 4), ("3_after", 3)]),
+    ],
+)
+def test_what_is_called_before_and_after_holds_no_freeze(t_i: int, t_f: int, expected: list[tuple[str, int]]) -> None:
+    found = windows(CubicSchedule(total_steps=100, initial_steps=t_i, final_steps=t_f), matrices=24, steps=4)
+    assert [(window.name, window.steps) for window in found] == expected
+    assert [window.freezes for window in found] == [window.name == "2_middle" for window in found]
+
+
 def test_windows_where_nothing_freezes_or_where_asked_for() -> None:
     assert windows(SCHEDULE, 0, 4) == (Window("training", 1, 4),)
     assert windows(SCHEDULE, 24, 2, starts=[30, 7]) == (

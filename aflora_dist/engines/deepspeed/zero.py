@@ -79,13 +79,9 @@ class ZeroEngine(Engine):
         """What DeepSpeed divided the loss-scaled gradient by: the loss scale times the clip factor."""
 
     def _forget_gradients(self) -> None:
-        """An update is done: what the next backward pass does not reach has had no gradient in it.
-
-        DeepSpeed overwrites a parameter's part of what it keeps when its gradient comes, or adds to it; it zeroes none.
-        """
-        for flat in self._partitions():  # a buffer on the CPU, under optimizer offload; else let go of
-            if flat.grad is not None:
-                flat.grad.zero_()
+        """An update is done: DeepSpeed zeroes nothing, and what the next backward pass leaves out has no gradient."""
+        for kept in (flat.grad for flat in self._partitions() if flat.grad is not None):  # under optimizer offload
+            kept.zero_()
 
     @abstractmethod
     def _replace(self, dropped: Sequence[nn.Parameter]) -> None:

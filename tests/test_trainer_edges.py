@@ -1,0 +1,161 @@
+"""Trainings by Trainer that end otherwise than planned, or are not the model's first, and what goes on from them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from aflora_dist import AFLoRAConfig, AFLoRAError, FreezingCallback
+from aflora_dist.store import checkpoint
+from tests.workers.trainer import STEPS, Examples, build_llama, settings
+
+QUARTERS = {"save_strategy": "steps", "save_steps": 4}
+SECOND = AFLoRAConfig(r=2, task_type="CAUSAL_LM")
+
+
+class Interrupted(TrainerCallback):
+    """As Ctrl-C, or memory that is not enough, once."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error: BaseException | None = error
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3 and self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+def trainer(model: nn.Module, out: Path, *more: TrainerCallback, freezes: bool = True, **options: Any) -> Trainer:
+    callbacks = [*more, *([FreezingCallback()] if freezes else [])]
+    arguments = TrainingArguments(**settings(out, **options))
+    return Trainer(model, arguments, train_dataset=Examples(), eval_dataset=Examples(), callbacks=callbacks)
+
+
+def freezing(of: Trainer) -> Any:
+    return next(c for c in of.callback_handler.callbacks if isinstance(c, FreezingCallback)).freezing
+
+
+def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "aflora" in name}
+
+
+def assert_same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_after_ctrl_c_the_model_trains_on_with_another_trainer_and_not_without_freezing(tmp_path: Path) -> None:
+    """A notebook keeps the first one with its traceback."""
+    model = build_llama()
+    first = trainer(model, tmp_path, Interrupted(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    again = trainer(model, tmp_path)
+    again.train()
+    assert freezing(again).remaining == []
+    assert freezing(first) is not freezing(again)
+
+
+def test_a_second_training_is_gone_on_from_in_a_new_process(tmp_path: Path) -> None:
+    """What had frozen in the first one is frozen before the optimizer is made."""
+    model = build_llama()
+    out_of_memory = RuntimeError("CUDA out of memory. Tried to allocate")
+    options = {**QUARTERS, "auto_find_batch_size": True}
+    whole = trainer(model, tmp_path / "retried", Interrupted(out_of_memory), **options)
+    whole.train()
+    assert 0 < len(freezing(whole).freezable) < 12
+    resumed = trainer(build_llama(), tmp_path / "retried", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "retried" / "checkpoint-4"))
+    assert freezing(resumed).frozen == freezing(whole).frozen
+    assert_same(adapters(resumed.model), adapters(model))
+
+
+def test_a_checkpoint_goes_only_when_the_next_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = checkpoint.save
+
+    def full(folder: Path, step: int, *args: Any, **kwargs: Any) -> Path:
+        if step > 4:
+            raise OSError(28, "No space left on device")
+        return saved(folder, step, *args, **kwargs)
+
+    whole = trainer(build_llama(), tmp_path / "whole", **QUARTERS)
+    whole.train()
+    cut_short = trainer(build_llama(), tmp_path / "full", save_total_limit=1, **QUARTERS)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(AFLoRAError, match="No space left"):
+            cut_short.train()
+    shutil.rmtree(tmp_path / "full" / "checkpoint-8", ignore_errors=True)  # as there is room again
+    resumed = trainer(build_llama(), tmp_path / "full", save_total_limit=1, **QUARTERS)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(adapters(resumed.model), adapters(whole.model))
+
+
+def test_all_adapters_that_were_active_are_so_in_the_best_model_and_on_resuming(tmp_path: Path) -> None:
+    def both() -> nn.Module:
+        model = build_llama()
+        model.add_adapter("b", SECOND)
+        model.base_model.set_adapter(["default", "b"])
+        return model
+
+    best = {**QUARTERS, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    whole = trainer(both(), tmp_path, **best, metric_for_best_model="loss", greater_is_better=True)
+    whole.train()
+    assert list(whole.model.active_adapters) == ["default", "b"]
+    assert whole.evaluate()["eval_loss"] == pytest.approx(whole.state.best_metric, abs=1e-6)
+    resumed = trainer(both(), tmp_path, **QUARTERS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert freezing(resumed).frozen == freezing(whole).frozen
+
+
+def test_a_model_with_adapters_of_its_own_is_gone_on_from(tmp_path: Path) -> None:
+    """transformers' add_adapter; Trainer alone looks for the files of a whole model, and ends there."""
+
+    def own() -> nn.Module:
+        model = build_llama().unload()
+        model.add_adapter(AFLoRAConfig(r=2))
+        return model
+
+    best = {**QUARTERS, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    whole = trainer(own(), tmp_path, **best, metric_for_best_model="loss", greater_is_better=True)
+    whole.train()
+    assert whole.evaluate()["eval_loss"] == pytest.approx(whole.state.best_metric, abs=1e-6)
+    undisturbed, resumed = trainer(own(), tmp_path / "undisturbed"), trainer(own(), tmp_path, **QUARTERS)
+    undisturbed.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(adapters(resumed.model), adapters(undisturbed.model))
+
+
+def test_who_stops_early_on_purpose_is_told_nothing_of_the_schedule(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_strategy": "steps"}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    early = trainer(build_llama(), tmp_path, EarlyStoppingCallback(1), **often, **best)
+    with caplog.at_level(logging.WARNING, "aflora_dist"):
+        early.train()
+        frozen_by = freezing(early)
+        frozen_by._exit()
+    assert early.state.global_step < STEPS
+    assert "total_steps" not in caplog.text
+
+
+@pytest.mark.parametrize("freezes", [True, False])
+def test_a_folder_that_is_not_there_is_said(freezes: bool, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        trainer(build_llama(), tmp_path, freezes=freezes).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_a_method_s_option_that_it_has_not_is_explained_to_who_asks() -> None:
+    """As TRL does of trainable_token_indices, where a chat template adds tokens."""
+    with pytest.raises(AttributeError, match="single tokens cannot be trained"):
+        _ = AFLoRAConfig().trainable_token_indices
+    assert not hasattr(AFLoRAConfig(), "rank_pattern")
