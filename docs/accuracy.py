@@ -6,8 +6,8 @@ docs/results/page.md is the text; what stands there in {{...}} is worked out fro
 {{table | STUDY | TASK}}, {{picture | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, {{mean}},
 {{trained}} or {{seconds}} of STUDY | TASK | METHOD, and {{count | TASK | STUDY METHOD OTHER | STUDY METHOD OTHER ...}}:
 how many of these comparisons speak for METHOD, and how many against it; {{order | STUDY | TASK | METHOD}}: when A and B
-froze, and how alike the orders of different seeds are. With --take, results of another folder are put
-there before.
+froze, and how alike the orders of different seeds are; {{heat_map | STUDY | TASK | METHOD}} is Fig. 5. With --take,
+results of another folder are put there before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from aflora_dist.study.cells import Cell, Compared, cells, compared
 from aflora_dist.study.description import read_study, shipped
 from aflora_dist.study.grid import Grid
-from aflora_dist.study.pictures import dots
+from aflora_dist.study.pictures import dots, mean_freeze_map
 from aflora_dist.study.results import Results
 from aflora_dist.study.tables import markdown
 
@@ -126,8 +126,16 @@ def picture(study: str, task: str) -> str:
     return f"![{study} on {task}: differences with their intervals](images/{study}_{task}.png)" if there else ""
 
 
+def heat_map(study: str, task: str, method: str) -> str:
+    """Fig. 5, the mean over seeds; `main` draws it."""
+    grid, results, _, _ = measured(study, task)
+    there = mean_freeze_map(grid, results.records, task, method) is not None
+    where = f"images/{study}_{task}.png"
+    return f"![{method} of {study} on {task}: when each matrix froze]({where})" if there else f"({study}: {NONE})"
+
+
 MACROS: dict[str, Callable[..., str]] = {
-    function.__name__: function for function in (table, picture, difference, count, mean, trained, seconds, order)
+    each.__name__: each for each in (table, picture, heat_map, difference, count, mean, trained, seconds, order)
 }
 
 
@@ -152,6 +160,10 @@ def main(argv: list[str] | None = None) -> int:
     args.out.write_text(page(), encoding="utf-8")
     for study, task in re.findall(r"!\[(\w+) on (\w+): differences", args.out.read_text(encoding="utf-8")):
         dots(measured(study, task)[3]).savefig(args.out.parent / "images" / f"{study}_{task}.png", dpi=130)
+    for method, study, task in re.findall(r"!\[(\w+) of (\w+) on (\w+): when", args.out.read_text(encoding="utf-8")):
+        grid, results, _, _ = measured(study, task)
+        if (figure := mean_freeze_map(grid, results.records, task, method)) is not None:
+            figure.savefig(args.out.parent / "images" / f"{study}_{task}.png", dpi=130)
     print(f"wrote {args.out}")
     return 0
 
