@@ -215,6 +215,8 @@ class Fold(torch.autograd.Function):
         some = next((grad for grad in grads if grad is not None), None)
         if some is None:
             return None, None, None, *([None] * len(parameters))
+        if n == 1:
+            return None, None, None, *Fold._of_one(parameters, some, ctx.needs_input_grad[3:])
         S, D, B = Fold._stacked(layout, parameters)
         r = some.shape[0]
         pieces = [some.new_zeros(r, out) if M is None else M for M, out in zip(grads, layout.outs, strict=True)]
@@ -234,6 +236,20 @@ class Fold(torch.autograd.Function):
             grad = found[i]
             found[i] = grad.to(parameter.dtype) if grad is not None and need and seen else None
         return None, None, None, *found
+
+    @staticmethod
+    def _of_one(parameters: Sequence[Tensor], M: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+        """The same for one layer, in fewer kernels."""
+        wide = torch.float64 if parameters[2].dtype == torch.float64 else torch.float32
+        s_b, s_d, B = (parameter.to(wide) for parameter in parameters)
+        M = M.to(wide)
+        MB = M * B.T if needs[0] or needs[1] else M
+        grads = (
+            s_d @ MB if needs[0] else None,
+            MB @ s_b if needs[1] else None,
+            (M * s_b).T * s_d if needs[2] else None,
+        )
+        return [None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
 
 
 class Cast(torch.autograd.Function):
