@@ -35,9 +35,7 @@ from .store.checkpoint import Checkpoint
 from .watch.stopping import StopRequest
 
 _STATE = "aflora"  # the folder in Trainer's checkpoint that holds the training's state by name
-_LAST: WeakKeyDictionary[nn.Module, ref[AdaptiveFreezing]] = (
-    WeakKeyDictionary()
-)  # who froze a model last, if still there
+_LAST: WeakKeyDictionary[nn.Module, ref[AdaptiveFreezing]] = WeakKeyDictionary()  # who froze a model last
 
 
 class FreezingCallback(TrainerCallback):

@@ -148,8 +148,8 @@ class AFLoRAPath(nn.Module):
             self.__dict__["_recomputed"] = folded
 
     def versions(self) -> tuple[int, ...]:
-        """Change when a parameter is written to."""
-        return (self.A._version, self.B._version, self.s_d._version, self.s_b._version)
+        """Change when a parameter is written to; inference tensors have none, and no backward pass."""
+        return tuple(p._version for p in (self.A, self.B, self.s_d, self.s_b) if not p.is_inference())
 
     def _fold(self, x: Tensor) -> Folded:
         """What the model's forward has folded for this layer, if it suits; else folded here and now."""

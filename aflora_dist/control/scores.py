@@ -93,7 +93,8 @@ class Order(Scores):
     """An order that is known before training: nothing is observed, kept or sent."""
 
     def means(self) -> dict[str, float]:
-        scores = fixed_scores(self.config.score, self.numels, self.config.seed or 0)
+        in_order = {name: self.numels[name] for name in self.engine.parameters if name in self.numels}
+        scores = fixed_scores(self.config.score, in_order, self.config.seed or 0)
         return {name: scores[name] for name in self.names}
 
 
