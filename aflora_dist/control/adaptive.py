@@ -275,6 +275,7 @@ class AdaptiveFreezing:
         start = self._stopwatch.start(self.engine.device)  # the backward pass and the update are not freezing's
         with torch.profiler.record_function("aflora.decide"):
             scores = self.scores()
+            self._scores.tell_of_idle(scores)
             names = self.policy.choose(self.schedule, self.step, scores, self._scores.quantile)
             if self._prefix is not None:
                 names += self._prefix.due(self.step, {*scores} - {*names})

@@ -14,6 +14,7 @@ from ..engines.transfer import Piece
 from ..freezing import ORDERS, FreezingConfig, FreezingScore, MatrixScore, PartialImportance, fixed_scores
 from ..freezing.quantile import quantile
 from ..freezing.score import OF_VALUES, averages
+from ..notices import logger
 
 
 class Scores(ABC):
@@ -34,6 +35,7 @@ class Scores(ABC):
     def __init__(self, engine: Engine, config: FreezingConfig, numels: Mapping[str, int]) -> None:
         self.engine, self.config, self.numels = engine, config, numels
         self.done = 0
+        self._told_of_idle = config.score in ORDERS  # where 0 says nothing
         self._decays = {"beta1": config.beta1, "beta2": config.beta2}
         self._keep(numels)
 
@@ -56,6 +58,19 @@ class Scores(ABC):
     @abstractmethod
     def means(self) -> dict[str, float]:
         """Eq. 4 of every matrix. A collective; finite or not."""
+
+    def tell_of_idle(self, means: Mapping[str, float]) -> None:
+        """Warn, once, of what freezes first because no gradient has ever reached it."""
+        idle = [name for name, mean in means.items() if mean == 0.0]
+        if not 0 < len(idle) < len(means) or self._told_of_idle:  # before the first update s_b is 0, and all of them
+            return
+        self._told_of_idle = True
+        if self.engine.accelerator.is_main_process:
+            more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+            logger.warning(
+                f"{idle[0]}{more} have had no gradient so far, and freeze first: their layers were not called, or the "
+                f"model reads their weights itself. Leave out what does not learn (exclude_modules, freezable=...)."
+            )
 
     def quantile(self, fraction: float) -> float:
         """Of the elements' Ibar * Ubar, of all matrices. A collective."""

@@ -425,3 +425,16 @@ def test_averages_that_are_swapped_in_for_an_evaluation_by_data_are_seen_in_half
             model.train()
             model.eval()
             torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=0, atol=0)
+
+
+def test_an_adapter_that_no_gradient_reaches_is_told_of_before_it_freezes(caplog: pytest.LogCaptureFixture) -> None:
+    class Reads(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(nn.functional.linear(x, self.layers[0].weight))  # past the adapter
+            return self.head(torch.tanh(self.layers[1](x)))
+
+    with caplog.at_level(logging.WARNING, "aflora_dist"):
+        Loop(adapted(Net(), ["0", "1"], modules_to_save=["head"])).train()
+        assert "have had no gradient" not in caplog.text
+        Loop(adapted(Reads(), ["0", "1"], modules_to_save=["head"])).train()
+    assert "layers.0.aflora.default.A and 1 more have had no gradient so far, and freeze first" in caplog.text
