@@ -245,8 +245,8 @@ class Fold(torch.autograd.Function):
         M = M.to(wide)
         MB = M * B.T if needs[0] or needs[1] else M
         grads = (
-            s_d @ MB if needs[0] else None,
-            MB @ s_b if needs[1] else None,
+            (MB * s_d.unsqueeze(1)).sum(0) if needs[0] else None,  # no products of matrices, which TF32 rounds
+            (MB * s_b).sum(1) if needs[1] else None,
             (M * s_b).T * s_d if needs[2] else None,
         )
         return [None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]

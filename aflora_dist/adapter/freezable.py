@@ -123,6 +123,7 @@ def hold_frozen(model: nn.Module, names: Collection[str]) -> bool:
     training = [p for name, p in named_parameters(model).items() if name in names and p.requires_grad]
     if training:
         adapter_of(model).have_frozen(set(names))
+        remember_frozen(model, names)  # whatever adapts it: a head among them, say
     for parameter in training:
         parameter.requires_grad_(False)
     return bool(training)

@@ -44,14 +44,12 @@ class FreezingGuard:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, and of what is read from a file, nobody watches the training."""
-        return {
-            **self.__dict__,
-            "attached": False,
-            "_by": None,
-            "_trained": False,
-            "_ran_again": False,
-            "_compiled": None,
-        }
+        return {"waived": self.waived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model that an earlier release pickled lacks what is new."""
+        self.__init__()  # type: ignore[misc]
+        self.waived = state["waived"]
 
     @property
     def is_open(self) -> bool:

@@ -219,8 +219,12 @@ class AFLoRAModel(BaseTuner):
         )
         if layer is not target:
             if isinstance(parent, nn.TransformerEncoderLayer):
-                # Its fast path in evaluation reads the base weights, and is not taken where there are hooks.
+                # Its fast path in evaluation reads the base weights, and is not taken where there are hooks. What is
+                # nested for that path has no shape.
                 parent.register_forward_pre_hook(_calls_its_layers)
+                for module in self.model.modules():
+                    if isinstance(module, nn.TransformerEncoder) and any(m is parent for m in module.layers):
+                        module.use_nested_tensor = False
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # a further adapter does not start out trainable
             self._replace_module(parent, target_name, layer, target)

@@ -38,7 +38,8 @@ class KeptFrozen:
 
     def have_frozen(self, names: Collection[str]) -> None:
         self._look_no_more()  # a checkpoint of before has let some of them train again
-        modules, parameters = named_modules(self._model), named_parameters(self._model, remove_duplicate=False)
+        modules = named_modules(self._model, remove_duplicate=False)
+        parameters = named_parameters(self._model, remove_duplicate=False)
         switched = {n for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
         below: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
         gone = {id(parameters[name]) for name in names if name in parameters}  # else deleted with its adapter

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter.freezable import frozen_before
+from ..adapter.freezable import frozen_before, remember_frozen
 from ..engines import Engine, Renamed
 from ..errors import AFLoRAError
 from ..freezing import FreezeEvent, FreezingConfig, policy_for
@@ -80,6 +80,10 @@ class FreezingState:
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Go on from what `snapshot` gave; the engine has been restored. A collective."""
         self.events = [FreezeEvent(**event) for event in record["events"]]
+        trains = {*self._engine.trainable}
+        known = {n for n in record.get("frozen_before", ()) if n in self._engine.parameters and n not in trains}
+        remember_frozen(self._engine.model, known)  # in a process of before, whose values these are
+        self._before |= known
         unknown = self._before - {*record.get("frozen_before", ()), *self._own, *self._numels}  # an earlier release's
         fixed = [name for name in self.fixed(self._engine.trainable) if name not in unknown]
         self._engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)

@@ -54,6 +54,12 @@ class ReplicatedEngine(NativeEngine):
             if not self.ddp.require_backward_grad_sync:
                 raise UnsupportedEngineError(_LOCAL_SGD)
             check_hooks(self.ddp)  # one may have been registered since
+            off = next((name for name in self.trainable if not self.parameters[name].requires_grad), None)
+            if off is not None and not self.ddp.find_unused_parameters:
+                raise UnsupportedEngineError(
+                    f"{off} is switched off (requires_grad_(False)), and DDP waits for its gradient: without it others "
+                    f"are not reduced. Pass DistributedDataParallelKwargs(find_unused_parameters=True) to Accelerator."
+                )
             if joins(self.ddp):
                 raise UnsupportedEngineError(
                     "Ranks with more batches than others (join_uneven_inputs, torch's Join) train on alone, and cannot "
@@ -73,7 +79,12 @@ class ReplicatedEngine(NativeEngine):
         trained = {*self.trainable}
         for name in (name for group in self.members for name in group if name not in trained):
             release(self.parameters[name])  # PEFT may have switched it on since it froze, and a reducer would wait
+        off = [p for name in trained if not (p := self.parameters[name]).requires_grad]  # by the user, for a while
+        for parameter in off:
+            parameter.requires_grad_(True)
         rebuild_reducer(self.ddp)
+        for parameter in off:
+            parameter.requires_grad_(False)
 
     def _holds_first_copy(self, parameter: nn.Parameter) -> bool:
         return self.rank == 0

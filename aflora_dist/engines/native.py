@@ -188,11 +188,11 @@ class NativeEngine(Engine):
                 elif id(parameter) not in present:
                     parameter.requires_grad_(True)
             gone = {id(self.parameters[member]) for member in members if member not in wanted}
-            since = [i for i, p in enumerate(group["params"]) if id(p) not in original | gone]
+            since = [p for p in group["params"] if id(p) not in original and id(p) not in gone]  # appended by the user
             if named is not None:
                 names_left = [n for n, p in zip(named, parameters, strict=True) if id(p) not in gone]
-                group["param_names"] = names_left + [group["param_names"][i] for i in since]
-            group["params"] = [p for p in parameters if id(p) not in gone] + [group["params"][i] for i in since]
+                group["param_names"] = names_left + [self.names.get(p, "") for p in since]
+            group["params"] = [p for p in parameters if id(p) not in gone] + since
         self._observed = [p for p in self._observed if self.names[p] in wanted]
         self.clipping.follow()
         self._trained_set_changed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -45,7 +46,8 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
             # A launcher that is interrupted ends its ranks by itself, and at once.
-            alone = () if dist.is_initialized() else (signal.SIGINT,)
+            usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, or somebody's own
+            alone = (signal.SIGINT,) if usual and not dist.is_initialized() else ()
             self._previous = {number: signal.signal(number, self._note) for number in (*_SIGNALS, *alone)}
 
     def __enter__(self) -> StopRequest:
@@ -62,7 +64,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
         if number == signal.SIGINT:
-            print("\naflora: saving after this update; Ctrl-C once more leaves at once.", flush=True)
+            os.write(2, b"\naflora: saving after this update; Ctrl-C once more leaves at once.\n")  # not in a print
             signal.signal(number, self._previous[number])
 
     def agreed(self, failure: str | None = None) -> bool:

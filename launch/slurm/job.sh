@@ -5,7 +5,8 @@
 # Preemption and time limit: Slurm sends USR1 to this shell ahead of the end. Launchers do not pass signals on, so
 # the request goes by a file; all ranks save after the same update and leave; this shell puts the job back into the
 # queue, and the next start goes on with --resume. A node that fails puts the job back by itself (--requeue).
-# Ranks that have not left after AFLORA_GRACE seconds (100) are ended, and the job goes back into the queue all the same.
+# Ranks that have not left after AFLORA_GRACE seconds (until 20 s before the time limit, at least 100) are ended, and the
+# job goes back into the queue all the same.
 # A script of your own gets USR1 in every rank, which ignores it unless the script handles it, and AFLORA_GRACE seconds
 # (60); then the job goes back into the queue. The script has to go on from its last checkpoint by itself.
 
@@ -49,7 +50,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     read -ra seeds <<<"${AFLORA_SEEDS:-$SLURM_ARRAY_TASK_ID}"
     read -ra presets <<<"${AFLORA_PRESETS:-}"
     # Without seeds an element of one preset, or of none, is a seed; of several presets each has the same.
-    [ -n "${AFLORA_SEEDS:-}" ] || ((${#presets[@]} < 2)) || seeds=(0)
+    [ -n "$own" ] || [ -n "${AFLORA_SEEDS:-}" ] || ((${#presets[@]} < 2)) || seeds=(0)
     elements=$((${#seeds[@]} * (${#presets[@]} && ! 0$own ? ${#presets[@]} : 1)))
     if [ -n "${AFLORA_SEEDS:-}" ] || ((elements > 1)); then
         if ((SLURM_ARRAY_TASK_ID >= elements)); then
@@ -74,12 +75,13 @@ elif [[ -n $own && "${arguments[*]}" == *{seed}* ]]; then
     exit 2
 fi
 
-asked= patience=
+asked= patience= left=
 # tell: whom; finished: whether all is done. Who has not left by then is ended, and comes back all the same.
 ask() {
     [ -z "$asked" ] || return
     asked=1
     tell
+    [ -z "$left" ] || ((left - $(date +%s) <= grace)) || grace=$((left - $(date +%s)))
     (sleep "${AFLORA_GRACE:-$grace}" && ! finished && scontrol requeue "$job") &
     patience=$!
 }
@@ -95,7 +97,9 @@ else
     mkdir -p "$run_dir"
     rm -f "$run_dir/stop" # meant for an earlier start
     export AFLORA_STOP_CLEARED=1 # one that is there from here on is meant for this start, however early it comes
-    grace=100 # ranks look between updates: one may be in a long evaluation, or still loading
+    # Ranks look between updates: one may be in a long evaluation, or still loading. Until shortly before the end.
+    grace=100
+    [ -z "${SLURM_JOB_END_TIME:-}" ] || left=$((SLURM_JOB_END_TIME - 20))
     tell() { touch "$run_dir/stop"; }
     finished() { [ -e "$run_dir/result.json" ]; }
 fi

@@ -27,6 +27,7 @@ SAID = {
     },
     "ddp": {
         "joined": "Give all ranks as many batches",
+        "with_a_layer_switched_off_unsaid": "find_unused_parameters=True",
         "with_layers_left_out": "Expected to have finished reduction",  # as without freezing: find_unused_parameters
     },
     "fsdp2": {},

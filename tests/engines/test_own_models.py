@@ -436,3 +436,30 @@ def test_an_adapter_that_no_gradient_reaches_is_told_of_before_it_freezes(capsys
     Loop(adapted(Reads(), ["0", "1"], modules_to_save=["head"])).train()
     said = capsys.readouterr().err
     assert "layers.0.aflora.default.A and 1 more have had no gradient so far, and freeze first" in said
+
+
+def test_a_module_that_stands_under_two_names_freezes() -> None:
+    class Twice(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.layers[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.tanh(self.again(x)))
+
+    loop = Loop(Twice(), freezable=["layers.0.weight", "layers.1.weight", "again.weight"])
+    loop.train()
+    assert {*loop.freezing.frozen} == {"layers.0.weight", "layers.1.weight"}
+    assert not loop.model.again.weight.requires_grad
+
+
+def test_torch_s_encoder_with_padding_is_evaluated_with_its_adapter() -> None:
+    class Padded(Encoder):
+        def forward(self, x: Tensor) -> Tensor:
+            padding = torch.zeros(4, 3, dtype=torch.bool)
+            padding[:, 2] = True
+            return self.head(self.encoder(x.unsqueeze(1).repeat(1, 3, 1), src_key_padding_mask=padding)[:, 0])
+
+    model, x = adapted(Padded(), ["linear1", "linear2"]).eval(), torch.randn(4, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), copy.deepcopy(model).merge_and_unload()(x), rtol=0, atol=1e-5)

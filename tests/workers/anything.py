@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,8 +96,11 @@ def create_optimizer(model: nn.Module, momentum: bool = False) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=5e-3, weight_decay=0.1)
 
 
-def create_accelerator(accumulation: int = 1, clip: float = 0.0, shard_all: bool = False) -> Accelerator:
-    several = {"kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]} if "WORLD_SIZE" in os.environ else {}
+def create_accelerator(
+    accumulation: int = 1, clip: float = 0.0, shard_all: bool = False, unused: bool = False
+) -> Accelerator:
+    handlers = [InitProcessGroupKwargs(backend="gloo"), DistributedDataParallelKwargs(find_unused_parameters=unused)]
+    several = {"kwargs_handlers": handlers} if "WORLD_SIZE" in os.environ else {}
     fsdp = {"cpu": True} if os.environ.get("ACCELERATE_USE_FSDP") == "true" else {}
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, **several, **fsdp)  # type: ignore[arg-type]
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
@@ -138,11 +141,12 @@ class Training:
         clip: float = 0.0,
         shard_all: bool = False,
         reference: bool = False,
+        unused: bool = False,
     ) -> None:
         # What FSDP2 wraps, if that is the engine.
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = WRAPPED.get(kind, "BertLayer")
         model = build(kind)  # for ZeRO-3 transformers draws some models' weights otherwise once there is an accelerator
-        self.accelerator = create_accelerator(accumulation, clip, shard_all)
+        self.accelerator = create_accelerator(accumulation, clip, shard_all, unused)
         self.accumulation, self.clip, self.reference = accumulation, clip, reference
         if recompute:  # as PEFT and Trainer do
             checkpoint_activations(model, use_reentrant=recompute == "reentrantly")

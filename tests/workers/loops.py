@@ -94,6 +94,24 @@ def with_layers_left_out() -> Training:
     return training
 
 
+def with_a_layer_switched_off_for_a_while(unused: bool = True) -> Training:
+    """By hand, while others freeze; on again its gradients are reduced as before."""
+    training = Training("lora", CONFIG, momentum=True, unused=unused)
+    for group in training.optimizer.param_groups:
+        group |= {"momentum": 0.0, "weight_decay": 0.0}
+    engine = training.freezing.engine
+    names = [n for n in engine.parameters if "classifier" in n and n in engine.trainable]
+    for step in range(12):
+        for name in names:
+            engine.parameters[name].requires_grad_(not 3 <= step < 7)
+        training.train(step, step + 1)
+    return training
+
+
+def with_a_layer_switched_off_unsaid() -> Training:
+    return with_a_layer_switched_off_for_a_while(unused=False)
+
+
 def recomputed_reentrantly() -> Training:
     training = Training("aflora", CONFIG, recompute="reentrantly")
     training.train(0, 12)
@@ -119,6 +137,8 @@ LOOPS: dict[str, Callable[[], Training]] = {
         two_backward_passes,
         clipped_otherwise,
         with_layers_left_out,
+        with_a_layer_switched_off_for_a_while,
+        with_a_layer_switched_off_unsaid,
         recomputed_reentrantly,
         joined,
     )

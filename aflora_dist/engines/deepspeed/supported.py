@@ -7,6 +7,11 @@ from typing import Any
 
 from ...errors import UnsupportedEngineError
 
+CLIPS_BY_ITSELF = (
+    "DeepSpeed clips by itself, {at}, and accelerator.clip_grad_norm_(..., {norm:g}) changes nothing under it. Write "
+    '"gradient_clipping": {norm:g} into its configuration: for "auto" accelerate takes 1.0.'
+)
+
 
 def check_settings(settings: Any) -> None:
     """Refuse what a DeepSpeed configuration asks for and freezing would be wrong under.

@@ -25,7 +25,7 @@ from ..optimizers import release
 from ..transfer import Move, Piece, place, plan
 from . import device
 from .saving import KeptWhole
-from .supported import check_supported
+from .supported import CLIPS_BY_ITSELF, check_supported
 
 Span = tuple[Fragment, int]  # a fragment, and where in its partition it begins
 
@@ -33,10 +33,9 @@ Span = tuple[Fragment, int]  # a fragment, and where in its partition it begins
 class ZeroEngine(Engine):
     """A DeepSpeedEngine at ZeRO stage 1, 2 or 3.
 
-    ZeRO replaces the parameters of the inner torch optimizer by flat float32 partitions, one per
-    param group (stage 3: per sub-group), and calls the inner optimizer once for each, with the
-    partition's averaged, unscaled and clipped gradient, and only if the update is not skipped. A
-    step pre-hook of the inner optimizer is thus where gradients are seen, one partition a bucket.
+    ZeRO replaces the parameters of the inner torch optimizer by flat float32 partitions, one per param group (stage 3:
+    per sub-group), and calls the inner optimizer once for each, with the partition's averaged, unscaled and clipped
+    gradient, and only if the update is not skipped. A step pre-hook of it is where gradients are seen.
     """
 
     interfaces: Sequence[Private]  # of DeepSpeed's optimizer for this stage
@@ -55,7 +54,7 @@ class ZeroEngine(Engine):
         self._stand_in: Optimizer | None = None
         self._visible: list[int] = []  # positions of the param groups that the stand-in has
         self._loss_scale = 1.0
-        self._stepped = 0  # updates since optimizer.step() was called
+        self._stepped, self._kept = 0, False  # updates since optimizer.step() was called; gradients of the last of them
         self._told_of_clipping = False
         self._observed: list[list[Span]] = []  # per partition
         super().__init__(accelerator, self.ds.module, self.ds.basic_optimizer)
@@ -79,7 +78,7 @@ class ZeroEngine(Engine):
         """What DeepSpeed divided the loss-scaled gradient by: the loss scale times the clip factor."""
 
     def _forget_gradients(self) -> None:
-        """An update is done: DeepSpeed zeroes nothing, and what the next backward pass leaves out has no gradient."""
+        """Of the last update: DeepSpeed zeroes nothing, and what the next backward pass leaves out has no gradient."""
         for kept in (flat.grad for flat in self._partitions() if flat.grad is not None):  # under optimizer offload
             kept.zero_()
 
@@ -134,16 +133,22 @@ class ZeroEngine(Engine):
             self._loss_scale = float(self.zero.loss_scale)
             original_step(*args, **kwargs)
             if whole:
-                self._forget_gradients()
-                self._stepped += 1
+                self._stepped, self._kept = self._stepped + 1, True
                 done(self.ds.was_step_applied())
 
         self.ds.step = step
         self._handles.append(lambda: self.ds.__dict__.pop("step", None))
+        self._patch(self.ds, "backward", self._backward)
         self._handles.append(self.optimizer.register_step_pre_hook(before).remove)
         if self._wrapper is not None:
             self._patch(self._wrapper, "step", self._check_stepped)
         self._patch(self.accelerator, "clip_grad_norm_", self._clip_grad_norm)
+
+    def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._kept:  # until now, for who reads them after the update
+            self._kept = False
+            self._forget_gradients()
+        return original(*args, **kwargs)
 
     def _check_stepped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.sync_gradients and not self._stepped:
@@ -159,17 +164,11 @@ class ZeroEngine(Engine):
             )
         return original(*args, **kwargs)
 
-    def _clip_grad_norm(
-        self, original: Callable[..., Any], parameters: Any, max_norm: float, norm_type: float = 2
-    ) -> Any:
-        clips = float(self.zero.clip_grad or 0)
-        if not self._told_of_clipping and clips != (0 if math.isinf(max_norm) else max_norm):
+    def _clip_grad_norm(self, original: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        wanted = 0 if math.isinf(max_norm) else max_norm
+        if (clips := float(self.zero.clip_grad or 0)) != wanted and not self._told_of_clipping:
             self._told_of_clipping = True
-            logger.warning(
-                f"DeepSpeed clips by itself, {f'at {clips:g}' if clips else 'not at all here'}, and "
-                f"accelerator.clip_grad_norm_(..., {max_norm:g}) changes nothing under it. Write "
-                f'"gradient_clipping": {max_norm:g} into its configuration: for "auto" accelerate takes 1.0.'
-            )
+            logger.warning(CLIPS_BY_ITSELF.format(at=f"at {clips:g}" if clips else "not at all here", norm=max_norm))
         return original(parameters, max_norm, norm_type)
 
     def drop(self, names: Iterable[str]) -> list[Move]:
