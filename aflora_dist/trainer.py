@@ -45,7 +45,7 @@ class FreezingCallback(TrainerCallback):
     From then on save_model and every checkpoint hold the whole adapter, on every engine; resume_from_checkpoint
     goes on from a checkpoint on any engine and number of ranks, and load_best_model_at_end goes back to a model of
     before a freeze. A further `train()` freezes what is left. With `enable_jit_checkpoint`, SIGTERM or
-    SIGUSR1 to any rank makes all of them save after the same update, and train() return.
+    SIGUSR1 to any rank (of one process Ctrl-C, too) makes all of them save after the same update, and train() return.
 
     Args:
         trainer: Not needed; Trainer introduces itself when training begins.

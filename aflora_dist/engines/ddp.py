@@ -54,16 +54,23 @@ class ReplicatedEngine(NativeEngine):
             if not self.ddp.require_backward_grad_sync:
                 raise UnsupportedEngineError(_LOCAL_SGD)
             check_hooks(self.ddp)  # one may have been registered since
-            off = next((name for name in self.trainable if not self.parameters[name].requires_grad), None)
-            if off is not None and not self.ddp.find_unused_parameters:
-                raise UnsupportedEngineError(
-                    f"{off} is switched off (requires_grad_(False)), and DDP waits for its gradient: without it others "
-                    f"are not reduced. Pass DistributedDataParallelKwargs(find_unused_parameters=True) to Accelerator."
-                )
+            # At every update: names are asked for only where something is off.
+            off = [p for group in self.optimizer.param_groups for p in group["params"] if not p.requires_grad]
+            if off and not self.ddp.find_unused_parameters:
+                self._refuse_switched_off()
             if joins(self.ddp):
                 raise UnsupportedEngineError(
                     "Ranks with more batches than others (join_uneven_inputs, torch's Join) train on alone, and cannot "
                     "freeze together. Give all ranks as many batches: Accelerator(even_batches=True) does, its default."
+                )
+
+    def _refuse_switched_off(self) -> None:
+        for name in self.trainable:
+            if not self.parameters[name].requires_grad:
+                raise UnsupportedEngineError(
+                    f"{name} is switched off (requires_grad_(False)), and DDP waits for its gradient: without it "
+                    f"others are not reduced. Pass DistributedDataParallelKwargs(find_unused_parameters=True) to "
+                    f"Accelerator."
                 )
 
     def _fragment(self, name: str) -> Fragment | None:

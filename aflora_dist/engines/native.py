@@ -53,13 +53,18 @@ class NativeEngine(Engine):
     def trainable(self) -> list[str]:
         # What has frozen is in no group. What a user switched off for a while is, and trains on when it is on again;
         # what did not train at first may have been switched on since. A later group may hold tensors of another model.
-        for members, group in zip(self.members, self.optimizer.param_groups, strict=False):
+        found: list[str] = []
+        later: list[list[str]] = [[] for _ in self.optimizer.param_groups[len(self.members) :]]
+        for members, group in zip([*self.members, *later], self.optimizer.param_groups, strict=True):
             known = set(members)
-            on = [self.names[p] for p in group["params"] if p.requires_grad and p in self.names]
-            members += [name for name in on if name not in known]
-        trained = {name for members in self.members for name in members}
-        there = [p for group in self.optimizer.param_groups for p in group["params"] if p in self.names]
-        return [self.names[p] for p in there if p.requires_grad or self.names[p] in trained]
+            for parameter in group["params"]:
+                name = self.names.get(parameter)
+                if name is None or (name not in known and not parameter.requires_grad):
+                    continue
+                if name not in known:
+                    members.append(name)
+                found.append(name)
+        return found
 
     # -- the step ----------------------------------------------------------------------------
 

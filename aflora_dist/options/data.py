@@ -110,6 +110,6 @@ class DataConfig(Checked):
     def refuse_columns(self) -> None:
         """Raise where columns are named that this task does not read. Predicting does: what it is given is a file."""
         instead = "Name data.columns instead" if self.task == "sft" else "Leave it out"
-        for name, usual in (("text_columns", ["text"]), ("label_column", "label")):
-            if self.task != "files" and getattr(self, name) != usual:
+        for name in ("text_columns", "label_column"):
+            if self.task != "files" and getattr(self, name) != getattr(type(self)(), name):
                 raise AFLoRAError(f"data.{name} is for data.task=files, not {self.task}. {instead}.")

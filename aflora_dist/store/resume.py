@@ -120,8 +120,10 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
             f"anew would delete {', '.join(held[:5])}{' and more' if len(held) > 5 else ''}. Name a checkpoint with "
             f"--resume FOLDER, move away what you need, or begin again with run.overwrite=true."
         )
+    if newest is None:  # and nothing damaged, which would be deleted
+        return None
     for complaint in complaints:
-        logger.warning(f"{complaint} Going on from {newest.path.name}." if newest else complaint)
+        logger.warning(f"{complaint} Going on from {newest.path.name}.")
     return newest
 
 

@@ -26,11 +26,10 @@ class StopRequest:
     """Whether all ranks should save and leave after this update.
 
     The request comes as SIGUSR1 or SIGTERM to any rank, as Ctrl-C to a single one, or as a file, for launchers do not
-    pass signals on. About
-    once a second the ranks exchange three numbers (over gloo if they can, which leaves a GPU's queue alone): whether
-    one of them has been asked, whether one has failed, and after how many updates they exchange again. A rank that is
-    gone cannot take part, so that the SIGTERM that a launcher sends to those it left behind saves nothing and ends
-    them.
+    pass signals on. About once a second the ranks exchange three numbers (over gloo if they can, which leaves a GPU's
+    queue alone): whether one of them has been asked, whether one has failed, and after how many updates they exchange
+    again. A rank that is gone cannot take part, so that the SIGTERM that a launcher sends to those it left behind saves
+    nothing and ends them.
 
     Args:
         file: Its existence is a request, too; the main process looks for it.

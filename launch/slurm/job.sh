@@ -81,7 +81,8 @@ ask() {
     [ -z "$asked" ] || return
     asked=1
     tell
-    [ -z "$left" ] || ((left - $(date +%s) <= grace)) || grace=$((left - $(date +%s)))
+    # A limit that is hours away is not why the signal came: the job is preempted, and nobody says how soon it ends.
+    [ -z "$left" ] || { left=$((left - $(date +%s))); ((left <= grace || left > 3600)) || grace=$left; }
     (sleep "${AFLORA_GRACE:-$grace}" && ! finished && scontrol requeue "$job") &
     patience=$!
 }
