@@ -83,7 +83,7 @@ ask() {
     tell
     # A limit that is hours away is not why the signal came: the job is preempted, and nobody says how soon it ends.
     [ -z "$left" ] || { left=$((left - $(date +%s))); ((left <= grace || left > 3600)) || grace=$left; }
-    (sleep "${AFLORA_GRACE:-$grace}" && ! finished && scontrol requeue "$job") &
+    (sleep "${AFLORA_GRACE:-$grace}" >/dev/null 2>&1 && ! finished && scontrol requeue "$job") &
     patience=$!
 }
 if [ -n "$own" ]; then
@@ -104,7 +104,8 @@ else
     tell() { touch "$run_dir/stop"; }
     finished() { [ -e "$run_dir/result.json" ]; }
 fi
-trap ask USR1
+early=
+trap early=1 USR1 # ask starts a process, which would be taken for the step below
 
 AFLORA_MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Another port at each start: the last one's may still be closing; and one that nothing uses here, on the first node.
@@ -124,6 +125,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 bash launch/slurm/node.sh "${target[@]}" "${arguments[@]}" &
 step=$!
+trap ask USR1
+[ -z "$early" ] || ask
 while :; do
     wait "$step" # returns early when the trap has run
     kill -0 "$step" 2>/dev/null || break

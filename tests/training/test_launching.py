@@ -372,6 +372,18 @@ def test_ranks_that_look_too_late_are_ended_and_the_job_comes_back(grace: str, f
     assert (run / "stop").exists()
 
 
+@pytest.mark.parametrize("before", ["echo", "srun", "step="])
+def test_a_signal_before_the_ranks_are_waited_for_is_not_lost(before: str, tmp_path: Path) -> None:
+    script, at, times = ROOT / "launch" / "slurm" / "cpu.sbatch", tmp_path / "signal.sh", tmp_path / "times"
+    once = f'[[ $BASH_COMMAND != {before}* || -e "{times}" ]] || {{ touch "{times}"; kill -USR1 $$; }}'
+    at.write_text(f"set -o functrace\ntrap '{once}' DEBUG\n")
+    run = tmp_path / "run"
+    given = {"BASH_ENV": str(at), "AFLORA_GRACE": "60"}
+    done = submit(script, ["--run.dir", str(run)], ROOT, tmp_path, "$(sleep 1)ranks have ended", **given)
+    assert done.stdout.splitlines()[1:] == ["ranks have ended", "aflora: job 7 goes back into the queue", "here"]
+    assert (run / "stop").exists()
+
+
 class Lock:
     """The lock of a compilation, as torch takes it."""
 
