@@ -5,6 +5,7 @@ A torch optimizer updates the model's own parameters. A drop moves no byte betwe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..compat.accelerate import ACCELERATOR, optimizers, unwrap
 from ..compat.contract import require_private
@@ -41,7 +43,7 @@ class NativeEngine(Engine):
         _check(accelerator, unwrapped, inner, self._wrapper)
         self._fragments: list[Fragment] = []
         self._observed: list[nn.Parameter] = []
-        self._applied = self._stepping = False
+        self._applied = self._stepping = self._inside = False
         self._originals = [(list(g["params"]), g.get("param_names")) for g in inner.param_groups]
         super().__init__(accelerator, unwrapped, inner)
         self.clipping = Clipping(accelerator, lambda: self._observed)
@@ -70,6 +72,7 @@ class NativeEngine(Engine):
 
     def watch(self, done: Callable[[bool], None]) -> None:
         def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+            self._inside = True
             if any(argument is not None for argument in (*args[1:], *kwargs.values())):
                 raise UnsupportedEngineError(
                     "optimizer.step(closure) computes gradients inside the update, where they cannot be scored before "
@@ -93,7 +96,7 @@ class NativeEngine(Engine):
             )
 
         def after(optimizer: Any, args: Any, kwargs: Any) -> None:
-            self._applied = True
+            self._applied, self._inside = True, False
             if self._wrapper is None:
                 self._done(done)
 
@@ -110,6 +113,7 @@ class NativeEngine(Engine):
         self._patch(self._wrapper or self.optimizer, "zero_grad", self._zero_grad)
         self.clipping.watch()
         self._handles.append(self.clipping.unwatch)
+        self._handles.append(_told_of_others(self))
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._stepping = True
@@ -125,6 +129,19 @@ class NativeEngine(Engine):
         if self.accelerator.sync_gradients or self._wrapper is None:  # else accelerate does nothing
             self.clipping.updated()
         return original(*args, **kwargs)
+
+    def tell_of(self, other: Any) -> None:
+        """Warn if another optimizer updates what this one is to, as in a second phase of training."""
+        if other is self.optimizer or self._inside:  # one may call another within its step
+            return
+        watched = {id(p) for p in self._observed}
+        for parameter in (p for group in other.param_groups for p in group["params"] if id(p) in watched):
+            logger.warning(
+                f"Another optimizer than the one that AdaptiveFreezing was given updates {self.names[parameter]}: its "
+                f"updates are neither counted nor scored. Step the one that was given; or, for another phase of "
+                f"training, detach() this freezing and create one with the new optimizer."
+            )
+            return
 
     def _done(self, done: Callable[[bool], None]) -> None:
         applied, self._applied = self._applied, False
@@ -277,6 +294,20 @@ class NativeEngine(Engine):
     def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(scaling))
+
+
+def _told_of_others(engine: NativeEngine) -> Callable[[], None]:
+    """Let the engine know of each optimizer at its first step; returns what ends that."""
+    asked, known = weakref.ref(engine), weakref.WeakSet[Any]()
+
+    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if optimizer not in known and (told := asked()) is not None:
+            known.add(optimizer)
+            told.tell_of(optimizer)
+
+    remove = register_optimizer_step_pre_hook(before).remove
+    weakref.finalize(engine, remove)  # the hook is everybody's
+    return remove
 
 
 def _check(accelerator: Accelerator, model: nn.Module, optimizer: Any, wrapper: AcceleratedOptimizer | None) -> None:

@@ -463,3 +463,41 @@ def test_torch_s_encoder_with_padding_is_evaluated_with_its_adapter() -> None:
     model, x = adapted(Padded(), ["linear1", "linear2"]).eval(), torch.randn(4, 8)
     with torch.no_grad():
         torch.testing.assert_close(model(x), copy.deepcopy(model).merge_and_unload()(x), rtol=0, atol=1e-5)
+
+
+def test_an_optimizer_beside_the_one_that_was_given_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop(Net(), freezable=LAYERS)
+    head = torch.optim.SGD(loop.model.head.parameters(), lr=0.1)
+    loop.train(lambda step: head.step(), stop=3)
+    assert "Another optimizer" not in caplog.text  # it updates nothing that is to freeze
+    second = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    for _ in range(2):
+        second.step()
+    assert caplog.text.count("Another optimizer than the one that AdaptiveFreezing was given updates layers.") == 1
+    caplog.clear()
+    loop.freezing.detach()
+    torch.optim.SGD(loop.model.parameters(), lr=0.1).step()
+    assert "Another optimizer" not in caplog.text
+
+
+class Twice(torch.optim.SGD):
+    """An optimizer that leaves its updates to another one."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.inner = torch.optim.SGD(self.param_groups, **options)
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def test_an_optimizer_within_the_one_that_was_given_is_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    model, accelerator = Net(), Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, Twice(model.parameters(), lr=0.1))
+    freezing = AdaptiveFreezing(accelerator, model, optimizer, FreezingConfig(**CONFIG), freezable=LAYERS)
+    for _ in range(STEPS):
+        accelerator.backward(model(torch.randn(4, 8)).pow(2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(freezing.frozen) == 3
+    assert "Another optimizer" not in caplog.text

@@ -384,6 +384,19 @@ def test_a_signal_before_the_ranks_are_waited_for_is_not_lost(before: str, tmp_p
     assert (run / "stop").exists()
 
 
+@pytest.mark.parametrize(("left", "grace"), [(None, 100), (60, 100), (1800, 1780), (7200, 100)])
+def test_ranks_have_until_the_time_limit_but_not_when_it_is_hours_away(
+    left: int | None, grace: int, tmp_path: Path
+) -> None:
+    """Then the job is preempted, and Slurm says nowhere when that ends."""
+    (tmp_path / "sleep").write_text(f'#!/bin/sh\n[ "$1" -lt 10 ] && exec /bin/sleep "$1"\necho "$1" >{tmp_path}/slept\n')
+    (tmp_path / "sleep").chmod(0o755)
+    given = {} if left is None else {"SLURM_JOB_END_TIME": str(int(time.time()) + left)}
+    script, arguments = ROOT / "launch" / "slurm" / "cpu.sbatch", ["--run.dir", str(tmp_path / "run")]
+    submit(script, arguments, ROOT, tmp_path, "$(kill -USR1 $PPID; sleep 1)", **given)
+    assert int((tmp_path / "slept").read_text()) == pytest.approx(grace, abs=5)
+
+
 class Lock:
     """The lock of a compilation, as torch takes it."""
 
