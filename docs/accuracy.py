@@ -4,8 +4,9 @@
 
 docs/results/page.md is the text; what stands there in {{...}} is worked out from the runs' results beside it:
 {{table | STUDY | TASK}}, {{picture | STUDY | TASK}}, {{difference | STUDY | TASK | METHOD | OTHER}}, {{mean}},
-{{trained}} or {{seconds}} of STUDY | TASK | METHOD, and {{count | TASK | STUDY METHOD OTHER | STUDY METHOD OTHER ...}}:
-how many of these comparisons speak for METHOD, and how many against it; {{order | STUDY | TASK | METHOD}}: when A and B
+{{trained}} of STUDY | TASK | METHOD, {{seconds | STUDY | TASK | METHOD | OTHER}}, and
+{{count | TASK | STUDY METHOD OTHER | STUDY METHOD OTHER ...}}: how many of these comparisons speak for METHOD, and how
+many against it; {{order | STUDY | TASK | METHOD}}: when A and B
 froze, and how alike the orders of different seeds are; {{heat_map | STUDY | TASK | METHOD}} is Fig. 5. With --take,
 results of another folder are put there before.
 """
@@ -19,15 +20,17 @@ import re
 import shutil
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from aflora_dist.study.cells import Cell, Compared, cells, compared
 from aflora_dist.study.description import read_study, shipped
+from aflora_dist.study.differences import corrected_for
 from aflora_dist.study.grid import Grid
 from aflora_dist.study.pictures import dots, mean_freeze_map
 from aflora_dist.study.results import Results
-from aflora_dist.study.tables import markdown
+from aflora_dist.study.tables import at_one_time, markdown
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
@@ -74,10 +77,13 @@ def count(task: str, *comparisons: str) -> str:
 
 
 def counted(pairs: list[Compared]) -> str:
-    """In how many of them the method is better, and worse; where neither is seen, it stays unsaid."""
+    """In how many of them the method is better, and worse, corrected for how many they are."""
+    pairs = [pair for pair in pairs if not pair.same and not pair.lost]
     if not pairs:
         return NONE
-    seen = [pair for pair in pairs if pair.difference.seen]
+    corrected = corrected_for([pair.difference for pair in pairs])
+    pairs = [replace(pair, difference=difference) for pair, difference in zip(pairs, corrected, strict=True)]
+    seen = [pair for pair in pairs if pair.seen]
     better = [pair.method for pair in seen if pair.better]
     worse = [pair.method for pair in seen if not pair.better]
     told = [
@@ -97,9 +103,13 @@ def trained(study: str, task: str, method: str) -> str:
     return NONE if cell is None or cell.trained is None else f"{cell.trained:,.0f}"
 
 
-def seconds(study: str, task: str, method: str) -> str:
-    cell = cell_of(study, task, method)
-    return NONE if cell is None or cell.seconds is None else f"{cell.seconds:.1f} s"
+def seconds(study: str, task: str, method: str, other: str) -> str:
+    """What a training takes in the place of another one, and whether that may be compared."""
+    both = [cell for name in (method, other) if (cell := cell_of(study, task, name)) and cell.seconds is not None]
+    if len(both) < 2:
+        return NONE
+    told = "" if at_one_time(both) else " (not all at the same time, so this does not compare)"
+    return f"{both[0].seconds:.1f} s instead of {both[1].seconds:.1f} s{told}"
 
 
 def order(study: str, task: str, method: str) -> str:
@@ -114,7 +124,10 @@ def order(study: str, task: str, method: str) -> str:
     names = sorted(set.intersection(*map(set, froze)))
     if not names:
         return "nothing froze"
-    a, b = (statistics.fmean(of[name] for of in froze for name in names if name.endswith(f".{one}")) for one in "AB")
+    # The first update is step 0: what froze after it froze after one update.
+    a, b = (
+        1 + statistics.fmean(of[name] for of in froze for name in names if name.endswith(f".{one}")) for one in "AB"
+    )
     pairs = itertools.combinations([[of[name] for name in names] for of in froze], 2)
     alike = statistics.fmean(spearmanr(*pair).statistic for pair in pairs) if len(froze) > 1 else math.nan
     return f"B after {b:.0f} updates on average, A after {a:.0f}; the orders of two seeds correlate with {alike:.2f}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ from .differences import Difference, corrected_for, paired
 from .grid import Grid
 
 AVERAGE = "average"  # over the tasks, where there are several
-WAY = ("engine", "world_size", "mixed_precision")  # how a run was launched: no part of its name
+WAY = ("engine", "world_size", "mixed_precision", "device", "version")  # how and with what a run ran: not in its name
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Cell:
         chosen: What was searched for it.
         paper: What the paper reports.
         broken: Why it has no values, where that is neither.
+        runs: By seed, their names.
     """
 
     task: str
@@ -49,6 +51,7 @@ class Cell:
     broken: str = ""
     spans: tuple[tuple[datetime, datetime], ...] = ()
     ways: tuple[dict[str, Any], ...] = ()
+    runs: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -72,6 +75,13 @@ class Compared:
     other: str
     metric: str
     difference: Difference
+    lost: int = 0  # runs of either that broke down: the seeds that are left went well
+    same: str = ""  # that it is no comparison of its own
+
+    @property
+    def seen(self) -> bool:
+        """Whether the methods may be said to differ."""
+        return self.difference.seen and not self.lost
 
     @property
     def better(self) -> bool:
@@ -80,9 +90,14 @@ class Compared:
 
     @property
     def said(self) -> str:
-        if not self.difference.seen:
-            return "no difference seen"
-        return f"{self.method if self.better else self.other} is better"
+        if self.same == self.other:
+            return "the same runs"
+        if self.lost:
+            return f"no verdict: {self.lost} diverged"
+        if self.difference.alike:
+            return "the same on each seed: no p"
+        said = f"{self.method if self.better else self.other} is better" if self.seen else "no difference seen"
+        return f"{said} (the runs of {self.same})" if self.same else said
 
 
 def cells(grid: Grid, records: Records) -> list[Cell]:
@@ -116,13 +131,19 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
                     grid.study.paper.get(method, {}).get(task),
                     plan.broken.get((task, method), said),
                     tuple(_span(r) for r in ended.values() if "ended" in r),
-                    tuple({key: r.get(key, "unknown") for key in WAY} for r in ended.values()),
+                    tuple(_way(r) for r in ended.values()),
+                    {seed: run.name for seed, run in runs.items()},
                 )
             )
         for method, quoted in grid.study.paper.items():
             if task in quoted and method not in grid.study.methods:
                 found.append(Cell(task, method, metric, {}, {}, 0, 0, None, None, "", quoted[task]))
     return found
+
+
+def _way(record: Mapping[str, Any]) -> dict[str, Any]:
+    device = "CPU" if record.get("train_cpu_seconds") else "unknown"
+    return {"device": device} | {key: record.get(key, "unknown") for key in WAY if key != "device"}
 
 
 def _span(record: Mapping[str, Any]) -> tuple[datetime, datetime]:
@@ -136,20 +157,33 @@ def _values(record: Mapping[str, list[dict[str, float | None]]], metric: str) ->
 
 
 def compared(grid: Grid, found: Sequence[Cell]) -> list[Compared]:
-    """The comparisons that the study names, task by task and on average, corrected for how many they are."""
+    """The comparisons that the study names, task by task and on average, corrected for how many they are.
+
+    One of the same runs as another's is none of its own: it has that one's p.
+    """
     by = {(cell.task, cell.method): cell for cell in found}
     tasks = [*grid.study.tasks]
     several = len(tasks) > 1 and not any(metric in LOWER_IS_BETTER for metric in grid.metrics.values())
     pairs: list[Compared] = []
+    first: dict[Any, int] = {}  # of the same runs
+    twin: list[int] = []
     for both in grid.study.compare:
-        values = [(task, grid.metrics[task], [by[task, method].values for method in both]) for task in tasks]
+        on = [(task, grid.metrics[task], [[by[task, method]] for method in both]) for task in tasks]
         if several:
-            values.append((AVERAGE, AVERAGE, [_averages([by[task, method] for task in tasks]) for method in both]))
-        for task, metric, (ours, theirs) in values:
-            if (difference := paired(ours, theirs)) is not None:
-                pairs.append(Compared(task, *both, metric, difference))
-    corrected = corrected_for([pair.difference for pair in pairs])
-    return [replace(pair, difference=difference) for pair, difference in zip(pairs, corrected, strict=True)]
+            on.append((AVERAGE, AVERAGE, [[by[task, method] for task in tasks] for method in both]))
+        for task, metric, sides in on:
+            ours, theirs = (_averages(side) for side in sides)
+            if (difference := paired(ours, theirs)) is None:
+                continue
+            lost = sum(cell.failed for side in sides for cell in side)
+            runs = [json.dumps([sorted(cell.runs.items()) for cell in side]) for side in sides]
+            twin.append(first.setdefault((task, *runs), len(pairs)))
+            other = pairs[twin[-1]] if twin[-1] < len(pairs) else None
+            same = both[1] if runs[0] == runs[1] else "" if other is None else f"{other.method} - {other.other}"
+            pairs.append(Compared(task, *both, metric, difference, lost, same))
+    own = [i for i, pair in enumerate(pairs) if not pair.same and not pair.lost]
+    corrected = dict(zip(own, corrected_for([pairs[i].difference for i in own]), strict=True))
+    return [replace(pair, difference=corrected.get(at, pair.difference)) for pair, at in zip(pairs, twin, strict=True)]
 
 
 def _averages(of_method: Sequence[Cell]) -> dict[int, float]:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import AFLoRAError, writing
 from ..extras import require
 from .cells import cells, compared
-from .description import read_study, shipped
+from .description import OURS, read_study, shipped
 from .grid import Grid
 from .results import Results
 from .tables import as_csv, latex, markdown
@@ -19,25 +19,26 @@ from .work import Work, outlook
 
 
 def write_tables(grid: Grid, results: Results, folder: Path) -> list[Path]:
-    """NAME.md, .tex, .csv and the pictures.
+    """NAME.md, .tex, .csv and the pictures; NAME is the study's, with which part of it this is.
 
     Raises:
         AFLoRAError: The folder cannot be written.
     """
     from .pictures import against_seconds, dots, mean_freeze_map  # matplotlib takes a second
 
-    name, records = grid.study.name, results.records
+    name, records = grid.study.label, results.records
     found = cells(grid, records)
     pairs = compared(grid, found)
     texts = {f"{name}.md": markdown(grid, records), f"{name}.tex": latex(grid, records)}
     texts |= {f"{name}{'_' * bool(kind)}{kind}.csv": text for kind, text in as_csv(grid, records).items()}
-    drawn: dict[str, Any] = {f"{name}_seconds.png": against_seconds(found)}
-    if pairs:
-        drawn[f"{name}_differences.png"] = dots(pairs)
+    drawn: dict[str, Any] = {
+        f"{name}_seconds.png": against_seconds(found),
+        f"{name}_differences.png": dots(pairs) if pairs else None,
+    }
     if "freeze_map" in grid.study.pictures:
         for task in grid.study.tasks:
             for method in grid.study.reported:
-                file = f"{name}_{task}_{method}_froze.png".replace("/", "-")  # names of the study's
+                file = f"{name}_froze_{task}__{method}.png".replace("/", "-")  # names of the study's
                 drawn[file] = mean_freeze_map(grid, records, task, method)
     with writing("The tables", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +47,8 @@ def write_tables(grid: Grid, results: Results, folder: Path) -> list[Path]:
         for file, figure in drawn.items():
             if figure is not None:
                 figure.savefig(folder / file, dpi=130)
+            else:  # of an earlier table, beside which it would be taken for this one's
+                (folder / file).unlink(missing_ok=True)
     return [folder / file for file in (*texts, *(file for file, figure in drawn.items() if figure is not None))]
 
 
@@ -130,7 +133,12 @@ def _options(words: list[str]) -> dict[str, str]:
             if not rest or rest[0].startswith("--"):
                 raise AFLoRAError(f"{name} has no value: give one.")
             value = rest.pop(0)
-        if name in ("--run.dir", "--run.resume", "--run.overwrite", "--train.seed"):
+        if name.removeprefix("--") in OURS:
             raise AFLoRAError(f"{name} is the study's to say: see --out and --seeds.")
+        if name == "--preset":
+            raise AFLoRAError(
+                "A preset is what a task is: choose with --tasks, or write a study whose tasks name yours (docs/study.md)"
+                "."
+            )
         found[name.removeprefix("--")] = value
     return found

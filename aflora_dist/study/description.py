@@ -16,6 +16,7 @@ from ..untrusted import refuse_deep_yaml
 
 SHIPPED = Path(__file__).with_name("shipped")
 _OF_METHOD = ("sweep", "rates_of", "seconds_of", "title")
+OURS = ("run.dir", "run.resume", "run.overwrite", "run.dry_run", "train.seed")  # what a study says of each run itself
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Study:
         paper: Method -> task -> what the paper reports, in points.
         differs: How the setting differs from the paper's, for the table.
         pictures: Beside those that every study has: freeze_map (Fig. 5).
+        part: Which part or setting of the study this is, for the names of its tables: "small", "rte", ...
     """
 
     name: str
@@ -79,6 +81,12 @@ class Study:
     differs: str = ""
     pictures: list[str] = field(default_factory=list)
     only: list[str] = field(default_factory=list)
+    part: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Of its tables: another part's do not overwrite them."""
+        return "_".join([self.name, *self.part]).replace("/", "-")
 
     def restricted(self, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> Study:
         """The part of it with these tasks, methods and seeds; all where none is named.
@@ -96,6 +104,7 @@ class Study:
             seeds=_seeds([*(seeds or self.seeds)], "--seeds"),
             only=list(methods or self.reported),
             compare=[pair for pair in self.compare if not methods or {*pair} <= {*methods}],
+            part=(*self.part, *tasks, *methods, *(f"seed{seed}" for seed in seeds)),
         )
         _refuse_seeds_of_both(part, self.name)
         return part
@@ -125,7 +134,7 @@ def read_study(path: Path, small: bool = False) -> Study:
         raise AFLoRAError(f"{path} has no section `small`: leave --small away.")
     if small:
         said = _merged(said, instead, path)
-    known = {option.name for option in fields(Study)} - {"name", "only"}
+    known = {option.name for option in fields(Study)} - {"name", "only", "part"}
     _refuse_unknown(said, known, str(path))
     for needed in ("tasks", "methods", "seeds"):
         if not said.get(needed):
@@ -146,6 +155,7 @@ def read_study(path: Path, small: bool = False) -> Study:
             "sweep": _sweep(said.get("sweep"), path),
             "paper": {name: _numbers_in(row, f"{path}: paper.{name}") for name, row in _named(said, "paper", path)},
             "pictures": _listed(said.get("pictures"), f"{path}: pictures"),
+            "part": ("small",) if small else (),
         }
     )
     _check(study, path)
@@ -215,7 +225,10 @@ def _merged(said: dict[str, Any], instead: dict[str, Any], path: Path) -> dict[s
 
 
 def _named(said: dict[str, Any], key: str, path: Path) -> list[tuple[str, Any]]:
-    return [(str(name), value) for name, value in _mapping(said.get(key), f"{path}: {key}").items()]
+    named = _mapping(said.get(key), f"{path}: {key}")
+    if (odd := next((name for name in named if not name.isprintable() or not name.strip()), None)) is not None:
+        raise AFLoRAError(f"{path}: {key} has the name {odd!r}, which is no line of a table.")
+    return [*named.items()]
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -296,7 +309,20 @@ def _lenders(study: Study, name: str | None) -> list[str]:
     return found
 
 
+def _refuse_ours(options: Mapping[str, Any], where: str) -> None:
+    if (odd := next((name for name in options if name in OURS), None)) is not None:
+        raise AFLoRAError(f"{where}: {odd} is the study's to say of each run: leave it out. Seeds stand in `seeds`.")
+
+
 def _check(study: Study, path: Path) -> None:
+    if "metric" in study.settings:
+        raise AFLoRAError(f"{path}: settings has a metric, which each task has of its own: say it there.")
+    _refuse_ours(study.settings, f"{path}: settings")
+    for task, options in study.tasks.items():
+        _refuse_ours(options, f"{path}: tasks.{task}")
+    for name, method in study.methods.items():
+        _refuse_ours({**method.options, **method.sweep}, f"{path}: methods.{name}")
+    _refuse_ours({} if study.sweep is None else study.sweep.options, f"{path}: sweep.options")
     for name, method in study.methods.items():
         for other in (method.rates_of, method.seconds_of):
             if other is not None and other not in study.methods:

@@ -16,8 +16,8 @@ class Difference:
     """A mean difference of two methods over the seeds that both have.
 
     Attributes:
-        low, high: Its 95% interval, by Student's t; None where fewer than two seeds are there.
-        p: Two-sided, for no difference.
+        low, high: Its 95% interval, by Student's t; None where fewer than two seeds are there, or all say the same.
+        p: Two-sided, for no difference; None likewise.
         corrected: p after `corrected_for`; None: not yet.
     """
 
@@ -27,6 +27,11 @@ class Difference:
     high: float | None = None
     p: float | None = None
     corrected: float | None = None
+
+    @property
+    def alike(self) -> bool:
+        """Whether it is the same on each of several seeds, as metrics that are counts may be: p says nothing then."""
+        return self.seeds > 1 and self.p is None
 
     @property
     def seen(self) -> bool:
@@ -44,7 +49,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     error = statistics.stdev(found) / math.sqrt(n)
     size = max(abs(value) for of_method in (ours, theirs) for value in of_method.values())
     if error <= _DIGITS * size:  # metrics are counts: that they agree says nothing of how far they would scatter
-        return Difference(mean, n, mean, mean)
+        return Difference(mean, n)
     from scipy.special import stdtr, stdtrit  # takes a moment, and only tables need it
 
     half = float(stdtrit(n - 1, 1 - LEVEL / 2)) * error

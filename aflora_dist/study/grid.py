@@ -17,6 +17,11 @@ from .choice import NoChoiceError, Records, beyond, first_best, mean_of, number_
 from .description import Study, Sweep, Variant
 from .results import name_of
 
+# What of a task's data its methods are measured on.
+_MEASURED_ON = (
+    *("task", "path", "name", "subset", "revision", "validation_split", "validation_file", "hold_out"),
+    *("max_eval_examples", "label_column", "positive_label", "columns", "max_new_tokens"),
+)
 _STEP = 0.05  # of what `seconds_of` makes of the data: times differ by less from day to day
 
 
@@ -80,13 +85,14 @@ class Grid:
     Raises:
         AFLoRAError: `aflora train` has no such option, or refuses its value; a rate that is searched is given for all
             runs; what is reported is looked at to choose it; a task has no such metric; two methods or tasks differ
-            only in what makes no other run.
+            only in what makes no other run; methods of a task would be measured on different data.
     """
 
     def __init__(self, study: Study, more: Mapping[str, Any] | None = None) -> None:
         self.study, self.more = study, dict(more or {})
         self._configs: dict[str, Config] = {}  # parsing takes a tenth of a second
         self._first: dict[str, Planned] = {}  # of each name
+        self._measured: dict[str, Planned] = {}  # of each task
         self.metrics = {task: self._metric(task) for task in study.tasks}
         for method in study.reported:
             self._check(method)
@@ -119,7 +125,8 @@ class Grid:
         given, more = {**self.study.settings, **self.study.tasks[task]}, self.more
         given.pop("metric", None)
         if own.get("method.name", "aflora") != "aflora":  # what all are told is for whom it may concern
-            unread = ("adapter.",) if own.get("freezing.enabled") else ("adapter.", "freezing.")
+            freezes = {**given, **own, **more}.get("freezing.enabled")
+            unread = ("adapter.",) if _written(freezes) == "true" else ("adapter.", "freezing.")
             given, more = (
                 {key: value for key, value in of.items() if not key.startswith(unread)} for of in (given, more)
             )
@@ -169,6 +176,7 @@ class Grid:
                     f"--data.validation_file FILE, or --data.name NAME."
                 )
             self._refuse_one_for_two(plain)
+            self._refuse_other_data(plain)
             for option, values in searched.items():
                 for value in values:
                     number_of(value)
@@ -181,10 +189,22 @@ class Grid:
                     f"is given for what is reported, too, which would be measured on what rates are chosen by. "
                     f"Drop it, and name data of their own to report on."
                 )
-            if "data.hold_out" in self.more:
+            held = {name: said for name, said in sweep.options.items() if name not in self.more}
+            if not self.run(task, method, held, sweep.seeds[0]).config.data.hold_out:
                 raise AFLoRAError(
                     f"{self.study.name}, {method}: without data.hold_out the sweep would choose by what is reported. "
-                    f"Leave --data.hold_out away."
+                    f"Give sweep.options a number of examples above 0, and leave --data.hold_out away."
+                )
+
+    def _refuse_other_data(self, run: Planned) -> None:
+        """Raise for a run that is measured on other data than the methods it stands beside."""
+        first = self._measured.setdefault(run.task, run)
+        for option in _MEASURED_ON:
+            ours, theirs = (getattr(one.config.data, option) for one in (run, first))
+            if ours != theirs:
+                raise AFLoRAError(
+                    f"{self.study.name}: on {run.task}, {run.method} is measured with data.{option}={ours}, and "
+                    f"{first.method} with {theirs}: they would be compared on different data. Say it for the task."
                 )
 
     def _refuse_one_for_two(self, run: Planned) -> None:

@@ -25,7 +25,7 @@ def dots(pairs: Sequence[Compared]) -> Figure:
         d = one.difference
         if d.low is not None and d.high is not None:
             axis.plot([d.low, d.high], [row, row], color=_BLUE, linewidth=1.5)
-        axis.plot(d.mean, row, "o", color=_BLUE, markerfacecolor=_BLUE if d.seen else "white")
+        axis.plot(d.mean, row, "o", color=_BLUE, markerfacecolor=_BLUE if one.seen else "white")
     axis.set_yticks(
         range(len(pairs)), [f"{p.method} - {p.other}, {p.task}" for p in pairs], fontsize=8, parse_math=False
     )

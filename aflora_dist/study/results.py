@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -42,6 +43,8 @@ def settings_of(config: Config) -> dict[str, Any]:
     changed = {name: value for name, value in mine.items() if value != default.get(name) and name != "train.seed"}
     told = {name: changed[name] for name in _DECIDE if name in changed}
     told |= {name: _content(name, changed[name]) for name in _FILES if name in changed}
+    if "model.name" in changed and Path(changed["model.name"]).is_dir() and changed["model.name"] != "demo":
+        told["model.name"] = _content("model.name", changed["model.name"])
     if "data.name" in changed:
         name = changed["data.name"]
         told["data.name"] = name if name == "demo" else _source("data.name", name)  # made up, whatever lies here
@@ -108,15 +111,21 @@ class Results:
         """Look for what others have added.
 
         Raises:
-            AFLoRAError: A file is damaged.
+            AFLoRAError: A file is damaged; the folder is none.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise AFLoRAError(f"{self.folder}, where results are to go, is a file. Name a folder with --results.")
         for file in sorted(self.folder.glob("*-seed*.json")):
             if file.stem in self.records:
                 continue
             try:
                 record = loads(file.read_bytes())
                 whole = "failed" in record or bool(as_result(record).evaluations and record["train_seconds"])
-                sound = isinstance(record["settings"], dict) and whole
+                sound = (
+                    isinstance(record["settings"], dict) and whole and isinstance(record["seconds"], float | int | None)
+                )
+                if "ended" in record:
+                    sound &= datetime.fromisoformat(record["ended"]).tzinfo is not None
             except (OSError, ValueError, KeyError, TypeError):
                 sound = False
             if not sound:
@@ -136,7 +145,7 @@ class Results:
         record |= {"seconds": seconds, "ended": ended, "version": __version__}
         with writing("A run's result", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{name}.tmp"
+            temporary = self.folder / f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"  # others may be at it, too
             temporary.write_text(dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
             temporary.replace(self.folder / f"{name}.json")
         self.records[name] = loads((self.folder / f"{name}.json").read_bytes())

@@ -86,14 +86,29 @@ def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> lis
         lines.append(f"Chosen by runs with seeds {seeds} on {held} training examples that were held out of them.")
     lines += [f"Broken: {cell.broken}" for cell in found if cell.broken]
     if pairs:
+        tried = sum(pair.difference.corrected is not None and not pair.same for pair in pairs)
         lines.append(
-            f"Differences are paired by seed; p is Student's t, corrected by Holm's method for {len(pairs)} "
+            f"Differences are paired by seed; p is Student's t, corrected by Holm's method for {tried} "
             "comparisons; a difference is called one where it is below 0.05."
         )
+    if any(pair.lost for pair in pairs):
+        lines.append("Where runs diverged, the seeds that are left are those that went well: no verdict.")
+    lines += _same_runs(found)
     lines += [*_not_alike(found), *_at_other_times(found)]
     if study.differs:
         lines.append(f"Setting: {study.differs}")
     return [" ".join(line.split()) for line in lines]
+
+
+def _same_runs(found: Sequence[Cell]) -> list[str]:
+    """Which methods came to the same runs as others: a sentence for each."""
+    first: dict[tuple[str, ...], Cell] = {}
+    said = []
+    for cell in found:
+        runs = (cell.task, *cell.runs.values())
+        if cell.runs and (other := first.setdefault(runs, cell)) is not cell:
+            said.append(f"{_where(cell, found)} came to the very runs of {other.method}, which are not compared twice.")
+    return said
 
 
 def _not_alike(found: Sequence[Cell]) -> list[str]:
@@ -110,6 +125,11 @@ def _not_alike(found: Sequence[Cell]) -> list[str]:
 
 def _where(cell: Cell, found: Sequence[Cell]) -> str:
     return cell.method if len({one.task for one in found}) == 1 else f"{cell.method} on {cell.task}"
+
+
+def at_one_time(found: Sequence[Cell]) -> bool:
+    """Whether the seconds of these cells compare."""
+    return not _at_other_times(found)
 
 
 def _at_other_times(found: Sequence[Cell]) -> list[str]:
@@ -132,8 +152,8 @@ def _at_other_times(found: Sequence[Cell]) -> list[str]:
         for times, names in sorted(by_times.items())
     ]
     return [
-        f"Not all ran at the same time ({'; '.join(said)}; UTC): seconds of different times do not compare, for a "
-        "machine that has other work to do takes longer."
+        f"Not all ran at the same time ({'; '.join(said)}; UTC): seconds of different times do not compare, nor what "
+        "was made as short by them, for a machine that has other work to do takes longer."
     ]
 
 

@@ -35,6 +35,8 @@ _PAUSE = 0.2  # seconds between two looks
 class Process(Protocol):
     """Of subprocess.Popen what is needed here."""
 
+    pid: int
+
     def poll(self) -> int | None: ...
 
 
@@ -128,11 +130,15 @@ class Work:
         self.jobs.clear()
 
     def _room(self) -> int:
-        """How many runs there is memory for."""
+        """How many runs there is memory for, with what those that have begun are still to take."""
         known = [
-            record["peak_memory_bytes"] for record in self.results.records.values() if "peak_memory_bytes" in record
+            record["peak_memory_bytes"] * record.get("world_size", 1)
+            for record in self.results.records.values()
+            if "peak_memory_bytes" in record and record.get("train_cpu_seconds")  # of others it is a GPU's
         ]
-        free = psutil.virtual_memory().available // max(known, default=_MEMORY)
+        need = max(known, default=_MEMORY)
+        promised = sum(max(0, need - _memory_of(job.process)) for job in self.jobs.values())
+        free = max(0, psutil.virtual_memory().available - promised) // need
         return max(1, min(self.at_once, len(self.jobs) + int(free)))
 
     def _begin(self, run: Planned) -> bool:
@@ -248,6 +254,16 @@ def _in_words(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _memory_of(process: Process) -> int:
+    """Bytes that a run and what it has started hold; 0 where it has ended."""
+    held = 0
+    with suppress(psutil.Error):
+        started = psutil.Process(process.pid)
+        for one in (started, *started.children(recursive=True)):
+            held += one.memory_info().rss
+    return held
 
 
 def _is_held(file: Path) -> bool:

@@ -99,8 +99,8 @@ def windows(
         matrices: How many there are to freeze.
         steps: Length of each window.
         starts: First updates of the windows. By default one window before the first freeze, one around the
-            freeze that leaves half of the matrices, one after the last; where there are too few updates before, or
-            after, that one is as short as it must be, or left out.
+            freeze that leaves half of the matrices, one after the last; where there are too few updates for one, it
+            is as short as it must be, or left out.
 
     Raises:
         AFLoRAError: A window does not fit into the training, or two overlap.
@@ -120,6 +120,7 @@ def windows(
                 "2_middle": (half - steps // 2, steps),
                 "3_after": (after, min(steps, total - after)),
             }
+        chosen = _beside_each_other(chosen, total)
     else:
         chosen = {f"{i}_from_{start}": (start, steps) for i, start in enumerate(sorted(starts), 1)}
     found = tuple(
@@ -136,6 +137,17 @@ def windows(
                 f"profile.starts."
             )
         free = window.start + window.steps + 1
+    return found
+
+
+def _beside_each_other(chosen: dict[str, tuple[int, int]], total: int) -> dict[str, tuple[int, int]]:
+    """These windows (start, length) without what lies in an earlier one, or in the step before that warms up."""
+    found, free = {}, 1
+    for name, (start, length) in chosen.items():
+        begin, end = max(start, free), min(start + length, total)
+        found[name] = (begin, end - begin)
+        if end > begin:
+            free = end + 1
     return found
 
 

@@ -20,6 +20,8 @@ from tests.study.written import grid_of, write_study
 class StandIn:
     """A run that ends when it is told to, or at once with what it says."""
 
+    pid = 2**22 + 1  # beyond those that there are
+
     def __init__(self, folder: Path, status: int | None) -> None:
         self.folder, self.status = folder, status
 

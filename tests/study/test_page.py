@@ -31,7 +31,7 @@ def test_who_it_is_for_follows_from_what_is_seen() -> None:
     difference = Difference(1.0, 3, 0.9, 1.1, 0.001, 0.01)
     better = Compared("reviews", "prefix", "lora", "accuracy", difference)
     worse = Compared("reviews", "random", "never", "accuracy", replace(difference, mean=-1.0))
-    unseen = Compared("reviews", "gradient", "never", "accuracy", replace(difference, corrected=0.9))
+    unseen = Compared("reviews", "gradient", "never", "accuracy", replace(difference, p=0.9))
     assert counted([]) == "not measured yet"
     assert counted([better]) == "better in 1 of 1 (prefix) and worse in 0 of 1 comparisons"
     neither = "better in 0 of 1 and worse in 0 of 1 comparisons, no difference seen in the rest"

@@ -67,7 +67,7 @@ def test_names_are_what_files_and_tables_can_hold(tmp_path: Path) -> None:
     grid, results = grid_of(tmp_path, pictures=["freeze_map"], **said), Results(tmp_path / "results")
     settle(grid, results, lambda run: {"accuracy": 0.8, "frozen": {"layer.0.A": 3, "layer.1.A": 5}})
     written = {path.name for path in write_tables(grid, results, tmp_path / "tables")}
-    assert "mine_re-views_w-o a|b^2~_froze.png" in written
+    assert "mine_froze_re-views__w-o a|b^2~.png" in written
     assert written == {path.name for path in (tmp_path / "tables").iterdir()}
     table = (tmp_path / "tables" / "mine.md").read_text()
     assert "**Two lines**" in table

@@ -389,7 +389,9 @@ def test_ranks_have_until_the_time_limit_but_not_when_it_is_hours_away(
     left: int | None, grace: int, tmp_path: Path
 ) -> None:
     """Then the job is preempted, and Slurm says nowhere when that ends."""
-    (tmp_path / "sleep").write_text(f'#!/bin/sh\n[ "$1" -lt 10 ] && exec /bin/sleep "$1"\necho "$1" >{tmp_path}/slept\n')
+    (tmp_path / "sleep").write_text(
+        f'#!/bin/sh\n[ "$1" -lt 10 ] && exec /bin/sleep "$1"\necho "$1" >{tmp_path}/slept\n'
+    )
     (tmp_path / "sleep").chmod(0o755)
     given = {} if left is None else {"SLURM_JOB_END_TIME": str(int(time.time()) + left)}
     script, arguments = ROOT / "launch" / "slurm" / "cpu.sbatch", ["--run.dir", str(tmp_path / "run")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 from collections import defaultdict
@@ -52,6 +53,15 @@ def test_what_is_called_before_and_after_holds_no_freeze(t_i: int, t_f: int, exp
     assert [window.freezes for window in found] == [window.name == "2_middle" for window in found]
 
 
+@pytest.mark.parametrize("total", [3, 5, 16, 100])
+def test_windows_that_are_not_asked_for_fit_into_any_training(total: int) -> None:
+    for t_i, t_f, steps, matrices in itertools.product(range(0, total, 3), range(0, total, 3), (1, 2, 5, 60), (1, 24)):
+        if t_i + t_f < total:
+            found = windows(CubicSchedule(total_steps=total, initial_steps=t_i, final_steps=t_f), matrices, steps)
+            assert not any(window.freezes for window in found if window.name != "2_middle")
+            assert {window.steps for window in found} <= {*range(1, steps + 1)}
+
+
 def test_windows_where_nothing_freezes_or_where_asked_for() -> None:
     assert windows(SCHEDULE, 0, 4) == (Window("training", 1, 4),)
     assert windows(SCHEDULE, 24, 2, starts=[30, 7]) == (
@@ -60,7 +70,7 @@ def test_windows_where_nothing_freezes_or_where_asked_for() -> None:
     )
 
 
-@pytest.mark.parametrize(("steps", "starts"), [(4, [0]), (4, [98]), (4, [10, 14]), (60, None), (4, [-3])])
+@pytest.mark.parametrize(("steps", "starts"), [(4, [0]), (4, [98]), (4, [10, 14]), (4, [-3])])
 def test_windows_that_do_not_fit_are_refused(steps: int, starts: list[int] | None) -> None:
     with pytest.raises(AFLoRAError, match=r"Profiling does not fit: .* of 100\."):
         windows(SCHEDULE, 24, steps, starts)
