@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,17 @@ class DamagedError(AFLoRAError):
 def one_line(error: BaseException) -> str:
     """What an exception of others says, to be quoted in an error of ours."""
     return " ".join((str(error).strip() or type(error).__name__).split())[:300]
+
+
+@contextmanager
+def named() -> Iterator[None]:
+    """Turn a name that no file system takes, as a text in the place of a file's, into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise AFLoRAError(f"There is no file or folder {str(error.filename)[:100]}...: its name is too long.") from None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from .errors import AFLoRAError, LaunchError
+from .errors import AFLoRAError, LaunchError, named
 
 _LOST_RANK = (
     "Connection closed by peer",
@@ -32,7 +32,8 @@ def guarded(job: Callable[[], None], what: str, then: str) -> int:
         then: What to do where another rank is gone.
     """
     try:
-        job()
+        with named():
+            job()
     except BaseException as error:
         status = _said(error, what, then)
         _tell_the_others(error)

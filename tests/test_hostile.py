@@ -88,8 +88,15 @@ def code_beside_the_model(run: Path) -> None:
     for name in ("theirs.py", "tokenizer_config.json", "tokenizer.json"):
         shutil.copyfile(run / "base" / name, run / "adapter" / name)
     change_yaml(run / "config.yaml", lambda c: c["model"].update(trust_remote_code=True))
+    write_study(run, {"model.trust_remote_code": True})
     mapping = {"base_model_class": "Model", "parent_library": "theirs"}
     change_json(run / "adapter" / "adapter_config.json", lambda c: c.update(auto_mapping=mapping))
+
+
+def write_study(run: Path, settings: dict[str, Any]) -> None:
+    settings |= {"model.name": str(run / "base"), "data.task": "sft", "data.name": "demo", "train.max_steps": 1}
+    study = {"tasks": {"theirs": settings}, "methods": {"lora": {"method.name": "lora"}}, "seeds": [0]}
+    (run / "study.yaml").write_text(yaml.safe_dump(study))
 
 
 def a_tokenizer_with_code(run: Path) -> None:
@@ -100,6 +107,7 @@ def a_tokenizer_with_code(run: Path) -> None:
 def a_kernel_of_the_hub(run: Path) -> None:
     change_json(run / "base" / "config.json", lambda c: c.update(attn_implementation="theirs/attention"))
     change_yaml(run / "config.yaml", lambda c: c["model"].update(attn_implementation="theirs/attention"))
+    write_study(run, {"model.attn_implementation": "theirs/attention"})
 
 
 def another_class_of_transformers(run: Path) -> None:
@@ -359,7 +367,13 @@ def run(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def commands(run: Path, out: Path) -> list[list[str]]:
+    out.mkdir(exist_ok=True)
+    (out / "asked.jsonl").write_text('{"prompt": "1 + 1"}\n')
+    studies = [["study", str(file), "--out", str(out / "study")] for file in run.glob("study.yaml")]
     return [
+        *studies,
+        ["data", str(run / "config.yaml")],
+        ["predict", str(run), str(out / "asked.jsonl"), "--data.max_new_tokens", "2"],
         ["to-lora", str(run), str(out / "lora")],
         ["merge", str(run), str(out / "merged")],
         ["plan", str(run / "config.yaml"), "--examples", "100", "--ranks", "1"],

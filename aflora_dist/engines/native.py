@@ -5,7 +5,6 @@ A torch optimizer updates the model's own parameters. A drop moves no byte betwe
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..compat.accelerate import ACCELERATOR, optimizers, unwrap
 from ..compat.contract import require_private
@@ -24,7 +22,7 @@ from ..names import named_parameters
 from ..notices import logger
 from .base import Engine, Record
 from .clipping import Clipping
-from .optimizers import inner_optimizer, release
+from .optimizers import each_optimizer, inner_optimizer, release
 from .transfer import Move, Piece, plan
 
 
@@ -113,7 +111,7 @@ class NativeEngine(Engine):
         self._patch(self._wrapper or self.optimizer, "zero_grad", self._zero_grad)
         self.clipping.watch()
         self._handles.append(self.clipping.unwatch)
-        self._handles.append(_told_of_others(self))
+        self._handles.append(each_optimizer(self, NativeEngine._tell_of))
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._stepping = True
@@ -130,7 +128,7 @@ class NativeEngine(Engine):
             self.clipping.updated()
         return original(*args, **kwargs)
 
-    def tell_of(self, other: Any) -> None:
+    def _tell_of(self, other: Any) -> None:
         """Warn if another optimizer updates what this one is to, as in a second phase of training."""
         if other is self.optimizer or self._inside:  # one may call another within its step
             return
@@ -294,20 +292,6 @@ class NativeEngine(Engine):
     def restore_scaling(self, scaling: Mapping[str, Any]) -> None:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(scaling))
-
-
-def _told_of_others(engine: NativeEngine) -> Callable[[], None]:
-    """Let the engine know of each optimizer at its first step; returns what ends that."""
-    asked, known = weakref.ref(engine), weakref.WeakSet[Any]()
-
-    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if optimizer not in known and (told := asked()) is not None:
-            known.add(optimizer)
-            told.tell_of(optimizer)
-
-    remove = register_optimizer_step_pre_hook(before).remove
-    weakref.finalize(engine, remove)  # the hook is everybody's
-    return remove
 
 
 def _check(accelerator: Accelerator, model: nn.Module, optimizer: Any, wrapper: AcceleratedOptimizer | None) -> None:

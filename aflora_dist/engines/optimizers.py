@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..compat.torch import without_step_hooks
 from ..errors import UnsupportedEngineError, one_line
 
+Owner = TypeVar("Owner")
 _SHAPE = (64, 72)  # bitsandbytes keeps 8 bits from 4,096 elements on
 _INSTEAD = (
     "Use an optimizer that treats every element by itself and keeps a number per element, such as torch.optim.AdamW."
@@ -276,3 +279,21 @@ def _like(optimizer: Optimizer, given: Mapping[str, Any], parameters: Sequence[n
 def _options(optimizer: Optimizer) -> dict[str, Any]:
     group = optimizer.param_groups[0]
     return {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def each_optimizer(owner: Owner, tell: Callable[[Owner, Any], None]) -> Callable[[], None]:
+    """Call `tell(owner, optimizer)` before the first step of each of torch's optimizers, until `owner` is gone.
+
+    Returns:
+        What ends that.
+    """
+    asked, known = weakref.ref(owner), weakref.WeakSet[Any]()
+
+    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if optimizer not in known and (there := asked()) is not None:
+            known.add(optimizer)
+            tell(there, optimizer)
+
+    remove = register_optimizer_step_pre_hook(before).remove
+    weakref.finalize(owner, remove)  # the hook is everybody's
+    return remove

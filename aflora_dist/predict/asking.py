@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..errors import AFLoRAError
-from ..options import Config
 from ..tasks.batches import BatchShape, Texts, evaluation_loader, lengths
 from ..tasks.data import metrics_for, positive_class, refuse_swallowed_rows
 from ..tasks.evaluation import gather_logits
@@ -27,6 +26,7 @@ from ..tasks.sft.answers import Answer, generate_answers, last_number
 from ..tasks.sft.batching import PromptCollator
 from ..tasks.sft.encode import Encoder
 from ..tasks.sft.examples import load_prompts
+from ..tasks.sources import refuse_unknown_columns
 from ..tasks.tokens import made_once
 from .partial import Values
 from .trained import TrainedModel
@@ -58,13 +58,17 @@ class _Labels:
     def __init__(self, file: str, trained: TrainedModel) -> None:
         self.config, self.labels = trained.config, trained.labels
         data = self.config.data
-        self.texts = _text_columns(self.config)
+        self.texts = _text_columns(trained)
         whole = read_table(file, {*self.texts, data.label_column, *data.columns.values()})
         self.columns, self.table = whole.columns, whole.renamed(data.columns)
+        if "--data.columns" in trained.said:
+            refuse_unknown_columns(data, [whole])
         for column in self.texts:
             if column not in self.table.columns:
                 raise AFLoRAError(f"{self.table.lacks(column)} --data.text_columns says which hold the text.")
             self.table.check_text(column)
+        if not 1 <= len(self.texts) <= 2 or len({*self.texts}) < len(self.texts):
+            raise AFLoRAError(f"data.text_columns names one column, or two different ones, not {self.texts}.")
         if data.label_column in self.table.columns:
             refuse_swallowed_rows(self.table, data, self.texts)
         self.rows = len(self.table.lines)
@@ -92,6 +96,12 @@ class _Labels:
         batches = evaluation_loader(self.config, part, counts, self.collate, self.shape)
         width = 1 if self.labels is None else len(self.labels)
         logits = gather_logits(self.model, batches, stop - start, width, self.accelerator, done).cpu()
+        if not torch.isfinite(logits).all():  # all ranks have them
+            row = start + int((~torch.isfinite(logits)).any(-1).nonzero()[0])
+            raise AFLoRAError(
+                f"{self.table.where(row)}: what the model computes of it is no finite number: the training diverged, "
+                f"or a file is damaged."
+            )
         if not self.accelerator.is_main_process:
             return []
         if self.labels is None:
@@ -115,7 +125,7 @@ class _Labels:
     def _compared(self, found: Sequence[Any]) -> Iterator[str]:
         """How what is predicted fits to labels that the file has, as the evaluation of the training measures it."""
         data, names = self.config.data, self.labels
-        given, unknown = given_labels(self.table, data.label_column, names)
+        given, unknown, by_number = given_labels(self.table, data.label_column, names)
         if unknown is not None:
             label = shown(str(self.table.rows[unknown][data.label_column]))
             known = "no number" if names is None else f"none of {listed(names)}"
@@ -131,15 +141,18 @@ class _Labels:
             np.asarray([numbers[row] for row in there], dtype=np.float32).astype(np.float64),
             1 if names is None or len(names) != 2 else positive_class(data, names),
         )
+        if by_number:
+            first = shown((names or [""])[0])
+            yield f"  labels in column {data.label_column!r} are taken as numbers of classes: 0 is {first}"
         said = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         yield f"{said}  ({len(there):,} rows with a label in column {data.label_column!r})"
 
 
-def _text_columns(config: Config) -> list[str]:
+def _text_columns(trained: TrainedModel) -> list[str]:
     """Which columns hold what is read: GLUE's own names, where nothing else was said."""
-    task = TASKS.get(config.data.task)
-    given = config.data.text_columns
-    return list(task.text_columns) if task is not None and given == type(config.data)().text_columns else list(given)
+    data = trained.config.data
+    task = None if "--data.text_columns" in trained.said else TASKS.get(data.task)
+    return [*data.text_columns] if task is None else [*task.text_columns]
 
 
 def _shortest(value: Any) -> float:
@@ -157,6 +170,8 @@ class _Answers:
         self.config, self.file = trained.config, file
         data = self.config.data
         self.table, self.prompts = load_prompts(file, data)
+        if "--data.columns" in trained.said:
+            refuse_unknown_columns(data, [self.table])
         self.columns = read_table(file, set()).columns
         self.rows = len(self.table.lines)
         self.new = ["prediction"]
@@ -197,6 +212,9 @@ class _Answers:
             yield f"  {silent:,} answers are empty"
         right = self.table.rows["answer"][:]
         there = [row for row, answer in enumerate(right) if answer not in (None, "")]
-        if there and all(last_number(right[row]) is not None for row in there):
+        if odd := [row for row in there if last_number(right[row]) is None]:
+            told = shown(str(right[odd[0]]))
+            yield f"{self.table.where(odd[0])}: the answer {told} has no number, so nothing is compared."
+        elif there:
             share = sum(Answer(row, found[row], right[row]).correct for row in there) / len(there)
             yield f"exact_match {share:.4f}  ({len(there):,} rows with an answer in column 'answer')"

@@ -58,6 +58,11 @@ class Output:
         """Raise an AFLoRAError if the new columns cannot stand beside the file's, or these where they are written."""
         if odd := next((name for name in new if not _is_text(name)), None):
             raise AFLoRAError(f"A new column would be called {odd!r}, which is no text (half of a surrogate pair).")
+        if twice := [name for name in new if new.count(name) > 1]:
+            raise AFLoRAError(
+                f"Several new columns would be called {twice[0]!r}, for as many classes have one name: name them apart "
+                f"in id2label of the model's config.json."
+            )
         if taken := [name for name in new if name in columns]:
             raise AFLoRAError(
                 f"{self.file} has a column {taken[0]!r} already, as from a prediction before. Have the new ones called "

@@ -38,6 +38,12 @@ class Partial:
                 raise AFLoRAError(f"Another process is at work at {self.path}. Wait for its end.")
         self.rows, end = 0, 0
         self._file.seek(0)
+        if self._file.read(1) not in ("", '"'):
+            self._file.close()
+            raise AFLoRAError(
+                f"{self.path} holds something else than a part of a prediction. Move it, or name another --out."
+            )
+        self._file.seek(0)
         for number, line in enumerate(iter(self._file.readline, "")):
             try:
                 held = load_json(line)

@@ -21,7 +21,7 @@ from ..errors import AFLoRAError, one_line
 from ..hub import snapshot
 from ..methods.autocast import match_autocast
 from ..options import Config
-from ..serve.source import Source, read_adapter, trained_folder
+from ..serve.source import Source, read_adapter, refuse_unsound, trained_folder
 from ..store.records import CONFIG, read_settings
 from ..tasks.limits import Limits
 from ..tasks.model import base_head, fetch, load_classifier, load_language_model
@@ -44,6 +44,7 @@ class TrainedModel:
         adapter: What is known of the adapter; None: the folder is a whole model's.
         labels: Class names by number; None where there are no classes.
         says: What it says of a row.
+        said: The options that the command line names.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class TrainedModel:
     adapter: Source | None
     labels: list[str] | None
     says: Literal["a class", "a number", "an answer"]
+    said: frozenset[str] = frozenset()
 
 
 def find_trained(name: str, options: list[str]) -> TrainedModel:
@@ -62,6 +64,11 @@ def find_trained(name: str, options: list[str]) -> TrainedModel:
     Raises:
         AFLoRAError: There is none, or it says nothing of texts.
     """
+    said = frozenset(word.partition("=")[0] for word in options if word.startswith("--"))
+    return replace(_found(name, options), said=said)
+
+
+def _found(name: str, options: list[str]) -> TrainedModel:
     path = Path(name)
     if not path.exists():
         path = _from_hub(name)
@@ -162,6 +169,10 @@ def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, 
     """
     config = trained.config
     answers = trained.says == "an answer"
+    if trained.adapter is not None:
+        for key, tensor in _weights(trained.adapter).items():
+            if tensor.is_floating_point():
+                refuse_unsound(trained.adapter.folder, key, tensor)
     fetch(config.model, language_model=answers)
     if answers:
         model, tokenizer = load_language_model(config.model, accelerator)

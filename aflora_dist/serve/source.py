@@ -42,6 +42,15 @@ TOKENIZER = (
 )
 
 
+def refuse_unsound(folder: Path, key: str, tensor: Tensor) -> None:
+    """Raise an AFLoRAError if a tensor of the adapter in a folder holds something that is no number."""
+    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        raise AFLoRAError(
+            f"{folder / _WEIGHTS}: {key} holds values that are not finite numbers: the training diverged, or the file "
+            f"is damaged."
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """An adapter.
@@ -92,11 +101,7 @@ class Source:
         """
         with reading(self.folder / _WEIGHTS):
             tensor = self.tensors[key]
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise AFLoRAError(
-                f"{self.folder / _WEIGHTS}: {key} holds values that are not finite numbers: the training diverged, or "
-                f"the file is damaged."
-            )
+        refuse_unsound(self.folder, key, tensor)
         return tensor
 
     @property

@@ -137,8 +137,7 @@ def _options(words: list[str]) -> dict[str, str]:
             raise AFLoRAError(f"{name} is the study's to say: see --out and --seeds.")
         if name == "--preset":
             raise AFLoRAError(
-                "A preset is what a task is: choose with --tasks, or write a study whose tasks name yours (docs/study.md)"
-                "."
+                "A preset is what a task is: choose with --tasks, or write a study whose tasks name yours."
             )
         found[name.removeprefix("--")] = value
     return found

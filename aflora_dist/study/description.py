@@ -189,6 +189,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _document(path: Path) -> dict[str, Any]:
+    if path.is_fifo():  # it would be waited for
+        raise AFLoRAError(f"{path}, which is to describe a study, is a pipe. Name a file.")
     try:
         text = path.read_text(encoding="utf-8")
         refuse_deep_yaml(text, yaml.SafeLoader)
@@ -312,6 +314,11 @@ def _lenders(study: Study, name: str | None) -> list[str]:
 def _refuse_ours(options: Mapping[str, Any], where: str) -> None:
     if (odd := next((name for name in options if name in OURS), None)) is not None:
         raise AFLoRAError(f"{where}: {odd} is the study's to say of each run: leave it out. Seeds stand in `seeds`.")
+    for name, value in options.items():
+        if (name == "model.trust_remote_code" and value) or (name == "model.attn_implementation" and "/" in str(value)):
+            raise AFLoRAError(
+                f"{where}: only the command line can have code of others run. Read that code, then add --{name} {value}."
+            )
 
 
 def _check(study: Study, path: Path) -> None:

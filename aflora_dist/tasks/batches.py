@@ -37,7 +37,6 @@ def create_loaders(
     enough(config, len(data.train))  # before time is spent
     texts = Texts(config, tokenizer, limits, accelerator)
     shape, collate = texts.shape, texts.collate
-    _check_room(tokenizer, config.data.max_length, "text_pair" in data.train.column_names)
     train_set = texts.tokens(data.train, "the training split")
     sampler = create_sampler(config, lengths(train_set, shape.multiple), shape, sizes=lengths(train_set, 1))
     evaluation = {}
@@ -94,8 +93,9 @@ class Texts:
         """Their tokens; how many are cut is said. A collective.
 
         Raises:
-            AFLoRAError: On every rank: a token of which the model knows nothing.
+            AFLoRAError: On every rank: a token of which the model knows nothing; no room for a text.
         """
+        _check_room(self.tokenizer, self.length, "text_pair" in dataset.column_names)
         tokens = tokenized(dataset, self.tokenizer, self.length, name)
         self.limits.check_tokens(self.tokenizer, tokens, name)
         full = sum(length >= self.length for length in lengths(tokens, 1))

@@ -31,6 +31,7 @@ from ..errors import AFLoRAError
 from .reading import Rows, listed, shown
 
 _WHOLE = re.compile("0|[1-9][0-9]{0,17}")
+_DECIMAL = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")  # also 01, and 1.
 _SIGNED = re.compile("[+-]?(?:0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ALMOST = re.compile(r"[+-]?[0-9][0-9.,' ]*\s?%?")
@@ -111,21 +112,22 @@ def encode_labels(
     return names, numbered
 
 
-def given_labels(table: Rows, column: str, names: list[str] | None) -> tuple[list[float | None], int | None]:
+def given_labels(table: Rows, column: str, names: list[str] | None) -> tuple[list[float | None], int | None, bool]:
     """The labels that a file has which a trained model is to label, to compare with.
 
     Args:
         names: Of the classes that the model knows, by number; None: numbers were regressed to.
 
     Returns:
-        Class numbers, or values; None where a row has none, or one that the model does not know. And the first row
-        with one that it does not know.
+        Class numbers, or values; None where a row has none, or one that the model does not know. The first row with one
+        that it does not know. Whether labels are numbers of classes that have other names, as in GLUE's files.
     """
     place = {name: number for number, name in enumerate(names or ())}
-    if names is not None and not any(_WHOLE.fullmatch(name) for name in names):
-        place |= {str(number): number for number in range(len(names))}  # a file may hold numbers, as GLUE's do
+    written = [(float(name), at) for name, at in place.items() if _DECIMAL.fullmatch(name.strip())]
+    by_value = dict(written) if len(dict(written)) == len(written) else {}
+    by_place = {} if written else {str(at): at for at in place.values()}  # a file may hold numbers, as GLUE's do
     found: list[float | None] = []
-    unknown = None
+    unknown, numbered = None, False
     kind = table.rows.features[column]
     own = dict(enumerate(kind.names)) if isinstance(kind, datasets.ClassLabel) and names is not None else {}
     for row, number_or_name in enumerate(table.rows[column][:]):
@@ -134,10 +136,13 @@ def given_labels(table: Rows, column: str, names: list[str] | None) -> tuple[lis
         number = as_number(text)
         near = (text, text.strip(), "" if number is None else _class_of(number))
         label = number if names is None else next((place[name] for name in near if name in place), None)
+        if names is not None and label is None and number is not None:
+            label = by_value.get(number, by_place.get(_class_of(number)))
+            numbered |= label is not None and not by_value
         found.append(label)
         if label is None and value is not None and text.strip() and unknown is None:
             unknown = row
-    return found, unknown
+    return found, unknown, numbered
 
 
 def as_number(cell: str) -> float | None:

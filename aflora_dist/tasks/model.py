@@ -268,7 +268,7 @@ def _load(
         options["quantization_config"] = quantization
     if accelerator is not None and holds_float32(accelerator):
         options["dtype"] = torch.float32
-    with _readable(config):
+    with _readable(config, RuntimeError):  # sizes that no tensor has, or that the weights do not
         model_config = _config(name, config, {**head, **hub})
         tokenizer = _padding(AutoTokenizer.from_pretrained(name, **hub))
         model, info = kind.from_pretrained(

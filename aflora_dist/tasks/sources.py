@@ -71,8 +71,38 @@ def refuse_unknown_columns(config: DataConfig, tables: Sequence[Rows | None]) ->
             raise there[0].lacks(source)
 
 
+def _trained_splits(config: DataConfig) -> set[str]:
+    """The splits of data.name of which something is trained on, in the mix, too."""
+    mixed = [[*source.split(":", 2), "", ""][:3] for source in config.mix if not source.lower().endswith(FILES)]
+    own = [
+        s or config.train_split for n, subset, s in mixed if _same(n, config.name) and subset == (config.subset or "")
+    ]
+    parts = [part for split in (config.train_split, *own) for part in split.split("+")]
+    return {part.partition("[")[0].strip() for part in parts}
+
+
+def _same(one: str, other: str | None) -> bool:
+    """Whether both name the same file or data set."""
+    if other is None or one == other:
+        return one == other
+    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
+
+
+def _refuse_trained(config: DataConfig) -> None:
+    """Raise where what is measured with is in the mix that is trained on."""
+    for source in config.mix:
+        name, subset, split = [*source.split(":", 2), "", ""][:3]
+        same = _same(name, config.name) and subset == (config.subset or "")
+        if _same(source, config.validation_file) or (split and same and split == config.validation_split):
+            raise AFLoRAError(
+                f"data.mix trains on {source}, on which data.{'validation_split' if split else 'validation_file'} "
+                f"measures: leave it out of one of the two."
+            )
+
+
 def evaluation_rows(config: DataConfig, wanted: Collection[str]) -> Rows | None:
     """What is measured with, likewise; None: there is nothing of its own. A collective."""
+    _refuse_trained(config)
     if config.validation_file is not None:
         return _file_rows(config.validation_file, config, wanted)
     if config.name is None or (config.hold_out and config.validation_split is None):
@@ -206,7 +236,7 @@ def _hub_rows(
         name, subset, revision, "give a folder that holds the data set, or use data.train_file and data.validation_file"
     )
     if split is None:
-        trained = {part.partition("[")[0].strip() for part in config.train_split.split("+")}
+        trained = _trained_splits(config)
         split = next((usual for usual in HELD_OUT if usual in loaded and usual not in trained), None)
         if split is None:
             return None

@@ -45,9 +45,16 @@ def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: 
 
     def tokenize(examples: Columns) -> Columns:
         texts = [examples[column] for column in ("text", "text_pair") if column in examples]
-        return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": examples["label"]}
+        tokens = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+        for place, ids in enumerate(tokens["input_ids"]):
+            if not ids:  # nothing is written, and the tokenizer adds nothing: a model needs a token to look at
+                for column in tokens:
+                    tokens[column][place] = [{"input_ids": alone, "attention_mask": 1}.get(column, 0)]
+        return {**tokens, "labels": examples["label"]}
 
-    return made_once(dataset, tokenizer, tokenize, [max_length], name)
+    bos, eos, unknown, pad = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "unk", "pad"))
+    alone = next((token for token in (bos, eos, unknown) if token not in (None, pad)), pad)
+    return made_once(dataset, tokenizer, tokenize, [max_length, alone], name)
 
 
 def made_once(

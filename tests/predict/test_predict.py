@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,64 +22,12 @@ from transformers import (
     RobertaModel,
 )
 
-from aflora_dist.predict import asking, command
+from aflora_dist.predict import asking
 from aflora_dist.predict.trained import find_trained
 from aflora_dist.training.run import main as train
 from tests.launch import launch_series
+from tests.predict.asked import LEARNS, predict, read
 from tests.runs import options
-from tests.small_lm import make_small_language_model, write_problems
-
-LEARNS = {"train.epochs": 8, "train.learning_rate": 0.05, "train.head_learning_rate": 0.05, "train.max_grad_norm": 0}
-
-
-def predict(*arguments: Any) -> int:
-    return command.main([str(argument) for argument in arguments])
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def classifier(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("classifier") / "run"
-    assert train(options(folder, tiny_model, reviews, **LEARNS)) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def regression(tiny_model: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On how many words a text has; dev.csv lies beside the run."""
-    folder = tmp_path_factory.mktemp("regression")
-    for name in ("train", "dev"):
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows(
-                [row["text"], len(row["text"].split()) / 8 + 0.01] for row in read(reviews / f"{name}.csv")
-            )
-    assert train(options(folder / "run", tiny_model, folder, **LEARNS)) == 0
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model's run; dev.jsonl lies beside it."""
-    folder = tmp_path_factory.mktemp("talker")
-    model = make_small_language_model(folder / "model")
-    write_problems(folder / "train.jsonl", 48, seed=0)
-    write_problems(folder / "dev.jsonl", 13, seed=1)
-    more = {
-        "data.task": "sft",
-        "data.train_file": folder / "train.jsonl",
-        "data.validation_file": folder / "dev.jsonl",
-        "data.max_new_tokens": 12,
-        "train.epochs": 2,
-        "train.learning_rate": 0.02,
-    }
-    assert train(options(folder / "run", model, folder, **more)) == 0
-    return folder / "run"
 
 
 def result(run: Path) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -385,12 +386,26 @@ def test_answers_are_compared_by_their_last_number() -> None:
         -3,
     ]
     assert [last_number(text) for text in (5e-05, 1e16, "1.5e-3 m", "from 3-5", "\u221212", "7e", "2e3x")] == [
-        *(5e-05, 1e16, 1.5e-3, 5, -12, 7, 3),
+        *map(Decimal, ("5e-05", "1e16", "1.5e-3", "5", "-12", "7", "3")),
+    ]
+    assert [last_number(text) for text in ("3,4", "1,000, he said", "1,234,567.5", "12,34", "1e500")] == [
+        *map(Decimal, ("4", "1000", "1234567.5", "34")),
+        None,
     ]
     assert Answer(0, "It is 0.00005 .", 5e-05).correct
     assert Answer(0, "It is 4 + 3 = 7.0 .", 7).correct
     assert not Answer(0, "It is 7 or 8", 7).correct
     assert not Answer(0, "who knows", 7).correct
+    assert Answer(0, "0.3333333", 1 / 3).correct
+    assert Answer(0, "It is 0.3", 0.1 + 0.2).correct
+    for said, right in (
+        ("1000001", 1000000),
+        ("12345678", "12345670"),
+        ("3,4", 34),
+        ("0.0000009", 0),
+        ("1e400", "2e400"),
+    ):
+        assert not Answer(0, said, right).correct
 
 
 def test_what_is_shown_is_what_was_asked_last() -> None:

@@ -257,7 +257,7 @@ def test_classes_are_matched_by_name_where_two_files_number_them_otherwise(tmp_p
     assert data.labels == ["cat", "dog", "emu"]
     assert data.evaluation["validation"]["label"][:] == [0, 2]
     table = read_table(files["validation_file"], {"text", "label"})
-    assert given_labels(table, "label", ["dog", "emu", "cat"]) == ([2, 1], None)
+    assert given_labels(table, "label", ["dog", "emu", "cat"]) == ([2, 1], None, False)
     files = {"train_file": files["validation_file"], "validation_file": files["train_file"]}
     with pytest.raises(AFLoRAError, match=r"train.parquet, row 2: its label is dog, which is none of cat, emu"):
         load_data(DataConfig(task="files", **files), seed=0)

@@ -109,6 +109,8 @@ class Rows:
         """The error that says so, with the columns that it has."""
         near = next((name for name in self.header if _bare(name) == _bare(column)), None)
         hint = f" {near!r} is written otherwise." if near is not None else ""
+        if column in self.header:
+            hint = " data.columns has it stand for another one."
         return AFLoRAError(f"{self.name} has no column {column!r}; its columns are: {listed(self.header)}.{hint}")
 
     def type(self, column: str) -> pa.DataType:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -15,26 +17,33 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
+from transformers import GenerationConfig
 
 from ...compat.accelerate import unwrap
 from ..batches import Batch, move
 from .encode import End
 
 # A minus after a digit stands between two numbers.
-_NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w))?")
+_NUMBER = re.compile(
+    r"(?:(?<![\d.])-)?(?:\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w))?"
+)
 _SHOWN = 3
+_LARGEST = 400  # a number's exponent: beyond, whole numbers would fill the memory
 
 
-def last_number(text: Any) -> float | None:
-    """The last number in a text; None if there is none.
+def last_number(text: Any) -> Decimal | None:
+    """The last number in a text, as it is written; None if there is none. Commas are thousands' in 1,234 alone.
 
     >>> last_number("So 3 * 4 = 12. The answer is $1,012.50."), last_number("None."), last_number(7)
-    (1012.5, None, 7.0)
+    (Decimal('1012.50'), None, Decimal('7'))
     >>> last_number("It is 5e-05."), last_number("from 3-5"), last_number("\N{MINUS SIGN}12 degrees")
-    (5e-05, 5.0, -12.0)
+    (Decimal('0.00005'), Decimal('5'), Decimal('-12'))
+    >>> last_number("1,2"), last_number("1000001")
+    (Decimal('2'), Decimal('1000001'))
     """
     found = _NUMBER.findall(str(text).replace("\N{MINUS SIGN}", "-"))
-    return float(found[-1].replace(",", "")) if found else None
+    number = Decimal(found[-1].replace(",", "")) if found else None
+    return number if number is None or abs(number.adjusted()) < _LARGEST else None
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,11 @@ class Answer:
     @property
     def correct(self) -> bool:
         said, right = last_number(self.said), last_number(self.right)
-        return said is not None and right is not None and math.isclose(said, right, rel_tol=1e-6, abs_tol=1e-6)
+        if said is None or right is None:
+            return False
+        if said == right or all(number == number.to_integral_value() for number in (said, right)):
+            return said == right
+        return math.isclose(said, right, rel_tol=1e-6)  # 0.333333 is a third
 
 
 def answer(
@@ -109,14 +122,11 @@ def generate_answers(
     given = []
     for together, mine, batch in zip(order.rounds, order.shares(), batches, strict=True):
         prompts = move(batch, accelerator.device)
-        with accelerator.autocast():
+        with accelerator.autocast(), _greedy(generator):
             tokens = generator.generate(
                 **prompts,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=sorted(stops) or None,
                 synced_gpus=accelerator.num_processes > 1,
@@ -128,3 +138,22 @@ def generate_answers(
             given.append((place, said))
         done(len(together))
     return given
+
+
+@contextmanager
+def _greedy(generator: Any) -> Iterator[None]:
+    """Without what a model's own settings say of generating, as penalties, beams or texts to stop at."""
+    # PEFT's model hands its settings on to the model below, where they would stay.
+    owners = {id(one): one for one in (generator, getattr(generator, "get_base_model", lambda: generator)())}.values()
+    before = [(one, vars(one).get("generation_config")) for one in owners]
+    plain = GenerationConfig(bos_token_id=getattr(generator.generation_config, "bos_token_id", None))
+    try:
+        for one in owners:
+            one.generation_config = plain
+        yield
+    finally:
+        for one, held in before:
+            if held is None:
+                del one.generation_config
+            else:
+                one.generation_config = held

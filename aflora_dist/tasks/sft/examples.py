@@ -80,6 +80,7 @@ def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]
     """
     table = read_table(name, {*_COLUMNS, *config.columns.values()}).renamed(config.columns)
     if "answer" not in table.columns:
+        _choose([*table.columns, "answer"], table.name, False, config)  # or there may be no column at all
         rows = table.rows.add_column("answer", [""] * len(table.lines))
         table = replace(table, columns=[*table.columns, "answer"], rows=rows)
     prompts = _examples(table, False, config)

@@ -49,6 +49,11 @@ class Template:
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer, self.name = tokenizer, name
+        if not tokenizer.chat_template and tokenizer.eos_token is None:
+            raise AFLoRAError(
+                f"{name}: the tokenizer has no chat template, and no token that ends a text, with which turns would "
+                f'end: add an "eos_token" to its tokenizer_config.json.'
+            )
         self.source: str = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
         self._marked = _MARK.search(_COMMENT.sub("", self.source)) is not None
         self._text_calls: bool | None = None

@@ -1,0 +1,151 @@
+"""`aflora predict` where a file, an option or a model is odd: right, or refused in a sentence that says where."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from aflora_dist.options import DataConfig
+from aflora_dist.tasks.labels import given_labels
+from aflora_dist.tasks.reading import read_table
+from aflora_dist.training.run import main as train
+from tests.predict.asked import predict, read
+from tests.runs import options
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected", "by_number"),
+    [
+        (["1.0", "2.0", "3.0"], [1, 3, "2"], [0, 2, 1], False),
+        (["01", "02", "03"], [1, "02", 3], [0, 1, 2], False),
+        (["1", "2"], [1, 2.0], [0, 1], False),
+        (["negative", "positive"], [1, "negative"], [1, 0], True),
+        (["1 star", "2 stars"], [1, 0], [1, 0], True),
+        (["no", "2"], [1, 2, "no"], [None, 1, 0], False),
+    ],
+)
+def test_labels_are_names_then_values_and_numbers_of_classes_last(
+    names: list[str], labels: list[Any], expected: list[int | None], by_number: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"a,{label}\n" for label in labels))
+    found, _, numbered = given_labels(read_table(str(file), {"text", "label"}), "label", names)
+    assert (found, numbered) == (expected, by_number)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "talker"])
+def test_an_adapter_that_diverged_labels_nothing(
+    kind: str, reviews: Path, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Path = request.getfixturevalue(kind)
+    shutil.copytree(run, tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("aflora.B"))
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, weights, {"format": "pt"})
+    file = reviews / "dev.csv" if kind == "classifier" else run.parent / "dev.jsonl"
+    assert predict(tmp_path / "run", file, "--out", tmp_path / f"out{file.suffix}") == 2
+    assert f"{name} holds values that are not finite numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--data.text_columns", "[text,label,n]"], "names one column, or two different ones"),
+        (["--data.text_columns", "[]"], "names one column, or two different ones"),
+        (["--data.text_columns", "[text,text]"], "names one column, or two different ones"),
+        (["--data.max_length", "2"], "data.max_length=2 leaves nothing of the texts"),
+        (["--data.columns", '{"text": "reveiw"}'], "has no column 'reveiw'"),
+    ],
+)
+def test_options_are_checked_as_in_training(
+    words: list[str], expected: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.csv").write_text("text,label,n\ngood film,positive,1\n")
+    assert predict(classifier, tmp_path / "rows.csv", *words) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_column_of_text_that_is_named_is_read_in_glue_s_runs_too(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "glue" / "SST-2"
+    folder.mkdir(parents=True)
+    for split, rows in (("train", 16), ("dev", 4)):
+        lines = [f"{'good' if i % 2 else 'bad'} film {i}\t{i % 2}" for i in range(rows)]
+        (folder / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    more = {"data.task": "sst2", "data.path": tmp_path / "glue", "train.epochs": 2, "train.batch_size": 8}
+    line = [word for word in options(tmp_path / "run", tiny_model, tmp_path, **more) if "{" not in word]
+    assert train(_without(line, "--data.train_file", "--data.validation_file")) == 0
+    (tmp_path / "rows.csv").write_text("sentence,text\ngood film,bad plot\n")
+    (tmp_path / "turned.csv").write_text("sentence\nbad plot\n")
+    assert predict(tmp_path / "run", tmp_path / "rows.csv", "--data.text_columns", "text") == 0
+    assert predict(tmp_path / "run", tmp_path / "turned.csv") == 0
+    (named,), (alone,) = (read(tmp_path / f"{name}.predicted.csv") for name in ("rows", "turned"))
+    assert [named[key] for key in named if "probability" in key] == [alone[key] for key in alone if "prob" in key]
+
+
+def _without(line: list[str], *names: str) -> list[str]:
+    return [word for i, word in enumerate(line) if word not in names and (i == 0 or line[i - 1] not in names)]
+
+
+def test_prompts_under_another_name_are_told_of(
+    talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "asked.csv").write_text("question\nAda has 2\n")
+    assert predict(talker, tmp_path / "asked.csv") == 2
+    assert "question" in capsys.readouterr().err
+    assert predict(talker, tmp_path / "asked.csv", "--data.columns", '{"prompt": "question"}') == 0
+
+
+def test_an_answer_without_a_number_is_told_of(
+    talker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "1 + 1", "answer": "2"}, {"prompt": "1 + 2", "answer": "none"}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert predict(talker, tmp_path / "asked.jsonl") == 0
+    assert "line 2: the answer 'none' has no number, so nothing is compared" in capsys.readouterr().out
+
+
+def test_a_file_of_the_user_s_is_not_taken_for_a_part_of_a_prediction(
+    classifier: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = tmp_path / ".out.csv.partial"
+    notes.write_text("my own notes\nand more\n")
+    assert predict(classifier, reviews / "dev.csv", "--out", tmp_path / "out.csv") == 2
+    assert "holds something else than a part of a prediction" in capsys.readouterr().err
+    assert notes.read_text() == "my own notes\nand more\n"
+
+
+def test_names_that_are_too_long_are_refused(
+    classifier: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ([classifier, tmp_path / ("x" * 300 + ".csv")], ["y" * 300, reviews / "dev.csv"]):
+        assert predict(*words) == 2
+        assert "its name is too long" in capsys.readouterr().err
+
+
+def test_columns_are_found_by_what_is_trained_on(tmp_path: Path) -> None:
+    """A split of data.name that the mix trains on is none to measure with."""
+    from aflora_dist.errors import AFLoRAError
+    from aflora_dist.tasks.data import load_data
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for split, n in (("train", 40), ("test", 12)):
+        rows = [{"text": f"{split} {i}", "label": "ab"[i % 2]} for i in range(n)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(task="files", name=str(folder), mix={f"{folder}::test": 2.0})
+    with pytest.raises(AFLoRAError, match="has no examples for evaluation"):
+        load_data(data, 0)
+    plain = load_data(DataConfig(task="files", name=str(folder)), 0)
+    assert len(plain.evaluation["validation"]) == 12
+    for more in ({"validation_split": "test"}, {"validation_file": str(folder / "test.jsonl")}):
+        mix = {f"{folder}::test": 2.0} if "validation_split" in more else {str(folder / "test.jsonl"): 1.0}
+        with pytest.raises(AFLoRAError, match=r"data.mix trains on .*, on which data.validation_"):
+            load_data(DataConfig(task="files", name=str(folder), mix=mix, **more), 0)
