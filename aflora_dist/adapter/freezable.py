@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, ref
@@ -153,8 +154,31 @@ def freezable_names(model: nn.Module, pattern: str | None = None) -> set[str]:
     if pattern is None:
         return {*adapter_of(model).freezable()}
     expression = as_expression(pattern)
-    trained = [name for name, p in named_parameters(model).items() if p.requires_grad]
-    return {name for name in trained if expression.fullmatch(name)} or none_chosen(pattern, trained)
+    trained = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
+    aliases = aliases_of(model)
+    chosen = {name for name in trained if any(map(expression.fullmatch, aliases[name]))}
+    for name in sorted(chosen):
+        refuse_half(aliases[name], [alias for alias in aliases[name] if expression.fullmatch(alias)])
+    return chosen or none_chosen(pattern, [*trained])
+
+
+def aliases_of(model: nn.Module) -> dict[str, list[str]]:
+    """Each parameter's name -> all names that it has: a tied weight has several."""
+    known = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, parameter in named_parameters(model, remove_duplicate=False).items():
+        found[known[id(parameter)]].append(name)
+    return found
+
+
+def refuse_half(aliases: Sequence[str], chosen: Collection[str]) -> None:
+    """Raise AFLoRAError where some of a tied weight's names are chosen, and others are not."""
+    left, taken = ([alias for alias in aliases if (alias in chosen) is there] for there in (False, True))
+    if left and taken:
+        raise AFLoRAError(
+            f"{taken[0]} and {left[0]} are one tied weight, and freezable chooses only the first: its twin would train "
+            f"on. Choose both, or neither."
+        )
 
 
 def as_expression(pattern: str | re.Pattern[str]) -> re.Pattern[str]:

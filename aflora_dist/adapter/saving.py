@@ -30,10 +30,10 @@ def names_to_save(model: Any) -> list[str]:
     """The parameters that `model.save_pretrained` writes, as `named_parameters()` calls them.
 
     Of a model with adapters PEFT chooses: what is frozen, `modules_to_save`, and embeddings that were resized belong to
-    it. Of one without, all.
+    it. Of prompt learning nothing, which PEFT computes by itself. Of one without adapters, all.
 
     Raises:
-        AFLoRAError: An adapter of ours is in a model that does not save adapters, or nothing of the model is saved.
+        AFLoRAError: An adapter of ours is in a model that does not save adapters, or the model cannot be saved.
     """
     if not isinstance(model, PeftModel) and not saves_adapters(model):
         if not hasattr(model, "save_pretrained"):

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol, runtime_checkable
 
+from peft import PromptLearningConfig
 from torch import nn
 
-from ..adapter.freezable import as_expression, frozen_before, none_chosen, refuse_all, refuse_decided, remember_frozen
+from ..adapter.freezable import (
+    aliases_of,
+    as_expression,
+    frozen_before,
+    none_chosen,
+    refuse_all,
+    refuse_decided,
+    refuse_half,
+    remember_frozen,
+)
 from ..engines import Engine
-from ..errors import AFLoRAError
+from ..errors import AFLoRAError, UnsupportedEngineError
 from ..freezing import FreezingConfig
 from ..names import named_parameters
 
@@ -43,10 +52,7 @@ class Chosen:
         self, choice: Iterable[str] | str | re.Pattern[str] | Callable[[str, nn.Parameter], bool], engine: Engine
     ):
         self._engine, self._before = engine, frozen_before(engine.model)
-        self._aliases: dict[str, list[str]] = defaultdict(list)  # a tied weight has several names
-        known = {id(parameter): name for name, parameter in engine.parameters.items()}
-        for name, parameter in named_parameters(engine.model, remove_duplicate=False).items():
-            self._aliases[known[id(parameter)]].append(name)
+        self._aliases = aliases_of(engine.model)
         chosen = self._matching(choice) if isinstance(choice, str | re.Pattern) or callable(choice) else set(choice)
         if not chosen:
             none_chosen(choice, engine.trainable)
@@ -77,11 +83,7 @@ class Chosen:
                     f"freezable names {name!r}, which does not train: it has no gradient, or the optimizer was not "
                     f"given it."
                 )
-            if apart := [alias for alias in self._aliases[first[name]] if alias not in chosen]:
-                raise AFLoRAError(
-                    f"{name} and {apart[0]} are one tied weight, and freezable chooses only the first: its twin "
-                    f"would train on. Choose both, or neither."
-                )
+            refuse_half(self._aliases[first[name]], chosen)
 
     def freezable(self) -> list[str]:
         return self._names
@@ -97,7 +99,9 @@ def names_of(source: Freezable, engine: Engine, config: FreezingConfig) -> list[
 
     Raises:
         AFLoRAError: Nothing of it trains, all that trains would freeze, or an adapter decides over it itself.
+        UnsupportedEngineError: PEFT could not save what is learned on this engine.
     """
+    _refuse_prompts(engine)
     wanted = set(source.freezable())
     ids = {id(p) for n, p in named_parameters(engine.model, remove_duplicate=False).items() if n in wanted}
     trained = set(engine.trainable)
@@ -112,3 +116,16 @@ def names_of(source: Freezable, engine: Engine, config: FreezingConfig) -> list[
     refuse_all(found, trained, config)
     refuse_decided(engine.model, {name: engine.parameters[name] for name in found})
     return found
+
+
+def _refuse_prompts(engine: Engine) -> None:
+    """Raise where PEFT could not save what is learned: it computes it by a forward pass on one rank alone."""
+    if not engine.sharded:
+        return
+    for tuning in getattr(engine.model, "peft_config", {}).values():
+        if isinstance(tuning, PromptLearningConfig):
+            raise UnsupportedEngineError(
+                f"{type(tuning).__name__} learns tokens that PEFT computes from whole parameters when it saves them, "
+                f"and {engine.kind} keeps a part of each on every rank. Use one process, launch/ddp.yaml or "
+                f"launch/zero2.yaml."
+            )

@@ -49,6 +49,9 @@ class AdaLora(Peft):
 
     def adapt(self, model: Any, head: Sequence[str]) -> PeftModel:
         adapted = super().adapt(model, head)
+        for name, parameter in adapted.named_parameters():
+            if ".ranknum." in name:  # PEFT makes it anew, to train, where it moves it to the model's device
+                parameter.requires_grad_(False)
         self._tuning = adapted.peft_config["default"]
         return adapted
 

@@ -88,7 +88,7 @@ class Method(Protocol):
         return NoControl()
 
     def saved(self, name: str, trains: bool) -> bool:
-        """Whether the adapter's folder holds this parameter."""
+        """Whether the adapter's folder holds this parameter; `trains`: whether it did before anything froze."""
 
     def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
         """Write the adapter's folder. On the main process only.

@@ -44,6 +44,7 @@ def known_methods() -> dict[str, Any]:
 
 # What PEFT raises for options of other types, or that do not go together.
 _REFUSED = (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError, AssertionError)
+_WITHOUT_WEIGHTS = (RuntimeError, NotImplementedError)  # where a model has shapes alone
 
 
 class PeftMethod(FreezingMethod):
@@ -67,10 +68,20 @@ class PeftMethod(FreezingMethod):
             config = tuning()
             if self.task_type == TaskType.SEQ_CLS and model.config.num_labels > 1:
                 config.auto_mapping = label_mapping([name for _, name in sorted(model.config.id2label.items())])
+            planned = any(parameter.is_meta for parameter in model.parameters())
+            if planned and getattr(config, "init_lora_weights", None) not in (None, True, False):
+                config.init_lora_weights = True  # others take weights, to the same shapes
             return get_peft_model(model, config, **options)
         except AFLoRAError:
             raise
-        except _REFUSED as error:
+        except (*_REFUSED, *_WITHOUT_WEIGHTS) as error:
+            if isinstance(error, _WITHOUT_WEIGHTS) and planned:
+                raise AFLoRAError(
+                    f"{self.name} cannot be planned: PEFT begins it with the model's weights, which a plan does not "
+                    f"load ({one_line(error)})."
+                ) from error
+            if not isinstance(error, _REFUSED):
+                raise
             raise AFLoRAError(f"PEFT cannot put {self.name} into this model: {one_line(error)}") from error
 
     def is_head(self, name: str) -> bool:
@@ -107,6 +118,17 @@ class Peft(PeftMethod):
             raise AFLoRAError(
                 f"method.options use_asa: {self.name} would have to be told of every update, which aflora train does "
                 f"for adalora alone. Leave it out."
+            )
+        if self.options.get("alora_invocation_tokens") and config.data.task != "sft":
+            raise AFLoRAError(
+                "method.options alora_invocation_tokens: PEFT looks for these tokens in language models alone, and "
+                "would train nothing of a classifier's adapter. Leave it out, or train with data.task=sft."
+            )
+        if str(self.options.get("init_lora_weights", "")).lower() == "eva":
+            raise AFLoRAError(
+                "method.options init_lora_weights=eva is computed of training data by a call of its own "
+                "(peft.initialize_lora_eva_weights), which aflora train does not do: it would begin as plain LoRA. "
+                "Take pissa or olora, or leave it out."
             )
         self._prefix = ""
         self._shared: list[str] = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, TypedDict
 
 from ..errors import AFLoRAError
-from .checked import AT_LEAST_ONE, DECAY, NOT_NEGATIVE, SHARE, Checked
+from .checked import AT_LEAST_ONE, DECAY, NOT_NEGATIVE, PART, Checked
 
 # What units are ranked by: importances of their elements (Fig. 4; "change" is GradES's), or an order known before.
 ScoreKind = Literal["gradient", "sensitivity", "relative", "change", "random", "front_to_back", "smallest_first"]
@@ -73,7 +73,7 @@ class FreezingOptions(Checked):
     every: int = field(default=1, metadata=AT_LEAST_ONE)
     shape: ScheduleShape = "cubic"
     rule: FreezingRule = "rank"
-    threshold: float = field(default=0.5, metadata=SHARE)
+    threshold: float = field(default=0.5, metadata=PART)
     prefix: bool = False
 
     def __post_init__(self) -> None:

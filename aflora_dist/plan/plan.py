@@ -79,7 +79,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         matrices=len(planned.numels),
         engines=[_engine(config, launch, able.refused.get(launch), data, planned) for launch in launches],
         directory=config.run.dir,
-        writes=written(config.run, config.method.name != "full"),
+        writes=written(config.run, config.method.name != "full", planned.freezes is not None),
         directory_taken=refusal_of(refuse_taken, config.run) or refusal_of(refuse_own_input, config),
         assumptions=assumptions,
     )

@@ -40,15 +40,17 @@ class GoingOn:
     events: list[dict[str, Any]]
 
 
-def written(config: RunConfig, adapter: bool = True) -> list[str]:
-    """What a run of this configuration leaves in its directory, where an adapter is what it trains, or the model."""
+def written(config: RunConfig, adapter: bool = True, freezes: bool = True) -> list[str]:
+    """What a run of this configuration leaves in its directory: of an adapter or a model; with freezes or without."""
     there = {
+        FREEZE_LOG: freezes,
         LORA: adapter,
         "checkpoints": config.save_every != 0,
         "tensorboard": "tensorboard" in config.trackers,
         "trackers": bool({*config.trackers} - {"tensorboard"}),
     }
-    return [*_FILES, *(f"{name}/" for name in _FOLDERS if there.get(name, True))]
+    files = [name for name in _FILES if there.get(name, True)]
+    return [*files, *(f"{name}/" for name in _FOLDERS if there.get(name, True))]
 
 
 def refuse_taken(config: RunConfig) -> None:
@@ -229,7 +231,8 @@ class RunDirectory:
             self._abandon(going_on)
             self._replace("freeze_log.jsonl", "".join(dumps(event) + "\n" for event in going_on.events))
             self._cut("metrics.jsonl", going_on.step)
-        self.tensorboard.mkdir(exist_ok=True)
+        if "tensorboard" in self.config.trackers:
+            self.tensorboard.mkdir(exist_ok=True)
         self._replace("config.yaml", resolved)
 
     def _put_aside(self) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from ..errors import AFLoRAError, writing
 from ..extras import require
 from .cells import cells, compared
-from .description import OURS, read_study, shipped
+from .description import read_study, shipped
 from .grid import Grid
+from .refusals import OURS
 from .results import Results
 from .tables import as_csv, latex, markdown
 from .work import Work, outlook

@@ -13,10 +13,10 @@ import yaml
 
 from ..errors import AFLoRAError
 from ..untrusted import refuse_deep_yaml
+from .refusals import check, refuse_seeds_of_both
 
 SHIPPED = Path(__file__).with_name("shipped")
 _OF_METHOD = ("sweep", "rates_of", "seconds_of", "title")
-OURS = ("run.dir", "run.resume", "run.overwrite", "run.dry_run", "train.seed")  # what a study says of each run itself
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Study:
             compare=[pair for pair in self.compare if not methods or {*pair} <= {*methods}],
             part=(*self.part, *tasks, *methods, *(f"seed{seed}" for seed in seeds)),
         )
-        _refuse_seeds_of_both(part, self.name)
+        refuse_seeds_of_both(part, self.name)
         return part
 
     @property
@@ -158,7 +158,7 @@ def read_study(path: Path, small: bool = False) -> Study:
             "part": ("small",) if small else (),
         }
     )
-    _check(study, path)
+    check(study, path)
     return study
 
 
@@ -300,61 +300,3 @@ def _sweep(said: Any, path: Path) -> Sweep | None:
     return Sweep(
         _seeds(said.get("seeds"), f"{path}: sweep.seeds"), options, None if metric is None else str(metric), wider
     )
-
-
-def _lenders(study: Study, name: str | None) -> list[str]:
-    """A method, that from which it takes rates, and so on, up to one that is no method or comes again."""
-    found: list[str] = []
-    while name in study.methods and name not in found:
-        found.append(name)
-        name = study.methods[name].rates_of
-    return found
-
-
-def _refuse_ours(options: Mapping[str, Any], where: str) -> None:
-    if (odd := next((name for name in options if name in OURS), None)) is not None:
-        raise AFLoRAError(f"{where}: {odd} is the study's to say of each run: leave it out. Seeds stand in `seeds`.")
-    for name, value in options.items():
-        if (name == "model.trust_remote_code" and value) or (name == "model.attn_implementation" and "/" in str(value)):
-            raise AFLoRAError(
-                f"{where}: only the command line can have code of others run. Read that code, then add --{name} {value}."
-            )
-
-
-def _check(study: Study, path: Path) -> None:
-    if "metric" in study.settings:
-        raise AFLoRAError(f"{path}: settings has a metric, which each task has of its own: say it there.")
-    _refuse_ours(study.settings, f"{path}: settings")
-    for task, options in study.tasks.items():
-        _refuse_ours(options, f"{path}: tasks.{task}")
-    for name, method in study.methods.items():
-        _refuse_ours({**method.options, **method.sweep}, f"{path}: methods.{name}")
-    _refuse_ours({} if study.sweep is None else study.sweep.options, f"{path}: sweep.options")
-    for name, method in study.methods.items():
-        for other in (method.rates_of, method.seconds_of):
-            if other is not None and other not in study.methods:
-                raise AFLoRAError(f"{path}: methods.{name} refers to {other!r}, which is no method of it.")
-            if other is not None and (study.methods[other].seconds_of or name in _lenders(study, other)):
-                raise AFLoRAError(f"{path}: methods.{name} refers to {other!r}, which takes from others itself.")
-        if method.sweep and study.sweep is None:
-            raise AFLoRAError(f"{path}: methods.{name} has values to try, and no section `sweep` says by which seeds.")
-    for at, pair in enumerate(study.compare):
-        for name in pair:
-            if name not in study.methods:
-                raise AFLoRAError(f"{path}: compare names {name!r}, which is no method of it.")
-        if {*pair} in map(set, study.compare[:at]):
-            raise AFLoRAError(f"{path}: compare names {' and '.join(pair)} twice, and p would be corrected for more.")
-    for picture in study.pictures:
-        if picture != "freeze_map":
-            raise AFLoRAError(f"{path}: there is no picture {picture!r} beside the usual ones. There is: freeze_map.")
-    _refuse_seeds_of_both(study, str(path))
-    if study.sweep is not None and not study.sweep.options.get("data.hold_out"):
-        raise AFLoRAError(
-            f"{path}: the sweep would choose by what is reported. Give sweep.options a data.hold_out: so many training "
-            f"examples are held out, and looked at instead."
-        )
-
-
-def _refuse_seeds_of_both(study: Study, where: str) -> None:
-    if study.sweep is not None and (both := {*study.sweep.seeds} & {*study.seeds}):
-        raise AFLoRAError(f"{where}: seed {min(both)} is the sweep's and is reported, too. Take another.")

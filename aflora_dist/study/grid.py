@@ -16,6 +16,7 @@ from ..training.command_line import OPTIONS, parse
 from .choice import NoChoiceError, Records, beyond, first_best, mean_of, number_of, seconds_of
 from .description import Study, Sweep, Variant
 from .results import name_of
+from .words import as_its_kind, as_word, is_whole, words_of
 
 # What of a task's data its methods are measured on.
 _MEASURED_ON = (
@@ -49,7 +50,7 @@ class Planned:
 
     def line(self) -> list[str]:
         """As the words of a command."""
-        return _words(self.options)
+        return words_of(self.options)
 
 
 @dataclass
@@ -126,13 +127,13 @@ class Grid:
         given.pop("metric", None)
         if own.get("method.name", "aflora") != "aflora":  # what all are told is for whom it may concern
             freezes = {**given, **own, **more}.get("freezing.enabled")
-            unread = ("adapter.",) if _written(freezes) == "true" else ("adapter.", "freezing.")
+            unread = ("adapter.",) if as_word(freezes) == "true" else ("adapter.", "freezing.")
             given, more = (
                 {key: value for key, value in of.items() if not key.startswith(unread)} for of in (given, more)
             )
         said = {**given, **own, **more}
         try:
-            late = {"train.seed": seed, **{name: _as_its_kind(name, value) for name, value in options.items()}}
+            late = {"train.seed": seed, **{name: as_its_kind(name, value) for name, value in options.items()}}
             return Planned(task, method, {**said, **late}, self._config(said, late))
         except AFLoRAError as error:
             raise AFLoRAError(f"{self.study.name}, {method} on {task}: {error}") from None
@@ -144,7 +145,7 @@ class Grid:
         said = {**said, **{name: value for name, value in late.items() if name not in numbers}}
         key = json.dumps(said, sort_keys=True)
         if key not in self._configs:
-            self._configs[key] = parse(_words(said))[0]
+            self._configs[key] = parse(words_of(said))[0]
         config, groups = self._configs[key], {name.partition(".")[0] for name in numbers}
         ours = {g: {n.partition(".")[2]: v for n, v in numbers.items() if n.startswith(f"{g}.")} for g in groups}
         return replace(config, **{group: replace(getattr(config, group), **ours[group]) for group in groups})
@@ -274,7 +275,7 @@ class Grid:
             best = first_best(means, metric)
             if best is None:
                 raise NoChoiceError(f"{method} on {task}: no value of the sweep over {option} ended well.")
-            wider = beyond(tried, best, _is_whole(option, tried))
+            wider = beyond(tried, best, is_whole(option, tried))
             if wider is None or len(tried) >= len(values) + sweep.wider:
                 return best
             try:
@@ -321,31 +322,3 @@ def _metrics_of(kind: str) -> list[str]:
         return ["accuracy", "f1", "pearson"] if kind == "files" else ["accuracy"]
     splits = TASKS[kind].evaluation_splits
     return [f"{name}{split.removeprefix('validation')}" for split in splits for name in TASKS[kind].metrics]
-
-
-def _as_its_kind(option: str, value: Any) -> Any:
-    """A number as the option takes it: what names a run and what its command says are the same one."""
-    kind = OPTIONS.get(option)
-    if kind not in (int, float):
-        return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return value  # `aflora train` says what it must be
-    return value if kind is int and not number.is_integer() else kind(number)
-
-
-def _is_whole(option: str, values: list[Any]) -> bool:
-    """Whether an option takes whole numbers alone; of a name of others, as method.options.r, its values tell."""
-    kind = OPTIONS.get(option)
-    return all(isinstance(value, int) for value in values) if kind is None else kind in (int, int | None)
-
-
-def _words(options: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", _written(value))]
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
-        return json.dumps(value)
-    return str(value)

@@ -94,6 +94,7 @@ class Training:
         shard_by_block(accelerator, model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.progress = progress = Progress(create_engine(accelerator, self.model, self.optimizer))
+        self._trained = frozenset(progress.engine.trainable)  # before anything froze
         self.control = method.attach(
             accelerator,
             self.model,
@@ -127,7 +128,7 @@ class Training:
         """
         self.progress.check_finite()
         engine = self.progress.engine
-        return engine.gather([n for n, p in engine.parameters.items() if self.method.saved(n, p.requires_grad)])
+        return engine.gather([name for name in engine.parameters if self.method.saved(name, name in self._trained)])
 
     def traces(self) -> TraceRecorder:
         return TraceRecorder(
@@ -151,15 +152,13 @@ def trained_on(config: Config, task: Task) -> dict[str, str | None]:
     """What must not have changed where a run goes on, by what a person calls it."""
     trained, measured = task.tokens()
     name = resolve_name(config.model.name, config.data.task == "sft")
-    found = {
+    return {
         LABELS: None if task.labels is None else json.dumps(task.labels, ensure_ascii=False),
         "training data": fingerprint.of_examples(trained),
+        "validation data": fingerprint.of_examples(measured),  # a result would hold numbers of both
         "base weights": fingerprint.of_weights(name, config.model.revision),
         "settings of the base model (config.json)": fingerprint.of_settings(name, config.model.revision),
     }
-    if config.run.keep_best is not None:  # what is kept depends on it
-        found["validation data"] = fingerprint.of_examples(measured)
-    return found
 
 
 def create_accelerator(config: Config) -> Accelerator:

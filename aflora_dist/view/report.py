@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from ..store.best import LOWER_IS_BETTER
-from ..store.records import Result
+from ..store.records import FREEZE_LOG, METRICS, RESULT, Result
+
+_KINDS = {"adapter": "/", "lora": "/ for servers", "tensorboard": "/"}
 
 
 def print_summary(result: Result, directory: str, console: Console | None = None) -> None:
@@ -21,11 +24,11 @@ def print_summary(result: Result, directory: str, console: Console | None = None
     if result.traces:
         names = ", ".join(path.rsplit("/", 1)[-1] for path in result.traces)
         table.add_row("traces", f"{names}, in {directory}/tensorboard/profile/ (*.json.gz opens in Perfetto)")
-    table.add_row("look", f"aflora show {directory}, or tensorboard --logdir {directory}/tensorboard")
-    stock = "" if result.method == "full" else "lora/ for servers, "
-    table.add_row(
-        "files", f"{directory}/ (adapter/, {stock}freeze_log.jsonl, metrics.jsonl, result.json, tensorboard/)"
-    )
+    board = any(Path(directory, "tensorboard").glob("**/*"))
+    table.add_row("look", f"aflora show {directory}" + f", or tensorboard --logdir {directory}/tensorboard" * board)
+    there = [name for name in ("adapter", "lora", FREEZE_LOG, METRICS, RESULT) if Path(directory, name).exists()]
+    told = [f"{name}{_KINDS.get(name, '')}" for name in (*there, *["tensorboard"] * board)]
+    table.add_row("files", f"{directory}/ ({', '.join(told)})")
     (console or Console(markup=False, emoji=False, highlight=False)).print(table)
 
 

@@ -103,7 +103,7 @@ def windows(
             is as short as it must be, or left out.
 
     Raises:
-        AFLoRAError: A window does not fit into the training, or two overlap.
+        AFLoRAError: A window does not fit into the training, or two that were chosen overlap.
     """
     total = schedule.total_steps
     counts = [schedule.count(t, matrices) for t in range(total)]
@@ -120,7 +120,8 @@ def windows(
                 "2_middle": (half - steps // 2, steps),
                 "3_after": (after, min(steps, total - after)),
             }
-        chosen = _beside_each_other(chosen, total)
+        if steps < total:
+            chosen = _beside_each_other(chosen, total)
     else:
         chosen = {f"{i}_from_{start}": (start, steps) for i, start in enumerate(sorted(starts), 1)}
     found = tuple(

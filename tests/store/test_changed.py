@@ -85,7 +85,6 @@ def test_a_classifier_s_run_is_not_taken_up_on_other_texts_or_weights(
     chosen = {
         "run.dir": tmp_path / "run",
         "run.save_every": 2,
-        "run.keep_best": "accuracy",
         "model.name": model,
         "data.task": "files",
         "data.train_file": data / "train.csv",

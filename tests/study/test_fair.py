@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,22 @@ def test_freezing_that_is_asked_of_all_methods_is_all_methods(
         ({"methods": {"a": {}}, "tasks": {"x": {"run.overwrite": True}}}, "tasks.x: run.overwrite is the study's"),
         ({"methods": {"a": {}}, "settings": {"metric": "f1"}}, "settings has a metric, which each task has of its own"),
         ({"methods": {"a\nb": {}}}, "methods has the name 'a\\nb'"),
+        (
+            {"methods": {"a": {"model.attn_implementation": "theirs/attention"}}},
+            "methods.a: only the command line can have code of others run",
+        ),
     ],
 )
 def test_what_makes_a_table_wrong_is_refused(said: dict[str, Any], expected: str, tmp_path: Path) -> None:
     with pytest.raises(AFLoRAError) as error:
         grid_of(tmp_path, **said)
     assert expected in str(error.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mine.yaml")
+    with pytest.raises(AFLoRAError, match=r"is a pipe. Name a file"):
+        read_study(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize("option", ["--preset", "--run.dry_run", "--train.seed"])

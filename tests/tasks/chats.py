@@ -186,7 +186,11 @@ TEMPLATES: dict[str, tuple[str | None, str, Callable[[str, str], list[Piece]]]] 
 }
 
 
-def written(template: str, chat: list[dict[str, str]]) -> list[Piece]:
-    """What a template writes, piece by piece."""
+def written(template: str, chat: list[dict[str, Any]]) -> list[Piece]:
+    """What a template writes, piece by piece, and whether that is the assistant's, to be learned."""
     _, start, turn = TEMPLATES[template]
-    return [(start, False), *(piece for m in chat for piece in turn(m["role"], m["content"]))]
+    found = [(start, False)]
+    for said in chat:
+        learned = said.get("weight") != 0 and bool(said["content"].strip())
+        found += [(text, spoken and learned) for text, spoken in turn(said["role"], said["content"])]
+    return found

@@ -16,13 +16,14 @@ from aflora_dist.options import Config, DataConfig, ModelConfig, TrainConfig
 from aflora_dist.tasks.sft import encode as encoding
 from aflora_dist.tasks.sft.answers import Answer, last_number
 from aflora_dist.tasks.sft.batching import IGNORED
-from aflora_dist.tasks.sft.encode import Encoder
+from aflora_dist.tasks.sft.encode import Encoder, Note
 from aflora_dist.tasks.sft.examples import load_examples, question, tools, turns
 from aflora_dist.tasks.sft.problems import word_problems
 from aflora_dist.tasks.sft.task import LanguageModelling
 from aflora_dist.tasks.sft.template import PLAIN_TEMPLATE
 from aflora_dist.training.command_line import parse
 from tests.small_lm import make_small_language_model, make_small_tokenizer
+from tests.tasks.chats import TEMPLATES, chat_tokenizer
 
 # Without marks of what the assistant says, and with an end of each turn.
 UNMARKED = (
@@ -179,6 +180,33 @@ def test_a_turn_that_calls_a_tool_needs_no_content(content: dict[str, None]) -> 
     assert turns({"messages": [CHAT[0], turn]}, None)[1] == turn
     with pytest.raises(ValueError, match="whose content is no text"):
         turns({"messages": [CHAT[0], {**turn, "tool_calls": None}]}, None)
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": ""},
+        {"content": "  \n"},
+        {"content": []},
+        {"content": [{"type": "text", "text": ""}]},
+        {"content": "no", "weight": 0},
+        {"content": "no", "train": False},
+    ],
+)
+@pytest.mark.parametrize("template", [None, TEMPLATES["marked"][0], TEMPLATES["unmarked"][0]])
+def test_a_turn_that_says_nothing_or_is_marked_as_given_carries_no_loss(turn: dict[str, Any], template: str) -> None:
+    encode = Encoder(chat_tokenizer("bytes", template), 100, "completions", None, "it")
+    asked = {"role": "user", "content": "books ?"}
+    alone = encode({"messages": [[asked, {"role": "assistant", **turn}]]})
+    assert (alone["count"], Note.GIVEN in Note(alone["notes"][0])) == ([0], True)
+    both = encode({"messages": [[asked, {"role": "assistant", **turn}, asked, {"role": "assistant", "content": "7"}]]})
+    said = encode.tokenizer.decode([label for label in both["labels"][0] if label >= 0], skip_special_tokens=True)
+    assert said.strip() == "7"
+
+
+def test_weights_between_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"a turn is learned \(1, true\) or not \(0, false\)"):
+        turns({"messages": [CHAT[0], {"role": "assistant", "content": "7", "weight": 0.5}]}, None)
 
 
 @pytest.mark.parametrize(
@@ -434,3 +462,11 @@ def test_presets_of_language_models_are_their_sources() -> None:
     assert config.freezing.epochs(3) == (0.9, 0.9)  # 0.3 of all at either end
     config, _ = parse(["--preset", "sft/demo"])
     assert (config.data.task, config.data.name, config.model.name) == ("sft", "demo", "demo")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_that_the_template_leaves_out_are_told_of(key: str) -> None:
+    encode = Encoder(chat_tokenizer("bytes", TEMPLATES["unmarked"][0]), 100, "completions", None, "it")
+    turn = {"role": "assistant", "content": "7", key: "3 and 4"}
+    found = encode({"messages": [[{"role": "user", "content": "3 + 4"}, turn]]})
+    assert Note.LEFT_OUT in Note(found["notes"][0])

@@ -36,10 +36,15 @@ TEXTS = st.lists(st.sampled_from(PARTS_OF_TEXT), max_size=6).map("".join)
 
 
 @st.composite
-def chats(draw: Any) -> list[dict[str, str]]:
+def chats(draw: Any) -> list[dict[str, Any]]:
     roles = draw(st.sampled_from(["ua", "uaua", "sua", "uuaa", "au", "aua", "uauaua", "suau"]))
     names = {"u": "user", "a": "assistant", "s": "system"}
-    return [{"role": names[role], "content": draw(TEXTS)} for role in roles]
+    found: list[dict[str, Any]] = [{"role": names[role], "content": draw(TEXTS)} for role in roles]
+    for turn in found:
+        weight = draw(st.sampled_from([None, None, None, None, 0, 1]))
+        if turn["role"] == "assistant" and weight is not None:
+            turn["weight"] = weight
+    return found
 
 
 def encoder(kind: str, template: str | None) -> Encoder:

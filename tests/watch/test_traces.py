@@ -56,7 +56,7 @@ def test_what_is_called_before_and_after_holds_no_freeze(t_i: int, t_f: int, exp
 @pytest.mark.parametrize("total", [3, 5, 16, 100])
 def test_windows_that_are_not_asked_for_fit_into_any_training(total: int) -> None:
     for t_i, t_f, steps, matrices in itertools.product(range(0, total, 3), range(0, total, 3), (1, 2, 5, 60), (1, 24)):
-        if t_i + t_f < total:
+        if t_i + t_f < total and steps < total:
             found = windows(CubicSchedule(total_steps=total, initial_steps=t_i, final_steps=t_f), matrices, steps)
             assert not any(window.freezes for window in found if window.name != "2_middle")
             assert {window.steps for window in found} <= {*range(1, steps + 1)}

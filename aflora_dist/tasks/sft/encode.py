@@ -13,7 +13,7 @@ from ...errors import AFLoRAError
 from ..reading import shown
 from ..tokens import Columns
 from .batching import IGNORED
-from .examples import Turn, tools, turns
+from .examples import THOUGHTS, Turn, is_learned, tools, turns
 from .offsets import carried_by, check_offsets, with_whole_offsets
 from .template import Template, Tools
 
@@ -28,6 +28,7 @@ class Note(IntFlag):
     REWRITTEN = 16
     NO_THOUGHT = 32
     ENDED = 64
+    GIVEN = 128
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ SAID = {
     Note.NO_THOUGHT: "in which the chat template begins what the assistant says with an empty reasoning part, which is "
     "learned",
     Note.ENDED: "to which the end of the assistant's turn is added, which the chat template leaves to the next turn",
+    Note.GIVEN: "in which a turn of the assistant is not learned: it says nothing, or has weight 0 or train false",
     Note.LEFT_OUT: "of which the chat template leaves something out (a turn, thoughts, a tool), or writes it otherwise",
 }
 
@@ -174,6 +176,7 @@ class Encoder:
                 carries, joined = carried_by(text, offsets, spans)
                 check_offsets(self.tokenizer, text, ids, offsets, carries)
                 note |= Note.JOINED if joined else Note(0)
+                note |= Note.GIVEN if any(t["role"] == "assistant" and not is_learned(t) for t in chat) else Note(0)
                 note |= Note.REWRITTEN if len(spans) < self.template.told(chat) else Note(0)
                 note |= Note.NO_THOUGHT if any(_NO_THOUGHT.match(text, *span) for span in spans) else Note(0)
             found.append(self._ended(chat, ids, carries, note))
@@ -210,7 +213,7 @@ class Encoder:
         said = [part.get("text") if isinstance(part, dict) else part for part in parts]
         texts = [said for said in said if isinstance(said, str)]
         called = [call for turn in chat for call in turn.get("tool_calls") or ()]
-        thought = [turn.get("reasoning_content") for turn in chat]
+        thought = [turn.get(key) for turn in chat for key in THOUGHTS]
         names = [call.get("function", call).get("name") for call in (*called, *(tools or ()))]
         note = Note.WRITTEN if any(map(self._special.search, texts)) else Note(0)
         whole = "".join(text.split())

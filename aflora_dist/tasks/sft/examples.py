@@ -38,7 +38,8 @@ _OTHER_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "assistan
 _SHAREGPT = _OTHER_ROLES | dict.fromkeys(("tool", "function", "observation", "function_response"), "tool")
 _SHAREGPT |= {"function_call": "assistant"}
 # What a turn may hold in the place of content, and what a tool's may that returns nothing.
-_INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_INSTEAD = ("tool_calls", "function_call", *THOUGHTS)
 _OF_TOOLS = ("tool_call_id", "name", "id")
 Turn = dict[str, Any]
 
@@ -201,6 +202,21 @@ def tools(row: Mapping[str, Any]) -> list[Any] | None:
     return found or None
 
 
+def is_learned(turn: Turn) -> bool:
+    """Whether a turn is the assistant's and to be learned: it says something, and nothing in it says otherwise.
+
+    Files mark a turn that is given and not learned by weight 0 (OpenAI's fine-tuning) or train false (ShareGPT's kind).
+    """
+    if turn["role"] != "assistant" or turn.get("weight") == 0 or turn.get("train") is False:
+        return False
+    content = turn.get("content")
+    parts = content if isinstance(content, list) else [content]
+    said = [part.get("text", part) if isinstance(part, dict) else part for part in parts]
+    return any(not isinstance(part, str | None) or (part or "").strip() for part in said) or any(
+        turn.get(key) for key in _INSTEAD
+    )
+
+
 def question(row: Mapping[str, Any]) -> str:
     """What somebody other than the assistant says last."""
     said = [turn.get("content") for turn in turns(row, None) if turn["role"] != "assistant"]
@@ -227,6 +243,11 @@ def _messages(value: Any, column: str) -> list[Turn]:
         if meant is not None and role != meant:
             raise ValueError(f'column {column} has the role {role!r}; roles are "system", "user" and "assistant"')
         _check_calls(turn.get("tool_calls"), column)
+        if turn.get("weight") not in (None, 0, 1) or turn.get("train") not in (None, False, True):
+            raise ValueError(
+                f"column {column} has a turn of weight {turn.get('weight')!r} and train {turn.get('train')!r}: a turn "
+                f"is learned (1, true) or not (0, false)"
+            )
         beside = _OF_TOOLS if role == "tool" else _INSTEAD
         if not isinstance(content, str | list) and not (content is None and any(turn.get(key) for key in beside)):
             raise ValueError(f"column {column} has a turn of the {role} whose content is no text")

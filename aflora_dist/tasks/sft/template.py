@@ -16,7 +16,7 @@ from typing import Any
 from ...errors import AFLoRAError, one_line
 from ...untrusted import load_json
 from ..reading import shown
-from .examples import Turn
+from .examples import Turn, is_learned
 
 # What instruction-tuned models without a template of their own are commonly trained on.
 PLAIN_TEMPLATE = (
@@ -80,7 +80,7 @@ class Template:
         return text
 
     def spoken(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
-        """Where in the text of a conversation the assistant speaks, with the end of its turn.
+        """Where in the text of a conversation the assistant says what is to be learned, with the end of its turn.
 
         Raises:
             AFLoRAError: The template does not tell.
@@ -89,7 +89,7 @@ class Template:
 
     def told(self, chat: Sequence[Turn]) -> int:
         """In how many places at least the assistant speaks that a text of this conversation ought to tell."""
-        return 0 if self._marked else sum(turn["role"] == "assistant" for turn in chat)
+        return 0 if self._marked else sum(map(is_learned, chat))
 
     def _between_marks(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
         start, end = [c for c in _UNUSED if c not in text and c not in self.source][:2]
@@ -101,7 +101,7 @@ class Template:
                 open_at.append(len(rest))
             elif piece == end and open_at:
                 begun = open_at.pop()
-                if not open_at and begun < len(rest):  # the outermost, of which none is empty
+                if not open_at:  # the outermost
                     spans.append((begun, len(rest)))
             else:
                 rest += piece
@@ -111,7 +111,16 @@ class Template:
                 f"they do not tell what the assistant says. Put them where the text is written, or use "
                 f"data.loss_on=all. The example: {shown(chat, 200)}"
             )
-        return spans
+        said = [turn for turn in chat if turn["role"] == "assistant"]
+        if not all(map(is_learned, said)):
+            if len(spans) != len(said):
+                raise AFLoRAError(
+                    f"{self.name}: a turn of the assistant is not to be learned (it says nothing, or has weight 0 or "
+                    f"train false), and the chat template's {{% generation %}} marks do not tell which is which. Leave "
+                    f"the example out, or use a template with marks around each turn. The example: {shown(chat, 200)}"
+                )
+            spans = [span for span, turn in zip(spans, said, strict=True) if is_learned(turn)]
+        return [(begin, end) for begin, end in spans if begin < end]
 
     def _added(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
         """Of turns that stand in the text as they were written when they were said.
@@ -120,9 +129,9 @@ class Template:
         for it as it then is, and it is not learned. The last one has to be told.
         """
         spans = []
-        last = max((i for i, turn in enumerate(chat) if turn["role"] == "assistant"), default=-1)
+        last = max((i for i, turn in enumerate(chat) if is_learned(turn)), default=-1)
         for i, turn in enumerate(chat):
-            if turn["role"] != "assistant":
+            if not is_learned(turn):
                 continue
             before = self.render(chat[:i], True, tools) if i else self._header(turn)
             through = self.render(chat[: i + 1], tools=tools)

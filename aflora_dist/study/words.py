@@ -1,0 +1,39 @@
+"""A run's options as the words of a command line, and values of a study's file as options take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..training.command_line import OPTIONS
+
+
+def as_its_kind(option: str, value: Any) -> Any:
+    """A number as the option takes it: what names a run and what its command says are the same one."""
+    kind = OPTIONS.get(option)
+    if kind not in (int, float):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value  # `aflora train` says what it must be
+    return value if kind is int and not number.is_integer() else kind(number)
+
+
+def is_whole(option: str, values: list[Any]) -> bool:
+    """Whether an option takes whole numbers alone; of a name of others, as method.options.r, its values tell."""
+    kind = OPTIONS.get(option)
+    return all(isinstance(value, int) for value in values) if kind is None else kind in (int, int | None)
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """--NAME VALUE, one after the other."""
+    return [word for name, value in options.items() for word in (f"--{name}", as_word(value))]
+
+
+def as_word(value: Any) -> str:
+    """A value as a command line has it."""
+    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
+        return json.dumps(value)
+    return str(value)
