@@ -306,6 +306,43 @@ def test_what_cannot_freeze_is_refused_by_a_plan_as_by_a_run(
     assert words in said(run_main, asked, capsys)
 
 
+def test_half_of_a_tied_weight_is_refused_by_a_plan_as_by_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_small_language_model(tmp_path / "model")
+    for name in ("train", "dev"):
+        write_problems(tmp_path / f"{name}.jsonl", 16, seed=0)
+    more = {"data.train_file": tmp_path / "train.jsonl", "data.validation_file": tmp_path / "dev.jsonl"}
+    more |= {"data.task": "sft", "method.name": "full"}
+    asked = options(tmp_path / "run", model, tmp_path, **more)
+    for pattern in (".*embed_tokens.*", ".*lm_head.*"):
+        line = [*without_freezing(asked), "--freezing.enabled", "true", "--freezing.freezable", pattern]
+        assert "are one tied weight" in said(plan_main, [*line, "--ranks", "1"], capsys)
+        assert "are one tied weight" in said(run_main, line, capsys)
+
+
+@pytest.mark.parametrize(
+    ("method", "given"), [("lora", {"init_lora_weights": "pissa"}), ("lora", {"init_lora_weights": "olora"})]
+)
+def test_a_beginning_that_takes_weights_is_planned_without_them(
+    method: str, given: dict[str, str], tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    line = without_freezing(options(tmp_path / "run", tiny_model, reviews, **{"method.name": method}))
+    assert plan_main([*line, "--method.options", json.dumps(given), "--ranks", "1"]) == 0
+
+
+def test_what_adalora_counts_does_not_train(
+    tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = without_freezing(options(tmp_path / "run", tiny_model, reviews, **{"method.name": "adalora"}))
+    assert plan_main([*line, "--ranks", "1", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert run_main(line) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert plan["parameters"]["average"]["expected"] == pytest.approx(result["avg_trainable_params"])
+    assert "freeze_log.jsonl" not in plan["writes"]
+
+
 ON_ENGINES = {
     "method": (["--method.name", "adalora", "--engines", "zero2", "fsdp2"], "AdaLoRA scores its matrices"),
     "half precision": (

@@ -206,7 +206,7 @@ class AdapterConfig(Checked):
         r: Rank of the projection matrices.
         target_modules: Layers to adapt, by name ending; all attention and feed-forward layers if not given.
         freezable: Whose matrices train and freeze: ffn, attention, all, none, or a regular expression (Table 3).
-        freezing: adaptive, never, or always (Table 2).
+        freezing: When projection matrices stop training: adaptive, never (all train to the end), or always (Table 2).
         dropout: Dropout on the adapter's input.
     """
 

@@ -23,6 +23,8 @@ def read_run(run: Path, only: Sequence[int] | None = None) -> tuple[list[WindowR
         AFLoRAError: There is no trace that can be read.
     """
     profile = run / "tensorboard" / "profile"
+    if not run.is_dir():
+        raise AFLoRAError(f"There is no folder {run}. Name a run's directory.")
     if not profile.is_dir():
         raise AFLoRAError(f"{run} has no traces (tensorboard/profile): train with --profile to record them.")
     windows, problems = [], []

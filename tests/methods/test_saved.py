@@ -25,7 +25,7 @@ FREEZES = {"freezing.enabled": True, "train.learning_rate": 0.05, "train.head_le
     [
         ("lora", {"r": 2, "bias": "all"}, {"freezing.prefix": True, "freezing.score": "front_to_back"}),
         ("lora", {"r": 2, "bias": "all"}, {"freezing.freezable": ".*bias"}),
-        ("oft", {"bias": "all"}, {"freezing.prefix": True}),
+        ("oft", {"bias": "all", "oft_block_size": 8}, {"freezing.prefix": True}),
     ],
     ids=["lora, prefix", "lora, biases freeze", "oft, prefix"],
 )

@@ -1,0 +1,5 @@
+"""`Progress` under its name of earlier releases."""
+
+from .control import Progress
+
+__all__ = ["Progress"]
