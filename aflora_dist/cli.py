@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from .errors import AFLoRAError, named
+from .errors import AFLoRAError, told_of_long_names
 from .extras import require
 from .notices import write_anything
 from .version import __version__
@@ -76,7 +76,7 @@ def run(line: list[str]) -> int:
             if trains:
                 require("train", f"aflora {name}")
             start = import_module(f".{module}", __package__).main
-            with named():
+            with told_of_long_names():
                 return int(start(name, arguments) if module in _TOLD else start(arguments))
     except AFLoRAError as error:
         print(f"aflora: error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)

@@ -50,14 +50,16 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def named() -> Iterator[None]:
+def told_of_long_names() -> Iterator[None]:
     """Turn a name that no file system takes, as a text in the place of a file's, into an error that says so."""
     try:
         yield
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        raise AFLoRAError(f"There is no file or folder {str(error.filename)[:100]}...: its name is too long.") from None
+        raise AFLoRAError(
+            f"{str(error.filename or error)[:100]}... is no file or folder: its name is too long."
+        ) from None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from .errors import AFLoRAError, LaunchError, named
+from .errors import AFLoRAError, LaunchError, told_of_long_names
 
 _LOST_RANK = (
     "Connection closed by peer",
@@ -32,7 +32,7 @@ def guarded(job: Callable[[], None], what: str, then: str) -> int:
         then: What to do where another rank is gone.
     """
     try:
-        with named():
+        with told_of_long_names():
             job()
     except BaseException as error:
         status = _said(error, what, then)

@@ -69,6 +69,7 @@ class Ranks:
         from torch.distributed import TCPStore
 
         context = warm_process()
+        self.pid = os.getpid()  # whose children they are
         self.args = [*launcher, *command]
         self.returncode: int | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))

@@ -70,7 +70,6 @@ class NativeEngine(Engine):
 
     def watch(self, done: Callable[[bool], None]) -> None:
         def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-            self._inside = True
             if any(argument is not None for argument in (*args[1:], *kwargs.values())):
                 raise UnsupportedEngineError(
                     "optimizer.step(closure) computes gradients inside the update, where they cannot be scored before "
@@ -82,6 +81,7 @@ class NativeEngine(Engine):
                     "which knows of accumulation and of updates that are skipped."
                 )
             self._check_reduction()
+            self._inside = True
             parameters = [self.parameters[f.name] for f in self._fragments]
             scale = self.clipping.factor(parameters)
             if not self._fragments or self.observer is None:
@@ -118,7 +118,7 @@ class NativeEngine(Engine):
         try:
             result = original(*args, **kwargs)
         finally:
-            self._stepping = False
+            self._stepping = self._inside = False
         if self.accelerator.sync_gradients:
             self._done(self._announce)
         return result

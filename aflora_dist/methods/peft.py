@@ -69,8 +69,8 @@ class PeftMethod(FreezingMethod):
             if self.task_type == TaskType.SEQ_CLS and model.config.num_labels > 1:
                 config.auto_mapping = label_mapping([name for _, name in sorted(model.config.id2label.items())])
             planned = any(parameter.is_meta for parameter in model.parameters())
-            if planned and getattr(config, "init_lora_weights", None) not in (None, True, False):
-                config.init_lora_weights = True  # others take weights, to the same shapes
+            if planned and str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora")):
+                config.init_lora_weights = True  # these take weights, to the same shapes
             return get_peft_model(model, config, **options)
         except AFLoRAError:
             raise
@@ -124,11 +124,11 @@ class Peft(PeftMethod):
                 "method.options alora_invocation_tokens: PEFT looks for these tokens in language models alone, and "
                 "would train nothing of a classifier's adapter. Leave it out, or train with data.task=sft."
             )
-        if str(self.options.get("init_lora_weights", "")).lower() == "eva":
+        if (start := str(self.options.get("init_lora_weights", "")).lower()) in ("eva", "corda"):
             raise AFLoRAError(
-                "method.options init_lora_weights=eva is computed of training data by a call of its own "
-                "(peft.initialize_lora_eva_weights), which aflora train does not do: it would begin as plain LoRA. "
-                "Take pissa or olora, or leave it out."
+                f"method.options init_lora_weights={start} is computed of training data by a call of peft's, which "
+                f"aflora train does not make: it would begin as plain LoRA, or not at all. Take pissa or olora, or "
+                f"leave it out."
             )
         self._prefix = ""
         self._shared: list[str] = []

@@ -14,7 +14,6 @@ from ..errors import AFLoRAError
 AT_LEAST_ONE = {"least": 1}
 NOT_NEGATIVE = {"least": 0}
 SHARE = {"least": 0, "most": 1}
-PART = {"above": 0, "below": 1}
 DECAY = {"least": 0, "below": 1}
 SEED = {"least": 0, "below": 2**32}  # NumPy's
 
@@ -68,8 +67,6 @@ def _check_number(name: str, value: float, limits: Mapping[str, Any]) -> None:
         raise AFLoRAError(f"{name} must be a finite number, not {value}.")
     if "least" in limits and value < limits["least"]:
         must = f"be at least {limits['least']}" if limits["least"] else "not be negative"
-    elif "above" in limits and value <= limits["above"]:
-        must = f"be above {limits['above']}"
     elif "most" in limits and value > limits["most"]:
         must = f"be at most {limits['most']}"
     elif "below" in limits and value >= limits["below"]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, TypedDict
 
 from ..errors import AFLoRAError
-from .checked import AT_LEAST_ONE, DECAY, NOT_NEGATIVE, PART, Checked
+from .checked import AT_LEAST_ONE, DECAY, NOT_NEGATIVE, SHARE, Checked
 
 # What units are ranked by: importances of their elements (Fig. 4; "change" is GradES's), or an order known before.
 ScoreKind = Literal["gradient", "sensitivity", "relative", "change", "random", "front_to_back", "smallest_first"]
@@ -73,13 +73,15 @@ class FreezingOptions(Checked):
     every: int = field(default=1, metadata=AT_LEAST_ONE)
     shape: ScheduleShape = "cubic"
     rule: FreezingRule = "rank"
-    threshold: float = field(default=0.5, metadata=PART)
+    threshold: float = field(default=0.5, metadata=SHARE)
     prefix: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pairwise and self.unit == "matrix":
             object.__setattr__(self, "unit", "layer")
+        if self.rule == "threshold" and self.threshold <= 0:
+            raise AFLoRAError(f"{self.label}threshold={self.threshold}: no score falls below none of its own level.")
         if self.rule == "quantile" and self.unit != "matrix":
             raise AFLoRAError(f"{self.label}rule=quantile judges each matrix on its own; drop pairwise and unit.")
         if self.score in ORDERS and (self.rule != "rank" or self.granularity != "element"):

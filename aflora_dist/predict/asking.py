@@ -26,7 +26,6 @@ from ..tasks.sft.answers import Answer, generate_answers, last_number
 from ..tasks.sft.batching import PromptCollator
 from ..tasks.sft.encode import Encoder
 from ..tasks.sft.examples import load_prompts
-from ..tasks.sources import refuse_unknown_columns
 from ..tasks.tokens import made_once
 from .partial import Values
 from .trained import TrainedModel
@@ -61,8 +60,9 @@ class _Labels:
         self.texts = _text_columns(trained)
         whole = read_table(file, {*self.texts, data.label_column, *data.columns.values()})
         self.columns, self.table = whole.columns, whole.renamed(data.columns)
-        if "--data.columns" in trained.said:
-            refuse_unknown_columns(data, [whole])
+        for column, source in data.columns.items():
+            if "--data.columns" in trained.said and column in self.texts and source not in whole.header:
+                raise whole.lacks(source)
         for column in self.texts:
             if column not in self.table.columns:
                 raise AFLoRAError(f"{self.table.lacks(column)} --data.text_columns says which hold the text.")
@@ -170,8 +170,8 @@ class _Answers:
         self.config, self.file = trained.config, file
         data = self.config.data
         self.table, self.prompts = load_prompts(file, data)
-        if "--data.columns" in trained.said:
-            refuse_unknown_columns(data, [self.table])
+        if "--data.columns" in trained.said and not {*data.columns.values()} & {*self.table.header}:
+            raise self.table.lacks(next(iter(data.columns.values()), ""))
         self.columns = read_table(file, set()).columns
         self.rows = len(self.table.lines)
         self.new = ["prediction"]

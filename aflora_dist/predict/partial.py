@@ -38,7 +38,7 @@ class Partial:
                 raise AFLoRAError(f"Another process is at work at {self.path}. Wait for its end.")
         self.rows, end = 0, 0
         self._file.seek(0)
-        if self._file.read(1) not in ("", '"'):
+        if not _is_ours(self._file):
             self._file.close()
             raise AFLoRAError(
                 f"{self.path} holds something else than a part of a prediction. Move it, or name another --out."
@@ -93,3 +93,12 @@ class Partial:
     def remove(self) -> None:
         """All is written elsewhere."""
         self.path.unlink(missing_ok=True)
+
+
+def _is_ours(file: IO[str]) -> bool:
+    """Whether a file is empty, or begins with what a prediction hangs on, which may be cut."""
+    try:
+        line = file.readline()
+        return not line or (isinstance(load_json(line), str) if line.endswith("\n") else line.startswith('"'))
+    except ValueError:  # no JSON, or no text
+        return False

@@ -190,6 +190,12 @@ def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, 
     limits.check_length("data.max_length", config.data.max_length)
     if trained.adapter is not None:
         model = _adapted(model, trained.adapter)
+    elif not any(map(is_sharded, model.parameters())):  # of shards one rank alone would know
+        odd = next(
+            (name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()), ""
+        )
+        if odd:
+            raise AFLoRAError(f"{trained.folder}: {odd} holds values that are not finite: the training diverged.")
     model.eval().requires_grad_(False)
     return _prepared(model, accelerator), tokenizer, limits
 

@@ -177,13 +177,16 @@ def compared(grid: Grid, found: Sequence[Cell]) -> list[Compared]:
                 continue
             lost = sum(cell.failed for side in sides for cell in side)
             runs = [json.dumps([sorted(cell.runs.items()) for cell in side]) for side in sides]
-            twin.append(first.setdefault((task, *runs), len(pairs)))
+            twin.append(first.setdefault((task, *sorted(runs)), len(pairs)))
             other = pairs[twin[-1]] if twin[-1] < len(pairs) else None
             same = both[1] if runs[0] == runs[1] else "" if other is None else f"{other.method} - {other.other}"
             pairs.append(Compared(task, *both, metric, difference, lost, same))
-    own = [i for i, pair in enumerate(pairs) if not pair.same and not pair.lost]
-    corrected = dict(zip(own, corrected_for([pairs[i].difference for i in own]), strict=True))
-    return [replace(pair, difference=corrected.get(at, pair.difference)) for pair, at in zip(pairs, twin, strict=True)]
+    own = [i for i, pair in enumerate(pairs) if not pair.same]
+    corrected = {i: d.corrected for i, d in zip(own, corrected_for([pairs[i].difference for i in own]), strict=True)}
+    return [
+        replace(pair, difference=replace(pair.difference, corrected=corrected.get(at)))
+        for pair, at in zip(pairs, twin, strict=True)
+    ]
 
 
 def _averages(of_method: Sequence[Cell]) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,6 +17,7 @@ from ..untrusted import refuse_deep_yaml
 from .refusals import check, refuse_seeds_of_both
 
 SHIPPED = Path(__file__).with_name("shipped")
+_LONGEST = 80  # characters of the names of tables
 _OF_METHOD = ("sweep", "rates_of", "seconds_of", "title")
 
 
@@ -86,7 +88,10 @@ class Study:
     @property
     def label(self) -> str:
         """Of its tables: another part's do not overwrite them."""
-        return "_".join([self.name, *self.part]).replace("/", "-")
+        label = "_".join([self.name, *self.part]).replace("/", "-")
+        if len(label) <= _LONGEST:
+            return label
+        return f"{label[:_LONGEST]}_{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
     def restricted(self, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> Study:
         """The part of it with these tasks, methods and seeds; all where none is named.

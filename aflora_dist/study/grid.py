@@ -10,19 +10,15 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import AFLoRAError
-from ..options import Config, flat
+from ..options import Config, DataConfig, flat
+from ..store.best import LOWER_IS_BETTER
 from ..tasks.glue import TASKS
 from ..training.command_line import OPTIONS, parse
 from .choice import NoChoiceError, Records, beyond, first_best, mean_of, number_of, seconds_of
 from .description import Study, Sweep, Variant
 from .results import name_of
-from .words import as_its_kind, as_word, is_whole, words_of
+from .words import as_its_kind, is_true, is_whole, words_of
 
-# What of a task's data its methods are measured on.
-_MEASURED_ON = (
-    *("task", "path", "name", "subset", "revision", "validation_split", "validation_file", "hold_out"),
-    *("max_eval_examples", "label_column", "positive_label", "columns", "max_new_tokens"),
-)
 _STEP = 0.05  # of what `seconds_of` makes of the data: times differ by less from day to day
 
 
@@ -126,8 +122,8 @@ class Grid:
         given, more = {**self.study.settings, **self.study.tasks[task]}, self.more
         given.pop("metric", None)
         if own.get("method.name", "aflora") != "aflora":  # what all are told is for whom it may concern
-            freezes = {**given, **own, **more}.get("freezing.enabled")
-            unread = ("adapter.",) if as_word(freezes) == "true" else ("adapter.", "freezing.")
+            freezes = is_true({**given, **own, **more}.get("freezing.enabled")) and own["method.name"] != "adalora"
+            unread = ("adapter.",) if freezes else ("adapter.", "freezing.")
             given, more = (
                 {key: value for key, value in of.items() if not key.startswith(unread)} for of in (given, more)
             )
@@ -200,7 +196,8 @@ class Grid:
     def _refuse_other_data(self, run: Planned) -> None:
         """Raise for a run that is measured on other data than the methods it stands beside."""
         first = self._measured.setdefault(run.task, run)
-        for option in _MEASURED_ON:
+        options = {*_measured_on(run.config.data, self.metrics[run.task])}
+        for option in sorted(options | {*_measured_on(first.config.data, self.metrics[run.task])}):
             ours, theirs = (getattr(one.config.data, option) for one in (run, first))
             if ours != theirs:
                 raise AFLoRAError(
@@ -312,6 +309,17 @@ class Grid:
         share = min(1.0, round(theirs / alone / _STEP) * _STEP)
         examples = max(1, int(share * record["train_examples"]) // batch) * batch
         return {} if share == 1.0 else {"data.max_train_examples": examples}
+
+
+def _measured_on(data: DataConfig, metric: str) -> list[str]:
+    """Which options decide on what a task's methods are measured."""
+    found = ["task", "path", "validation_file", "hold_out", "max_eval_examples", "label_column", "positive_label"]
+    if data.validation_file is None:
+        found += ["name", "subset", "revision", "validation_split"]
+    if data.hold_out:
+        found += ["name", "subset", "revision", "train_file", "train_split", "mix"]
+    of_loss = ["loss_on", "system", "max_length"] if metric in LOWER_IS_BETTER else ["max_new_tokens"]
+    return [*found, *(of_loss if data.task == "sft" else [])]
 
 
 def _metrics_of(kind: str) -> list[str]:

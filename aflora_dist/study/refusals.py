@@ -27,7 +27,9 @@ def _refuse_ours(options: Mapping[str, Any], where: str) -> None:
     if (odd := next((name for name in options if name in OURS), None)) is not None:
         raise AFLoRAError(f"{where}: {odd} is the study's to say of each run: leave it out. Seeds stand in `seeds`.")
     for name, value in options.items():
-        if (name == "model.trust_remote_code" and value) or (name == "model.attn_implementation" and "/" in str(value)):
+        if (name == "model.trust_remote_code" and str(value).lower() not in ("false", "none")) or (
+            name == "model.attn_implementation" and "/" in str(value)
+        ):
             raise AFLoRAError(
                 f"{where}: only the command line can have code of others run. Read that code, then add --{name} "
                 f"{value}."

@@ -12,13 +12,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ..errors import AFLoRAError, writing
 from ..options import CHANGES_NOTHING, Config, flat
+from ..store.fingerprint import of_settings, of_weights
 from ..store.records import RESULT, Run, as_result, dumps, loads
 from ..tasks.glue import TASKS
 from ..untrusted import reading
 from ..version import __version__
 
+_HOST = os.uname().nodename
 _KEPT = (
     *("metrics", "evaluations", "engine", "world_size", "mixed_precision", "steps", "train_examples"),
     *("train_seconds", "train_cpu_seconds", "avg_trainable_params", "head_params", "lora_r8_trainable_params"),
@@ -44,7 +48,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     told = {name: changed[name] for name in _DECIDE if name in changed}
     told |= {name: _content(name, changed[name]) for name in _FILES if name in changed}
     if "model.name" in changed and Path(changed["model.name"]).is_dir() and changed["model.name"] != "demo":
-        told["model.name"] = _content("model.name", changed["model.name"])
+        told["model.name"] = f"{of_weights(changed['model.name'], None)} {of_settings(changed['model.name'], None)}"
     if "data.name" in changed:
         name = changed["data.name"]
         told["data.name"] = name if name == "demo" else _source("data.name", name)  # made up, whatever lies here
@@ -115,6 +119,9 @@ class Results:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise AFLoRAError(f"{self.folder}, where results are to go, is a file. Name a folder with --results.")
+        for left in self.folder.glob(f".*.{_HOST}.*.tmp"):  # of processes that were killed
+            if not psutil.pid_exists(int(left.suffixes[-2][1:])):
+                left.unlink(missing_ok=True)
         for file in sorted(self.folder.glob("*-seed*.json")):
             if file.stem in self.records:
                 continue
@@ -145,7 +152,7 @@ class Results:
         record |= {"seconds": seconds, "ended": ended, "version": __version__}
         with writing("A run's result", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"  # others may be at it, too
+            temporary = self.folder / f".{name}.{_HOST}.{os.getpid()}.tmp"  # others may be at it, too
             temporary.write_text(dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
             temporary.replace(self.folder / f"{name}.json")
         self.records[name] = loads((self.folder / f"{name}.json").read_bytes())

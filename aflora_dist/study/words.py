@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from ..training.command_line import OPTIONS
 
 
@@ -19,6 +21,11 @@ def as_its_kind(option: str, value: Any) -> Any:
     except (TypeError, ValueError):
         return value  # `aflora train` says what it must be
     return value if kind is int and not number.is_integer() else kind(number)
+
+
+def is_true(value: Any) -> bool:
+    """Whether an option that is true or false is the former, as `aflora train` reads it."""
+    return (yaml.safe_load(value) if isinstance(value, str) else value) is True
 
 
 def is_whole(option: str, values: list[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,6 +224,10 @@ _NOT_LOADED: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, Impor
 _NOT_LOADED += (AttributeError, TypeError, RecursionError, MemoryError)
 
 
+# Of a RuntimeError: sizes that no tensor has, or not these weights. Others are memory's, or another rank's.
+_OF_SIZES = re.compile(r"^Storage size|size mismatch|negative dimension|invalid shape|overflow", re.IGNORECASE)
+
+
 @contextmanager
 def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
     """Turn what transformers raises for a model that it cannot load into an AFLoRAError.
@@ -234,7 +239,10 @@ def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
         yield
     except AFLoRAError:
         raise
-    except (*_NOT_LOADED, *more) as error:
+    except Exception as error:
+        known = isinstance(error, (*_NOT_LOADED, *more))
+        if not known and not (isinstance(error, RuntimeError) and _OF_SIZES.search(str(error))):
+            raise
         reason = refusal(error, config.name) or _unread_tokenizer(error) or one_line(error)
         raise AFLoRAError(
             f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
@@ -268,7 +276,7 @@ def _load(
         options["quantization_config"] = quantization
     if accelerator is not None and holds_float32(accelerator):
         options["dtype"] = torch.float32
-    with _readable(config, RuntimeError):  # sizes that no tensor has, or that the weights do not
+    with _readable(config):
         model_config = _config(name, config, {**head, **hub})
         tokenizer = _padding(AutoTokenizer.from_pretrained(name, **hub))
         model, info = kind.from_pretrained(

@@ -88,12 +88,22 @@ def _same(one: str, other: str | None) -> bool:
     return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
 
 
+def _overlap(one: str, other: str) -> bool:
+    """Whether two splits share examples for certain: of parts of the same split nobody knows without its length."""
+    parts = [[part.strip() for part in split.split("+") if part] for split in (one, other)]
+    return any(
+        a == b or (a.split("[")[0] == b.split("[")[0] and ("[" not in a or "[" not in b))
+        for a in parts[0]
+        for b in parts[1]
+    )
+
+
 def _refuse_trained(config: DataConfig) -> None:
     """Raise where what is measured with is in the mix that is trained on."""
     for source in config.mix:
         name, subset, split = [*source.split(":", 2), "", ""][:3]
         same = _same(name, config.name) and subset == (config.subset or "")
-        if _same(source, config.validation_file) or (split and same and split == config.validation_split):
+        if _same(source, config.validation_file) or (same and _overlap(split, config.validation_split or "")):
             raise AFLoRAError(
                 f"data.mix trains on {source}, on which data.{'validation_split' if split else 'validation_file'} "
                 f"measures: leave it out of one of the two."

@@ -47,7 +47,9 @@ def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: 
         texts = [examples[column] for column in ("text", "text_pair") if column in examples]
         tokens = dict(tokenizer(*texts, truncation=True, max_length=max_length))
         for place, ids in enumerate(tokens["input_ids"]):
-            if not ids:  # nothing is written, and the tokenizer adds nothing: a model needs a token to look at
+            if (
+                not ids and alone is not None
+            ):  # nothing is written, and the tokenizer adds nothing: a model needs a token to look at
                 for column in tokens:
                     tokens[column][place] = [{"input_ids": alone, "attention_mask": 1}.get(column, 0)]
         return {**tokens, "labels": examples["label"]}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -39,6 +41,8 @@ def test_biases_that_froze_are_saved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The adapter's folder, loaded by PEFT alone, is the model that `result.json` was measured on."""
+    if method == "oft" and Version(version("peft")) < Version("0.21"):
+        pytest.skip("PEFT before 0.21 saves no biases of OFT")
     live: dict[str, torch.Tensor] = {}
     original = Peft.save
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aflora_dist.options import DataConfig
 from aflora_dist.tasks.labels import given_labels
 from aflora_dist.tasks.reading import read_table
 from aflora_dist.training.run import main as train
@@ -128,24 +127,3 @@ def test_names_that_are_too_long_are_refused(
     for words in ([classifier, tmp_path / ("x" * 300 + ".csv")], ["y" * 300, reviews / "dev.csv"]):
         assert predict(*words) == 2
         assert "its name is too long" in capsys.readouterr().err
-
-
-def test_columns_are_found_by_what_is_trained_on(tmp_path: Path) -> None:
-    """A split of data.name that the mix trains on is none to measure with."""
-    from aflora_dist.errors import AFLoRAError
-    from aflora_dist.tasks.data import load_data
-
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    for split, n in (("train", 40), ("test", 12)):
-        rows = [{"text": f"{split} {i}", "label": "ab"[i % 2]} for i in range(n)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = DataConfig(task="files", name=str(folder), mix={f"{folder}::test": 2.0})
-    with pytest.raises(AFLoRAError, match="has no examples for evaluation"):
-        load_data(data, 0)
-    plain = load_data(DataConfig(task="files", name=str(folder)), 0)
-    assert len(plain.evaluation["validation"]) == 12
-    for more in ({"validation_split": "test"}, {"validation_file": str(folder / "test.jsonl")}):
-        mix = {f"{folder}::test": 2.0} if "validation_split" in more else {str(folder / "test.jsonl"): 1.0}
-        with pytest.raises(AFLoRAError, match=r"data.mix trains on .*, on which data.validation_"):
-            load_data(DataConfig(task="files", name=str(folder), mix=mix, **more), 0)

@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from aflora_dist.errors import AFLoRAError
 from aflora_dist.options import Config, ModelConfig
@@ -27,7 +29,7 @@ SEARCHED = {"sweep": {"train.learning_rate": [1e-3, 1e-2]}}
 
 
 @pytest.mark.parametrize(
-    ("settings", "more"), [({"freezing.enabled": True}, {}), ({}, {"freezing.enabled": "true"})], ids=["file", "line"]
+    ("settings", "more"), [({"freezing.enabled": True}, {}), ({}, {"freezing.enabled": "True"})], ids=["file", "line"]
 )
 def test_freezing_that_is_asked_of_all_methods_is_all_methods(
     settings: dict[str, Any], more: dict[str, str], tmp_path: Path
@@ -82,22 +84,23 @@ def test_what_is_the_study_s_is_not_said_on_the_command_line(option: str) -> Non
 
 
 def test_another_model_in_the_same_folder_is_another_run(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    first = name_of(Config(model=ModelConfig(name=str(model))))
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    (moved / "config.json").write_text("{}")
-    assert name_of(Config(model=ModelConfig(name=str(moved)))) == first
-    (model / "config.json").write_text('{"hidden_size": 8}')
-    assert name_of(Config(model=ModelConfig(name=str(model)))) != first
+    def name(folder: Path, said: str, value: float) -> str:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(said)
+        save_file({"w": torch.full((4,), value)}, folder / "model.safetensors")
+        return name_of(Config(model=ModelConfig(name=str(folder))))
+
+    first = name(tmp_path / "model", "{}", 0.0)
+    assert name(tmp_path / "moved", "{}", 0.0) == first
+    assert name(tmp_path / "model", "{}", 1.0) != first
+    assert name(tmp_path / "model", '{"hidden_act": "relu"}', 0.0) != first
 
 
 def test_methods_that_came_to_the_same_runs_are_compared_once(tmp_path: Path) -> None:
     never = {"adapter.freezing": "never"}
     methods = {"gradient": {}, "never": never, "shorter": {**never, "seconds_of": "gradient"}}
     compare = [["gradient", "never"], ["gradient", "shorter"], ["shorter", "never"]]
+    turned = [["gradient", "never"], ["shorter", "gradient"]]
     grid, results = grid_of(tmp_path, methods=methods, compare=compare), Results(tmp_path / "results")
     settle(grid, results, lambda run: 0.7 + run.seed / 100 + 0.1 * (run.method == "gradient") * (1 + run.seed / 50))
     found = cells(grid, results.records)
@@ -107,6 +110,10 @@ def test_methods_that_came_to_the_same_runs_are_compared_once(tmp_path: Path) ->
     assert [pair.difference.corrected for pair in pairs] == [once.difference.p, once.difference.p, None]
     said = [pair.said for pair in pairs]
     assert said == ["gradient is better", "gradient is better (the runs of gradient - never)", "the same runs"]
+    other = grid_of(tmp_path, methods=methods, compare=turned)
+    first, second = compared(other, cells(other, results.records))
+    assert first.difference.corrected == second.difference.corrected == once.difference.p
+    assert (second.difference.mean, second.said) == (-first.difference.mean, f"gradient is better ({SAME})")
     notes = " ".join(caption(grid, found, pairs))
     assert "shorter came to the very runs of never" in notes
     assert "Holm's method for 1 comparisons" in notes
@@ -186,6 +193,7 @@ def test_memory_that_runs_have_still_to_take_is_not_given_twice(
         job.claim.close()
 
 
+SAME = "the runs of gradient - never"
 ENDS = (".md", ".tex", ".csv", "_differences.csv", "_seconds.png")
 CPU = {"train_cpu_seconds": 1.0, "train_seconds": 1.0}
 

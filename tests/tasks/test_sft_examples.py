@@ -182,6 +182,13 @@ def test_a_turn_that_calls_a_tool_needs_no_content(content: dict[str, None]) -> 
         turns({"messages": [CHAT[0], {**turn, "tool_calls": None}]}, None)
 
 
+# As GLM's: whoever speaks next ends the turn.
+ENDED_BY_THE_NEXT = (
+    "{% for m in messages %}{{ ('<|im_start|>' if m.role == 'user' else '<|im_end|>') + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}"
+)
+
+
 @pytest.mark.parametrize(
     "turn",
     [
@@ -191,9 +198,10 @@ def test_a_turn_that_calls_a_tool_needs_no_content(content: dict[str, None]) -> 
         {"content": [{"type": "text", "text": ""}]},
         {"content": "no", "weight": 0},
         {"content": "no", "train": False},
+        {"content": "no", "train": 0},
     ],
 )
-@pytest.mark.parametrize("template", [None, TEMPLATES["marked"][0], TEMPLATES["unmarked"][0]])
+@pytest.mark.parametrize("template", [None, TEMPLATES["marked"][0], TEMPLATES["unmarked"][0], ENDED_BY_THE_NEXT])
 def test_a_turn_that_says_nothing_or_is_marked_as_given_carries_no_loss(turn: dict[str, Any], template: str) -> None:
     encode = Encoder(chat_tokenizer("bytes", template), 100, "completions", None, "it")
     asked = {"role": "user", "content": "books ?"}
@@ -416,10 +424,10 @@ def test_answers_are_compared_by_their_last_number() -> None:
     assert [last_number(text) for text in (5e-05, 1e16, "1.5e-3 m", "from 3-5", "\u221212", "7e", "2e3x")] == [
         *map(Decimal, ("5e-05", "1e16", "1.5e-3", "5", "-12", "7", "3")),
     ]
-    assert [last_number(text) for text in ("3,4", "1,000, he said", "1,234,567.5", "12,34", "1e500")] == [
-        *map(Decimal, ("4", "1000", "1234567.5", "34")),
-        None,
+    assert [last_number(text) for text in ("3,4", "1,000, he said", "1,234,567.5", "12,34", "1,00,000")] == [
+        *map(Decimal, ("4", "1000", "1234567.5", "34", "100000")),
     ]
+    assert [last_number(f"1e{sign}{'9' * digits}") for sign in ("", "-") for digits in (3, 25)] == [None] * 4
     assert Answer(0, "It is 0.00005 .", 5e-05).correct
     assert Answer(0, "It is 4 + 3 = 7.0 .", 7).correct
     assert not Answer(0, "It is 7 or 8", 7).correct
@@ -470,3 +478,20 @@ def test_thoughts_that_the_template_leaves_out_are_told_of(key: str) -> None:
     turn = {"role": "assistant", "content": "7", key: "3 and 4"}
     found = encode({"messages": [[{"role": "user", "content": "3 + 4"}, turn]]})
     assert Note.LEFT_OUT in Note(found["notes"][0])
+
+
+# As Qwen3's: an earlier turn is written without its thoughts.
+FORGETS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_last_turn_that_is_given_leaves_out_an_earlier_one_that_is_written_anew() -> None:
+    encode = Encoder(chat_tokenizer("bytes", FORGETS), 100, "completions", None, "it")
+    asked = {"role": "user", "content": "3 + 4"}
+    earlier = {"role": "assistant", "content": "7", "reasoning_content": "three and four"}
+    chat = [asked, earlier, asked, {"role": "assistant", "content": "8", "weight": 0}]
+    assert encode({"messages": [chat]})["count"] == [0]

@@ -301,3 +301,32 @@ def test_gsm8k_trains_and_is_scored(tmp_path: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     assert (result["steps"], len(result["evaluations"])) == (12, 3)
     assert set(result["metrics"]) == {"exact_match", "loss", "perplexity"}
+
+
+def test_a_split_that_the_mix_trains_on_is_none_to_measure_with(tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for split, n in (("train", 40), ("test", 12)):
+        rows = [{"text": f"{split} {i}", "label": "ab"[i % 2]} for i in range(n)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(task="files", name=str(folder), mix={f"{folder}::test": 2.0})
+    with pytest.raises(AFLoRAError, match="has no examples for evaluation"):
+        load_data(data, 0)
+    plain = load_data(DataConfig(task="files", name=str(folder)), 0)
+    assert len(plain.evaluation["validation"]) == 12
+    for more in ({"validation_split": "test"}, {"validation_file": str(folder / "test.jsonl")}):
+        mix = {f"{folder}::test": 2.0} if "validation_split" in more else {str(folder / "test.jsonl"): 1.0}
+        with pytest.raises(AFLoRAError, match=r"data.mix trains on .*, on which data.validation_"):
+            load_data(DataConfig(task="files", name=str(folder), mix=mix, **more), 0)
+    for validation, mixed in (("test[:50%]", "test"), ("test", "train+test"), ("test[:6]", "test")):
+        with pytest.raises(AFLoRAError, match=r"data.mix trains on .*, on which data.validation_"):
+            load_data(
+                DataConfig(
+                    task="files", name=str(folder), mix={f"{folder}::{mixed}": 1.0}, validation_split=validation
+                ),
+                0,
+            )
+    apart = DataConfig(
+        task="files", name=str(folder), mix={f"{folder}::test[:50%]": 1.0}, validation_split="test[50%:]"
+    )
+    assert len(load_data(apart, 0).evaluation["validation"]) == 6

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import torch
@@ -25,14 +25,16 @@ from .encode import End
 
 # A minus after a digit stands between two numbers.
 _NUMBER = re.compile(
-    r"(?:(?<![\d.])-)?(?:\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w))?"
+    r"(?:(?<![\d.])-)?(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w))?"
 )
 _SHOWN = 3
 _LARGEST = 400  # a number's exponent: beyond, whole numbers would fill the memory
 
 
 def last_number(text: Any) -> Decimal | None:
-    """The last number in a text, as it is written; None if there is none. Commas are thousands' in 1,234 alone.
+    """The last number in a text, as it is written; None if there is none, or one beyond 1e±400.
+
+    Commas are thousands' in 1,234 and 1,00,000 alone.
 
     >>> last_number("So 3 * 4 = 12. The answer is $1,012.50."), last_number("None."), last_number(7)
     (Decimal('1012.50'), None, Decimal('7'))
@@ -42,7 +44,10 @@ def last_number(text: Any) -> Decimal | None:
     (Decimal('2'), Decimal('1000001'))
     """
     found = _NUMBER.findall(str(text).replace("\N{MINUS SIGN}", "-"))
-    number = Decimal(found[-1].replace(",", "")) if found else None
+    try:
+        number = Decimal(found[-1].replace(",", "")) if found else None
+    except InvalidOperation:  # an exponent of twenty digits
+        return None
     return number if number is None or abs(number.adjusted()) < _LARGEST else None
 
 

@@ -188,7 +188,7 @@ class Encoder:
         if end is None:
             return ids, carries, note
         carries = [now or (i > 0 and carries[i - 1] and ids[i] == end) for i, now in enumerate(carries)]
-        if chat[-1]["role"] == "assistant" and ids[-1] != end:
+        if chat[-1]["role"] == "assistant" and ids[-1] != end and (self.loss_on == "all" or is_learned(chat[-1])):
             return [*ids, end], [*carries, True], note | Note.ENDED
         return ids, carries, note
 

@@ -81,7 +81,8 @@ def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]
     """
     table = read_table(name, {*_COLUMNS, *config.columns.values()}).renamed(config.columns)
     if "answer" not in table.columns:
-        _choose([*table.columns, "answer"], table.name, False, config)  # or there may be no column at all
+        if not any({*table.columns} >= {*(prompt or needed)} for needed, _, prompt in _FORMS):  # or no column at all
+            _choose(table.columns, table.name, False, config)
         rows = table.rows.add_column("answer", [""] * len(table.lines))
         table = replace(table, columns=[*table.columns, "answer"], rows=rows)
     prompts = _examples(table, False, config)
@@ -207,7 +208,7 @@ def is_learned(turn: Turn) -> bool:
 
     Files mark a turn that is given and not learned by weight 0 (OpenAI's fine-tuning) or train false (ShareGPT's kind).
     """
-    if turn["role"] != "assistant" or turn.get("weight") == 0 or turn.get("train") is False:
+    if turn["role"] != "assistant" or turn.get("weight") == 0 or turn.get("train") == 0:
         return False
     content = turn.get("content")
     parts = content if isinstance(content, list) else [content]

@@ -112,14 +112,10 @@ class Template:
                 f"data.loss_on=all. The example: {shown(chat, 200)}"
             )
         said = [turn for turn in chat if turn["role"] == "assistant"]
-        if not all(map(is_learned, said)):
-            if len(spans) != len(said):
-                raise AFLoRAError(
-                    f"{self.name}: a turn of the assistant is not to be learned (it says nothing, or has weight 0 or "
-                    f"train false), and the chat template's {{% generation %}} marks do not tell which is which. Leave "
-                    f"the example out, or use a template with marks around each turn. The example: {shown(chat, 200)}"
-                )
+        if len(spans) == len(said):
             spans = [span for span, turn in zip(spans, said, strict=True) if is_learned(turn)]
+        elif not all(is_learned(turn) or not (turn.get("content") or "") for turn in said):
+            return []  # the marks do not tell which turn is the one that is given
         return [(begin, end) for begin, end in spans if begin < end]
 
     def _added(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
@@ -129,7 +125,7 @@ class Template:
         for it as it then is, and it is not learned. The last one has to be told.
         """
         spans = []
-        last = max((i for i, turn in enumerate(chat) if is_learned(turn)), default=-1)
+        last = max((i for i, turn in enumerate(chat) if turn["role"] == "assistant"), default=-1)
         for i, turn in enumerate(chat):
             if not is_learned(turn):
                 continue
