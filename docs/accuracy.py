@@ -29,7 +29,7 @@ from aflora_dist.study.description import read_study, shipped
 from aflora_dist.study.differences import corrected_for
 from aflora_dist.study.grid import Grid
 from aflora_dist.study.pictures import dots, mean_freeze_map
-from aflora_dist.study.results import Results
+from aflora_dist.study.results import Results, name_by
 from aflora_dist.study.tables import at_one_time, markdown
 
 DOCS = Path(__file__).resolve().parent
@@ -37,10 +37,21 @@ RESULTS = DOCS / "results"
 NONE = "not measured yet"
 
 
+def committed() -> Results:
+    """The results; of GLUE's tasks wherever their files lay, which the runs that a page asks for do not say."""
+    results = Results(RESULTS)
+    for record in [*results.records.values()]:
+        settings = {key: value for key, value in record["settings"].items() if key != "data.path"}
+        if len(settings) < len(record["settings"]):
+            method = settings.get("method.name", "aflora")
+            results.records[name_by(settings["data.task"], method, settings, record["seed"])] = record
+    return results
+
+
 @cache
 def measured(study: str, task: str) -> tuple[Grid, Results, list[Cell], list[Compared]]:
     """A shipped study's small setting on a task, with those methods of which there are results."""
-    results = Results(RESULTS)
+    results = committed()
     whole = read_study(shipped()[study], small=True)
     found = cells(Grid(whole.restricted([task], [], [])), results.records)
     there = [cell.method for cell in found if cell.values or cell.failed]

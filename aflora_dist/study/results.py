@@ -94,9 +94,14 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 def name_of(config: Config) -> str:
     """The run's name: by what and on what, its seed, and what tells it from all others."""
-    content = json.dumps(sorted(settings_of(config).items()), sort_keys=True)
+    return name_by(config.data.task, config.method.name, settings_of(config), config.train.seed)
+
+
+def name_by(task: str, method: str, settings: Mapping[str, Any], seed: int) -> str:
+    """The name of a run of these settings, as `settings_of` tells them, or a record keeps them."""
+    content = json.dumps(sorted(settings.items()), sort_keys=True)
     mark = hashlib.sha256(content.encode()).hexdigest()[:10]
-    return f"{config.data.task}-{config.method.name}-{mark}-seed{config.train.seed}"
+    return f"{task}-{method}-{mark}-seed{seed}"
 
 
 class Results:
