@@ -64,11 +64,11 @@ class PeftMethod(FreezingMethod):
         Raises:
             AFLoRAError: PEFT cannot put it in: no module matched, an option has no such value.
         """
+        planned = any(parameter.is_meta for parameter in model.parameters())
         try:
             config = tuning()
             if self.task_type == TaskType.SEQ_CLS and model.config.num_labels > 1:
                 config.auto_mapping = label_mapping([name for _, name in sorted(model.config.id2label.items())])
-            planned = any(parameter.is_meta for parameter in model.parameters())
             if planned and str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora")):
                 config.init_lora_weights = True  # these take weights, to the same shapes
             return get_peft_model(model, config, **options)
