@@ -134,7 +134,7 @@ def order(study: str, task: str, method: str) -> str:
     froze = [results.records[run.name].get("frozen", {}) for run in runs if run.name in results.records]
     names = sorted(set.intersection(*map(set, froze)))
     if not names:
-        return "nothing froze"
+        return "no matrix froze with each seed" if any(froze) else "nothing froze"
     # The first update is step 0: what froze after it froze after one update.
     a, b = (
         1 + statistics.fmean(of[name] for of in froze for name in names if name.endswith(f".{one}")) for one in "AB"
