@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -21,7 +21,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..compat.torch import without_step_hooks
 from ..errors import UnsupportedEngineError, one_line
 
-Owner = TypeVar("Owner")
+_HEARING: list[Any] = []  # the one hook of ours that all optimizers have
+# Whom to tell of optimizers, how, and of which they have been told.
+_TOLD: weakref.WeakKeyDictionary[Any, tuple[Callable[[Any, Any], None], weakref.WeakSet[Any]]]
+_TOLD = weakref.WeakKeyDictionary()
 _SHAPE = (64, 72)  # bitsandbytes keeps 8 bits from 4,096 elements on
 _INSTEAD = (
     "Use an optimizer that treats every element by itself and keeps a number per element, such as torch.optim.AdamW."
@@ -281,19 +284,26 @@ def _options(optimizer: Optimizer) -> dict[str, Any]:
     return {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
 
 
-def each_optimizer(owner: Owner, tell: Callable[[Owner, Any], None]) -> Callable[[], None]:
+def each_optimizer(owner: Any, tell: Callable[[Any, Any], None]) -> Callable[[], None]:
     """Call `tell(owner, optimizer)` before the first step of each of torch's optimizers, until `owner` is gone.
 
     Returns:
         What ends that.
     """
-    asked, known = weakref.ref(owner), weakref.WeakSet[Any]()
+    if not _HEARING:  # once, and for good: torch goes through its hooks while owners may come to their end
+        _HEARING.append(register_optimizer_step_pre_hook(_heard))
+    _TOLD[owner] = (tell, weakref.WeakSet())
+    asked = weakref.ref(owner)
 
-    def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if optimizer not in known and (there := asked()) is not None:
+    def end() -> None:
+        if (there := asked()) is not None:
+            _TOLD.pop(there, None)
+
+    return end
+
+
+def _heard(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for owner, (tell, known) in [*_TOLD.items()]:
+        if optimizer not in known:
             known.add(optimizer)
-            tell(there, optimizer)
-
-    remove = register_optimizer_step_pre_hook(before).remove
-    weakref.finalize(owner, remove)  # the hook is everybody's
-    return remove
+            tell(owner, optimizer)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -501,3 +502,21 @@ def test_an_optimizer_within_the_one_that_was_given_is_no_other(capsys: pytest.C
         optimizer.zero_grad()
     assert len(freezing.frozen) == 3
     assert "Another optimizer" not in capsys.readouterr().err
+
+
+def test_a_freezing_that_comes_to_its_end_within_another_s_step_disturbs_nobody() -> None:
+    def collect(*_: Any) -> None:
+        gc.collect()
+
+    handle = register_optimizer_step_pre_hook(collect)
+    try:
+        for _ in range(3):
+            loop = Loop(Net(), freezable=LAYERS)
+            loop.train(stop=2)
+            loop.loop = loop  # type: ignore[attr-defined] # only the collector finds it
+            del loop
+            parameter = nn.Parameter(torch.zeros(2))
+            parameter.grad = torch.ones(2)
+            torch.optim.SGD([parameter], lr=0.1).step()
+    finally:
+        handle.remove()
