@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AFLoRAError
+from ..training.command_line import refuse_code_of_others
 
 if TYPE_CHECKING:
     from .description import Study
@@ -27,13 +28,7 @@ def _refuse_ours(options: Mapping[str, Any], where: str) -> None:
     if (odd := next((name for name in options if name in OURS), None)) is not None:
         raise AFLoRAError(f"{where}: {odd} is the study's to say of each run: leave it out. Seeds stand in `seeds`.")
     for name, value in options.items():
-        if (name == "model.trust_remote_code" and str(value).lower() not in ("false", "none")) or (
-            name == "model.attn_implementation" and "/" in str(value)
-        ):
-            raise AFLoRAError(
-                f"{where}: only the command line can have code of others run. Read that code, then add --{name} "
-                f"{value}."
-            )
+        refuse_code_of_others(name, value, where)
 
 
 def check(study: Study, path: Path) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from ..errors import AFLoRAError, writing
 from ..options import CHANGES_NOTHING, Config, flat
@@ -22,7 +21,6 @@ from ..tasks.glue import TASKS
 from ..untrusted import reading
 from ..version import __version__
 
-_HOST = os.uname().nodename
 _KEPT = (
     *("metrics", "evaluations", "engine", "world_size", "mixed_precision", "steps", "train_examples"),
     *("train_seconds", "train_cpu_seconds", "avg_trainable_params", "head_params", "lora_r8_trainable_params"),
@@ -124,9 +122,6 @@ class Results:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise AFLoRAError(f"{self.folder}, where results are to go, is a file. Name a folder with --results.")
-        for left in self.folder.glob(f".*.{_HOST}.*.tmp"):  # of processes that were killed
-            if not psutil.pid_exists(int(left.suffixes[-2][1:])):
-                left.unlink(missing_ok=True)
         for file in sorted(self.folder.glob("*-seed*.json")):
             if file.stem in self.records:
                 continue
@@ -157,7 +152,9 @@ class Results:
         record |= {"seconds": seconds, "ended": ended, "version": __version__}
         with writing("A run's result", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{name}.{_HOST}.{os.getpid()}.tmp"  # others may be at it, too
+            opened, path = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=self.folder)  # others write it, too
+            os.close(opened)
+            temporary = Path(path)
             temporary.write_text(dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
             temporary.replace(self.folder / f"{name}.json")
         self.records[name] = loads((self.folder / f"{name}.json").read_bytes())

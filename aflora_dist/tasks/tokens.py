@@ -46,12 +46,11 @@ def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: 
     def tokenize(examples: Columns) -> Columns:
         texts = [examples[column] for column in ("text", "text_pair") if column in examples]
         tokens = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-        for place, ids in enumerate(tokens["input_ids"]):
-            if (
-                not ids and alone is not None
-            ):  # nothing is written, and the tokenizer adds nothing: a model needs a token to look at
-                for column in tokens:
-                    tokens[column][place] = [{"input_ids": alone, "attention_mask": 1}.get(column, 0)]
+        # Where nothing is written, and the tokenizer adds nothing, a model needs a token to look at.
+        empty = [place for place, ids in enumerate(tokens["input_ids"]) if not ids] if alone is not None else []
+        for place in empty:
+            for column in tokens:
+                tokens[column][place] = [{"input_ids": alone, "attention_mask": 1}.get(column, 0)]
         return {**tokens, "labels": examples["label"]}
 
     bos, eos, unknown, pad = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "unk", "pad"))

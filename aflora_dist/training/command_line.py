@@ -189,16 +189,22 @@ def _rename_tensorboard(namespace: Any) -> None:
 
 def _refuse_code(config: Config, said: dict[str, str], entries: Entries) -> None:
     """Raise where a file, and not the command line itself, would have code run that comes with a model or a kernel."""
-    asks = {
-        "model.trust_remote_code": "true" if config.model.trust_remote_code else None,
-        "model.attn_implementation": config.model.attn_implementation,
-    }
+    asks = {f"model.{option}": getattr(config.model, option) for option in ("trust_remote_code", "attn_implementation")}
     for option, value in asks.items():
-        if value is not None and (value == "true" or "/" in value) and option not in said:  # with a slash: of the hub
-            raise AFLoRAError(
-                f"{entries[option].place if option in entries else 'A file'}: only the command line can have code of "
-                f"others run. Read that code, then add --{option} {value}."
-            )
+        if option not in said:
+            refuse_code_of_others(option, value, entries[option].place if option in entries else "A file")
+
+
+def refuse_code_of_others(option: str, value: Any, where: str) -> None:
+    """Raise an AFLoRAError if an option that a file gives would have code of others run."""
+    told = str(value).lower()
+    if (option == "model.trust_remote_code" and told not in ("false", "none")) or (
+        option == "model.attn_implementation" and "/" in told  # of the hub
+    ):
+        raise AFLoRAError(
+            f"{where}: only the command line can have code of others run. Read that code, then add --{option} "
+            f"{'true' if value is True else value}."
+        )
 
 
 def _refuse_no_model(config: Config, *, named: bool) -> None:
