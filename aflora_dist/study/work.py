@@ -30,6 +30,7 @@ _SAID = "printed.txt"
 _DIVERGED = re.compile(r"aflora: error: (The loss of step .*|.* not finite.*)")
 _MEMORY = 2 << 30  # bytes of a run of which none is known
 _PAUSE = 0.2  # seconds between two looks
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs [{elapsed}{postfix}]"  # its rate counts old runs
 
 
 class Process(Protocol):
@@ -87,7 +88,7 @@ class Work:
             number: signal.signal(number, self._leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         }
         try:
-            with tqdm(desc=self.grid.study.name, unit="run", dynamic_ncols=True, mininterval=1.0) as bar:
+            with tqdm(desc=self.grid.study.name, bar_format=_BAR, dynamic_ncols=True, mininterval=1.0) as bar:
                 try:
                     return self._until_done(bar)
                 finally:
