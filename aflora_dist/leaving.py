@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from .errors import AFLoRAError, LaunchError, told_of_long_names
+from .errors import AFLoRAError, DivergedError, LaunchError, told_of_long_names
 
 _LOST_RANK = (
     "Connection closed by peer",
@@ -74,7 +74,8 @@ def _said(error: BaseException, what: str, then: str) -> int | None:
         return 130
     if isinstance(error, AFLoRAError):
         if speaks or isinstance(error, LaunchError):
-            print(f"aflora: error: {error}", file=sys.stderr, flush=True)
+            what = "diverged" if isinstance(error, DivergedError) else "error"  # by which a study tells them apart
+            print(f"aflora: {what}: {error}", file=sys.stderr, flush=True)
         return 2
     # What gloo and NCCL say when the other end of a collective is gone.
     if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in _LOST_RANK):

@@ -20,29 +20,32 @@ import re
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from aflora_dist.options import Config, DataConfig
 from aflora_dist.study.cells import Cell, Compared, cells, compared
 from aflora_dist.study.description import read_study, shipped
-from aflora_dist.study.differences import corrected_for
 from aflora_dist.study.grid import Grid
 from aflora_dist.study.pictures import dots, mean_freeze_map
-from aflora_dist.study.results import Results, name_by
+from aflora_dist.study.results import Results, name_by, settings_of
 from aflora_dist.study.tables import at_one_time, markdown
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
 NONE = "not measured yet"
+# Runs are named by the content of their files, and the word problems are not here: for the page a file stands for each.
+PROBLEMS = DataConfig(task="sft", train_file=str(RESULTS / "page.md"), validation_file=str(DOCS / "accuracy.py"))
 
 
 def committed() -> Results:
-    """The results; of GLUE's tasks wherever their files lay, which the runs that a page asks for do not say."""
+    """The results; of tasks whose data are not here, by the names of the runs that the page asks for."""
     results = Results(RESULTS)
+    stand_in = settings_of(Config(data=PROBLEMS))
     for record in [*results.records.values()]:
         settings = {key: value for key, value in record["settings"].items() if key != "data.path"}
-        if len(settings) < len(record["settings"]):
+        settings |= {key: digest for key, digest in stand_in.items() if key in settings and key.endswith("_file")}
+        if settings != record["settings"]:
             method = settings.get("method.name", "aflora")
             results.records[name_by(settings["data.task"], method, settings, record["seed"])] = record
     return results
@@ -53,9 +56,11 @@ def measured(study: str, task: str) -> tuple[Grid, Results, list[Cell], list[Com
     """A shipped study's small setting on a task, with those methods of which there are results."""
     results = committed()
     whole = read_study(shipped()[study], small=True)
-    found = cells(Grid(whole.restricted([task], [], [])), results.records)
+    files = {f"data.{name}": getattr(PROBLEMS, name) for name in ("train_file", "validation_file")}
+    more = files if task == "problems" else {}
+    found = cells(Grid(whole.restricted([task], [], []), more), results.records)
     there = [cell.method for cell in found if cell.values or cell.failed]
-    grid = Grid(whole.restricted([task], there, []))
+    grid = Grid(whole.restricted([task], there, []), more)
     found = cells(grid, results.records) if there else []
     return grid, results, found, compared(grid, found) if there else []
 
@@ -88,12 +93,11 @@ def count(task: str, *comparisons: str) -> str:
 
 
 def counted(pairs: list[Compared]) -> str:
-    """In how many of them the method is better, and worse, corrected for how many they are."""
-    pairs = [pair for pair in pairs if not pair.same and not pair.lost]
+    """In how many of them the method is better, and worse, by the verdicts of their tables; the same runs once."""
+    names = {f"{pair.method} - {pair.other}" for pair in pairs}
+    pairs = [pair for pair in pairs if not pair.lost and pair.same not in {pair.other, *names}]
     if not pairs:
         return NONE
-    corrected = corrected_for([pair.difference for pair in pairs])
-    pairs = [replace(pair, difference=difference) for pair, difference in zip(pairs, corrected, strict=True)]
     seen = [pair for pair in pairs if pair.seen]
     better = [pair.method for pair in seen if pair.better]
     worse = [pair.method for pair in seen if not pair.better]
@@ -178,9 +182,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--take", type=Path, metavar="FOLDER", help="put the results there into docs/results before")
     parser.add_argument("--out", type=Path, default=DOCS / "accuracy.md", help="the page")
     args = parser.parse_args(argv)
+    if args.take is not None and not args.take.is_dir():
+        parser.error(f"--take {args.take} is no folder")
     if args.take is not None:
         for file in sorted(args.take.glob("*-seed*.json")):
             shutil.copyfile(file, RESULTS / file.name)
+    (args.out.parent / "images").mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(), encoding="utf-8")
     for study, task in re.findall(r"!\[(\w+) on (\w+): differences", args.out.read_text(encoding="utf-8")):
         dots(measured(study, task)[3]).savefig(args.out.parent / "images" / f"{study}_{task}.png", dpi=130)

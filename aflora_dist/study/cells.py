@@ -27,8 +27,8 @@ class Cell:
         best: After the best epoch, which is chosen by the very data that are reported: too good, as in the paper.
         failed: Runs that broke down.
         missing: Runs that have not been done.
-        trained: Parameters on average over the updates, the head's left out.
-        seconds: Of training; of a CPU's core where that was measured.
+        trained_by: By seed, parameters on average over the updates, the head's left out.
+        seconds_by: By seed, of training; of a CPU's core where that was measured.
         spans: From when to when its runs ran, where that was kept.
         ways: How its runs were launched, by WAY.
         chosen: What was searched for it.
@@ -44,8 +44,8 @@ class Cell:
     best: dict[int, float]
     failed: int
     missing: int
-    trained: float | None
-    seconds: float | None
+    trained_by: dict[int, float]
+    seconds_by: dict[int, float]
     chosen: str
     paper: float | None
     broken: str = ""
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
-        return statistics.fmean(self.values.values()) if self.values else None
+        return _mean(self.values)
 
     @property
     def deviation(self) -> float | None:
@@ -63,7 +63,19 @@ class Cell:
 
     @property
     def best_mean(self) -> float | None:
-        return statistics.fmean(self.best.values()) if self.best else None
+        return _mean(self.best)
+
+    @property
+    def trained(self) -> float | None:
+        return _mean(self.trained_by)
+
+    @property
+    def seconds(self) -> float | None:
+        return _mean(self.seconds_by)
+
+
+def _mean(by_seed: Mapping[int, float]) -> float | None:
+    return statistics.fmean(by_seed.values()) if by_seed else None
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,8 @@ class Compared:
             return f"no verdict: {self.lost} diverged"
         if self.difference.alike:
             return "the same on each seed: no p"
+        if self.difference.p is None:
+            return "one seed: no p"
         said = f"{self.method if self.better else self.other} is better" if self.seen else "no difference seen"
         return f"{said} (the runs of {self.same})" if self.same else said
 
@@ -114,7 +128,6 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
             lacking = [r for r in well.values() if metric not in r["metrics"]]
             said = no_metric(f"{method} on {task}", metric, lacking[0]) if lacking else ""
             ended = {seed: r for seed, r in well.items() if r["evaluations"][-1].get(metric) is not None}
-            trained = [r["avg_trainable_params"] for r in ended.values() if "avg_trainable_params" in r]
             chosen = plan.chosen.get((task, method), {})
             found.append(
                 Cell(
@@ -125,8 +138,8 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
                     {seed: scale * best_of(_values(r, metric)) for seed, r in ended.items()},
                     len(there) - len(ended) - len(lacking),
                     0 if (task, method) in plan.broken else len(grid.study.seeds) - len(there),
-                    statistics.fmean(trained) if trained else None,
-                    statistics.fmean(map(seconds_of, ended.values())) if ended else None,
+                    {s: r["avg_trainable_params"] for s, r in ended.items() if "avg_trainable_params" in r},
+                    {seed: seconds_of(r) for seed, r in ended.items()},
                     ", ".join(f"{name.partition('.')[2]} {value}" for name, value in chosen.items()),
                     grid.study.paper.get(method, {}).get(task),
                     plan.broken.get((task, method), said),
@@ -137,7 +150,7 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
             )
         for method, quoted in grid.study.paper.items():
             if task in quoted and method not in grid.study.methods:
-                found.append(Cell(task, method, metric, {}, {}, 0, 0, None, None, "", quoted[task]))
+                found.append(Cell(task, method, metric, {}, {}, 0, 0, {}, {}, "", quoted[task]))
     return found
 
 

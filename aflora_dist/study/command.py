@@ -59,6 +59,8 @@ def main(command: str, arguments: list[str]) -> int:
     args, more = parser.parse_known_args(arguments)
     try:
         require("train", f"aflora {command}")
+        if command == "reproduce" and args.study is None and arguments:
+            raise AFLoRAError(f"Which study? Its name comes first: aflora reproduce NAME {arguments[0]} ...")
         if command == "reproduce" and args.study is None:
             print(*(f"{name:10} {read_study(path).title}" for name, path in shipped().items()), sep="\n")
             return 0

@@ -174,13 +174,26 @@ def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of what JSON has, a date being a text; of a key that stands twice others take the last."""
+    """YAML of what JSON has: a date, yes, no, on and off are texts, and so are keys, as they are written."""
 
     yaml_constructors: ClassVar = {
         tag: make
         for tag, make in yaml.SafeLoader.yaml_constructors.items()
         if str(tag).rpartition(":")[2] not in ("binary", "omap", "pairs", "set", "timestamp")
     } | {"tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str, "tag:yaml.org,2002:int": _decimal}
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in yaml's own classes)
+        first: [(tag, found) for tag, found in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            self.flatten_mapping(node)
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node, names = super().compose_mapping_node(anchor), set()
@@ -218,17 +231,20 @@ def shipped() -> dict[str, Path]:
 
 
 def _merged(said: dict[str, Any], instead: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`methods` and `settings` are merged name by name; whatever else is replaced."""
-    both = {**said, **instead}
-    for key in ("methods", "settings"):
-        ours, theirs = _mapping(said.get(key), f"{path}: {key}"), _mapping(instead.get(key), f"{path}: small.{key}")
-        both[key] = {
-            name: {**(ours.get(name) or {}), **(theirs.get(name) or {})}
-            if isinstance(ours.get(name, {}), Mapping | None) and isinstance(theirs.get(name, {}), Mapping | None)
-            else theirs.get(name, ours.get(name))
-            for name in {**ours, **theirs}
-        }
-    return both
+    """`settings`, and each of `methods`, are merged by name; whatever else is replaced."""
+
+    def merged(ours: Any, theirs: Any, where: str) -> dict[str, Any]:
+        return {**_mapping(ours, f"{path}: {where}"), **_mapping(theirs, f"{path}: small.{where}")}
+
+    ours = _mapping(said.get("methods"), f"{path}: methods")
+    theirs = _mapping(instead.get("methods"), f"{path}: small.methods")
+    methods = {name: merged(ours.get(name), theirs.get(name), f"methods.{name}") for name in {**ours, **theirs}}
+    return {
+        **said,
+        **instead,
+        "methods": methods,
+        "settings": merged(said.get("settings"), instead.get("settings"), "settings"),
+    }
 
 
 def _named(said: dict[str, Any], key: str, path: Path) -> list[tuple[str, Any]]:

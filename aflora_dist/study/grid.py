@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import AFLoRAError
-from ..options import Config, DataConfig, flat
+from ..options import CHANGES_NOTHING, Config, DataConfig, flat
 from ..store.best import LOWER_IS_BETTER
 from ..tasks.glue import TASKS
 from ..training.command_line import OPTIONS, parse
@@ -29,12 +29,14 @@ class Planned:
     Attributes:
         options: Of `aflora train`, by name; run.dir is not among them.
         config: What they come to.
+        beyond: Whether it tries a value of a sweep that the study does not list.
     """
 
     task: str
     method: str
     options: dict[str, Any]
     config: Config
+    beyond: bool = False
 
     @cached_property
     def name(self) -> str:
@@ -86,7 +88,9 @@ class Grid:
     """
 
     def __init__(self, study: Study, more: Mapping[str, Any] | None = None) -> None:
-        self.study, self.more = study, dict(more or {})
+        self.more = dict(more or {})
+        self.told = {name: value for name, value in self.more.items() if not _only_says_where(name)}
+        self.study = replace(study, part=(*study.part, *(f"{name}={value}" for name, value in self.told.items())))
         self._configs: dict[str, Config] = {}  # parsing takes a tenth of a second
         self._first: dict[str, Planned] = {}  # of each name
         self._measured: dict[str, Planned] = {}  # of each task
@@ -121,8 +125,9 @@ class Grid:
         own = self.study.methods[method].options
         given, more = {**self.study.settings, **self.study.tasks[task]}, self.more
         given.pop("metric", None)
-        if own.get("method.name", "aflora") != "aflora":  # what all are told is for whom it may concern
-            freezes = is_true({**given, **own, **more}.get("freezing.enabled")) and own["method.name"] != "adalora"
+        kind = {**given, **own, **more}.get("method.name", "aflora")
+        if kind != "aflora":  # what all are told is for whom it may concern
+            freezes = is_true({**given, **own, **more}.get("freezing.enabled")) and kind != "adalora"
             unread = ("adapter.",) if freezes else ("adapter.", "freezing.")
             given, more = (
                 {key: value for key, value in of.items() if not key.startswith(unread)} for of in (given, more)
@@ -159,11 +164,17 @@ class Grid:
     def _check(self, method: str) -> None:
         """Try all values, and see that what is searched is decided by the search alone, on data of its own."""
         searched, sweep = self._searched(method), self.study.sweep
+        given = (
+            (self.more, "given for all runs"),
+            (self.study.methods[method].options, "among its own options"),
+            ({} if sweep is None else sweep.options, "among the options of the sweep"),
+        )
         for option in searched:
-            if option in self.more:
-                raise AFLoRAError(
-                    f"{self.study.name}: {option} is searched for {method}, and given for all runs. Drop one."
-                )
+            for options, where in given:
+                if option in options:
+                    raise AFLoRAError(
+                        f"{self.study.name}: {option} is searched for {method}, and {where}, too. Drop one."
+                    )
         for task in self.study.tasks:
             plain = self.run(task, method, {}, 0)
             data = plain.config.data
@@ -260,7 +271,11 @@ class Grid:
         others = {name: said for name, said in sweep.options.items() if name not in self.more}
         while True:
             by_value = {
-                value: [self.run(task, method, {**chosen, **others, option: value}, seed) for seed in sweep.seeds]
+                value: [
+                    replace(run, beyond=value not in values)
+                    for seed in sweep.seeds
+                    if (run := self.run(task, method, {**chosen, **others, option: value}, seed))
+                ]
                 for value in tried
             }
             runs = [run for of_value in by_value.values() for run in of_value]
@@ -309,6 +324,11 @@ class Grid:
         share = min(1.0, round(theirs / alone / _STEP) * _STEP)
         examples = max(1, int(share * record["train_examples"]) // batch) * batch
         return {} if share == 1.0 else {"data.max_train_examples": examples}
+
+
+def _only_says_where(option: str) -> bool:
+    """Whether an option of all runs is none of what a table has to say of them."""
+    return option in CHANGES_NOTHING or option.partition(".")[0] in CHANGES_NOTHING
 
 
 def _measured_on(data: DataConfig, metric: str) -> list[str]:

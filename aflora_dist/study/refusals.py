@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,9 @@ def _lenders(study: Study, name: str | None) -> list[str]:
     return found
 
 
-def _refuse_ours(options: Mapping[str, Any], where: str) -> None:
+def _refuse_ours(options: Mapping[str, Any], where: str, known: Collection[str] = ("preset",)) -> None:
+    if (odd := next((name for name in options if "." not in name and name not in known), None)) is not None:
+        raise AFLoRAError(f"{where}: {odd!r} is no option of `aflora train` that a study takes: those are GROUP.KEY.")
     if (odd := next((name for name in options if name in OURS), None)) is not None:
         raise AFLoRAError(f"{where}: {odd} is the study's to say of each run: leave it out. Seeds stand in `seeds`.")
     for name, value in options.items():
@@ -37,7 +39,7 @@ def check(study: Study, path: Path) -> None:
         raise AFLoRAError(f"{path}: settings has a metric, which each task has of its own: say it there.")
     _refuse_ours(study.settings, f"{path}: settings")
     for task, options in study.tasks.items():
-        _refuse_ours(options, f"{path}: tasks.{task}")
+        _refuse_ours(options, f"{path}: tasks.{task}", ("preset", "metric"))
     for name, method in study.methods.items():
         _refuse_ours({**method.options, **method.sweep}, f"{path}: methods.{name}")
     _refuse_ours({} if study.sweep is None else study.sweep.options, f"{path}: sweep.options")

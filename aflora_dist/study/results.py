@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any
 from ..errors import AFLoRAError, writing
 from ..options import CHANGES_NOTHING, Config, flat
 from ..store.fingerprint import of_settings, of_weights
-from ..store.records import RESULT, Run, as_result, dumps, loads
+from ..store.records import RESULT, Result, Run, as_result, dumps, loads
+from ..store.typed import number
 from ..tasks.glue import TASKS
 from ..untrusted import reading
 from ..version import __version__
+from ..weights import local_weight_files
 
 _KEPT = (
     *("metrics", "evaluations", "engine", "world_size", "mixed_precision", "steps", "train_examples"),
@@ -30,6 +31,9 @@ _KEPT = (
 _FILES = ("data.train_file", "data.validation_file")
 _DECIDE = ("run.eval_every", "run.keep_best", "run.patience")
 _MOST_MATRICES = 400  # whose steps of freezing are kept
+_WHOLE = 1e5  # from where on six digits would not show a number of parameters
+_FIRST_YEAR = 2020
+_TYPED, _COUNTED = {option.name for option in fields(Result)}, ("peak_memory_bytes", "train_cpu_seconds")
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     told = {name: changed[name] for name in _DECIDE if name in changed}
     told |= {name: _content(name, changed[name]) for name in _FILES if name in changed}
     if "model.name" in changed and Path(changed["model.name"]).is_dir() and changed["model.name"] != "demo":
-        told["model.name"] = f"{of_weights(changed['model.name'], None)} {of_settings(changed['model.name'], None)}"
+        told["model.name"] = _model(changed["model.name"])
     if "data.name" in changed:
         name = changed["data.name"]
         told["data.name"] = name if name == "demo" else _source("data.name", name)  # made up, whatever lies here
@@ -57,6 +61,20 @@ def settings_of(config: Config) -> dict[str, Any]:
         told["data.path"] = [_content("data.path", file) for file in files]
     free = [name for name in changed if name in CHANGES_NOTHING or name.partition(".")[0] in CHANGES_NOTHING]
     return {name: value for name, value in changed.items() if name not in free} | told
+
+
+def _model(folder: str) -> str:
+    files = local_weight_files(folder, None)
+    if not files:  # of what kind it is, only the run will know
+        return _content("model.name", folder)
+    said = [(file, *_touched(file)) for file in (*files, files[0].with_name("config.json")) if file.exists()]
+    return _digest_of_model(folder, tuple(said))
+
+
+@cache  # as `_digest`
+def _digest_of_model(folder: str, files: tuple[tuple[Path, int, int], ...]) -> str:
+    with reading(Path(folder), "Name the folder of a whole model with --model.name."):
+        return f"{of_weights(folder, None)} {of_settings(folder, None)}"
 
 
 def _source(option: str, name: str) -> str:
@@ -80,8 +98,13 @@ def _content(option: str, named: str) -> str:
 
 
 def _content_of(file: Path) -> str:
+    return _digest(file.resolve(), *_touched(file))
+
+
+def _touched(file: Path) -> tuple[int, int]:
+    """Size and time of the last change: with other ones a file is another one."""
     said = file.stat()
-    return _digest(file.resolve(), said.st_size, said.st_mtime_ns)
+    return said.st_size, said.st_mtime_ns
 
 
 @cache  # each look at what is left asks for all runs' names
@@ -127,37 +150,65 @@ class Results:
                 continue
             try:
                 record = loads(file.read_bytes())
-                whole = "failed" in record or bool(as_result(record).evaluations and record["train_seconds"])
-                sound = (
-                    isinstance(record["settings"], dict) and whole and isinstance(record["seconds"], float | int | None)
-                )
-                if "ended" in record:
-                    sound &= datetime.fromisoformat(record["ended"]).tzinfo is not None
-            except (OSError, ValueError, KeyError, TypeError):
+                sound = _is_sound(record, file.stem)
+            except FileNotFoundError:  # deleted in this moment
+                continue
+            except OSError as error:
+                raise AFLoRAError(f"{file} could not be read: {error.strerror or error}.") from None
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 sound = False
             if not sound:
                 raise AFLoRAError(f"{file} is no run's result, or damaged. Delete it, and the run is done again.")
             self.records[file.stem] = record
 
-    def keep(self, name: str, config: Config, found: Mapping[str, Any], seconds: float | None) -> None:
+    def keep(
+        self,
+        name: str,
+        config: Config,
+        found: Mapping[str, Any],
+        seconds: float | None,
+        ended: datetime | None = None,
+    ) -> None:
         """Write a run's result.
 
         Args:
             found: What result.json holds, or {"failed": why}.
             seconds: From its start to its end, if it was not interrupted.
+            ended: When; now if it is not given.
         """
         record: dict[str, Any] = {"settings": settings_of(config), "seed": config.train.seed}
         record |= {key: found[key] for key in ("failed", "frozen", *_KEPT) if found.get(key) is not None}
-        ended = datetime.now(UTC).isoformat(timespec="minutes")  # seconds of other times are another machine's
-        record |= {"seconds": seconds, "ended": ended, "version": __version__}
+        at = (ended or datetime.now(UTC)).isoformat(timespec="minutes")  # seconds of other times are another machine's
+        record |= {"seconds": seconds, "ended": at, "version": __version__}
         with writing("A run's result", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            opened, path = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=self.folder)  # others write it, too
-            os.close(opened)
-            temporary = Path(path)
+            temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"  # others write it, too
             temporary.write_text(dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
             temporary.replace(self.folder / f"{name}.json")
         self.records[name] = loads((self.folder / f"{name}.json").read_bytes())
+
+
+def _is_sound(record: Any, name: str) -> bool:
+    """Whether a file holds what `keep` writes, under the name of the run that it tells of.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: It does not.
+    """
+    settings = record["settings"]
+    task, method = settings.get("data.task", "demo"), settings.get("method.name", "aflora")
+    if name != name_by(task, method, settings, record["seed"]) or not isinstance(record["seconds"], float | int | None):
+        return False
+    if "ended" in record:
+        ended = datetime.fromisoformat(record["ended"])
+        if ended.tzinfo is None or ended.year < _FIRST_YEAR:
+            return False
+    if "failed" in record:
+        return isinstance(record["failed"], str)
+    result = as_result(record)
+    typed = all(getattr(result, key) == record[key] and record[key] is not None for key in _TYPED if key in record)
+    counted = [record.get(key, 1) for key in _COUNTED] + [*record.get("frozen", {}).values()]
+    sound = typed and isinstance(record["version"], str) and all(number(n) is not None for n in counted)
+    return sound and bool(result.evaluations and result.train_seconds)
 
 
 def result_in(path: Path) -> dict[str, Any] | None:
@@ -179,9 +230,9 @@ def result_in(path: Path) -> dict[str, Any] | None:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to six significant digits: times and metrics have no more."""
+    """Floats to six significant digits, for times and metrics have no more; those of counts are all kept."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if abs(value) < _WHOLE else round(value, 1)
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     return [_rounded(inner) for inner in value] if isinstance(value, list) else value

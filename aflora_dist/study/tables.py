@@ -20,6 +20,7 @@ _HEAD = ["task", "method", "seeds", "metric", "last epoch", "best epoch", "train
 _HEAD_DIFFERENCES = ["task", "compared", "seeds", "difference", "95% interval", "p, corrected", ""]
 _IN_LATEX = str.maketrans(
     {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"}
     | {special: rf"\{special}" for special in "&%$#_{}"}
 )
 
@@ -95,6 +96,8 @@ def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> lis
         lines.append("Where runs diverged, the seeds that are left are those that went well: no verdict.")
     lines += _same_runs(found)
     lines += [*_not_alike(found), *_at_other_times(found)]
+    if grid.told:
+        lines.append(f"All runs with {', '.join(f'{name} {value}' for name, value in grid.told.items())}.")
     if study.differs:
         lines.append(f"Setting: {study.differs}")
     return [" ".join(line.split()) for line in lines]
@@ -192,7 +195,8 @@ def latex(grid: Grid, records: Records) -> str:
 
 
 def _latex_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" & ".join(cell.translate(_IN_LATEX) for cell in row) + r" \\" for row in (head, *rows)]
+    # A row that begins with [ or * would be taken for an argument of the rule, or the end of the row, before it.
+    lines = ["{}" + " & ".join(cell.translate(_IN_LATEX) for cell in row) + r" \\" for row in (head, *rows)]
     body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{{'l' * len(head)}}}", *body, r"\end{tabular}"])
 
@@ -209,7 +213,7 @@ def as_csv(grid: Grid, records: Records) -> dict[str, str]:
             "last_epoch": value,
             "best_epoch": c.best[seed],
         }
-        | {"trained": c.trained, "seconds": c.seconds, "chosen": c.chosen, "paper": c.paper}
+        | {"trained": c.trained_by.get(seed), "seconds": c.seconds_by[seed], "chosen": c.chosen, "paper": c.paper}
         for c in found
         for seed, value in c.values.items()
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import yaml
 
+from ..errors import AFLoRAError
 from ..training.command_line import OPTIONS
 
 
@@ -25,7 +27,9 @@ def as_its_kind(option: str, value: Any) -> Any:
 
 def is_true(value: Any) -> bool:
     """Whether an option that is true or false is the former, as `aflora train` reads it."""
-    return (yaml.safe_load(value) if isinstance(value, str) else value) is True
+    with suppress(yaml.YAMLError):  # what is no YAML it refuses
+        return (yaml.safe_load(value) if isinstance(value, str) else value) is True
+    return False
 
 
 def is_whole(option: str, values: list[Any]) -> bool:
@@ -35,8 +39,15 @@ def is_whole(option: str, values: list[Any]) -> bool:
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
-    """--NAME VALUE, one after the other."""
-    return [word for name, value in options.items() for word in (f"--{name}", as_word(value))]
+    """--NAME=VALUE, one after the other.
+
+    Raises:
+        AFLoRAError: A number, or true or false, where a text is to stand: 1.10 would become 1.1.
+    """
+    for name, value in options.items():
+        if OPTIONS.get(name) in (str, str | None) and isinstance(value, bool | int | float):
+            raise AFLoRAError(f"{name} must be text (put numbers, and true and false, into quotes), not {value}.")
+    return [f"--{name}={as_word(value)}" for name, value in options.items()]
 
 
 def as_word(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -13,7 +14,9 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import shorten
 from types import FrameType
 from typing import IO, Any, Protocol
 
@@ -22,12 +25,13 @@ from tqdm import tqdm
 
 from ..errors import AFLoRAError, writing
 from ..store.lock import LOCK, try_lock
+from ..store.records import METRICS, RESULT
 from .grid import Agenda, Grid, Planned
-from .results import Results, result_in
+from .results import Results, name_of, result_in
 
 _CLAIM = ".claim"  # in a run's directory: held by who starts the run, from before it begins until it has ended
 _SAID = "printed.txt"
-_DIVERGED = re.compile(r"aflora: error: (The loss of step .*|.* not finite.*)")
+_DIVERGED, _ERROR = re.compile(r"aflora: diverged: (.*)"), re.compile(r"aflora: error: (.*)")
 _MEMORY = 2 << 30  # bytes of a run of which none is known
 _PAUSE = 0.2  # seconds between two looks
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs [{elapsed}{postfix}]"  # its rate counts old runs
@@ -178,7 +182,8 @@ class Work:
     def _look_at(self, job: Job, bar: Any) -> bool:
         """Whether a job has ended; keeps its result."""
         if self.leaving:
-            (job.folder / "stop").touch()
+            with suppress(OSError):
+                (job.folder / "stop").touch()
         status = job.process.poll()
         if status is None:
             return False
@@ -187,23 +192,30 @@ class Work:
             found = result_in(job.folder)
             seconds = time.monotonic() - job.began if job.begun_anew else None
             said = (job.folder / _SAID).read_bytes()[job.printed :].decode("utf-8", errors="replace")
-            if found is None and (broke := _DIVERGED.findall(said)):
-                found = {"failed": broke[-1].strip()[:300]}
-            if found is not None:
+            if found is None:
+                found = _broke_down(job, status, said)
+            if found is not None and job.run.name != name_of(job.run.config):
+                aside = _put_aside(job.folder)
+                self.broken = (
+                    f"{job.run.method} on {job.run.task}, seed {job.run.seed}: its data were changed while it ran, so "
+                    f"it is not kept; what it left is in {aside}. The same command runs it again."
+                )
+            elif found is not None:
                 self._keep(job.run, job.folder, found, seconds)
                 bar.write(f"{job.run.task}, {job.run.method}, seed {job.run.seed}: {self._came_to(job.run)}")
             elif not status:  # somebody has asked it to stop
                 self.leaving = True
             elif not self.leaving and not _is_held(job.folder / LOCK):
-                complaint = [line for line in said.splitlines() if line.strip()][-1:] or ["It said nothing."]
                 self.broken = (
                     f"{job.run.method} on {job.run.task}, seed {job.run.seed}, ended with status {status}: "
-                    f"{complaint[0].strip()[:300]} All that it printed is in {job.folder / _SAID}."
+                    f"{_complaint(said)} All that it printed is in {job.folder / _SAID}."
                 )
         return True
 
     def _keep(self, run: Planned, folder: Path, found: dict[str, Any], seconds: float | None) -> None:
-        self.results.keep(run.name, run.config, found, seconds)
+        file = folder / RESULT
+        ended = datetime.fromtimestamp(file.stat().st_mtime, UTC) if file.exists() else None
+        self.results.keep(run.name, run.config, found, seconds, ended)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a run that has ended nobody goes on
 
     def _came_to(self, run: Planned) -> str:
@@ -223,6 +235,30 @@ class Work:
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         self.leaving = True
+
+
+def _broke_down(job: Job, status: int, said: str) -> dict[str, Any] | None:
+    """Of a run that has left no result: why it counts as one that broke down; None: it does not.
+
+    A value beyond those that a study lists is nobody's wish: where a run of it cannot begin, that is no value.
+    """
+    if told := _DIVERGED.findall(said):
+        return {"failed": shorten(told[-1], 300)}
+    begun = (job.folder / METRICS).exists()
+    return {"failed": _complaint(said)} if status and job.run.beyond and not begun and _ERROR.search(said) else None
+
+
+def _complaint(said: str) -> str:
+    """Why a run failed; a launcher says more behind it."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return shorten(([*_ERROR.findall(said)] or lines or ["It said nothing."])[-1], 300)
+
+
+def _put_aside(folder: Path) -> Path:
+    """Give a run's directory a name under which no study looks for it."""
+    names = (folder.with_name(f"{folder.name}.other-data{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    return folder.rename(aside)
 
 
 def estimate(plan: Agenda, left: Sequence[Planned], results: Results) -> float | None:

@@ -48,7 +48,7 @@ def test_a_run_that_diverges_between_two_checkpoints_goes_on_from_the_finite_one
         done = launch(engine, 2, str(ROOT / "tests" / "workers" / "diverging.py"), *arguments)
         assert done.returncode == 2, done.stderr
         said = done.stderr
-    assert said.count("aflora: error: The loss of step 5 is nan. Lower train.learning_rate") == 1
+    assert said.count("aflora: diverged: The loss of step 5 is nan. Lower train.learning_rate") == 1
     assert f"--resume goes on from {folder / 'checkpoints' / 'step_00000004'}" in said
     assert "training ended after" not in said
     assert "Traceback" not in said

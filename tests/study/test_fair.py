@@ -163,7 +163,7 @@ def test_a_file_where_results_are_to_go_is_told_of_at_once(tmp_path: Path) -> No
 def _keep_often(folder: Path, times: int) -> None:
     results = Results(folder)
     for _ in range(times):
-        results.keep("a-seed0", Config(), {"failed": "tried"}, 1.0)
+        results.keep(name_of(Config()), Config(), {"failed": "tried"}, 1.0)
 
 
 def test_two_who_share_results_do_not_take_each_other_s_files(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_two_who_share_results_do_not_take_each_other_s_files(tmp_path: Path) ->
     for one in both:
         one.join()
     assert [one.exitcode for one in both] == [0, 0]
-    assert [file.name for file in tmp_path.iterdir()] == ["a-seed0.json"]
+    assert [file.name for file in tmp_path.iterdir()] == [f"{name_of(Config())}.json"]
 
 
 def test_memory_that_runs_have_still_to_take_is_not_given_twice(

@@ -73,7 +73,7 @@ def test_what_an_earlier_attempt_said_is_not_this_one_s(tmp_path: Path, monkeypa
     """The first ends for want of a step's loss, its result is deleted, and the second cannot begin."""
     grid = grid_of(tmp_path, methods={"a": {}}, seeds=[0])
     started = starts(
-        lambda n: (2, "a disk is full\n" if n else "aflora: error: The loss of step 3 is nan.\n"), monkeypatch
+        lambda n: (2, "a disk is full\n" if n else "aflora: diverged: The loss of step 3 is nan.\n"), monkeypatch
     )
     assert work_on(grid, tmp_path).run()
     (result,) = (tmp_path / "results").iterdir()
@@ -104,7 +104,7 @@ def test_a_study_with_a_broken_method_writes_its_tables_and_says_so(
     rates = {"sweep": {"train.learning_rate": [0.1, 1.0]}}
     sweep = {"seeds": [9], "options": {"data.hold_out": 100}}
     file = write_study(tmp_path, methods={"a": rates}, sweep=sweep, seeds=[0])
-    starts(lambda number: (2, "aflora: error: The loss of step 3 is nan.\n"), monkeypatch)
+    starts(lambda number: (2, "aflora: diverged: The loss of step 3 is nan.\n"), monkeypatch)
     assert main("study", [str(file), "--out", str(tmp_path)]) == 0
     assert "aflora: broken: a on reviews: no value of the sweep" in capsys.readouterr().err
     assert "broken, see below" in (tmp_path / "tables" / "mine.md").read_text()

@@ -31,13 +31,15 @@ def test_who_it_is_for_follows_from_what_is_seen() -> None:
     difference = Difference(1.0, 3, 0.9, 1.1, 0.001, 0.01)
     better = Compared("reviews", "prefix", "lora", "accuracy", difference)
     worse = Compared("reviews", "random", "never", "accuracy", replace(difference, mean=-1.0))
-    unseen = Compared("reviews", "gradient", "never", "accuracy", replace(difference, p=0.9))
+    unseen = Compared("reviews", "gradient", "never", "accuracy", replace(difference, p=0.9, corrected=0.9))
+    same = replace(worse, other="shorter", same="random - never")
     assert counted([]) == "not measured yet"
     assert counted([better]) == "better in 1 of 1 (prefix) and worse in 0 of 1 comparisons"
     neither = "better in 0 of 1 and worse in 0 of 1 comparisons, no difference seen in the rest"
     assert counted([unseen]) == neither
     all_of = "better in 1 of 3 (prefix) and worse in 1 of 3 (random) comparisons, no difference seen in the rest"
-    assert counted([better, worse, unseen]) == all_of
+    assert counted([better, worse, unseen, same]) == all_of
+    assert counted([same]) == "better in 0 of 1 and worse in 1 of 1 (random) comparisons"
 
 
 def test_committed_results_are_of_runs_of_one_process_on_a_cpu() -> None:
