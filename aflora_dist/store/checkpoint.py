@@ -140,7 +140,7 @@ def load(path: Path) -> Checkpoint:
     if training.get("format") == 2:
         training = _upgraded(training)
     if training.get("format") != FORMAT:
-        old = " Format 1 counted skipped updates twice: finish that run with aflora_dist 0.1, or begin anew."
+        old = " Format 1 counted skipped updates twice: finish that run with the release that began it, or begin anew."
         raise AFLoRAError(
             f"The checkpoint {path} has format {training.get('format')}; this version of aflora_dist reads {FORMAT}."
             f"{old if training.get('format') == 1 else ''}"

@@ -10,12 +10,11 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import AFLoRAError
-from ..options import CHANGES_NOTHING, Config, DataConfig, flat
-from ..store.best import LOWER_IS_BETTER
-from ..tasks.glue import TASKS
+from ..options import CHANGES_NOTHING, Config, flat
 from ..training.command_line import OPTIONS, parse
 from .choice import NoChoiceError, Records, beyond, first_best, mean_of, number_of, seconds_of
 from .description import Study, Sweep, Variant
+from .metrics import measured_on, metrics_of
 from .results import name_of
 from .words import as_its_kind, is_true, is_whole, words_of
 
@@ -154,7 +153,7 @@ class Grid:
     def _metric(self, task: str) -> str:
         """What of result.json a task is reported by."""
         kind = self.run(task, next(iter(self.study.methods)), {}, 0).config.data.task
-        there = _metrics_of(kind)
+        there = metrics_of(kind)
         metric = str(self.study.tasks[task].get("metric", "loss" if kind == "sft" else there[0]))
         for said in (metric, *([] if self.study.sweep is None else filter(None, [self.study.sweep.metric]))):
             if said not in there:
@@ -207,8 +206,8 @@ class Grid:
     def _refuse_other_data(self, run: Planned) -> None:
         """Raise for a run that is measured on other data than the methods it stands beside."""
         first = self._measured.setdefault(run.task, run)
-        options = {*_measured_on(run.config.data, self.metrics[run.task])}
-        for option in sorted(options | {*_measured_on(first.config.data, self.metrics[run.task])}):
+        options = {*measured_on(run.config.data, self.metrics[run.task])}
+        for option in sorted(options | {*measured_on(first.config.data, self.metrics[run.task])}):
             ours, theirs = (getattr(one.config.data, option) for one in (run, first))
             if ours != theirs:
                 raise AFLoRAError(
@@ -329,24 +328,3 @@ class Grid:
 def _only_says_where(option: str) -> bool:
     """Whether an option of all runs is none of what a table has to say of them."""
     return option in CHANGES_NOTHING or option.partition(".")[0] in CHANGES_NOTHING
-
-
-def _measured_on(data: DataConfig, metric: str) -> list[str]:
-    """Which options decide on what a task's methods are measured."""
-    found = ["task", "path", "validation_file", "hold_out", "max_eval_examples", "label_column", "positive_label"]
-    if data.validation_file is None:
-        found += ["name", "subset", "revision", "validation_split"]
-    if data.hold_out:
-        found += ["name", "subset", "revision", "train_file", "train_split", "mix"]
-    of_loss = ["loss_on", "system", "max_length"] if metric in LOWER_IS_BETTER else ["max_new_tokens"]
-    return [*found, *(of_loss if data.task == "sft" else [])]
-
-
-def _metrics_of(kind: str) -> list[str]:
-    """Those that data.task may be measured by, the one that it is by default first; which, only data tell."""
-    if kind == "sft":
-        return ["exact_match", "loss", "perplexity"]
-    if kind not in TASKS:
-        return ["accuracy", "f1", "pearson"] if kind == "files" else ["accuracy"]
-    splits = TASKS[kind].evaluation_splits
-    return [f"{name}{split.removeprefix('validation')}" for split in splits for name in TASKS[kind].metrics]

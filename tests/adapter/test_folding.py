@@ -365,6 +365,11 @@ class TestCastsThatAreKept:
             model(x)
         with torch.autocast("cpu", torch.bfloat16):
             model(x).sum().backward()
+        fresh, x = self.prepare()
+        with torch.autocast("cpu", torch.bfloat16):
+            fresh(x).sum().backward()
+        for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
 
     def test_an_input_changed_in_place_is_cast_again(self) -> None:
         model, x = self.prepare()

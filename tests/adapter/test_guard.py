@@ -61,7 +61,10 @@ def loss_of(model: Any) -> torch.Tensor:
 
 
 def step(model: nn.Module, forwards: int = 1) -> None:
+    """Anything else than an update of nothing: what trains gets a gradient."""
+    model.zero_grad()
     sum(loss_of(model) for _ in range(forwards)).backward()  # type: ignore[union-attr]
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
 
 @pytest.mark.parametrize("way", WAYS)
