@@ -271,9 +271,10 @@ class Grid:
         while True:
             by_value = {
                 value: [
-                    replace(run, beyond=value not in values)
+                    replace(
+                        self.run(task, method, {**chosen, **others, option: value}, seed), beyond=value not in values
+                    )
                     for seed in sweep.seeds
-                    if (run := self.run(task, method, {**chosen, **others, option: value}, seed))
                 ]
                 for value in tried
             }
