@@ -195,6 +195,7 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def select(self, names: Sequence[str]) -> list[Move]:
         wanted, before = set(names), self._fragments()
+        off = [p for name in self.trainable if name in wanted and not (p := self.parameters[name]).requires_grad]
         old = self._let_go()
         dropped = [self.parameters[name] for name in self.trainable if name not in wanted]
         for parameter in (self.parameters[name] for group in self.members for name in group if name not in wanted):
@@ -206,6 +207,8 @@ class ZeroEngine(Engine):
             device.synchronize()  # nothing is gathered any more out of buffers that are about to go
             with device.allocator_left_alone():
                 self._replace(dropped)
+            for parameter in off:  # by the user, for a while: ZeRO takes in only what trains
+                parameter.requires_grad_(False)
             self._keep_positions()
             for wrapped in optimizers(self.accelerator):
                 if isinstance(wrapped, AcceleratedOptimizer):
