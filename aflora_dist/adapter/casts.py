@@ -9,20 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.deepspeed import is_sharded
-
-
-def lies_whole(parameter: Tensor) -> bool:
-    """Neither ZeRO-3's, FSDP2's, nor on the meta device: the parameter can be read outside of its module's forward."""
-    return not is_sharded(parameter) and type(parameter) is nn.Parameter and not parameter.is_meta
+from ..compat.torch import is_fsdp_managed
 
 
 def is_sharded_by_module(module: nn.Module) -> bool:
-    """Whether ZeRO-3 shards a module's own parameters.
+    """Whether ZeRO-3 or FSDP2 shards a module's own parameters.
 
-    During a forward pass it gathers one that is read by name outside of its module's own, one after the other, and has
-    the module around it gather it from then on.
+    During a forward pass ZeRO-3 gathers one that is read by name outside of its module's own, one after the other, and
+    has the module around it gather it from then on. FSDP2 may leave gathered ones on a module after a forward without a
+    backward pass, as in an evaluation, and takes their memory away in the midst of the next backward pass.
     """
-    return any(map(is_sharded, module.parameters(recurse=False)))
+    return is_fsdp_managed(module) or any(map(is_sharded, module.parameters(recurse=False)))
+
+
+def lies_whole(module: nn.Module) -> bool:
+    """Whether a module's own parameters can be read outside of its forward, and kept: neither sharded nor on meta."""
+    own = module.parameters(recurse=False)
+    return not is_sharded_by_module(module) and all(type(p) is nn.Parameter and not p.is_meta for p in own)
 
 
 class _LastCast:

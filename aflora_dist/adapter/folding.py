@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..compat.torch import around_compiled, forward_hooks, is_compiled, is_replica, is_traced
-from .casts import compute_dtype, is_sharded_by_module, lies_whole
+from .casts import compute_dtype, lies_whole
 from .eq1 import Cast
 from .path import AFLoRAPath, Folded, fold
 
@@ -102,10 +102,8 @@ class Folding:
         self._begun = module
         groups: dict[Any, list[AFLoRAPath]] = defaultdict(list)
         for path in (path for layer in self.layers for path in layer.paths_in_use()):
-            if is_sharded_by_module(path):
-                continue
-            B = path.B
-            if all(lies_whole(p) for p in (path.A, B, path.s_d, path.s_b)):
+            if lies_whole(path):
+                B = path.B
                 # What has frozen whole must not hang on the graph of what trains: nothing below runs backward then.
                 trains = B.requires_grad or path.s_d.requires_grad or path.s_b.requires_grad
                 groups[B.device, B.shape[1], B.dtype, trains].append(path)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..compat.peft import in_out_features
 from ..compat.torch import has_hooks, is_traced, keeps_all_for_backward
-from .casts import KeptCast, compute_dtype, is_sharded_by_module, lies_whole
+from .casts import KeptCast, compute_dtype, lies_whole
 from .guard import FreezingGuard
 from .path import AFLoRAPath
 
@@ -198,13 +198,13 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         base = self.base_layer
         if not plain or is_traced() or not torch.is_autocast_enabled(x.device.type) or not keeps_all_for_backward():
             return None
-        if is_sharded_by_module(base):
+        if not lies_whole(base):
             return None
         weight: Any = base.weight
         bias: Any = base.bias
         dtype = torch.get_autocast_dtype(x.device.type)
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-        if not frozen or weight.dtype != torch.float32 or not lies_whole(weight):
+        if not frozen or weight.dtype != torch.float32:
             return None
         weight = self._half_weight(weight, dtype)
         bias = None if bias is None else self._half_bias(bias, dtype)

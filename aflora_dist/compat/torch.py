@@ -82,6 +82,7 @@ PRIVATE: list[Private] = [
     ),
     *private("Tensor", "_version", "know a change since a tensor was cast or clipped", _QUERY, anywhere=True),
     *private("Tensor", "_is_view", "add in place only to what is nobody's view", _QUERY, anywhere=True),
+    *private("FSDP2's modules", "_is_fsdp_managed_module", "fold nothing ahead that FSDP2 shards", _QUERY),
     *private("DataParallel's replica", "_is_replica", "leave replicas alone", _QUERY),
     *private("torch._dynamo", "OptimizedModule", "fold before compiled code is entered", _QUERY),
     *private(
@@ -108,6 +109,11 @@ def check_torch() -> None:
         (nn.Module(), MODULE),
     ):
         require_private("torch", owner, entries)
+
+
+def is_fsdp_managed(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a module's own parameters, gathered now or not; not where all of them are ignored."""
+    return getattr(module, "_is_fsdp_managed_module", False)
 
 
 # -- a forward or backward pass ----------------------------------------------------------------

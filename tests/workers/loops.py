@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed.algorithms.join import Join
@@ -118,6 +119,18 @@ def recomputed_reentrantly() -> Training:
     return training
 
 
+def evaluated_with_all_gathered() -> Training:
+    """FSDP2 leaves gathered what an evaluation used, and the next step begins with it."""
+    with mock.patch.dict(os.environ, {"FSDP_RESHARD_AFTER_FORWARD": "false"}):
+        training = Training("aflora", CONFIG, momentum=True)
+    for step in range(12):
+        training.train(step, step + 1)
+        training.model.eval()
+        with torch.no_grad():
+            training.model(**part(training, step))
+    return training
+
+
 def joined() -> Training:
     training = Training("lora", CONFIG)
     several = training.accelerator.num_processes > 1
@@ -140,6 +153,7 @@ LOOPS: dict[str, Callable[[], Training]] = {
         with_a_layer_switched_off_for_a_while,
         with_a_layer_switched_off_unsaid,
         recomputed_reentrantly,
+        evaluated_with_all_gathered,
         joined,
     )
 }
