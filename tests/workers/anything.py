@@ -97,7 +97,7 @@ def create_optimizer(model: nn.Module, momentum: bool = False) -> torch.optim.Op
 
 
 def create_accelerator(
-    accumulation: int = 1, clip: float = 0.0, shard_all: bool = False, unused: bool = False
+    accumulation: int = 1, clip: float = 0.0, shard_all: bool = False, unused: bool = False, ahead: bool = True
 ) -> Accelerator:
     handlers = [InitProcessGroupKwargs(backend="gloo"), DistributedDataParallelKwargs(find_unused_parameters=unused)]
     several = {"kwargs_handlers": handlers} if "WORLD_SIZE" in os.environ else {}
@@ -109,6 +109,8 @@ def create_accelerator(
         plugin.deepspeed_config["gradient_clipping"] = clip
         if shard_all:
             plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        if not ahead:
+            plugin.deepspeed_config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
     return accelerator
 
 
@@ -142,11 +144,12 @@ class Training:
         shard_all: bool = False,
         reference: bool = False,
         unused: bool = False,
+        ahead: bool = True,
     ) -> None:
         # What FSDP2 wraps, if that is the engine.
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = WRAPPED.get(kind, "BertLayer")
         model = build(kind)  # for ZeRO-3 transformers draws some models' weights otherwise once there is an accelerator
-        self.accelerator = create_accelerator(accumulation, clip, shard_all, unused)
+        self.accelerator = create_accelerator(accumulation, clip, shard_all, unused, ahead)
         self.accumulation, self.clip, self.reference = accumulation, clip, reference
         if recompute:  # as PEFT and Trainer do
             checkpoint_activations(model, use_reentrant=recompute == "reentrantly")

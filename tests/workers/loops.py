@@ -131,6 +131,13 @@ def evaluated_with_all_gathered() -> Training:
     return training
 
 
+def with_nothing_fetched_ahead() -> Training:
+    """Of ZeRO-3, which takes what follows what in a pass for what it was in the first."""
+    training = Training("aflora", CONFIG, momentum=True, shard_all=True, ahead=False)
+    training.train(0, 12)
+    return training
+
+
 def joined() -> Training:
     training = Training("lora", CONFIG)
     several = training.accelerator.num_processes > 1
@@ -154,6 +161,7 @@ LOOPS: dict[str, Callable[[], Training]] = {
         with_a_layer_switched_off_unsaid,
         recomputed_reentrantly,
         evaluated_with_all_gathered,
+        with_nothing_fetched_ahead,
         joined,
     )
 }

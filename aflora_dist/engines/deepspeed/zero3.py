@@ -64,7 +64,8 @@ class Zero3Engine(ZeroEngine):
         self.zero.grad_partitions_flat_buffer.zero_()
 
     def _replace(self, dropped: Sequence[Any]) -> None:
-        old = self.zero
+        old, offload = self.zero, self.zero.parameter_offload
+        forget_passes(offload)  # waits for what is on its way, too; what froze goes other ways in the next pass
         kept = {
             name: getattr(old, name) for name in ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")
         }
@@ -77,7 +78,6 @@ class Zero3Engine(ZeroEngine):
         for parameter in dropped:
             # Its piece is a view of the old group's flat buffer, which would stay alive through it.
             parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
-        offload = old.parameter_offload
         old.__dict__.clear()  # reference cycles would keep its buffers until the next collection
         with ExitStack() as stack:
 
