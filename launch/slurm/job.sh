@@ -10,6 +10,12 @@
 # A script of your own gets USR1 in every rank, which ignores it unless the script handles it, and AFLORA_GRACE seconds
 # (60); then the job goes back into the queue. The script has to go on from its last checkpoint by itself.
 
+if ! [[ ${AFLORA_PROCESSES_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]]; then
+    echo "aflora: AFLORA_PROCESSES_PER_NODE=$AFLORA_PROCESSES_PER_NODE is no number of ranks. For 0 from Slurm the job has" \
+        "no GPU: ask for one (--gpus-per-node=1), or submit launch/slurm/cpu.sbatch" >&2
+    exit 2
+fi
+
 target=(-m aflora_dist.training.run)
 own=
 case ${1:-} in
@@ -28,7 +34,7 @@ fi
 while (($#)); do
     case $1 in
     --run.dir) run_dir=${2:?--run.dir needs a folder}; shift ;;
-    --run.dir=*) run_dir=${1#*=} ;;
+    --run.dir=*) run_dir=${1#*=}; : "${run_dir:?--run.dir needs a folder}" ;;
     --config | --config=* | *.yaml | *.yml)
         echo "aflora: give the run's directory with --run.dir; one in a configuration file is not seen here" >&2
         arguments+=("$1") ;;
@@ -47,12 +53,20 @@ done
 job=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    read -ra seeds <<<"${AFLORA_SEEDS:-$SLURM_ARRAY_TASK_ID}"
-    read -ra presets <<<"${AFLORA_PRESETS:-}"
+    for table in AFLORA_SEEDS AFLORA_PRESETS; do
+        if [[ ${!table:-} == *,* ]]; then
+            echo "aflora: $table=${!table}: put spaces between them, not commas" >&2
+            exit 2
+        fi
+    done
+    read -d '' -ra seeds <<<"${AFLORA_SEEDS:-}"
+    read -d '' -ra presets <<<"${AFLORA_PRESETS:-}"
+    given=${#seeds[@]}
     # Without seeds an element of one preset, or of none, is a seed; of several presets each has the same.
-    [ -n "$own" ] || [ -n "${AFLORA_SEEDS:-}" ] || ((${#presets[@]} < 2)) || seeds=(0)
+    ((given)) || seeds=("$SLURM_ARRAY_TASK_ID")
+    [ -n "$own" ] || ((given || ${#presets[@]} < 2)) || seeds=(0)
     elements=$((${#seeds[@]} * (${#presets[@]} && ! 0$own ? ${#presets[@]} : 1)))
-    if [ -n "${AFLORA_SEEDS:-}" ] || ((elements > 1)); then
+    if ((given || elements > 1)); then
         if ((SLURM_ARRAY_TASK_ID >= elements)); then
             echo "aflora: the seeds and presets have no element $SLURM_ARRAY_TASK_ID: --array=0-$((elements - 1))" >&2
             exit 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -355,6 +356,54 @@ def test_presets_of_an_array_without_seeds_have_the_same_seed(tmp_path: Path) ->
     assert "--train.seed 0 --preset glue/rte" in submit(script, arguments, ROOT, tmp_path, **table).stdout
     table["AFLORA_PRESETS"] = "glue/rte"
     assert "--train.seed 1 --preset glue/rte" in submit(script, arguments, ROOT, tmp_path, **table).stdout
+
+
+@pytest.mark.parametrize("between", ["\n", " \n\t "])
+def test_seeds_and_presets_may_stand_in_lines(between: str, tmp_path: Path) -> None:
+    table = {"AFLORA_SEEDS": between.join("37"), "AFLORA_PRESETS": between.join(["glue/cola", "glue/rte"])}
+    elements = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "6", **table}
+    script, arguments = ROOT / "launch" / "slurm" / "cpu.sbatch", ["--run.dir", str(tmp_path / "run")]
+    assert "--train.seed 7 --preset glue/rte" in submit(script, arguments, ROOT, tmp_path, **elements).stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "given", "said"),
+    [
+        ("gpu", [], {"SLURM_GPUS_ON_NODE": "0"}, "launch/slurm/cpu.sbatch"),
+        ("gpu", ["-m", "mine"], {"AFLORA_PROCESSES_PER_NODE": "0"}, "AFLORA_PROCESSES_PER_NODE=0"),
+        ("cpu", [], {"AFLORA_PROCESSES_PER_NODE": "two"}, "AFLORA_PROCESSES_PER_NODE=two"),
+        ("cpu", ["--run.dir="], {}, "--run.dir needs a folder"),
+        ("cpu", [], {"SLURM_ARRAY_TASK_ID": "0", "AFLORA_SEEDS": "0,1"}, "AFLORA_SEEDS=0,1"),
+        ("cpu", [], {"SLURM_ARRAY_TASK_ID": "0", "AFLORA_PRESETS": "glue/rte, demo"}, "AFLORA_PRESETS=glue/rte, demo"),
+    ],
+)
+def test_job_scripts_start_nothing_that_was_not_meant(
+    script: str, arguments: list[str], given: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    done = submit(tmp_path / "launch" / "slurm" / f"{script}.sbatch", arguments, tmp_path, tmp_path / "tools", **given)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_site_sources_is_not_given_the_job_s_arguments(tmp_path: Path) -> None:
+    """conda's activate would take them for the name of an environment."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "activate").write_text('echo "activated: $*"\n')
+    with (tmp_path / "launch" / "slurm" / "site.sh").open("a") as site:
+        site.write(". ./activate\n")
+    node = {"SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "AFLORA_PROCESSES_PER_NODE": "2", "AFLORA_LAUNCH": "x"}
+    node |= {"AFLORA_MAIN_ADDRESS": "here", "AFLORA_MAIN_PORT": "2"}
+    submit(tmp_path / "launch" / "slurm" / "node.sh", [], tmp_path, tmp_path / "tools")  # makes the folder
+    (tmp_path / "tools" / "accelerate").write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
+    (tmp_path / "tools" / "accelerate").chmod(0o755)
+    arguments = ["-m", "mine", "--out", "a b", ""]
+    done = submit(tmp_path / "launch" / "slurm" / "node.sh", arguments, tmp_path, tmp_path / "tools", **node)
+    activated, launched = done.stdout.splitlines()
+    assert activated == "activated: "
+    assert launched.endswith("<-m><mine><--out><a b><>")
 
 
 @pytest.mark.parametrize(("grace", "finished"), [("1", False), ("1", True), ("60", False)])
