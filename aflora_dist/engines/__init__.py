@@ -12,7 +12,7 @@ from ..errors import UnsupportedEngineError
 from .base import Engine, Observer, Record
 from .ddp import ReplicatedEngine
 from .fsdp2 import Fsdp2Engine
-from .optimizers import examine, inner_optimizer, plain, release
+from .optimizers import examine, plain, release
 from .rehearsal import rehearse
 from .transfer import Move, Piece, Renamed, place
 
@@ -53,12 +53,9 @@ def create_engine(accelerator: Accelerator, model: nn.Module, optimizer: Any) ->
     """
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
-        if accelerator.deepspeed_engine_wrapped is None:
-            raise UnsupportedEngineError("Pass the model through accelerator.prepare() before AdaptiveFreezing.")
         from .deepspeed import create_zero_engine  # DeepSpeed is imported where it is used: it takes seconds
 
-        inner_optimizer(optimizer)
-        return create_zero_engine(accelerator, optimizer)
+        return create_zero_engine(accelerator, model, optimizer)
     if kind == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise UnsupportedEngineError(

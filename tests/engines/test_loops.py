@@ -22,6 +22,9 @@ SAID = {
             "two_backward_passes": "DeepSpeed has made 2 updates for one optimizer.step()",
             "clipped_otherwise": 'Write "gradient_clipping": 0.1 into its configuration',
             "frozen_within_an_accumulation": "in the midst of an accumulation",
+            "with_another_model_of_the_accelerator": "is trained by an Accelerator of its own",
+            "with_the_optimizer_of_another_model": "is trained by an Accelerator of its own",
+            "with_a_param_group_added": "before accelerator.prepare()",
         }
         for engine in ("zero1", "zero2", "zero3")
     },
@@ -32,13 +35,24 @@ SAID = {
     },
     "fsdp2": {},
 }
+ONLY = {  # what others do otherwise
+    "joined": ("ddp",),
+    **dict.fromkeys(
+        (
+            "with_another_model_of_the_accelerator",
+            "with_the_optimizer_of_another_model",
+            "with_a_param_group_added",
+        ),
+        ("zero1", "zero2", "zero3"),
+    ),
+}
 
 
 @functools.cache
 def run(engine: str) -> list[dict[str, Any]]:
     """What each rank saw of all loops."""
     worker, ranks = ["profiling.fsdp_on_cpu"] if engine == "fsdp2" else [], RANKS.get(engine, 1)
-    known = [name for name in LOOPS if name != "joined" or engine == "ddp"]
+    known = [name for name in LOOPS if engine in ONLY.get(name, (engine,))]
     with tempfile.TemporaryDirectory() as out:
         folders = {name: Path(out) / name for name in known}
         launch_series(engine, ranks, [[*worker, "tests.workers.loops", str(folders[name]), name] for name in known])

@@ -18,10 +18,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.algorithms.join import Join
 
-from aflora_dist import AFLoRAError, FreezingConfig
-from tests.workers.anything import GLOBAL_BATCH, Training, global_batch
+from aflora_dist import AdaptiveFreezing, AFLoRAError, FreezingConfig
+from tests.workers.anything import GLOBAL_BATCH, Training, build, create_optimizer, global_batch
 
 CONFIG = FreezingConfig(total_steps=12, initial_steps=2, final_steps=6)
 
@@ -138,6 +139,33 @@ def with_nothing_fetched_ahead() -> Training:
     return training
 
 
+def with_another_model_of_the_accelerator() -> Training:
+    """DeepSpeed's handle of an accelerator is its first model's."""
+    training = Training("lora", CONFIG)
+    training.freezing.detach()
+    student = build("lora")
+    prepared = training.accelerator.prepare(student, create_optimizer(student))
+    AdaptiveFreezing(training.accelerator, *prepared, CONFIG)
+    return training
+
+
+def with_the_optimizer_of_another_model() -> Training:
+    training = Training("lora", CONFIG)
+    training.freezing.detach()
+    student = build("lora")
+    _, optimizer = Accelerator().prepare(student, create_optimizer(student))
+    AdaptiveFreezing(training.accelerator, training.model, optimizer, CONFIG)
+    return training
+
+
+def with_a_param_group_added() -> Training:
+    training = Training("lora", CONFIG)
+    training.train(0, 1)
+    training.freezing.engine.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    training.train(1, 2)
+    return training
+
+
 def joined() -> Training:
     training = Training("lora", CONFIG)
     several = training.accelerator.num_processes > 1
@@ -162,6 +190,9 @@ LOOPS: dict[str, Callable[[], Training]] = {
         recomputed_reentrantly,
         evaluated_with_all_gathered,
         with_nothing_fetched_ahead,
+        with_another_model_of_the_accelerator,
+        with_the_optimizer_of_another_model,
+        with_a_param_group_added,
         joined,
     )
 }

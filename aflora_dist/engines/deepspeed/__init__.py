@@ -8,18 +8,22 @@ from accelerate import Accelerator
 
 from ...compat.accelerate import schedulers
 from ...errors import UnsupportedEngineError
-from .supported import check_settings
+from .supported import check_prepared, check_settings
 from .zero import ZeroEngine
 
 __all__ = ["check_settings", "create_zero_engine"]
 
 
-def create_zero_engine(accelerator: Accelerator, optimizer: Any) -> ZeroEngine:
+def create_zero_engine(accelerator: Accelerator, model: Any, optimizer: Any) -> ZeroEngine:
     """The engine for the ZeRO stage that DeepSpeed was started with.
+
+    Args:
+        model, optimizer: What `accelerator.prepare()` returned.
 
     Raises:
         UnsupportedEngineError: Names the feature of DeepSpeed that cannot be frozen exactly, and what to use instead.
     """
+    check_prepared(accelerator, model, optimizer)
     ds = accelerator.deepspeed_engine_wrapped.engine
     _check_schedule(accelerator, ds)
     if ds.zero_optimization_stage() == 3:

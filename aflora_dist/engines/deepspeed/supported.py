@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate import Accelerator
+from torch.optim import Optimizer
+
+from ...compat.accelerate import unwrap
 from ...errors import UnsupportedEngineError
+from ..optimizers import inner_optimizer
 
 CLIPS_BY_ITSELF = (
     "DeepSpeed clips by itself, {at}, and accelerator.clip_grad_norm_(..., {norm:g}) changes nothing under it. Write "
@@ -95,6 +100,57 @@ def check_supported(ds: Any) -> None:
             ),
         }
     )
+
+
+def check_prepared(accelerator: Accelerator, model: Any, optimizer: Any) -> None:
+    """Refuse another model or optimizer than those of the DeepSpeedEngine that the accelerator trains.
+
+    Raises:
+        UnsupportedEngineError: Says which accelerator is needed.
+    """
+    wrapper = accelerator.deepspeed_engine_wrapped
+    if wrapper is None:
+        raise UnsupportedEngineError("Pass the model through accelerator.prepare() before AdaptiveFreezing.")
+    ds, inner = wrapper.engine, inner_optimizer(optimizer)
+    ours = unwrap(accelerator, model) is unwrap(accelerator, ds.module)
+    if not ours or (inner is not ds.optimizer and inner is not ds.basic_optimizer):
+        raise UnsupportedEngineError(
+            f"With DeepSpeed an accelerator trains one model, the first that its prepare() was given, and "
+            f"AdaptiveFreezing was given another {'optimizer' if ours else 'model'} than that one's. Pass what this "
+            f"accelerator's prepare() returned; each further model is trained by an Accelerator of its own."
+        )
+
+
+def check_groups(optimizer: Optimizer, groups: int) -> None:
+    """Refuse param groups that the optimizer was given after DeepSpeed, which has no place for them.
+
+    Raises:
+        UnsupportedEngineError: There are more than so many.
+    """
+    if (added := len(optimizer.param_groups) - groups) > 0:
+        raise UnsupportedEngineError(
+            f"The optimizer was given {added} more param group{'s' * (added > 1)} (add_param_group), which DeepSpeed "
+            f"does not train: it has those that there were at accelerator.prepare(). Create the optimizer with all of "
+            f"them before accelerator.prepare()."
+        )
+
+
+def check_updates(updates: int) -> None:
+    """Refuse anything but one update of DeepSpeed's for one optimizer.step().
+
+    Raises:
+        UnsupportedEngineError: Says what to call instead.
+    """
+    if not updates:
+        raise UnsupportedEngineError(
+            "optimizer.step() was called, but DeepSpeed has made no update: its update is part of "
+            "accelerator.backward(loss). Call that instead of loss.backward()."
+        )
+    if updates > 1:
+        raise UnsupportedEngineError(
+            f"DeepSpeed has made {updates} updates for one optimizer.step(), one for each accelerator.backward(): "
+            f"accumulate in `with accelerator.accumulate(model):`, or add the losses up before the backward pass."
+        )
 
 
 def _refuse(problems: Mapping[str, tuple[bool, str]]) -> None:

@@ -25,7 +25,7 @@ from ..optimizers import release
 from ..transfer import Move, Piece, place, plan
 from . import device
 from .saving import KeptWhole
-from .supported import CLIPS_BY_ITSELF, check_supported
+from .supported import CLIPS_BY_ITSELF, check_groups, check_supported, check_updates
 
 Span = tuple[Fragment, int]  # a fragment, and where in its partition it begins
 
@@ -128,6 +128,7 @@ class ZeroEngine(Engine):
         original_step = self.ds.step
 
         def step(*args: Any, **kwargs: Any) -> None:
+            check_groups(self.optimizer, len(self.members))
             whole = self.ds.is_gradient_accumulation_boundary()
             # DeepSpeed adjusts its loss scale before it unscales; the gradients have this one.
             self._loss_scale = float(self.zero.loss_scale)
@@ -151,17 +152,9 @@ class ZeroEngine(Engine):
         return original(*args, **kwargs)
 
     def _check_stepped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.accelerator.sync_gradients and not self._stepped:
-            raise UnsupportedEngineError(
-                "optimizer.step() was called, but DeepSpeed has made no update: its update is part of "
-                "accelerator.backward(loss). Call that instead of loss.backward()."
-            )
         updates, self._stepped = self._stepped, 0
-        if updates > 1:
-            raise UnsupportedEngineError(
-                f"DeepSpeed has made {updates} updates for one optimizer.step(), one for each accelerator.backward(): "
-                f"accumulate in `with accelerator.accumulate(model):`, or add the losses up before the backward pass."
-            )
+        if updates or self.accelerator.sync_gradients:
+            check_updates(updates)
         return original(*args, **kwargs)
 
     def _clip_grad_norm(self, original: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
@@ -194,9 +187,10 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def select(self, names: Sequence[str]) -> list[Move]:
+        check_groups(self.optimizer, len(self.members))
         wanted, before = set(names), self._fragments()
         off = [p for name in self.trainable if name in wanted and not (p := self.parameters[name]).requires_grad]
-        old = self._let_go()
+        old, zero = self._let_go(), self.zero
         dropped = [self.parameters[name] for name in self.trainable if name not in wanted]
         for parameter in (self.parameters[name] for group in self.members for name in group if name not in wanted):
             release(parameter)  # those that had frozen before, too: PEFT may have switched their gradients on
@@ -211,7 +205,7 @@ class ZeroEngine(Engine):
                 parameter.requires_grad_(False)
             self._keep_positions()
             for wrapped in optimizers(self.accelerator):
-                if isinstance(wrapped, AcceleratedOptimizer):
+                if isinstance(wrapped, AcceleratedOptimizer) and wrapped.optimizer is zero:
                     wrapped.optimizer = self.zero
             moves = plan(before, self._fragments())
             self._take_over(old, moves)
