@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,6 +14,17 @@ from torch import nn
 from ..compat.torch import is_traced
 from ..engines import release
 from ..names import named_modules, named_parameters
+
+
+class Hook:
+    """What freezing hangs on a module. In the module's copy, and read from a file, it does nothing.
+
+    Models are copied and pickled with their hooks, and nobody would take those back: such a hook is a function of the
+    standard library that takes anything, so that a file is read where this package is not.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext, "__exit__")
 
 
 class KeptFrozen:
@@ -52,7 +64,7 @@ class KeptFrozen:
                 layer = parent  # which reads the weight of its out_proj, and never calls it
             below[layer or owner].append((modules[owner], own))
         for layer, places in below.items():
-            hold = _Hold(places)  # no function of this one: models are copied and pickled with their hooks
+            hold = _Hold(places)
             self._held.append((modules[layer].register_forward_pre_hook(hold), hold))
 
     def take_back(self) -> None:
@@ -66,7 +78,7 @@ class KeptFrozen:
             self._held.pop()[0].remove()
 
 
-class _Hold:
+class _Hold(Hook):
     """An object: of a partial's arguments a compiler takes note, and would compile anew after each freeze."""
 
     def __init__(self, places: list[tuple[nn.Module, str]]) -> None:

@@ -22,6 +22,7 @@ from ..errors import AFLoRAError
 from ..freezing import CubicSchedule, FreezingConfig
 from ..names import matrix_position, named_modules, named_parameters, of_base
 from ..notices import logger
+from .frozen import Hook
 
 # What lies beside the blocks, registered after them, and is given to the lowest of them, too: embeddings of relative
 # positions (those of DeBERTa and MPNet) and a convolution over the embeddings; where there are such embeddings, their
@@ -113,11 +114,10 @@ class Prefix:
         models = [module for module in self._model.modules() if isinstance(module, PreTrainedModel)]
         embeddings = {id(found): found for model in models if (found := model.get_input_embeddings()) is not None}
         for module in embeddings.values():  # after the hook that asks
-            self._handles.append(module.register_forward_hook(_detached))
+            self._handles.append(module.register_forward_hook(_Detach()))
 
     def _look(self) -> None:
         """Warn if the next output of the lowest block needs a gradient all the same: what it is given then trains."""
-        # Models are copied and pickled with their hooks: no function of this one.
         self._handles.append(self._block(0).register_forward_hook(_Look(self.blocks[0][-1])))
 
     def _block(self, index: int) -> nn.Module:
@@ -145,11 +145,12 @@ class Prefix:
         self._let_go()
 
 
-def _detached(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.detach()
+class _Detach(Hook):
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.detach()
 
 
-class _Look:
+class _Look(Hook):
     """Looks once at what comes out of a block."""
 
     def __init__(self, where: str) -> None:
