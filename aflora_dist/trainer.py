@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 
-from .adapter.freezable import hold_frozen, thaw
+from .adapter.freezable import frozen_by_training, hold_frozen, thaw
 from .adapter.saving import state_dict_of
 from .compat.accelerate import unwrap
 from .compat.contract import require_private
@@ -232,6 +232,9 @@ class FreezingCallback(TrainerCallback):
             trainer.model_wrapped = trainer.model
             if not self._given_optimizer:
                 trainer.optimizer = None
+        model = unwrap(trainer.accelerator, trainer.model)
+        if not self._given_optimizer:  # else the optimizer has to let go of them, once it is prepared
+            hold_frozen(model, frozen_by_training(model))
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             if not folder.is_dir():
@@ -245,18 +248,18 @@ class FreezingCallback(TrainerCallback):
                 )
             progress = found.training["progress"]
             before = progress["parts"]["freezing"].get("frozen_before", ())  # that training was not the model's first
-            if hold_frozen(unwrap(trainer.accelerator, trainer.model), before) and not self._given_optimizer:
+            if hold_frozen(model, before) and not self._given_optimizer:
                 trainer.optimizer = None  # Trainer makes one without them
             since = {name for event in progress["parts"]["freezing"]["events"] for name in event["frozen"]}
-            self._thaw(trainer, since.union(progress["engine"]["names"]))
+            self._thaw(trainer, model, since.union(progress["engine"]["names"]))
             if trainer.is_deepspeed_enabled:  # else Trainer has done so
                 trainer._load_from_checkpoint(resume_from_checkpoint)
         return original(max_steps, train_dataloader, None)
 
-    def _thaw(self, trainer: Trainer, names: Any) -> None:
+    def _thaw(self, trainer: Trainer, model: nn.Module, names: Any) -> None:
         """Where this process has trained the model already: all that the checkpoint's training began with."""
-        model = unwrap(trainer.accelerator, trainer.model)
-        frozen = [name for name, p in named_parameters(model).items() if name in names and not p.requires_grad]
+        known = frozen_by_training(model)
+        frozen = [n for n, p in named_parameters(model).items() if n in names and (n in known or not p.requires_grad)]
         if not frozen:
             return
         if self._given_optimizer:

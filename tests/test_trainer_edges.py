@@ -156,3 +156,58 @@ def test_a_method_s_option_that_it_has_not_is_explained_to_who_asks() -> None:
     with pytest.raises(AttributeError, match="single tokens cannot be trained"):
         _ = AFLoRAConfig().trainable_token_indices
     assert not hasattr(AFLoRAConfig(), "rank_pattern")
+
+
+class StopsAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("steps", [6, STEPS])
+def test_an_evaluation_of_the_base_model_between_two_trainings_changes_neither(
+    steps: int, same: bool, tmp_path: Path
+) -> None:
+    """PEFT lets all of an adapter train again when it ends."""
+
+    def train(evaluates: bool) -> tuple[Any, list[float], dict[str, int]]:
+        model: Any = build_llama(lora=True)
+        options: dict[str, Any] = {"max_grad_norm": 0.1, "lr_scheduler_type": "constant"}
+        callback = FreezingCallback(freezable=r".*\.mlp\..*lora_.*")
+        first = trainer(model, tmp_path, callback, StopsAt(steps), freezes=False, **options)
+        first.train()
+        if evaluates:
+            with model.disable_adapter():
+                first.evaluate()
+        gone = {name: model.get_parameter(name).detach().clone() for name in freezing(first).frozen}
+        first.remove_callback(StopsAt)
+        again = FreezingCallback(freezable=callback.freezable)
+        second = first if same else trainer(model, tmp_path, again, freezes=False, **options)
+        second.train()
+        assert gone
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in gone.items())
+        norms = [line["grad_norm"] for line in second.state.log_history if "grad_norm" in line]
+        return model, norms, freezing(second).frozen
+
+    (model, norms, frozen), (undisturbed, *expected) = train(True), train(False)
+    assert [norms, frozen] == expected
+    for (name, value), other in zip(model.named_parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_an_evaluation_of_the_base_model_before_going_on_from_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
+    values = []
+    for evaluates in (False, True):
+        model: Any = build_llama(lora=True)
+        callback = FreezingCallback(freezable=r".*\.mlp\..*lora_.*")
+        whole = trainer(model, tmp_path, callback, freezes=False, **QUARTERS)
+        whole.train()
+        if evaluates:
+            with model.disable_adapter():
+                whole.evaluate()
+        whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        values.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert_same(*values)

@@ -20,7 +20,8 @@ from .adapted import Adapted
 from .architectures import kind_of
 
 _ATTACHED: WeakKeyDictionary[nn.Module, ref[Any]] = WeakKeyDictionary()  # by whom; both come and go
-_FROZEN: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+# By name, and the parameters themselves: an adapter that was made anew under its name has others.
+_FROZEN: WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = WeakKeyDictionary()
 
 
 class Matrices:
@@ -75,8 +76,7 @@ class Matrices:
         )
 
     def have_frozen(self, names: Collection[str]) -> None:
-        """A later training is to know of it."""
-        remember_frozen(self._model, names)
+        """What is known of it is `frozen_by_training`."""
 
     @property
     def freezing_attached(self) -> bool:
@@ -102,14 +102,19 @@ def _of_tuner(layer: Any) -> Iterable[nn.Parameter]:
 
 
 def remember_frozen(model: nn.Module, names: Collection[str]) -> None:
-    """These have frozen in a training of this model, unwrapped."""
-    if names:
-        _FROZEN.setdefault(model, set()).update(names)
+    """These have frozen by now in trainings of this model, unwrapped; what was remembered besides trains again."""
+    _FROZEN[model] = {name: p for name, p in named_parameters(model).items() if name in names}
+
+
+def frozen_by_training(model: nn.Module) -> set[str]:
+    """What trainings of this model, unwrapped, froze in this process, whoever has switched its gradient on since."""
+    known = _FROZEN.get(model, {})
+    return {name for name, p in named_parameters(model).items() if known.get(name) is p} if known else set()
 
 
 def frozen_before(model: nn.Module) -> set[str]:
-    """What trainings of this model, unwrapped, froze in this process and does not train now."""
-    names = _FROZEN.get(model, set()) | Adapted(model).frozen()
+    """What trainings of this model, unwrapped, froze, here or where an adapter was read from, and does not train."""
+    names = frozen_by_training(model) | Adapted(model).frozen()
     return {n for n, p in named_parameters(model).items() if n in names and not p.requires_grad} if names else set()
 
 
@@ -124,9 +129,10 @@ def hold_frozen(model: nn.Module, names: Collection[str]) -> bool:
     training = [p for name, p in named_parameters(model).items() if name in names and p.requires_grad]
     if training:
         adapter_of(model).have_frozen(set(names))
-        remember_frozen(model, names)  # whatever adapts it: a head among them, say
+        remember_frozen(model, frozen_by_training(model).union(names))
     for parameter in training:
         parameter.requires_grad_(False)
+        parameter.grad = None  # which would count where gradients are clipped
     return bool(training)
 
 
@@ -140,6 +146,7 @@ def thaw(model: nn.Module, names: Collection[str]) -> None:
     adapter = adapter_of(model)
     adapter.have_frozen(names)  # an adapter that was made anew does not know that they may freeze
     adapter.have_frozen(())
+    remember_frozen(model, frozen_by_training(model).difference(names))
     for name, parameter in named_parameters(model).items():
         if name in names:
             parameter.requires_grad_(True)

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..adapter.freezable import adapter_of
+from ..adapter.freezable import adapter_of, frozen_by_training, hold_frozen
 from ..adapter.precision import beyond_float16, check_precision
 from ..adapter.saving import names_to_save, save_peft
 from ..engines import Engine, create_engine, rehearse
@@ -84,6 +84,7 @@ class AdaptiveFreezing:
         self._adapter = adapter_of(self.engine.model)
         if self._adapter.freezing_attached:
             raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
+        self._hold_frozen()
         self._kept_frozen = KeptFrozen(self.engine.model)
         told: list[Freezable] = [self._kept_frozen, self._adapter]
         if freezable is not None:
@@ -103,9 +104,16 @@ class AdaptiveFreezing:
         self.progress.after_batch.append(self._after_batch)
         self.progress.parts["freezing"] = self.state
         self._adapter.attach(model, self)
+        self._kept_frozen.have_frozen(())  # in this training none yet
         self._accelerate = AccelerateState(accelerator, self)
         self._ending = Ending(config.total_steps, speaks=accelerator.is_main_process)
         self._exit = weakref.finalize(self, self._ending.say)
+
+    def _hold_frozen(self) -> None:
+        """What an earlier training froze, and PEFT has let train again since, this one's optimizer lets go of, too."""
+        held, trained = frozen_by_training(self.engine.model), self.engine.trainable
+        if hold_frozen(self.engine.model, held):
+            self.engine.select([name for name in trained if name not in held])
 
     @property
     def step(self) -> int:

@@ -17,7 +17,6 @@ from ..adapter.freezable import (
     refuse_all,
     refuse_decided,
     refuse_half,
-    remember_frozen,
 )
 from ..engines import Engine
 from ..errors import AFLoRAError, UnsupportedEngineError
@@ -89,7 +88,7 @@ class Chosen:
         return self._names
 
     def have_frozen(self, names: Collection[str]) -> None:
-        remember_frozen(self._engine.model, names)
+        """The adapter is told."""
 
 
 def names_of(source: Freezable, engine: Engine, config: FreezingConfig) -> list[str]:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..adapter.freezable import frozen_by_training
 from ..compat.torch import is_traced
 from ..engines import release
 from ..names import named_modules, named_parameters
@@ -49,12 +50,13 @@ class KeptFrozen:
         return ()
 
     def have_frozen(self, names: Collection[str]) -> None:
-        self._look_no_more()  # a checkpoint of before has let some of them train again
+        """And in trainings of before; a checkpoint of before may have let some of them train again."""
+        self._look_no_more()
         modules = named_modules(self._model, remove_duplicate=False)
         parameters = named_parameters(self._model, remove_duplicate=False)
         switched = {n for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
         below: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-        gone = {id(parameters[name]) for name in names if name in parameters}  # else deleted with its adapter
+        gone = {id(parameters[name]) for name in frozen_by_training(self._model)}
         for name in (name for name, parameter in parameters.items() if id(parameter) in gone):
             owner, _, own = name.rpartition(".")
             layer = owner

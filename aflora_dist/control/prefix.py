@@ -60,8 +60,7 @@ class Prefix:
     def __init__(self, engine: Engine, freezable: Sequence[str], config: FreezingConfig) -> None:
         self.schedule: CubicSchedule = config.prefix_schedule()
         self._freezable = set(freezable)
-        trained = {name for group in engine.members for name in group}
-        self.blocks = blocks_from_below(engine.model, trained, freezable, config)
+        self.blocks = blocks_from_below(engine.model, {*engine.trainable}, freezable, config)
         self.frozen = 0
         self._engine, self._model = engine, engine.model
         self._handles: list[Any] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter.freezable import frozen_before, remember_frozen
+from ..adapter.freezable import frozen_before, frozen_by_training, remember_frozen
 from ..engines import Engine, Renamed
 from ..errors import AFLoRAError
 from ..freezing import FreezeEvent, FreezingConfig, policy_for
@@ -41,7 +41,7 @@ class FreezingState:
         told: Sequence[Freezable],
     ) -> None:
         self._engine, self._config, self._numels, self._own, self._told = engine, config, numels, own, told
-        self._before = frozen_before(engine.model)
+        self._before, self._earlier = frozen_before(engine.model), frozen_by_training(engine.model)
         self.events: list[FreezeEvent] = []
         self.policy = policy_for(config, list(numels))
         self.prefix = Prefix(engine, list(numels), config) if config.prefix and numels else None
@@ -60,7 +60,8 @@ class FreezingState:
         return [name for name in self._numels if name not in frozen]
 
     def tell(self) -> None:
-        """Tell all who are concerned what has frozen so far."""
+        """Tell all who are concerned what has frozen so far, a later training of the model among them."""
+        remember_frozen(self._engine.model, self._earlier.union(self.frozen))
         for each in self._told:
             each.have_frozen(self.frozen)
 
@@ -82,8 +83,8 @@ class FreezingState:
         self.events = [FreezeEvent(**event) for event in record["events"]]
         trains = {*self._engine.trainable}
         known = {n for n in record.get("frozen_before", ()) if n in self._engine.parameters and n not in trains}
-        remember_frozen(self._engine.model, known)  # in a process of before, whose values these are
-        self._before |= known
+        self._before |= known  # in a process of before, whose values these are
+        self._earlier |= known
         unknown = self._before - {*record.get("frozen_before", ()), *self._own, *self._numels}  # an earlier release's
         fixed = [name for name in self.fixed(self._engine.trainable) if name not in unknown]
         self._engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
@@ -143,7 +144,7 @@ class FreezingState:
             AFLoRAError: As `check`.
         """
         self.check(record)
-        frozen = {name for event in record["events"] for name in event["frozen"]}
+        frozen = self._before.union(*(event["frozen"] for event in record["events"]))
         wanted = [name for group in self._engine.members for name in group if name not in frozen]
         if set(wanted) != set(self._engine.trainable):
             self._engine.select(wanted)

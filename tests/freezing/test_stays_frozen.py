@@ -38,18 +38,20 @@ CASES: dict[str, tuple[Any, FreezingConfig, Any]] = {
 }
 
 
-def train(case: str, switch: Callable[[Any], None] | None) -> tuple[nn.Module, list[float], AdaptiveFreezing]:
+def train(
+    case: str, switch: Callable[[Any], None] | None, steps: int = STEPS, model: Any = None
+) -> tuple[nn.Module, list[float], AdaptiveFreezing]:
     """A loop in which `switch` is called between the forward pass and the backward pass; gradients are clipped."""
     torch.manual_seed(0)
     config, freezing_config, freezable = CASES[case]
     config.task_type = "SEQ_CLS"
-    model: Any = get_peft_model(build_base(), config)
+    model = model or get_peft_model(build_base(), config)
     accelerator = Accelerator(cpu=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2))
     freezing = AdaptiveFreezing(accelerator, model, optimizer, freezing_config, freezable=freezable)
     norms = []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = model(**global_batch(step)).loss
         if switch is not None:
             switch(model)
@@ -93,3 +95,56 @@ def test_an_adapter_that_was_deleted_is_asked_for_nothing() -> None:
     model.delete_adapter("default")
     model(**global_batch(0))
     freezing.detach()
+
+
+@pytest.mark.parametrize("steps", [4, STEPS])  # stopped early: some are yet to freeze
+@pytest.mark.parametrize("switch", [disabled, chosen])
+@pytest.mark.parametrize("case", CASES)
+def test_a_second_training_after_a_switch_is_that_without(case: str, switch: Callable[[Any], None], steps: int) -> None:
+    models: list[Any] = []
+    seen = []
+    for between in (None, switch):
+        model, _, first = train(case, None, steps)
+        first.release()
+        if between is not None:
+            between(model)
+        gone = {name: p.detach().clone() for name, p in model.named_parameters() if name in first.frozen}
+        _, norms, second = train(case, between, model=model)
+        assert gone
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in gone.items())
+        assert not gone.keys() & {*second.engine.trainable, *second.frozen}
+        seen.append((norms, second.frozen))
+        second.release()
+        models.append(model)
+    assert seen[0] == seen[1]
+    for (name, value), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_what_an_earlier_checkpoint_brought_back_may_freeze_in_a_second_training() -> None:
+    training = Training("lora")
+    training.train(0, 1)
+    state = training.freezing.progress.snapshot()
+    training.train(1, 12)
+    everything = training.freezing.freezable
+    assert training.freezing.frozen
+    training.freezing.progress.restore(*state)
+    training.freezing.release()
+    training.model.base_model.set_adapter("default")
+    again = AdaptiveFreezing(training.accelerator, training.model, training.optimizer, training.freezing.config)
+    assert again.freezable == everything
+    again.release()
+
+
+@pytest.mark.parametrize("case", ["lora", "loha"])
+def test_an_adapter_made_anew_under_the_name_of_one_that_froze_trains(case: str) -> None:
+    model, _, first = train(case, None)
+    first.release()
+    model.add_adapter("other", CASES[case][0])
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", CASES[case][0])
+    model.set_adapter("default")
+    _, _, second = train(case, None, model=model)
+    assert second.frozen.keys() == first.frozen.keys()
+    second.release()
