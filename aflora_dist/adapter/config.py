@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from peft.config import PeftConfig
 
 from ..errors import AFLoRAError
+from ..options.checked import AT_LEAST_ONE, DECAY, check_options
 
 T = TypeVar("T")
 
@@ -100,13 +101,13 @@ class AFLoRAConfig(PeftConfig):
         AFLoRAError: An argument is out of its range; the message says what to write.
     """
 
-    r: int = 4
+    r: int = field(default=4, metadata=AT_LEAST_ONE)
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     freezable: str = "ffn"
     freezing: Literal["adaptive", "never", "always"] = "adaptive"
     d_initial: float = 0.1
-    aflora_dropout: float = 0.0
+    aflora_dropout: float = field(default=0.0, metadata=DECAY)
     bias: Literal["none", "all", "aflora_only"] = "none"
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
@@ -121,14 +122,12 @@ class AFLoRAConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list):
                 setattr(self, name, set(value))  # PEFT's own tuners hold sets
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise AFLoRAError(f"AFLoRAConfig: the rank r must be a positive integer, got r={self.r!r}.")
-        if not 0.0 <= self.aflora_dropout < 1.0:
-            raise AFLoRAError(f"AFLoRAConfig: aflora_dropout must lie in [0, 1), got {self.aflora_dropout!r}.")
-        if self.freezing not in ("adaptive", "never", "always"):
-            raise AFLoRAError(f'AFLoRAConfig: freezing must be "adaptive", "never" or "always", got {self.freezing!r}.')
-        if self.bias not in ("none", "all", "aflora_only"):
-            raise AFLoRAError(f'AFLoRAConfig: bias must be "none", "all" or "aflora_only", got {self.bias!r}.')
+        check_options(self, "AFLoRAConfig: ")
+        if self.d_initial == 0 and self.init_weights:
+            raise AFLoRAError(
+                "AFLoRAConfig: d_initial=0 beside s_b, which starts at 0, gives Eq. 1 no gradient at all, and nothing "
+                "would ever train. Take another number; the paper's is 0.1."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise AFLoRAError("AFLoRAConfig: layers_pattern has no effect without layers_to_transform.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -84,7 +84,9 @@ class AdaptiveFreezing:
         self._adapter = adapter_of(self.engine.model)
         if self._adapter.freezing_attached:
             raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")
-        self._hold_frozen()
+        held, trained = frozen_by_training(self.engine.model), self.engine.trainable
+        if hold_frozen(self.engine.model, held):  # by an earlier training, and PEFT has let them train again since
+            self.engine.select([name for name in trained if name not in held])
         self._kept_frozen = KeptFrozen(self.engine.model)
         told: list[Freezable] = [self._kept_frozen, self._adapter]
         if freezable is not None:
@@ -108,12 +110,6 @@ class AdaptiveFreezing:
         self._accelerate = AccelerateState(accelerator, self)
         self._ending = Ending(config.total_steps, speaks=accelerator.is_main_process)
         self._exit = weakref.finalize(self, self._ending.say)
-
-    def _hold_frozen(self) -> None:
-        """What an earlier training froze, and PEFT has let train again since, this one's optimizer lets go of, too."""
-        held, trained = frozen_by_training(self.engine.model), self.engine.trainable
-        if hold_frozen(self.engine.model, held):
-            self.engine.select([name for name in trained if name not in held])
 
     @property
     def step(self) -> int:

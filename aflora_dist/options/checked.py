@@ -30,17 +30,22 @@ class Checked:
     label: ClassVar[str] = ""  # of an option's name, in messages
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for option in fields(self):
-            name = f"{self.label}{option.name}"
-            value = _of_kind(name, getattr(self, option.name), hints[option.name])
-            object.__setattr__(self, option.name, value)
-            choices = _choices(hints[option.name])
-            null = value is None and type(None) in get_args(hints[option.name])
-            if choices and not null and value not in choices:
-                raise AFLoRAError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-            if isinstance(value, int | float):
-                _check_number(name, value, option.metadata)
+        check_options(self, self.label)
+
+
+def check_options(options: Any, label: str) -> None:
+    """Hold the values of a dataclass against its fields' types and metadata, as `Checked` and with its errors."""
+    hints = get_type_hints(type(options))
+    for option in fields(options):
+        name = f"{label}{option.name}"
+        value = _of_kind(name, getattr(options, option.name), hints[option.name])
+        object.__setattr__(options, option.name, value)
+        choices = _choices(hints[option.name])
+        null = value is None and type(None) in get_args(hints[option.name])
+        if choices and not null and value not in choices:
+            raise AFLoRAError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+        if isinstance(value, int | float):
+            _check_number(name, value, option.metadata)
 
 
 def _of_kind(name: str, value: Any, hint: Any) -> Any:

@@ -274,9 +274,13 @@ def test_the_paper_s_ablations(freezable: str, freezing: str, matrices: int) -> 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"r": 0}, "rank r must be a positive integer"),
-        ({"r": True}, "rank r must be a positive integer"),
-        ({"aflora_dropout": 1.0}, "aflora_dropout"),
+        ({"r": 0}, "r must be at least 1"),
+        ({"r": True}, "r must be a whole number"),
+        ({"aflora_dropout": 1.0}, "aflora_dropout must be less than 1"),
+        ({"aflora_dropout": None}, "aflora_dropout must be a number"),
+        ({"d_initial": 0}, "nothing would ever train"),
+        ({"d_initial": float("nan")}, "d_initial must be a finite number"),
+        ({"d_initial": "0.1"}, "d_initial must be a number"),
         ({"freezing": "sometimes"}, "freezing must be"),
         ({"freezable": "(("}, "does not compile"),
         ({"bias": "some"}, "bias must be"),
