@@ -115,7 +115,7 @@ def test_the_backward_pass_ends_at_the_block_and_not_at_what_wraps_it() -> None:
     for number, layer in enumerate(inside):
         layers[number] = checkpoint_wrapper(layer)
     names = list(named_parameters(model))
-    engine: Any = SimpleNamespace(model=model, members=[names], end_backward_at=ends.append)
+    engine: Any = SimpleNamespace(model=model, trainable=names, end_backward_at=ends.append)
     prefix = Prefix(engine, [*freezable_names(model)], CONFIG)
     prefix.due(11, [name for name in prefix.blocks[1] if name in freezable_names(model)])
     prefix.due(11, [])
@@ -126,7 +126,7 @@ def test_what_lies_below_the_blocks_may_be_numbered_higher() -> None:
     """A model whose embeddings have stages of their own."""
     model, ends = build_base(), []
     model.bert.embeddings.stages = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(4)}) for _ in range(5))
-    engine: Any = SimpleNamespace(model=model, members=[[*named_parameters(model)]], end_backward_at=ends.append)
+    engine: Any = SimpleNamespace(model=model, trainable=[*named_parameters(model)], end_backward_at=ends.append)
     prefix = Prefix(engine, [*freezable_names(model)], CONFIG)
     assert "bert.embeddings.stages.4.norm.weight" in prefix.blocks[0]
     prefix.due(11, [name for name in prefix.blocks[1] if name in freezable_names(model)])
@@ -154,7 +154,7 @@ def test_all_that_freezes_with_a_block_is_kept_in_what_is_saved(monkeypatch: pyt
 def test_a_model_whose_lowest_block_has_frozen_is_copied_and_pickled() -> None:
     model = build_base()
     engine: Any = SimpleNamespace(
-        model=model, members=[[*named_parameters(model)]], end_backward_at=lambda module: None
+        model=model, trainable=[*named_parameters(model)], end_backward_at=lambda module: None
     )
     prefix = Prefix(engine, [*freezable_names(model)], CONFIG)
     prefix.due(11, [name for name in prefix.blocks[1] if name in freezable_names(model)])
