@@ -26,9 +26,8 @@ from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .control.freezable import Choice
 from .control.scheduler import Scheduler
 from .errors import AFLoRAError, DamagedError, writing
-from .freezing import whole_steps
 from .names import named_parameters, without_wrappers
-from .options import FreezingKeywords, FreezingOptions
+from .options import FreezingEpochs, FreezingKeywords
 from .processes import on_main
 from .store import checkpoint
 from .store.checkpoint import Checkpoint
@@ -58,7 +57,7 @@ class FreezingCallback(TrainerCallback):
         **options: Those of `FreezingOptions`.
 
     Raises:
-        AFLoRAError: An option is out of range.
+        AFLoRAError: An option is out of range, when it is made; or the schedule does not fit, when training begins.
 
     Attributes:
         freezing: The `AdaptiveFreezing`, once training has begun.
@@ -76,12 +75,10 @@ class FreezingCallback(TrainerCallback):
         **options: Unpack[FreezingKeywords],
     ) -> None:
         self.trainer = trainer
-        self.initial_epochs = initial_epochs
-        self.final_epochs = final_epochs
-        self.prefix_epochs = prefix_epochs
         self.freezable = freezable
         self.on_freeze = on_freeze
-        self.options = FreezingOptions(**options)
+        epochs = {"initial_epochs": initial_epochs, "final_epochs": final_epochs, "prefix_epochs": prefix_epochs}
+        self.options = FreezingEpochs(**epochs, **options)
         self.freezing: AdaptiveFreezing | None = None
         self._resumed: Checkpoint | None = None
         self._stop: StopRequest | None = None
@@ -171,17 +168,7 @@ class FreezingCallback(TrainerCallback):
         total = state.max_steps
         # As Trainer counts: the odd rest of an epoch's micro-batches is an update, too.
         per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1) if has_length(loader) else total
-        initial = per_epoch * self.initial_epochs if self.initial_epochs is not None else min(per_epoch, 0.1 * total)
-        final = per_epoch * self.final_epochs if self.final_epochs is not None else 0.7 * total
-        t_p = None if self.prefix_epochs is None else round(per_epoch * self.prefix_epochs)
-        t_i, t_f = whole_steps(initial, 0.0 if self.options.rule == "threshold" else final, total)
-        return FreezingConfig(
-            total_steps=total,
-            initial_steps=t_i,
-            final_steps=t_f,
-            prefix_steps=None if t_p is None else min(t_p, total - t_i),
-            **self.options.keywords(args.seed),
-        )
+        return FreezingConfig.of_epochs(self.options, per_epoch, total, args.seed)
 
     # -- what Trainer does before it tells, or in another way than is right here -------------------
 

@@ -393,8 +393,28 @@ def test_a_training_of_no_epoch_freezes_nothing(tmp_path: Path) -> None:
     callback = FreezingCallback()
     make(tmp_path, callback, num_train_epochs=0).train()
     assert callback.freezing is None
-    with pytest.raises(AFLoRAError, match="must be finite numbers of epochs"):
-        make(tmp_path, FreezingCallback(initial_epochs=float("nan"))).train()
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "initial_epochs must be a finite number": {"initial_epochs": float("nan")},
+    "initial_epochs must be a number, got '1'": {"initial_epochs": "1"},
+    "final_epochs must not be negative": {"final_epochs": -1},
+    "prefix_epochs must not be negative": {"prefix_epochs": -5, "prefix": True},
+    "prefix_epochs is for prefix=true": {"prefix_epochs": 1},
+    "beta1 must be less than 1": {"beta1": 1.0},
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_callback_s_options_are_refused_when_it_is_made(said: str) -> None:
+    with pytest.raises(AFLoRAError, match=f"^{said}"):
+        FreezingCallback(**WRONG[said])
+
+
+def test_a_schedule_that_does_not_fit_is_said_in_the_callback_s_own_words(tmp_path: Path) -> None:
+    said = r"initial_epochs \+ final_epochs, by default 70% of the training = 1 \+ 1.4, but the training has 2 epochs"
+    with pytest.raises(AFLoRAError, match=said):
+        make(tmp_path, FreezingCallback(initial_epochs=1), num_train_epochs=2).train()
 
 
 class Normed(torch.nn.Module):
@@ -511,8 +531,8 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_says_why(tmp_path: Path) -> No
     trainer.train()
     last = Path(get_last_checkpoint(str(tmp_path)))
     state = last / "aflora" / f"step_{STEPS:08d}" / "state.safetensors"
-    with pytest.raises(AFLoRAError, match="initial_steps is 1 there and 4 here"):
-        make(tmp_path, FreezingCallback(initial_epochs=1.0)).train(resume_from_checkpoint=True)
+    with pytest.raises(AFLoRAError, match="initial_steps is 1 there and 3 here"):
+        make(tmp_path, FreezingCallback(initial_epochs=0.75)).train(resume_from_checkpoint=True)
     state.write_bytes(state.read_bytes()[:-1])
     with pytest.raises(AFLoRAError, match=r"damaged: state.safetensors has .* Take another checkpoint"):
         make(tmp_path, FreezingCallback()).train(resume_from_checkpoint=True)

@@ -231,8 +231,8 @@ def refuse_all(
     config: FreezingConfig,
     what: str = "All that trains may freeze",
     remedy: str = "Leave something out (AdaptiveFreezing(..., freezable=...), freezing.freezable), or have the last "
-    "one train on, with rule='rank' and final_steps=0 (t_f) in FreezingConfig, freezing.final_epochs=0 in the main "
-    "job.",
+    "one train on, with rule='rank' and t_f = 0: final_steps=0 in FreezingConfig, final_epochs=0 in FreezingCallback, "
+    "freezing.final_epochs=0 in `aflora train`.",
 ) -> None:
     """Raise AFLoRAError if all that trains would freeze, and nothing would be left to train at the end.
 

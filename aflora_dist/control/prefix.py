@@ -208,7 +208,7 @@ def blocks_from_below(
     if config.prefix_schedule().final_steps:
         remedy = (
             "Let something outside of the blocks train, too, or have the highest block train on, with prefix_steps=0 "
-            "(t_p) in FreezingConfig, freezing.prefix_epochs=0 in `aflora train`."
+            "in FreezingConfig, prefix_epochs=0 in FreezingCallback, freezing.prefix_epochs=0 in `aflora train`."
         )
         refuse_all(may.union(*ordered), trained, config, "All that trains would freeze with its block", remedy)
     here = (-1, min(blocks))

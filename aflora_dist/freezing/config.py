@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ..options import FreezingOptions
-from .schedule import CubicSchedule
+from ..errors import AFLoRAError
+from ..options import FreezingEpochs, FreezingOptions
+from ..options.checked import AT_LEAST_ONE, NOT_NEGATIVE
+from .schedule import CubicSchedule, whole_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +29,38 @@ class FreezingConfig(FreezingOptions):
 
     label: ClassVar[str] = "FreezingConfig: "
 
-    total_steps: int
-    initial_steps: int
-    final_steps: int
-    prefix_steps: int | None = None
+    total_steps: int = field(metadata=AT_LEAST_ONE)
+    initial_steps: int = field(metadata=NOT_NEGATIVE)
+    final_steps: int = field(metadata=NOT_NEGATIVE)
+    prefix_steps: int | None = field(default=None, metadata=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seed is None:
             object.__setattr__(self, "seed", 0)
         self.schedule()
-        if self.prefix:
-            self.prefix_schedule()
+        if (t_p := self.prefix_steps) is not None and (not self.prefix or self.initial_steps + t_p > self.total_steps):
+            raise AFLoRAError(
+                f"FreezingConfig: prefix_steps={t_p} is for prefix=True, and with initial_steps at most total_steps."
+            )
+
+    @classmethod
+    def of_epochs(cls, options: FreezingEpochs, per_epoch: int, total: int, seed: int) -> FreezingConfig:
+        """The options of who counts epochs of so many updates, in a training of `total` updates with this seed.
+
+        Raises:
+            AFLoRAError: The schedule does not fit.
+        """
+        t_i, t_f = options.epochs(total / per_epoch)
+        initial, final = whole_steps(t_i * per_epoch, t_f * per_epoch, total)
+        t_p = options.prefix_epochs
+        return cls(
+            total_steps=total,
+            initial_steps=initial,
+            final_steps=final,
+            prefix_steps=None if t_p is None else min(round(t_p * per_epoch), total - initial),
+            **options.keywords(seed),
+        )
 
     @property
     def window(self) -> int:

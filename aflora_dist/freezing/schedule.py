@@ -14,12 +14,7 @@ def whole_steps(initial: float, final: float, total: int) -> tuple[int, int]:
     """t_i and t_f that come as fractions of updates, from epochs, as `CubicSchedule` takes them.
 
     Rounded, both up perhaps, they may be more than the training that they are not more than: then t_f is what is left.
-
-    Raises:
-        AFLoRAError: One is no finite number.
     """
-    if not (math.isfinite(initial) and math.isfinite(final)):
-        raise AFLoRAError(f"t_i and t_f must be finite numbers of epochs, got {initial} and {final} updates.")
     t_i, t_f = round(initial), round(final)
     if initial + final <= total * (1 + 1e-9):
         t_f = min(t_f, total - t_i)
@@ -62,7 +57,7 @@ class CubicSchedule:
         if t_i + t_f > T:
             raise AFLoRAError(
                 f"The freezing schedule does not fit: t_i + t_f = {t_i} + {t_f} = {t_i + t_f} steps, but training "
-                f"has only T = {T}. Train longer, or lower t_i (steps before freezing) or t_f (steps after it)."
+                f"has only T = {T}. Train longer, or lower initial_steps (t_i) or final_steps (t_f)."
             )
 
     def fraction(self, step: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..control import AdaptiveFreezing, FreezingConfig, Progress
-from ..freezing import CubicSchedule, whole_steps
+from ..freezing import CubicSchedule
 from ..options import Config
 
 
@@ -116,17 +116,10 @@ class FreezingMethod(Method):
 
     def schedule(self, updates_per_epoch: int) -> FreezingConfig:
         """`freezing.*` in updates. What freezes only without being asked to trains from the first to the last."""
-        freezing, total = self.config.freezing, self.config.train.updates(updates_per_epoch)
-        t_i, t_f = self.config.freezing_epochs(total / updates_per_epoch) if self.config.freezes else (0, 0)
-        initial, final = whole_steps(t_i * updates_per_epoch, t_f * updates_per_epoch, total)
-        t_p = freezing.prefix_epochs
-        return FreezingConfig(
-            total_steps=total,
-            initial_steps=initial,
-            final_steps=final,
-            prefix_steps=None if t_p is None else min(round(t_p * updates_per_epoch), total - initial),
-            **freezing.keywords(self.config.train.seed),
-        )
+        freezing, train = self.config.freezing, self.config.train
+        if not self.config.freezes:
+            freezing = replace(freezing, initial_epochs=0, final_epochs=0)
+        return FreezingConfig.of_epochs(freezing, updates_per_epoch, train.updates(updates_per_epoch), train.seed)
 
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]

@@ -4,6 +4,7 @@ from .checked import flat
 from .data import DataConfig
 from .freezing import (
     ORDERS,
+    FreezingEpochs,
     FreezingKeywords,
     FreezingOptions,
     FreezingRule,
@@ -29,6 +30,7 @@ __all__ = [
     "AdapterConfig",
     "Config",
     "DataConfig",
+    "FreezingEpochs",
     "FreezingKeywords",
     "FreezingOptions",
     "FreezingRule",

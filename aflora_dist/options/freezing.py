@@ -103,14 +103,10 @@ class FreezingOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreezingScheduleConfig(FreezingOptions):
-    """What freezes while training, when, and by which score (Eq. 2-5).
+class FreezingEpochs(FreezingOptions):
+    """When what freezes, for who counts epochs.
 
     Args:
-        enabled: Freeze while training. By default AFLoRA does, as adapter.freezing says, and other methods do not.
-        freezable: Which parameters may freeze, of those that train: a regular expression that matches whole names. By
-            default AFLoRA's projection matrices; of PEFT's other methods what they train in two dimensions and more;
-            with method.name=full the weight matrices of attention and feed-forward layers.
         initial_epochs: t_i in epochs: before it nothing freezes. By default one epoch, as in the
             paper, or a tenth of the training where that is less.
         final_epochs: t_f in epochs: all are frozen during the last t_f. By default 70% of the training.
@@ -118,17 +114,49 @@ class FreezingScheduleConfig(FreezingOptions):
             of t_f.
     """
 
-    label: ClassVar[str] = "freezing."
+    length: ClassVar[str] = "num_train_epochs or max_steps"  # who says how long the training is
 
-    enabled: bool | None = None
-    freezable: str | None = None
     initial_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
     final_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
     prefix_epochs: float | None = field(default=None, metadata=NOT_NEGATIVE)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefix_epochs is not None and not self.prefix:
+            raise AFLoRAError(f"{self.label}prefix_epochs is for {self.label}prefix=true: say that, too, or drop it.")
+
     def epochs(self, total: float) -> tuple[float, float]:
-        """t_i and t_f for a training of so many epochs; rule=threshold has no t_f."""
-        initial = min(1.0, 0.1 * total) if self.initial_epochs is None else self.initial_epochs
-        if self.rule == "threshold":
-            return initial, 0.0
-        return initial, 0.7 * total if self.final_epochs is None else self.final_epochs
+        """t_i and t_f for a training of so many epochs; rule=threshold has no t_f.
+
+        Raises:
+            AFLoRAError: They do not fit into it.
+        """
+        t_i = min(1.0, 0.1 * total) if self.initial_epochs is None else self.initial_epochs
+        t_f = 0.7 * total if self.final_epochs is None else self.final_epochs
+        t_f = 0.0 if self.rule == "threshold" else t_f
+        if t_i + t_f > total + 1e-9:
+            default = ", by default 70% of the training" if self.final_epochs is None and t_f else ""
+            raise AFLoRAError(
+                f"The freezing schedule does not fit: {self.label}initial_epochs + {self.label}final_epochs{default} = "
+                f"{t_i:g} + {t_f:g}, but the training has {total:g} epochs ({self.length}). Train longer, or lower one "
+                f"of them."
+            )
+        return t_i, t_f
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezingScheduleConfig(FreezingEpochs):
+    """What freezes while training, when, and by which score (Eq. 2-5).
+
+    Args:
+        enabled: Freeze while training. By default AFLoRA does, as adapter.freezing says, and other methods do not.
+        freezable: Which parameters may freeze, of those that train: a regular expression that matches whole names. By
+            default AFLoRA's projection matrices; of PEFT's other methods what they train in two dimensions and more;
+            with method.name=full the weight matrices of attention and feed-forward layers.
+    """
+
+    label: ClassVar[str] = "freezing."
+    length: ClassVar[str] = "train.epochs or train.max_steps"
+
+    enabled: bool | None = None
+    freezable: str | None = None

@@ -320,22 +320,7 @@ class Config:
         if self.freezing.freezable is not None and not self.freezes:
             raise AFLoRAError("freezing.freezable says what freezes, and nothing does here: drop it.")
         if self.freezes and self.train.max_steps is None:
-            self.freezing_epochs(self.train.epochs)
-
-    def freezing_epochs(self, total: float) -> tuple[float, float]:
-        """t_i and t_f in a training of so many epochs.
-
-        Raises:
-            AFLoRAError: They do not fit into it.
-        """
-        t_i, t_f = self.freezing.epochs(total)
-        if t_i + t_f > total + 1e-9:
-            ends = "train.epochs" if self.train.max_steps is None else f"train.max_steps={self.train.max_steps}: epochs"
-            raise AFLoRAError(
-                f"The freezing schedule does not fit: t_i + t_f = {t_i:g} + {t_f:g} epochs (freezing.initial_epochs + "
-                f"freezing.final_epochs), but {ends} = {total:g}. Train longer, or lower one of them."
-            )
-        return t_i, t_f
+            self.freezing.epochs(self.train.epochs)
 
     @property
     def freezes(self) -> bool:

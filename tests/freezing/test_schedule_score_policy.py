@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from aflora_dist import AFLoRAError
-from aflora_dist.freezing import CubicSchedule, Fragment, FreezingPolicy, FreezingScore, whole_steps
+from aflora_dist.freezing import CubicSchedule, Fragment, FreezingConfig, FreezingPolicy, FreezingScore, whole_steps
 
 
 def test_the_schedule_is_zero_then_cubic_then_one() -> None:
@@ -22,6 +23,22 @@ def test_the_schedule_is_zero_then_cubic_then_one() -> None:
 def test_freezing_may_begin_at_once_and_end_with_the_last_step() -> None:
     assert CubicSchedule(total_steps=4, initial_steps=0, final_steps=0).fraction(3) == pytest.approx(1 - 0.25**3)
     assert CubicSchedule(total_steps=4, initial_steps=2, final_steps=2).count(2, 5) == 5  # no ramp in between
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"total_steps": 0}, "total_steps must be at least 1"),
+        ({"initial_steps": -1}, "initial_steps must not be negative"),
+        ({"initial_steps": 9}, r"lower initial_steps \(t_i\) or final_steps \(t_f\)"),
+        ({"prefix_steps": -7, "prefix": True}, "prefix_steps must not be negative"),
+        ({"prefix_steps": 8, "prefix": True}, "prefix_steps=8"),
+        ({"prefix_steps": 1}, "is for prefix=True"),
+    ],
+)
+def test_what_steps_cannot_be_is_refused_by_their_names(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(AFLoRAError, match=said):
+        FreezingConfig(**{"total_steps": 10, "initial_steps": 3, "final_steps": 2, **wrong})
 
 
 @pytest.mark.parametrize("total", [7, 100, 103, 1001])
