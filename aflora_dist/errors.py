@@ -40,6 +40,14 @@ class DivergedError(AFLoRAError):
     """Training broke down: a loss or a freezing score is not finite."""
 
 
+class StepError(AFLoRAError, RuntimeError):
+    """A training step cannot be taken: torch's own errors of a step are RuntimeErrors, too."""
+
+
+class ExistsError(AFLoRAError, FileExistsError):
+    """Something would be written over."""
+
+
 class DamagedError(AFLoRAError):
     """A checkpoint is not what was written, or no training can go on from it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -140,3 +141,18 @@ def test_the_house_is_drawn_from_the_imports(tmp_path: Path) -> None:
 
 def test_an_arrow_says_where_it_comes_from() -> None:
     assert str(Import("store.resume", "watch.log", "Log", 7)) == "store.resume, line 7: imports Log of watch.log"
+
+
+@pytest.mark.parametrize("among", ["adapter", "control", "engines", "freezing", "methods", "trainer"])
+def test_who_trains_meets_no_error_but_those_of_this_package(among: str) -> None:
+    """docs/errors.md says so. What Python itself asks for, and what nobody can meet, is none of them."""
+    raised = {
+        node.exc.func.id
+        for file, tree in trees().items()
+        if file.split("/")[0].removesuffix(".py") == among
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name)
+    }
+    foreign = {name for name in raised if hasattr(builtins, name)}
+    assert foreign <= {"AssertionError", "AttributeError", "NotImplementedError"}
+    assert raised

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import StepError
 from .casts import cast_once
 
 
@@ -205,7 +206,7 @@ class Fold(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layout, parameters = ctx.layout, ctx.parameters
         if [p._version for p in parameters] != ctx.versions:
-            raise RuntimeError(
+            raise StepError(
                 "A parameter of an AFLoRA adapter (s_b, s_d or B) has been modified by an inplace operation between "
                 "forward and backward, so its gradient cannot be computed. Update parameters after backward."
             )

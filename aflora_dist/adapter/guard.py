@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.torch import backward_pass, in_backward
+from ..errors import StepError
 
 
 class FreezingGuard:
@@ -60,7 +61,7 @@ class FreezingGuard:
         """Called before each forward of a layer whose matrices train and should freeze, while the guard is open.
 
         Raises:
-            RuntimeError: A training step has been taken already.
+            StepError: A training step has been taken already.
         """
         if in_backward():  # a recomputation, whose forward may have run without gradients
             again = self._ran_again
@@ -94,7 +95,7 @@ class FreezingGuard:
         self._compiled = this
 
     def _refuse(self) -> None:
-        raise RuntimeError(
+        raise StepError(
             "This AFLoRA adapter freezes adaptively, but nothing freezes it: create "
             "aflora_dist.AdaptiveFreezing(accelerator, model, optimizer, ...) after accelerator.prepare() "
             "(with Trainer: add aflora_dist.FreezingCallback), or set AFLoRAConfig(freezing='never') to "

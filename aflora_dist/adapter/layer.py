@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..compat.peft import in_out_features
 from ..compat.torch import has_hooks, is_traced, keeps_all_for_backward
+from ..errors import AFLoRAError
 from .casts import KeptCast, compute_dtype, lies_whole
 from .guard import FreezingGuard
 from .path import AFLoRAPath
@@ -40,7 +41,7 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         )
         in_features, out_features = in_out_features(self.get_base_layer())
         if in_features is None or out_features is None:
-            raise TypeError(f"AFLoRA adapts Linear and Conv1D layers; {type(base_layer).__name__} is neither.")
+            raise AFLoRAError(f"AFLoRA adapts Linear and Conv1D layers; {type(base_layer).__name__} is neither.")
         self.in_features = in_features
         self.out_features = out_features
         self.aflora = nn.ModuleDict()
@@ -101,14 +102,14 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
         """Add the active (or named) adapters to the base weight.
 
         Raises:
-            ValueError: With safe_merge, if the sum is not finite; the weight is unchanged then.
+            AFLoRAError: With safe_merge, if the sum is not finite; the weight is unchanged then.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.aflora:
                 continue
             merged = self._changed(name, 1)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"The merged weight is not finite. The adapter {name} seems to be broken.")
+                raise AFLoRAError(f"The merged weight is not finite. The adapter {name} seems to be broken.")
             self.set_base_weight(merged)
             self.merged_adapters.append(name)
 
@@ -158,12 +159,12 @@ class AFLoRALayer(nn.Module, BaseTunerLayer):
     def _mixed(self, x: Tensor, adapter_names: list[str], args: Any, kwargs: Any) -> Tensor:
         """Each example, x[i], through the adapter of its own name; "__base__" is none."""
         if len(adapter_names) != len(x):
-            raise ValueError(
+            raise AFLoRAError(
                 f"adapter_names has to name one adapter for each example: there are {len(adapter_names)} names and "
                 f"{len(x)} examples."
             )
         if self.merged:
-            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first.")
+            raise AFLoRAError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first.")
         of_name: dict[str, list[int]] = {}
         for i, name in enumerate(adapter_names):
             of_name.setdefault(name, []).append(i)

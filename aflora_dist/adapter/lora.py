@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import AFLoRAError, ExistsError
 from ..names import in_peft, is_adapter, named_modules, of_base
 from .config import AFLoRAConfig
 from .layer import AFLoRALayer
@@ -65,17 +66,17 @@ def save_as_lora(model: PeftModel, directory: str | Path, adapter_name: str = "d
         directory: Created if need be. Must not hold an adapter yet.
 
     Raises:
-        ValueError: `adapter_name` is not an AFLoRA adapter of the model.
-        FileExistsError: The directory already holds an adapter.
+        AFLoRAError: `adapter_name` is not an AFLoRA adapter of the model.
+        ExistsError: The directory already holds an adapter.
     """
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, AFLoRAConfig):
-        raise ValueError(
+        raise AFLoRAError(
             f"{adapter_name!r} is not an AFLoRA adapter of this model; it has {sorted(model.peft_config)}."
         )
     directory = Path(directory)
     if (directory / "adapter_config.json").exists():
-        raise FileExistsError(f"{directory} already holds an adapter; choose another folder.")
+        raise ExistsError(f"{directory} already holds an adapter; choose another folder.")
     layers = {
         name: layer.path(adapter_name)
         for name, layer in named_modules(model).items()

@@ -255,10 +255,10 @@ class AFLoRAModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names mixes adapters in a batch for inference only: call model.eval() first.")
+            raise AFLoRAError("adapter_names mixes adapters in a batch for inference only: call model.eval() first.")
         unknown = sorted({*names} - {*self.peft_config, "__base__"})
         if unknown:
-            raise ValueError(f"adapter_names: this model has no adapter {unknown[0]!r}; it has {[*self.peft_config]}.")
+            raise AFLoRAError(f"adapter_names: this model has no adapter {unknown[0]!r}; it has {[*self.peft_config]}.")
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
         config = self.get_model_config(self.model)

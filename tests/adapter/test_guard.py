@@ -18,6 +18,7 @@ from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
 from aflora_dist.adapter import Adapted, AFLoRALayer
 from aflora_dist.compat.contract import is_older
 from aflora_dist.compat.transformers import checkpoint_activations
+from aflora_dist.errors import StepError
 from tests.small import add_by_transformers
 
 TOKENS, LABELS = torch.arange(1, 13).view(2, 6), torch.tensor([0, 1])
@@ -71,7 +72,7 @@ def step(model: nn.Module, forwards: int = 1) -> None:
 def test_a_second_step_is_refused(way: str) -> None:
     model = WAYS[way](AFLoRAConfig(r=2))
     step(model)
-    with pytest.raises(RuntimeError, match="nothing freezes it"):
+    with pytest.raises(StepError, match="nothing freezes it"):
         step(model)
 
 
@@ -91,7 +92,7 @@ def test_a_step_may_run_forward_as_often_as_it_likes(way: str) -> None:
     step(model, forwards=2)
     with torch.no_grad():
         loss_of(model)
-    with pytest.raises(RuntimeError, match="nothing freezes it"):
+    with pytest.raises(StepError, match="nothing freezes it"):
         loss_of(model)
 
 
@@ -103,7 +104,7 @@ def test_recomputations_are_no_steps(way: str, reentrant: bool) -> None:
     checkpoint_activations(base, use_reentrant=reentrant)
     base.enable_input_require_grads()
     step(model, forwards=2)
-    with pytest.raises(RuntimeError, match="nothing freezes it"):
+    with pytest.raises(StepError, match="nothing freezes it"):
         step(model)
 
 
@@ -138,7 +139,7 @@ def test_a_loaded_adapter_that_does_not_train_is_not_refused(tmp_path: Any) -> N
         step(loaded)
         step(injected)
     step(trained)
-    with pytest.raises(RuntimeError, match="nothing freezes it"):
+    with pytest.raises(StepError, match="nothing freezes it"):
         step(trained)
 
 
@@ -170,7 +171,7 @@ def test_attached_it_trains_detached_it_trains_on_released_it_does_not(way: str)
     train(2)
     freezing.release()
     train(1)
-    with pytest.raises(RuntimeError, match="nothing freezes it"):
+    with pytest.raises(StepError, match="nothing freezes it"):
         train(1)
     freezing = AdaptiveFreezing(accelerator, model, optimizer, config)
     train(2)
@@ -205,7 +206,7 @@ def test_the_layers_of_a_copy_have_one_guard_of_their_own() -> None:
         assert len({id(layer.guard) for layer in layers}) == 1
         Adapted(twin).attach(twin, twin)
         step(twin)
-    with pytest.raises(RuntimeError, match="nothing freezes it"):
+    with pytest.raises(StepError, match="nothing freezes it"):
         step(model)
 
 
@@ -227,7 +228,7 @@ def test_compiled_training_is_refused_too_and_the_guard_compiles_nothing_anew(wa
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(3, 6, dtype=dtype)
     (compiled(x) + compiled(x)).sum().backward()
-    with pytest.raises(RuntimeError, match="nothing freezes it"):
+    with pytest.raises(StepError, match="nothing freezes it"):
         compiled(x).sum().backward()
     (guard,) = {m.guard for m in model.modules() if isinstance(m, AFLoRALayer)}
     guard.attached = True

@@ -24,6 +24,7 @@ from transformers import (
 
 from aflora_dist import AFLoRAConfig, AFLoRAError, save_as_lora
 from aflora_dist.adapter import AFLoRALayer
+from aflora_dist.errors import ExistsError
 
 TOKENS = torch.arange(1, 13).view(2, 6)
 
@@ -187,7 +188,7 @@ def test_the_plain_lora_adapter_computes_the_same(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(bert(), tmp_path / "lora").eval()
     assert loaded.peft_config["default"].peft_type == "LORA"
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ExistsError, match="already holds an adapter; choose another folder"):
         save_as_lora(model, tmp_path / "lora")
 
 
