@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from aflora_dist.options import ModelConfig
+from aflora_dist.tasks.model import _source
 from profiling import house
 from profiling.house import FLOORS, Import, arrows, circles, imports, modules, room
 
@@ -126,6 +128,25 @@ def test_no_two_modules_define_the_same_public_name() -> None:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 where[node.name].add(file)
     assert {name for name, files in where.items() if len(files) > 1} == {*SAME_NAMES}
+
+
+def test_whoever_has_transformers_load_something_says_whether_code_may_run() -> None:
+    """None means that the terminal is asked. `hub` is what tasks/model.py says with every model."""
+    asked = {
+        f"{file}: {ast.unparse(node.func)}": {ast.unparse(word) for word in node.keywords}
+        for file, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("from_pretrained", "from_config")
+        and ast.unparse(node.func.value) not in ("PeftModel", "PeftConfig")
+    }
+    assert len(asked) > 5
+    silent = {call for call, words in asked.items() if not any(w.startswith("trust_remote_code=") for w in words)}
+    assert {call for call in silent if "**hub" not in asked[call]} == set()
+    for trust in (False, True):
+        _, hub, _ = _source(ModelConfig(trust_remote_code=trust), False)
+        assert hub["trust_remote_code"] is trust
 
 
 def test_the_house_is_drawn_from_the_imports(tmp_path: Path) -> None:

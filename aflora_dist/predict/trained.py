@@ -13,7 +13,6 @@ from accelerate.utils import DistributedType
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ..adapter.saving import parameters_by_key
 from ..compat.deepspeed import assign_sharded, is_sharded, whole_shape
@@ -24,7 +23,7 @@ from ..options import Config
 from ..serve.source import Source, read_adapter, refuse_unsound, trained_folder
 from ..store.records import CONFIG, read_settings
 from ..tasks.limits import Limits
-from ..tasks.model import base_head, fetch, load_classifier, load_language_model
+from ..tasks.model import base_head, fetch, load_classifier, load_language_model, load_tokenizer
 from ..tasks.reading import listed
 from ..training.build import shard_by_block
 from ..training.command_line import parse
@@ -181,8 +180,7 @@ def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, 
         _check_learned({name for name, _ in model.named_parameters()} & missing, trained)
     if (trained.folder / "tokenizer_config.json").is_file():
         with reading(trained.folder):
-            tokenizer = AutoTokenizer.from_pretrained(trained.folder)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            tokenizer = load_tokenizer(replace(config.model, name=str(trained.folder), revision="main"))
         model.config.pad_token_id = tokenizer.pad_token_id
     limits = Limits.of(model, config.model.name)
     if trained.adapter is not None:

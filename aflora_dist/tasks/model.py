@@ -185,15 +185,15 @@ def _outline(kind: Any, config: ModelConfig, head: dict[str, Any]) -> Any:
     return model if config.dtype else without_float16(model)
 
 
-def _config(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
+def _config(name: str, config: ModelConfig, hub: dict[str, Any]) -> Any:
     """The model's configuration, which may be anyone's: by itself it runs no code, and is not built for hours.
 
     Raises:
         AFLoRAError: It asks for a kernel of the hub, or for more layers than there can be.
     """
-    if "gguf_file" not in options:
+    if "gguf_file" not in hub:
         file = Path(name) / "config.json"
-        content = read_object(file) if file.exists() else PreTrainedConfig.get_config_dict(name, **options)[0]
+        content = read_object(file) if file.exists() else PreTrainedConfig.get_config_dict(name, **hub)[0]
         refuse_endless(content, file)
         kernel = str(content.get("attn_implementation"))
         if "/" in kernel and config.attn_implementation is None:
@@ -201,7 +201,7 @@ def _config(name: str, config: ModelConfig, options: dict[str, Any]) -> Any:
                 f"The model {config.name!r} asks for an attention whose code would be fetched and run ({kernel}). Only "
                 f"the command line can have that: --model.attn_implementation {kernel}; eager and sdpa run none."
             )
-    return AutoConfig.from_pretrained(name, **options)
+    return AutoConfig.from_pretrained(name, **hub)
 
 
 def _source(config: ModelConfig, language_model: bool) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -243,7 +243,7 @@ def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
         known = isinstance(error, (*_NOT_LOADED, *more))
         if not known and not (isinstance(error, RuntimeError) and _OF_SIZES.search(str(error))):
             raise
-        reason = refusal(error, config.name) or _unread_tokenizer(error) or one_line(error)
+        reason = refusal(error, config.name) or _unread_tokenizer(error) or _own_code(error) or one_line(error)
         raise AFLoRAError(
             f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
             f'.gguf file, or "demo".)'
@@ -258,6 +258,16 @@ def _unread_tokenizer(error: BaseException) -> str | None:
     return (
         f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the "
         f"packages {' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
+    )
+
+
+def _own_code(error: BaseException) -> str | None:
+    """What to do where transformers does not load a model whose code nobody has said may run."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return (
+        "it comes with code of its own, and only the command line can have code of others run. Read that code, then "
+        "add --model.trust_remote_code true."
     )
 
 

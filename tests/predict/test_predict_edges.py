@@ -127,3 +127,30 @@ def test_names_that_are_too_long_are_refused(
     for words in ([classifier, tmp_path / ("x" * 300 + ".csv")], ["y" * 300, reviews / "dev.csv"]):
         assert predict(*words) == 2
         assert "its name is too long" in capsys.readouterr().err
+
+
+def test_a_tokenizer_s_code_runs_where_the_command_line_says_so_and_nobody_is_asked(
+    classifier: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    run = shutil.copytree(classifier, tmp_path / "run")
+    (run / "adapter" / "own.py").write_text(
+        f"open({str(tmp_path / 'RAN')!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    told = json.loads((tiny_model / "tokenizer_config.json").read_text())
+    told |= {"auto_map": {"AutoTokenizer": [None, "own.Own"]}, "tokenizer_class": "Own"}
+    (run / "adapter" / "tokenizer_config.json").write_text(json.dumps(told))
+    shutil.copyfile(tiny_model / "tokenizer.json", run / "adapter" / "tokenizer.json")
+    (tmp_path / "rows.csv").write_text("text\ngood film\n")
+    assert predict(run, tmp_path / "rows.csv") == 2
+    assert not (tmp_path / "RAN").exists()
+    assert "--model.trust_remote_code true" in capsys.readouterr().err
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it was asked for"))
+    assert predict(run, tmp_path / "rows.csv", "--model.trust_remote_code", "true") == 0
+    assert (tmp_path / "RAN").exists()
