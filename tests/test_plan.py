@@ -406,9 +406,10 @@ def test_a_dry_run_prints_the_plan_of_its_launch_once_and_writes_nothing(
 
 def test_a_dry_run_says_that_its_folder_is_taken(arguments: list[str], tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "mine").touch()
     assert run_main([*arguments, "--dry_run"]) == 0
     assert "already holds a run (adapter)" in " ".join(capsys.readouterr().out.split())
-    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "adapter"]
+    assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / "adapter", tmp_path / "run" / "adapter" / "mine"]
 
 
 def test_freezes_of_a_training_without_end_in_sight_are_found_at_once_and_as_step_by_step() -> None:

@@ -15,9 +15,9 @@ from ..errors import AFLoRAError
 from ..notices import quiet_libraries
 from ..options import Config
 from ..store.resume import find, finished
-from ..store.rundir import RunDirectory, refuse_taken
+from ..store.rundir import RunDirectory, refuse_own_input, refuse_taken
 from ..training.build import create_accelerator
-from ..training.command_line import parse
+from ..training.command_line import parse, split_line
 from .launches import ENGINES, Launch
 from .plan import make_plan, refusal_of
 from .report import print_plan
@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int:
     quiet_libraries()
     options, rest = _own_options().parse_known_args(arguments)
     config, _ = parse(rest)
+    refuse_own_input(config, split_line(rest)[0])
     launches = _launches(options.engines, options.ranks, options.mixed_precision)
     if options.examples is not None and options.examples < 1:
         raise AFLoRAError(f"--examples must be at least 1, got {options.examples}.")

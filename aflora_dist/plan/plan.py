@@ -14,7 +14,7 @@ from ..methods import NoControl
 from ..methods.choose import create_method, lora_parameters
 from ..options import Config
 from ..store.best import check_metric
-from ..store.rundir import refuse_own_input, refuse_taken, written
+from ..store.rundir import refuse_taken, written
 from ..tasks.base import Task
 from ..tasks.batches import BatchShape, create_sampler, enough
 from ..tasks.data import unknown_task
@@ -80,7 +80,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
         engines=[_engine(config, launch, able.refused.get(launch), data, planned) for launch in launches],
         directory=config.run.dir,
         writes=written(config.run, config.method.name != "full", planned.freezes is not None),
-        directory_taken=refusal_of(refuse_taken, config.run) or refusal_of(refuse_own_input, config),
+        directory_taken=refusal_of(refuse_taken, config.run),
         assumptions=assumptions,
     )
 

@@ -11,6 +11,7 @@ import shutil
 import socket
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +23,7 @@ from ..options import Config, RunConfig
 from ..processes import on_main
 from .checkpoint import list_abandoned, list_checkpoints, step_of
 from .lock import LOCK, try_lock
-from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads
+from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads, read_config
 
 # Everything that a run writes; `overwrite` deletes these and nothing else.
 _FILES = (CONFIG, FREEZE_LOG, METRICS, RESULT)
@@ -65,7 +66,12 @@ def refuse_taken(config: RunConfig) -> None:
     there = next(at for at in (path, *path.absolute().parents) if at.exists())
     if not path.exists() and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise AFLoRAError(f"run.dir={path} cannot be made: {there} is no folder that may be written to. Name another.")
-    held = [name for name in (*_FILES, *_FOLDERS) if (path / name).exists()]
+    if _written_by_hand(path):
+        raise AFLoRAError(
+            f"{path / CONFIG} is there, and no run has written it: a run writes its own of that name. Put yours "
+            f"elsewhere, or name another folder with run.dir."
+        )
+    held = [name for name in (*_FILES, *_FOLDERS) if _holds_any(path / name)]
     goes_on = config.resume is not None and (
         config.resume == "last" or Path(config.resume).resolve().parent == (path / "checkpoints").resolve()
     )
@@ -76,14 +82,29 @@ def refuse_taken(config: RunConfig) -> None:
         )
 
 
-def refuse_own_input(config: Config) -> None:
-    """Raise AFLoRAError where run.overwrite would delete what the run reads: the model of the run that was there."""
+def _written_by_hand(path: Path) -> bool:
+    """Whether the config.yaml in a folder sets options, and is no run's: one of a run says all, these two as well."""
+    try:
+        config = read_config(path) if (path / CONFIG).exists() else None
+    except AFLoRAError:  # damaged
+        return False
+    run = config.get("run") if isinstance(config, dict) else {"overwrite": False, "resume": None}
+    return not (isinstance(run, dict) and {"overwrite", "resume"} <= run.keys())
+
+
+def refuse_own_input(config: Config, files: Sequence[str] = ()) -> None:
+    """Raise AFLoRAError where run.overwrite would delete what the run reads: the model of the run that was there.
+
+    Args:
+        files: Of options, that were read. Whose config.yaml the folder's own is, `refuse_taken` knows.
+    """
     if not config.run.overwrite:
         return
     data, folder = config.data, Path(config.run.dir)
     there = (*_FILES, *_FOLDERS, *map("abandoned_{}".format, _PUT_ASIDE))
     gone = [folder.resolve() / name for name in there]  # of a link the link alone
-    read = (config.model.name, data.path, data.name, data.train_file, data.validation_file, *data.mix)
+    read = [config.model.name, data.path, data.name, data.train_file, data.validation_file, *data.mix]
+    read += [file for file in files if Path(file).resolve() != folder.resolve() / CONFIG]
     for name in filter(None, read):
         paths = [path for path in map(Path, (name, name.partition(":")[0])) if path.exists()]  # FOLDER:SUBSET
         places = [place for path in paths for place in (path.resolve(), Path(os.path.abspath(path)))]  # through a link
@@ -109,8 +130,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _holds_any(folder: Path) -> bool:
-    return folder.is_dir() and not folder.is_symlink() and any(folder.iterdir())
+def _holds_any(path: Path) -> bool:
+    """Whether something is there, and no empty folder."""
+    try:
+        return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError:  # it cannot be looked into
+        return True
 
 
 class RunDirectory:
@@ -171,7 +196,7 @@ class RunDirectory:
         names = [*_FOLDERS, *(f"abandoned_{name}" for name in _PUT_ASIDE)]
         if (self.path / CONFIG).exists():  # else nothing says that a run wrote these
             names = [name for name in names if name not in ("tensorboard", "trackers")]
-        held = [name for name in names if name != "checkpoints" and (self.path / name).exists()]
+        held = [name for name in names if name != "checkpoints" and _holds_any(self.path / name)]
         if self.checkpoints.is_dir():
             found = sorted(path.name for path in self.checkpoints.iterdir() if not path.name.startswith(".step_"))
             held += [f"checkpoints/{name}" for name in found]
@@ -220,8 +245,9 @@ class RunDirectory:
                 (self.path / name).unlink(missing_ok=True)
             for old in (*list_checkpoints(self.checkpoints), *list_abandoned(self.checkpoints)):
                 _remove(old)
+            mine = _holds_any(self.checkpoints) and not self.checkpoints.is_symlink()  # copies of the user's
             for name in (*_FOLDERS, *(f"abandoned_{name}" for name in _PUT_ASIDE)):
-                if name != "checkpoints" or not _holds_any(self.checkpoints):  # else copies of the user's
+                if name != "checkpoints" or not mine:
                     _remove(self.path / name)
         else:
             if (self.path / "result.json").exists():

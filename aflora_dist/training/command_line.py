@@ -85,7 +85,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
             asked = next(iter(arguments[at + 1 :]), "")
             print(help_text(_parser(), _GROUPS, asked if asked in {*_GROUPS, "all"} else ""))
             raise SystemExit(0)
-    files, said = _split(arguments)
+    files, said = split_line(arguments)
     nullable = {name: type(None) in get_args(hint) for name, hint in OPTIONS.items()}
     entries: Entries = {}
     for path in files:
@@ -130,8 +130,12 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """YAML files, and values by option, with shorthands and lists without brackets written out."""
+def split_line(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """YAML files, and values by option, with shorthands and lists without brackets written out.
+
+    Raises:
+        AFLoRAError: An unknown option, or one without a value.
+    """
     files: list[str] = []
     said: dict[str, str] = {}
     rest = [*arguments]

@@ -17,7 +17,7 @@ from ..methods.choose import create_method
 from ..options import Config
 from ..processes import on_main
 from ..store.resume import finished
-from ..store.rundir import RunDirectory, refuse_own_input
+from ..store.rundir import RunDirectory
 from ..tasks.batches import Batch, move
 from ..watch.stopping import StopRequest
 from .build import Training, create_accelerator
@@ -40,7 +40,6 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
     """
     method = method or create_method(config)
     accelerator = create_accelerator(config)
-    refuse_own_input(config)
     run = RunDirectory(config.run, accelerator)
     if (result := finished(run, resolved)) is not None:
         return result

@@ -25,9 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str], undo: Callable[[], None]) -> None:
     """`aflora train`; `undo` takes back that libraries are quiet."""
     require("train", "aflora train")
-    from .command_line import parse
+    from .command_line import parse, split_line
 
     config, resolved = parse(arguments)
+    from ..store.rundir import refuse_own_input  # after parsing: a wrong option should not take seconds to find
+
+    refuse_own_input(config, split_line(arguments)[0])
     quiet = undo if config.run.verbose else quiet_libraries
     if config.run.dry_run:
         from ..plan.command import dry_run
@@ -35,7 +38,7 @@ def _run(arguments: list[str], undo: Callable[[], None]) -> None:
         quiet()
         dry_run(config, resolved)
         return
-    from .loop import train  # after parsing: a wrong option should not take seconds to find
+    from .loop import train
 
     quiet()  # DeepSpeed sets its own level on import
     result = train(config, resolved)

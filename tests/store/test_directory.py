@@ -11,8 +11,8 @@ import pytest
 from accelerate import Accelerator
 
 from aflora_dist import AFLoRAError
+from aflora_dist.cli import run as aflora
 from aflora_dist.options import RunConfig
-from aflora_dist.plan.command import main as plan
 from aflora_dist.store import checkpoint
 from aflora_dist.store.rundir import GoingOn, RunDirectory, refuse_own_input
 from aflora_dist.training.command_line import parse
@@ -129,11 +129,9 @@ def test_a_run_does_not_delete_what_it_begins_from(
     assert main(whole) == 0
     trained = files(tmp_path / "run")
     again = [*whole, "--model.name", str(tmp_path / "run" / "adapter"), "--run.overwrite", "true"]
-    for command in (main, plan):
-        capsys.readouterr()
-        assert command(again) == (2 if command is main else 0)
-        said = " ".join("".join(capsys.readouterr()).split())
-        assert f"run.overwrite=true would delete {tmp_path / 'run' / 'adapter'}, which" in said
+    for command in ("train", "plan"):
+        assert aflora([command, *again]) == 2
+        assert f"run.overwrite=true would delete {tmp_path / 'run' / 'adapter'}, which" in capsys.readouterr().err
     assert files(tmp_path / "run") == trained
     (tmp_path / "link").symlink_to(tmp_path / "run" / "adapter")
     told = {"model.name": tmp_path / "link", "data.mix": f'{{"{tmp_path}/run/adapter:main": 1}}'}
@@ -144,6 +142,33 @@ def test_a_run_does_not_delete_what_it_begins_from(
     shutil.rmtree(tmp_path / "run" / "lora", ignore_errors=True)
     (tmp_path / "run" / "lora").symlink_to(tmp_path)  # which the run would only let go
     refuse_own_input(parse([*whole, "--run.overwrite", "true", "--model.name", str(tmp_path)])[0])
+
+
+def test_options_that_a_person_wrote_are_not_deleted(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mine = folder / "config.yaml"
+    mine.write_text(f"run:\n  dir: {folder}\n  overwrite: true\ntrain:\n  epochs: 1  # for now\n")
+    begin = [str(mine), *arguments[2:], "--freezing.initial_epochs", "0"]
+    for more in ([], ["--run.overwrite", "false"], ["--run.overwrite", "false", "--resume"]):
+        assert main([*begin, *more]) == 2
+        said = capsys.readouterr().err
+        assert f"{mine} is there, and no run has written it" in said
+        assert "Put yours elsewhere" in said
+        assert "replace it" not in said
+    assert list(folder.iterdir()) == [mine]
+
+    elsewhere = mine.rename(tmp_path / "mine.yaml")
+    (folder / "checkpoints").mkdir()  # an empty folder is no run
+    assert main([str(elsewhere), *begin[1:], "--run.overwrite", "false"]) == 0
+    (folder / "trackers").mkdir()
+    within = elsewhere.rename(folder / "trackers" / "mine.yaml")
+    assert main([str(within), *begin[1:]]) == 2
+    assert f"run.overwrite=true would delete {within}, which this run reads" in capsys.readouterr().err
+    within.unlink()
+    assert main([str(mine), "--run.overwrite", "true"]) == 0  # which the run itself has written
 
 
 def test_what_a_run_leaves_behind_asks_for_no_other_one_s_end(
