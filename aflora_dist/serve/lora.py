@@ -48,7 +48,7 @@ def leave_stock(run: Path) -> None:
         AFLoRAError: It cannot be written.
     """
     out = run / LORA
-    if out.exists() or not (run / "adapter" / "adapter_config.json").is_file():
+    if (out.exists() and any(out.iterdir())) or not (run / "adapter" / "adapter_config.json").is_file():
         return
     source = read_adapter(run, any_method=True)
     if source.layers:

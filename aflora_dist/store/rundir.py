@@ -138,6 +138,16 @@ def _holds_any(path: Path) -> bool:
         return True
 
 
+def _stays(path: Path) -> bool:
+    """Whether a folder is left where a run begins anew: a link to an empty one, as on a faster disk, is the run's.
+
+    Among checkpoints the user's own copies may lie; of what else a link leads to the run's part is not known.
+    """
+    if path.name == "checkpoints" and path.is_dir():
+        return path.is_symlink() or _holds_any(path)
+    return path.is_symlink() and path.is_dir() and not _holds_any(path)
+
+
 class RunDirectory:
     """The directory of one run. Looked at when created; nothing changes in it before `claim`.
 
@@ -245,9 +255,8 @@ class RunDirectory:
                 (self.path / name).unlink(missing_ok=True)
             for old in (*list_checkpoints(self.checkpoints), *list_abandoned(self.checkpoints)):
                 _remove(old)
-            mine = _holds_any(self.checkpoints) and not self.checkpoints.is_symlink()  # copies of the user's
             for name in (*_FOLDERS, *(f"abandoned_{name}" for name in _PUT_ASIDE)):
-                if name != "checkpoints" or not mine:
+                if not _stays(self.path / name):
                     _remove(self.path / name)
         else:
             if (self.path / "result.json").exists():

@@ -181,14 +181,25 @@ def test_what_a_run_leaves_behind_asks_for_no_other_one_s_end(
     assert files(tmp_path / "run") == kept
 
 
-def test_folders_that_are_links_are_let_go_and_what_they_lead_to_stays(arguments: list[str], tmp_path: Path) -> None:
-    (scratch := tmp_path / "scratch").mkdir()
-    (scratch / "mine").touch()
+def test_folders_that_are_links_stay_where_they_are_empty_or_of_checkpoints(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoints", "adapter", "lora", "tensorboard"):
+        (tmp_path / "scratch" / name).mkdir(parents=True)
+        (tmp_path / "run" / name).symlink_to(tmp_path / "scratch" / name)
     assert main(arguments) == 0
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    (tmp_path / "run" / "checkpoints").symlink_to(scratch)
+    (tmp_path / "scratch" / "checkpoints" / "mine").touch()
+    saved = sorted(path.name for path in (tmp_path / "scratch" / "checkpoints").iterdir())
+    for name in ("adapter", "lora"):
+        assert (tmp_path / "scratch" / name / "adapter_config.json").exists()
+    kept = files(tmp_path / "scratch" / "adapter")
+    (tmp_path / "scratch" / "checkpoints" / "step_00000099").mkdir()
     assert main([*arguments, "--run.overwrite", "true"]) == 0
-    assert [path.name for path in scratch.iterdir()] == ["mine"]
+    assert sorted(path.name for path in (tmp_path / "scratch" / "checkpoints").iterdir()) == saved
+    assert (tmp_path / "run" / "checkpoints").is_symlink()
+    assert not (tmp_path / "run" / "adapter").is_symlink()  # the run's part of what it led to is not known
+    assert files(tmp_path / "scratch" / "adapter") == kept
 
 
 def test_a_damaged_line_takes_no_other_with_it(arguments: list[str], tmp_path: Path) -> None:
