@@ -82,7 +82,9 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
     kept: list[Partial] = []  # on the main process
 
     def begin() -> int:
-        kept.append(held.enter_context(closing(Partial(output.path, _identity(output.file, trained, new)))))
+        kept.append(
+            held.enter_context(closing(Partial(output.path, _identity(output.file, trained, asked.tokens, new))))
+        )
         return kept[0].rows
 
     def go_on(start: int, done: Any) -> int:
@@ -117,19 +119,18 @@ def _listed(names: list[str]) -> str:
     return f"the new column{'s' if len(names) > 1 else ''} {shown}{f' and {len(names) - 4} more' if names[4:] else ''}"
 
 
-def _identity(file: Path, trained: Any, new: list[str]) -> str:
-    """What a prediction hangs on: the file, the model, and how both are read."""
-    from ..store.fingerprint import of_weights
+def _identity(file: Path, trained: Any, tokens: Any, new: list[str]) -> str:
+    """What a prediction hangs on: the file, as tokens too, the adapter and its base model, and how all are read."""
+    from ..store.fingerprint import of_examples, of_settings, of_weights
+    from ..tasks.model import resolve_name
     from ..version import __version__
 
-    weights = of_weights(str(trained.folder), None)
-    if weights is None:
-        held = sorted(trained.folder.glob("adapter_model.*"))
-        weights = " ".join(_digest(path) for path in held)
     config = trained.config
+    base = resolve_name(config.model.name, trained.says == "an answer"), config.model.revision
+    held = [_digest(file), of_examples([tokens]), of_weights(*base), of_settings(*base)]
+    held += [_digest(path) for path in sorted(trained.folder.glob("adapter_*.*")) if path.is_file()]
     settings = [asdict(config.model), asdict(config.data), new, trained.labels, __version__]
-    told = json.dumps([_digest(file), weights, settings], default=str)
-    return hashlib.sha256(told.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([held, settings], default=str).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

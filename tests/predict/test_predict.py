@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,44 @@ def test_what_was_done_is_not_done_again(
     assert asked == [0, 10, 20, 30]
     assert out.read_bytes() == (tmp_path / "undisturbed.csv").read_bytes()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_part_that_another_base_or_another_tokenizer_predicted_is_not_gone_on_with(
+    classifier: Path,
+    tiny_model: Path,
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(asking._Labels, "part", 10)
+    original: Callable[..., Any] = asking._Labels.predict
+
+    def stops(self: Any, start: int, stop: int, done: Any) -> Any:
+        if start:
+            raise KeyboardInterrupt
+        return original(self, start, stop, done)
+
+    def started() -> int:
+        return predict(classifier, reviews / "dev.csv", "--out", tmp_path / "out.csv", "--model.name", base)
+
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        with monkeypatch.context() as patched:
+            patched.setattr(asking._Labels, "predict", stops)
+            assert started() == 130
+        if name == "model.safetensors":
+            tensors = load_file(base / name)
+            tensors["encoder.layer.0.attention.self.query.weight"] += 1
+            save_file(tensors, base / name, {"format": "pt"})
+        else:
+            old, new = {"config.json": ('"gelu"', '"relu"'), "tokenizer.json": ('"good"', '"goods"')}[name]
+            text = (base / name).read_text()
+            assert old in text
+            (base / name).write_text(text.replace(old, new))
+        assert started() == 2
+        assert "a part of another prediction" in capsys.readouterr().err
+        (tmp_path / ".out.csv.partial").unlink()
 
 
 def test_what_cannot_be_predicted_is_refused_before_the_model_is_loaded(
