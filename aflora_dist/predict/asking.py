@@ -61,12 +61,14 @@ class _Labels:
         whole = read_table(file, {*self.texts, data.label_column, *data.columns.values()})
         self.columns, self.table = whole.columns, whole.renamed(data.columns)
         for column, source in data.columns.items():
-            if "--data.columns" in trained.said and column in self.texts and source not in whole.header:
+            if "data.columns" in trained.said and column in self.texts and source not in whole.header:
                 raise whole.lacks(source)
         for column in self.texts:
             if column not in self.table.columns:
                 raise AFLoRAError(f"{self.table.lacks(column)} --data.text_columns says which hold the text.")
             self.table.check_text(column)
+        if "data.label_column" in trained.said and data.label_column not in self.table.columns:
+            raise self.table.lacks(data.label_column)
         if not 1 <= len(self.texts) <= 2 or len({*self.texts}) < len(self.texts):
             raise AFLoRAError(f"data.text_columns names one column, or two different ones, not {self.texts}.")
         if data.label_column in self.table.columns:
@@ -151,7 +153,7 @@ class _Labels:
 def _text_columns(trained: TrainedModel) -> list[str]:
     """Which columns hold what is read: GLUE's own names, where nothing else was said."""
     data = trained.config.data
-    task = None if "--data.text_columns" in trained.said else TASKS.get(data.task)
+    task = None if "data.text_columns" in trained.said else TASKS.get(data.task)
     return [*data.text_columns] if task is None else [*task.text_columns]
 
 
@@ -170,7 +172,7 @@ class _Answers:
         self.config, self.file = trained.config, file
         data = self.config.data
         self.table, self.prompts = load_prompts(file, data)
-        if "--data.columns" in trained.said and not {*data.columns.values()} & {*self.table.header}:
+        if "data.columns" in trained.said and not {*data.columns.values()} & {*self.table.header}:
             raise self.table.lacks(next(iter(data.columns.values()), ""))
         self.columns = read_table(file, set()).columns
         self.rows = len(self.table.lines)

@@ -23,8 +23,9 @@ RUN is a run's directory, an adapter's folder (of any of PEFT's methods), a mode
 kept, and `prediction` comes behind them; with classes probability_CLASS for each, too.
 On several processes: accelerate launch -m aflora_dist.predict RUN FILE [--out OUT]."""
 _OPTIONS = """Options of `aflora train` go before those of the run: --data.text_columns review (one column, or two for
-pairs), --train.eval_batch_size 256, --data.max_length 512, --data.max_new_tokens 64, --model.name /other/place/of/base,
---model.trust_remote_code true."""
+pairs), --data.label_column stars, --data.positive_label yes, --data.columns.prompt question, --data.max_length 512,
+--data.pad_to_max_length true, --data.max_new_tokens 64, --data.system TEXT, --train.eval_batch_size 256, --model.name
+/other/place/of/base, --model.trust_remote_code true, and revision, dtype, attn_implementation and quantize of model."""
 
 
 def main(arguments: list[str] | None = None) -> int:

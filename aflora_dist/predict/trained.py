@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +26,14 @@ from ..tasks.limits import Limits
 from ..tasks.model import base_head, fetch, load_classifier, load_language_model, load_tokenizer
 from ..tasks.reading import listed
 from ..training.build import shard_by_block
-from ..training.command_line import parse
+from ..training.command_line import parse, said_options
 from ..untrusted import read_object, reading
 from ..weights import weight_files
 
+_READ = {f"model.{option}" for option in ("name", "revision", "dtype", "attn_implementation", "quantize")}
+_READ |= {"model.trust_remote_code", "data.columns", "data.max_length", "train.eval_batch_size"}
+_OF_LABELS = {"data.text_columns", "data.label_column", "data.positive_label", "data.pad_to_max_length"}
+_OF_ANSWERS = {"data.max_new_tokens", "data.system"}
 _FETCHED = ("*.json", "*.safetensors", "adapter_model.bin", "*.jinja", "*.txt", "*.model", "config.yaml")
 
 
@@ -43,7 +47,7 @@ class TrainedModel:
         adapter: What is known of the adapter; None: the folder is a whole model's.
         labels: Class names by number; None where there are no classes.
         says: What it says of a row.
-        said: The options that the command line names.
+        said: The options that the command line names, as GROUP.KEY.
     """
 
     folder: Path
@@ -61,10 +65,19 @@ def find_trained(name: str, options: list[str]) -> TrainedModel:
         options: Of `aflora train`, as `--GROUP.KEY VALUE`: they go before those of the run.
 
     Raises:
-        AFLoRAError: There is none, or it says nothing of texts.
+        AFLoRAError: There is none, or it says nothing of texts; or predicting does not read one of the options.
     """
-    said = frozenset(word.partition("=")[0] for word in options if word.startswith("--"))
-    return replace(_found(name, options), said=said)
+    said = frozenset(said_options(options))
+    _refuse_unread(said - _READ - _OF_LABELS - _OF_ANSWERS, "Predicting")
+    trained = replace(_found(name, options), said=said)
+    answers = trained.says == "an answer"
+    _refuse_unread(said & (_OF_LABELS if answers else _OF_ANSWERS), f"A model that says {trained.says}")
+    return trained
+
+
+def _refuse_unread(options: Set[str], who: str) -> None:
+    for option in sorted(options):
+        raise AFLoRAError(f"{who} does not read {option}. Leave it out; `aflora predict --help` says what is read.")
 
 
 def _found(name: str, options: list[str]) -> TrainedModel:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser, set_dumper
 
 from ..errors import AFLoRAError
@@ -158,6 +160,22 @@ def split_line(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         else:
             said[name] = _bracketed(value) if "list[" in str(OPTIONS.get(name)) else value
     return files, said
+
+
+def said_options(arguments: list[str]) -> set[str]:
+    """The options that a command line without a first file says, as GROUP.KEY, however it does; "config" for a file.
+
+    Raises:
+        AFLoRAError: As `split_line`.
+    """
+    files, said = split_line(["", *arguments])
+    found = {"config"} if files[1:] else set()
+    for option, text in said.items():
+        group, name = None, next((free for free in _FREE if option.startswith(f"{free}.")), option)
+        with suppress(yaml.YAMLError):  # which `parse` refuses
+            group = yaml.safe_load(text) if name in _GROUPS else None
+        found |= {f"{name}.{key}" for key in group} if isinstance(group, dict) else {name}
+    return found
 
 
 def _bracketed(value: str) -> str:

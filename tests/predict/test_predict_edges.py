@@ -62,12 +62,30 @@ def test_an_adapter_that_diverged_labels_nothing(
         (["--data.text_columns", "[text,text]"], "names one column, or two different ones"),
         (["--data.max_length", "2"], "data.max_length=2 leaves nothing of the texts"),
         (["--data.columns", '{"text": "reveiw"}'], "has no column 'reveiw'"),
+        (["--data.columns.text", "reveiw"], "has no column 'reveiw'"),
+        (["--data", '{"columns": {"text": "reveiw"}}'], "has no column 'reveiw'"),
+        (["--data.label_column", "stars"], "has no column 'stars'"),
+        (["--data={label_column: stars}"], "has no column 'stars'"),
+        (["--data.max_new_tokens", "3"], "data.max_new_tokens is for data.task=sft"),
+        (["--run.overwrite", "true"], "does not read run.overwrite"),
+        (["--resume"], "does not read run.resume"),
+        (["--preset", "glue/rte"], "does not read preset"),
+        (["--adapter", '{"r": 9}'], "does not read adapter.r"),
+        (["--data.task", "sst2"], "does not read data.task"),
+        (["--config", "rows.yaml"], "does not read config"),
     ],
 )
-def test_options_are_checked_as_in_training(
-    words: list[str], expected: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_options_are_checked_as_in_training_and_read_however_they_are_said(
+    words: list[str],
+    expected: str,
+    classifier: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text("text,label,n\ngood film,positive,1\n")
+    (tmp_path / "rows.yaml").write_text("data:\n  max_length: 9\n")
     assert predict(classifier, tmp_path / "rows.csv", *words) == 2
     assert expected in capsys.readouterr().err
 
@@ -83,7 +101,7 @@ def test_a_column_of_text_that_is_named_is_read_in_glue_s_runs_too(tiny_model: P
     assert train(_without(line, "--data.train_file", "--data.validation_file")) == 0
     (tmp_path / "rows.csv").write_text("sentence,text\ngood film,bad plot\n")
     (tmp_path / "turned.csv").write_text("sentence\nbad plot\n")
-    assert predict(tmp_path / "run", tmp_path / "rows.csv", "--data.text_columns", "text") == 0
+    assert predict(tmp_path / "run", tmp_path / "rows.csv", "--data", '{"text_columns": ["text"]}') == 0
     assert predict(tmp_path / "run", tmp_path / "turned.csv") == 0
     (named,), (alone,) = (read(tmp_path / f"{name}.predicted.csv") for name in ("rows", "turned"))
     assert [named[key] for key in named if "probability" in key] == [alone[key] for key in alone if "prob" in key]
@@ -99,7 +117,9 @@ def test_prompts_under_another_name_are_told_of(
     (tmp_path / "asked.csv").write_text("question\nAda has 2\n")
     assert predict(talker, tmp_path / "asked.csv") == 2
     assert "question" in capsys.readouterr().err
-    assert predict(talker, tmp_path / "asked.csv", "--data.columns", '{"prompt": "question"}') == 0
+    assert predict(talker, tmp_path / "asked.csv", "--data.label_column", "question") == 2
+    assert "A model that says an answer does not read data.label_column" in capsys.readouterr().err
+    assert predict(talker, tmp_path / "asked.csv", "--data.columns.prompt", "question") == 0
 
 
 def test_an_answer_without_a_number_is_told_of(
