@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,10 @@ from ..errors import AFLoRAError, one_line
 from ..hub import snapshot
 from ..methods.autocast import match_autocast
 from ..options import Config
-from ..serve.source import Source, read_adapter, refuse_unsound, trained_folder
+from ..serve.source import Source, check_base, read_adapter, refuse_unsound, trained_folder
 from ..store.records import CONFIG, read_settings
 from ..tasks.limits import Limits
-from ..tasks.model import base_head, fetch, load_classifier, load_language_model, load_tokenizer
+from ..tasks.model import base_head, fetch, load_classifier, load_language_model, load_tokenizer, resolve_name
 from ..tasks.reading import listed
 from ..training.build import shard_by_block
 from ..training.command_line import parse, said_options
@@ -104,7 +105,8 @@ def _found(name: str, options: list[str]) -> TrainedModel:
         return TrainedModel(source.folder, config, source, None, "a number")
     names = source.labels
     if run is None or names is None:  # somebody else's: then the base model's configuration says it
-        base_names, several = base_head(config.model)
+        with _base_moved(config):
+            base_names, several = base_head(config.model)
         if several and run is None and len(base_names) == outputs:  # a head of the adapter's own is of one label
             raise _several(config.model.name)
         names = names or base_names
@@ -154,6 +156,18 @@ def _config(run: Path | None, base: list[str], answers: bool, options: list[str]
     return parse([str(run / CONFIG), *trains, "--run.dir", str(run), "--run.overwrite", "false", *options])[0]
 
 
+@contextmanager
+def _base_moved(config: Config) -> Iterator[None]:
+    """Add to an error over a base model that is not there how it is named: its path was one of then."""
+    try:
+        yield
+    except AFLoRAError as error:
+        name = config.model.name
+        if name == "demo" or Path(name).exists():
+            raise
+        raise AFLoRAError(f"{error} If {name} was a folder, name where it is now: --model.name FOLDER.") from None
+
+
 def _names(known: list[str], outputs: int) -> list[str]:
     return known if len(known) == outputs else [f"LABEL_{number}" for number in range(outputs)]
 
@@ -185,7 +199,13 @@ def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, 
         for key, tensor in _weights(trained.adapter).items():
             if tensor.is_floating_point():
                 refuse_unsound(trained.adapter.folder, key, tensor)
-    fetch(config.model, language_model=answers)
+    with _base_moved(config):
+        fetch(config.model, language_model=answers)
+    if trained.adapter is not None and "model.name" not in trained.said:
+        found = Path(resolve_name(config.model.name, answers))
+        notes = check_base(trained.adapter, config.model.name, found, "--model.name", config.model.revision)
+        if accelerator.is_main_process:
+            print(*(f"aflora: note: {sentence}\n" for sentence in notes), sep="", end="", flush=True)
     if answers:
         model, tokenizer = load_language_model(config.model, accelerator)
     else:

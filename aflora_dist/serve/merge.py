@@ -19,7 +19,7 @@ from ..names import of_base
 from ..untrusted import read_object, reading
 from .base import Shards, Skeleton, beside_weights, find_base, load_config
 from .card import write_card
-from .source import TOKENIZER, Source, new_folder, read_adapter
+from .source import TOKENIZER, Source, check_base, new_folder, read_adapter
 
 
 def merge(
@@ -52,6 +52,7 @@ def merge(
         raise AFLoRAError(f"{source.folder} does not name its base model: name it with --base.")
     with new_folder(out, "The merged model") as folder:  # looks at `out` before anything is fetched
         base_folder = find_base(name, None if base else source.config["revision"])
+        unsure = [] if base else check_base(source, name, base_folder, "--base")
         merged = Merged(source, base_folder, trust_remote_code)
         write_shards(merged.tensors(), folder, shard_bytes)
         merged.config.save_pretrained(folder)
@@ -60,22 +61,9 @@ def merge(
         if merged.padding is not None and (generation := folder / "generation_config.json").exists():
             settings = {**read_object(generation), "pad_token_id": merged.padding}
             generation.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        said = merged.notes()
-        if base is None:
-            said += unsure_of_base(source, base_folder)
+        said = merged.notes() + unsure
         write_card(folder, source, "merge", run, out, said)
     return source.problems + said
-
-
-def unsure_of_base(source: Source, folder: Path) -> list[str]:
-    """A path that is another one in another working directory."""
-    name = source.config["base_model_name_or_path"]
-    if Path(name).is_absolute() or not Path(name).is_dir():
-        return []
-    return [
-        f"The adapter names its base model by a relative path, {name}, and {folder.resolve()} was taken: if it was "
-        f"trained on another model, name that one with --base."
-    ]
 
 
 class Merged:

@@ -22,6 +22,7 @@ from ..adapter import read_labels
 from ..errors import AFLoRAError, writing
 from ..names import of_base
 from ..store.checkpoint import StoredTensors
+from ..store.fingerprint import of_weights
 from ..store.records import CONFIG, Result, Settings, read_result, read_settings
 from ..tasks.glue import TASKS
 from ..untrusted import check_copied, read_object, reading
@@ -185,6 +186,35 @@ def read_adapter(path: Path, any_method: bool = False) -> Source:
         if not {"aflora", "modules_to_save", "original_module"} & {*key.split(".")}
     }
     return Source(folder, config, tensors, layers, whole, *_run(folder.parent))
+
+
+def check_base(source: Source, name: str, found: Path, option: str, revision: str | None = None) -> list[str]:
+    """What to mind of a base model that the adapter, or its run, names: a path is another one in another folder.
+
+    Args:
+        found: Where it lies; or its hub id.
+        option: By which another one is named.
+
+    Raises:
+        AFLoRAError: It has other weights than the one that was trained.
+    """
+    trained = None if source.result is None else source.result.base_weights
+    if trained is not None:
+        with reading(found):
+            here = of_weights(str(found), revision)
+        if here == trained:
+            return []
+        if here is not None:
+            raise AFLoRAError(
+                f"{found} has other weights than the base model that the adapter in {source.folder} was trained on, "
+                f"which its run calls {name}. Name the folder of that one with {option}."
+            )
+    if Path(name).is_absolute() or not Path(name).is_dir():
+        return []
+    return [
+        f"The adapter names its base model by a relative path, {name}, and {found.resolve()} was taken: if it was "
+        f"trained on another model, name that one with {option}."
+    ]
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:

@@ -78,6 +78,7 @@ class Result:
         best_metric: By what it was chosen.
         labels: Class names by number, of a classifier.
         traces: Relative to the run's directory.
+        base_weights: What `fingerprint.of_weights` says of the model that was trained.
     """
 
     task: str
@@ -105,6 +106,7 @@ class Result:
     freeze_events: int | None
     freeze_seconds_total: float | None
     traces: list[str]
+    base_weights: str | None
 
 
 @dataclass(frozen=True)

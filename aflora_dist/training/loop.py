@@ -93,6 +93,7 @@ def train(config: Config, resolved: str, method: Method | None = None) -> dict[s
         save_adapter(training)
         written = [str(path.relative_to(run.path)) for path in traces.written]
         result = log.finished(task, method.name, written, best)
+        result["base_weights"] = checkpointer.data["base weights"]
     run.finish(result)
     accelerator.wait_for_everyone()
     accelerator.end_training()

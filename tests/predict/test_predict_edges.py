@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from aflora_dist.cli import run as aflora
 from aflora_dist.tasks.labels import given_labels
 from aflora_dist.tasks.reading import read_table
 from aflora_dist.training.run import main as train
@@ -174,3 +175,34 @@ def test_a_tokenizer_s_code_runs_where_the_command_line_says_so_and_nobody_is_as
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it was asked for"))
     assert predict(run, tmp_path / "rows.csv", "--model.trust_remote_code", "true") == 0
     assert (tmp_path / "RAN").exists()
+
+
+def test_a_base_model_that_is_named_by_a_path_is_the_one_of_then(
+    classifier: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another folder of that name may lie where the command is given: the run knows the weights of its own."""
+    run = shutil.copytree(classifier, tmp_path / "run")
+    for file in (run / "config.yaml", run / "adapter" / "adapter_config.json"):
+        file.write_text(file.read_text().replace(str(tiny_model), "base"))
+    (tmp_path / "rows.csv").write_text("text\ngood film\n")
+    monkeypatch.chdir(tmp_path)
+
+    def said(*more: Any, status: int = 2) -> str:
+        assert predict("run", "rows.csv", "--overwrite", *more) == status
+        return "".join(capsys.readouterr())
+
+    assert "If base was a folder, name where it is now: --model.name FOLDER" in said()
+    assert "note" not in said("--model.name", tiny_model, status=0)
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    assert "note" not in said(status=0)
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    assert "base has other weights than the base model that the adapter in run/adapter was trained on" in said()
+    assert aflora(["merge", "run", "merged"]) == 2
+    assert "base has other weights" in capsys.readouterr().err
+    (run / "result.json").unlink()
+    assert f"by a relative path, base, and {base} was taken" in said(status=0)
