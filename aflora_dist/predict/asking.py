@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,7 +24,7 @@ from ..tasks.glue import TASKS
 from ..tasks.labels import given_labels
 from ..tasks.limits import Limits
 from ..tasks.metrics import compute
-from ..tasks.reading import listed, read_table, shown
+from ..tasks.reading import listed, plain_header, read_table, shown
 from ..tasks.sft.answers import Answer, generate_answers, last_number
 from ..tasks.sft.batching import PromptCollator
 from ..tasks.sft.encode import Encoder
@@ -50,15 +53,22 @@ class _Labels:
         rows: How many it has.
         new: The names of what is predicted of each.
         part: So many rows are predicted, and kept, at a time.
+        plain: It is a TSV without quoting, see `read_table`.
     """
 
     part = 16_384  # long texts are batched with long ones among so many
+    plain = False
 
     def __init__(self, file: str, trained: TrainedModel) -> None:
         self.config, self.labels = trained.config, trained.labels
-        data = self.config.data
         self.texts = _text_columns(trained)
-        whole = read_table(file, {*self.texts, data.label_column, *data.columns.values()})
+        if own := _own_columns(file, self.config.data.task):
+            self.plain, said = True, trained.said
+            self.texts = self.texts if "data.text_columns" in said else own[:-1]
+            label = self.config.data.label_column if "data.label_column" in said else own[-1]
+            self.config = replace(self.config, data=replace(self.config.data, label_column=label))
+        data = self.config.data
+        whole = read_table(file, {*self.texts, data.label_column, *data.columns.values()}, self.plain)
         self.columns, self.table = whole.columns, whole.renamed(data.columns)
         for column, source in data.columns.items():
             if "data.columns" in trained.said and column in self.texts and source not in whole.header:
@@ -157,6 +167,15 @@ def _text_columns(trained: TrainedModel) -> list[str]:
     return [*data.text_columns] if task is None else [*task.text_columns]
 
 
+def _own_columns(file: str, name: str) -> list[str]:
+    """Columns of text and of the label, as GLUE's own TSV of this task calls them; none of another file."""
+    task, path = TASKS.get(name), Path(file)
+    if task is None or path.suffix.lower() != ".tsv" or not os.access(path, os.R_OK) or path.is_dir():
+        return []
+    columns = [str(column) for column in task.tsv_columns]
+    return columns if {*columns[:-1]} <= {*plain_header(path)} else []
+
+
 def _shortest(value: Any) -> float:
     """A float32 as the shortest decimal number that stands for it."""
     return float(str(np.float32(value)))
@@ -165,7 +184,7 @@ def _shortest(value: Any) -> float:
 class _Answers:
     """As `_Labels`, of prompts that a language model answers, greedily, as in the evaluation of a training."""
 
-    part = 512
+    part, plain = 512, False
     new: list[str]
 
     def __init__(self, file: str, trained: TrainedModel) -> None:

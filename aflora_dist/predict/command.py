@@ -76,6 +76,7 @@ def _predict(output: Any, trained: Any, prefix: str) -> None:
     quiet_libraries()  # DeepSpeed sets its own level on import
     accelerator = create_accelerator(for_ranks(trained.config, launched_processes()))
     asked = asking(str(output.file), trained)
+    output.plain = asked.plain
     new = [prefix + name for name in asked.new]
     on_main(accelerator, lambda: output.check(asked.columns, new))
     model, tokenizer, limits = load_trained(trained, accelerator)

@@ -35,13 +35,14 @@ class Output:
 
     Attributes:
         path: What is written.
+        plain: Of what is read, as `read_table` has it.
 
     Raises:
         AFLoRAError: It is there already, is the file that is read, is of no known kind, or its folder is missing.
     """
 
     def __init__(self, file: Path, out: Path | None, overwrite: bool) -> None:
-        self.file, self.overwrite = file, overwrite
+        self.file, self.overwrite, self.plain = file, overwrite, False
         self.path = path = file.with_name(f"{file.stem}.predicted{file.suffix}") if out is None else out
         if path.suffix.lower() not in _KINDS:
             raise AFLoRAError(f"{path}: what kind of file is meant? Let its name end in {', '.join(_KINDS)}.")
@@ -106,7 +107,7 @@ class Output:
     def _write(
         self, path: Path, columns: Sequence[str], new: Sequence[str], values: Callable[[], Iterator[Values]]
     ) -> None:
-        kind, rows = self.path.suffix.lower(), zip(whole_rows(self.file), values(), strict=True)
+        kind, rows = self.path.suffix.lower(), zip(whole_rows(self.file, self.plain), values(), strict=True)
         records = (_record(row, columns, new, of_row) for row, of_row in rows)
         if kind == ".parquet":
             held = list(records)

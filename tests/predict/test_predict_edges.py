@@ -91,7 +91,9 @@ def test_options_are_checked_as_in_training_and_read_however_they_are_said(
     assert expected in capsys.readouterr().err
 
 
-def test_a_column_of_text_that_is_named_is_read_in_glue_s_runs_too(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_column_of_text_that_is_named_is_read_in_glue_s_runs_too(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "glue" / "SST-2"
     folder.mkdir(parents=True)
     for split, rows in (("train", 16), ("dev", 4)):
@@ -104,6 +106,11 @@ def test_a_column_of_text_that_is_named_is_read_in_glue_s_runs_too(tiny_model: P
     (tmp_path / "turned.csv").write_text("sentence\nbad plot\n")
     assert predict(tmp_path / "run", tmp_path / "rows.csv", "--data", '{"text_columns": ["text"]}') == 0
     assert predict(tmp_path / "run", tmp_path / "turned.csv") == 0
+    (tmp_path / "glue.tsv").write_text('sentence\tlabel\n"good" film\t1\n"bad\t0\n')
+    assert predict(tmp_path / "run", tmp_path / "glue.tsv") == 0  # without quoting, as GLUE's files are
+    assert "(2 rows with a label in column 'label')" in capsys.readouterr().out
+    found = [line.split("\t")[:2] for line in (tmp_path / "glue.predicted.tsv").read_text().splitlines()]
+    assert found == [["sentence", "label"], ['"good" film', "1"], ['"bad', "0"]]
     (named,), (alone,) = (read(tmp_path / f"{name}.predicted.csv") for name in ("rows", "turned"))
     assert [named[key] for key in named if "probability" in key] == [alone[key] for key in alone if "prob" in key]
 

@@ -4,7 +4,7 @@ What comes out is what the file holds: cells of CSV and TSV are text, JSON and p
 is guessed from values, no row is left out, and what cannot be read is an error that names the line.
 """
 
-from .delimited import Row, is_plain, plain_rows, read_columns
+from .delimited import Row, is_plain, plain_header, plain_rows, read_columns
 from .json_values import as_json_column, exact, told_apart
 from .lines import LINE, listed, shown
 from .table import Rows, read_table
@@ -18,6 +18,7 @@ __all__ = [
     "exact",
     "is_plain",
     "listed",
+    "plain_header",
     "plain_rows",
     "read_columns",
     "read_table",

@@ -36,6 +36,11 @@ def read_tsv(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[p
     return read_columns(path, delimited_rows(path), wanted, "tab")
 
 
+def read_plain(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
+    """As `read_tsv`, of a file in which quotes are known to be text."""
+    return read_columns(path, plain_rows(path), wanted, "tab")
+
+
 def delimited_rows(path: Path) -> Iterator[Row]:
     """The rows of a CSV or TSV, the header first."""
     if path.suffix.lower() == ".csv":
@@ -45,8 +50,12 @@ def delimited_rows(path: Path) -> Iterator[Row]:
 
 def is_plain(path: Path) -> bool:
     """Whether the cells of a TSV are what stands between its tabs: no name in its header is in quotes."""
-    _, header = next(plain_rows(path), (0, [""]))
-    return not any(name.startswith('"') for name in header)
+    return not any(name.startswith('"') for name in plain_header(path))
+
+
+def plain_header(path: Path) -> list[str]:
+    """The names in a TSV's first line, with their quotes."""
+    return next(plain_rows(path), (0, [""]))[1]
 
 
 def plain_rows(path: Path) -> Iterator[Row]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from ...errors import AFLoRAError
 from ...processes import first_on_node
 from ..kept import cache_folder, found_or_made, key, put_in_place
-from .delimited import read_csv, read_tsv
+from .delimited import read_csv, read_plain, read_tsv
 from .json_rows import read_json
 from .json_values import exact
 from .lines import LINE, listed, refuse_other_files, shown
@@ -139,12 +139,13 @@ class Rows:
             raise AFLoRAError(f"{self.where(row)}: it has {said} in column {column!r}, which is not text.{hint}")
 
 
-def read_table(name: str, wanted: Collection[str]) -> Rows:
+def read_table(name: str, wanted: Collection[str], plain: bool = False) -> Rows:
     """Columns of a CSV, TSV, JSON (lines) or parquet file. A collective.
 
     Args:
         name: The file's path, taken as it is written, but for ~.
         wanted: The columns to read, where the file has them. Others may hold what they will.
+        plain: It is a TSV in which a quote at the start of a cell is text, as in GLUE's.
 
     Raises:
         AFLoRAError: On every rank: it is not there, cannot be read, or holds no row; with the line.
@@ -153,21 +154,22 @@ def read_table(name: str, wanted: Collection[str]) -> Rows:
     def load() -> Rows:
         path = _existing(name)
         try:
-            return _kept(path, wanted)
+            return _kept(path, wanted, plain)
         except OSError as error:
             raise AFLoRAError(f"{path} could not be read: {error.strerror or error}.") from None
 
     return first_on_node(load)
 
 
-def read_rows(path: Path, wanted: Collection[str]) -> Iterator[pa.Table]:
+def read_rows(path: Path, wanted: Collection[str], plain: bool = False) -> Iterator[pa.Table]:
     """As they are kept, piece by piece: the lines, with the names of all columns as metadata, and the wanted columns.
 
     Raises:
         AFLoRAError: It cannot be read, or holds no row.
     """
     refuse_other_files(path)
-    columns, pieces = _READERS[path.suffix.lower()](path, wanted)
+    reader = read_plain if plain else _READERS[path.suffix.lower()]
+    columns, pieces = reader(path, wanted)
     empty = True
     for piece in pieces:
         lines = piece.schema.field(LINE).with_metadata({"columns": json.dumps(columns)})  # a table's own is overwritten
@@ -196,13 +198,13 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _kept(path: Path, wanted: Collection[str]) -> Rows:
+def _kept(path: Path, wanted: Collection[str], plain: bool) -> Rows:
     with path.open("rb") as file:  # a file that was changed is another one, whatever its name and time
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    kept = cache_folder() / f"{key(content, path.suffix.lower(), sorted(wanted))}.arrow"
+    kept = cache_folder() / f"{key(content, 'plain' if plain else path.suffix.lower(), sorted(wanted))}.arrow"
 
     def make(missing: list[Path], folder: Path) -> None:
-        pieces = read_rows(path, wanted)
+        pieces = read_rows(path, wanted, plain)
         first = next(pieces)
         with pa.ipc.new_stream(str(folder / kept.name), first.schema) as stream:
             for piece in itertools.chain([first], pieces):
@@ -210,7 +212,7 @@ def _kept(path: Path, wanted: Collection[str]) -> Rows:
         put_in_place(folder / kept.name, kept)
 
     def make_in_memory() -> datasets.Dataset:
-        return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(read_rows(path, wanted))))
+        return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(read_rows(path, wanted, plain))))
 
     rows = found_or_made(f"rows of {path}", {kept: None}, make, make_in_memory)
     return Rows(

@@ -8,18 +8,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from .delimited import delimited_rows
+from .delimited import delimited_rows, plain_rows
 from .json_rows import json_rows
 
 
-def whole_rows(path: Path) -> Iterator[list[str] | dict[str, Any]]:
-    """The rows of a file that `read_table` takes, in its order.
+def whole_rows(path: Path, plain: bool = False) -> Iterator[list[str] | dict[str, Any]]:
+    """The rows of a file that `read_table` takes, in its order; `plain` as there.
 
     Returns:
         Of CSV and TSV the cells, in the header's order; of others the values by their names.
     """
     if path.suffix.lower() in (".csv", ".tsv"):
-        rows = delimited_rows(path)
+        rows = plain_rows(path) if plain else delimited_rows(path)
         next(rows)
         yield from (cells for _, cells in rows)
     elif path.suffix.lower() == ".parquet":
