@@ -23,7 +23,7 @@ from ..errors import AFLoRAError, writing
 from ..names import of_base
 from ..store.checkpoint import StoredTensors
 from ..store.fingerprint import of_weights
-from ..store.records import CONFIG, Result, Settings, read_result, read_settings
+from ..store.records import CONFIG, RESULT, Result, Settings, read_result, read_settings
 from ..tasks.glue import TASKS
 from ..untrusted import check_copied, read_object, reading
 
@@ -156,7 +156,10 @@ def read_adapter(path: Path, any_method: bool = False) -> Source:
     """
     folder = trained_folder(path)
     if not (folder / _CONFIG).is_file():
-        unfinished = " The run has not ended: --resume ends it." if (path / "config.yaml").is_file() else ""
+        if (folder / "config.json").is_file():
+            raise AFLoRAError(f"{path} was trained whole: {folder} is the model, and nothing is to be merged.")
+        ends = not (path / CONFIG).is_file() or (path / RESULT).exists()
+        unfinished = "" if ends else " The run has not ended: --resume ends it."
         raise AFLoRAError(f"{path} is neither a run's directory with adapter/ nor an adapter's folder.{unfinished}")
     config = read_object(folder / _CONFIG)
     others = config.get("peft_type") != "AFLORA"

@@ -243,7 +243,8 @@ def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
         known = isinstance(error, (*_NOT_LOADED, *more))
         if not known and not (isinstance(error, RuntimeError) and _OF_SIZES.search(str(error))):
             raise
-        reason = refusal(error, config.name) or _unread_tokenizer(error) or _own_code(error) or one_line(error)
+        reason = refusal(error, config.name) or _unread_tokenizer(error) or _own_code(error)
+        reason = _trained(Path(config.name)) or reason or one_line(error)
         raise AFLoRAError(
             f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
             f'.gguf file, or "demo".)'
@@ -259,6 +260,16 @@ def _unread_tokenizer(error: BaseException) -> str | None:
         f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the "
         f"packages {' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
     )
+
+
+def _trained(folder: Path) -> str | None:
+    """What to name instead of a run's directory, or of an adapter's folder."""
+    inner = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if (folder / "config.json").exists():
+        return None
+    if (inner / "adapter_config.json").is_file():
+        return f"it is an adapter. `aflora merge {folder} OUT` makes a model of it, in a folder OUT: name that."
+    return f"it is a run that has trained a whole model: name {inner}." if (inner / "config.json").is_file() else None
 
 
 def _own_code(error: BaseException) -> str | None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from aflora_dist.training.run import main as train
 from tests.runs import options
 from tests.small import WORDS
-from tests.test_export import aflora
+from tests.test_export import aflora, refused
 
 NAMES = ["bad film", "fine", "great"]
 # argv is a folder to load a pipeline from, or base and adapter. Never imports aflora_dist.
@@ -111,6 +111,21 @@ def test_an_adapter_of_peft_s_own_is_left_as_it_is(
         assert (run / "lora" / name).read_bytes() == (run / "adapter" / name).read_bytes()
     assert "fine-tuned with LORA" in (run / "lora" / "README.md").read_text()
     assert elsewhere(tiny_model, run / "lora", tmp_path)[1] == NAMES
+
+
+def test_what_is_no_adapter_or_no_model_is_called_what_it_is(
+    trained: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, aflora_run = trained("full"), trained("aflora")
+    for command in ("merge", "to-lora"):
+        for folder in (full, full / "adapter"):
+            said = refused(capsys, command, folder, tmp_path / "out")
+            assert f"{folder} was trained whole: {full / 'adapter'} is the model, and nothing is to be merged" in said
+    wanted = {full: f"name {full / 'adapter'}"}
+    wanted |= {folder: f"`aflora merge {folder} OUT`" for folder in (aflora_run, aflora_run / "adapter")}
+    for folder, expected in wanted.items():
+        words = ["--run.dir", tmp_path / "run", "--data.task", "sft", "--data.name", "demo", "--model.name", folder]
+        assert expected in refused(capsys, "train", *words)
 
 
 def test_full_fine_tuning_names_labels_and_leaves_no_adapter(trained: Callable[[str], Path], tmp_path: Path) -> None:
