@@ -38,10 +38,13 @@ class Output:
         plain: Of what is read, as `read_table` has it.
 
     Raises:
-        AFLoRAError: It is there already, is the file that is read, is of no known kind, or its folder is missing.
+        AFLoRAError: `file` is a folder; `path` is there already, is the file that is read, is of no known kind, or its
+            folder is missing.
     """
 
     def __init__(self, file: Path, out: Path | None, overwrite: bool) -> None:
+        if file.is_dir():
+            raise AFLoRAError(f"{file.absolute()} is a folder. Name the file in it that is to be predicted.")
         self.file, self.overwrite, self.plain = file, overwrite, False
         self.path = path = file.with_name(f"{file.stem}.predicted{file.suffix}") if out is None else out
         if path.suffix.lower() not in _KINDS:
@@ -50,7 +53,7 @@ class Output:
             raise AFLoRAError(f"{path} is a folder. Name a file in it.")
         if path.exists() and file.exists() and path.samefile(file):
             raise AFLoRAError(f"{path} is the file that is read, which would be lost. Name another with --out.")
-        if path.exists() and not overwrite:
+        if os.path.lexists(path) and not overwrite:  # a link that leads nowhere, too
             raise AFLoRAError(f"{path} is there already. Name another file with --out, or say --overwrite.")
         if not path.parent.is_dir():
             raise AFLoRAError(f"There is no folder {path.parent}. Make it, or name another file with --out.")

@@ -223,6 +223,11 @@ def test_what_cannot_be_predicted_is_refused_before_the_model_is_loaded(
     there.write_text("mine\n")
     assert "is there already" in refused("text\ngood\n", "--out", there)
     assert there.read_text() == "mine\n"
+    (tmp_path / "link.csv").symlink_to(tmp_path / "nowhere.csv")
+    assert "is there already" in refused("text\ngood\n", "--out", tmp_path / "link.csv")
+    for folder in (".", "", "/", tmp_path):
+        assert predict(classifier, folder) == 2
+        assert "is a folder. Name the file" in capsys.readouterr().err
     assert "what kind of file" in refused("text\ngood\n", "--out", tmp_path / "out.xlsx")
     assert "There is no option --text" in refused("text\ngood\n", "--text", "review")
     assert predict(tmp_path, file) == 2
