@@ -26,7 +26,11 @@ _CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-_NOT_BESIDE = ("config.json", "*.index.json", "adapter_config.json")
+_NOT_BESIDE = (
+    *("config.json", "*.index.json", "adapter_config.json"),
+    # Records of trainings, ours and Trainer's: they tell how another model came to be.
+    *("result.json", "manifest.json", "training*.json", "trainer_state.json", "*_results.json", "*metrics.json"),
+)
 
 
 class Shards(Mapping[str, Tensor]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,18 @@ def test_the_tokenizer_beside_the_adapter_is_the_one_that_is_taken(command: str,
         model = assert_computes(tmp_path / "out", expected)
         assert model.config.pad_token_id == model.generation_config.pad_token_id == saved.pad_token_id
         assert not (tmp_path / "out" / "vocab.txt").exists(), "two tokenizers are mixed"
+
+
+def test_records_of_the_base_model_s_training_are_not_those_of_what_is_merged(llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    adapter, _ = adapter_for(base, tmp_path / "adapter")
+    records = ["result.json", "trainer_state.json", "all_results.json", "eval_results.json", "training.json"]
+    for name in [*records, "preprocessor_config.json"]:
+        (base / name).write_text("{}")
+    assert aflora("merge", adapter, tmp_path / "merged") == 0
+    found = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert "preprocessor_config.json" in found
+    assert not found & {*records}
 
 
 def test_a_template_alone_replaces_the_base_model_s(tmp_path: Path) -> None:
