@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 import yaml
 
 from ..errors import AFLoRAError
+from ..training.config_file import refuse_misread
 from ..untrusted import refuse_deep_yaml
 from .refusals import check, refuse_seeds_of_both
 
@@ -167,12 +167,6 @@ def read_study(path: Path, small: bool = False) -> Study:
     return study
 
 
-def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-    if ":" in node.value or re.match(r"[+-]?0.", node.value):
-        raise yaml.MarkedYAMLError(problem=f"{node.value} is no decimal number", problem_mark=node.start_mark)
-    return loader.construct_yaml_int(node)
-
-
 class _Loader(yaml.SafeLoader):
     """YAML of what JSON has: a date, yes, no, on and off are texts, and so are keys, as they are written."""
 
@@ -180,29 +174,22 @@ class _Loader(yaml.SafeLoader):
         tag: make
         for tag, make in yaml.SafeLoader.yaml_constructors.items()
         if str(tag).rpartition(":")[2] not in ("binary", "omap", "pairs", "set", "timestamp")
-    } | {"tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str, "tag:yaml.org,2002:int": _decimal}
+    } | {"tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str}
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in yaml's own classes)
         first: [(tag, found) for tag, found in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        if isinstance(node, yaml.MappingNode):
-            self.flatten_mapping(node)
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode):
-                    key.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep)
-
     def compose_mapping_node(self, anchor: Any) -> Any:
-        node, names = super().compose_mapping_node(anchor), set()
+        node = super().compose_mapping_node(anchor)
         for key, _ in node.value:
-            if str(key.value) in names:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} stands there twice: keep one", problem_mark=key.start_mark
-                )
-            names.add(str(key.value))
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"
+        return node
+
+    def get_single_node(self) -> Any:
+        refuse_misread(node := super().get_single_node())
         return node
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -13,8 +12,9 @@ from jsonargparse import ArgumentParser, set_dumper
 
 from ..errors import AFLoRAError
 from ..options import Config
+from ..untrusted import refuse_deep_yaml
 from ..watch.trackers import TENSORBOARD, check_trackers
-from .config_file import Entries, as_yaml, look_through
+from .config_file import Entries, as_yaml, look_through, refuse_misread
 from .help import help_text
 from .presets import PRESETS
 
@@ -29,6 +29,7 @@ OPTIONS: dict[str, Any] = {  # name -> type
     },
 }
 _FREE = tuple(name for name, hint in OPTIONS.items() if "dict[" in str(hint))  # whose names are of others
+_NUMBERS = re.compile(r"int|float|list|Any|dict")  # types of which a value is what YAML makes of it
 # Options that may stand without their group and value: the option, and the value that is meant.
 _SHORT = {
     "--profile": ("profile.enabled", "true"),
@@ -41,7 +42,6 @@ _LAUNCHER = re.compile(
     r"--(local[_-]rank|num_processes|num_machines|mixed_precision|config_file|deepspeed|use_\w+|main_\w+"
     r"|zero_stage|multi_gpu|machine_rank|cpu)\b"
 )
-_NO_DECIMAL = re.compile(r":|^\s*[+-]?0[\dxob_]")  # YAML counts 1:30 in sixties, and 010 in eights
 # What transformers' Trainer calls its options, where the names are far from ours.
 _OF_TRAINER = {
     "num_train_epochs": "train.epochs",
@@ -91,11 +91,8 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     nullable = {name: type(None) in get_args(hint) for name, hint in OPTIONS.items()}
     entries: Entries = {}
     for path in files:
-        entries |= look_through(path, _GROUPS, nullable, _FREE)
+        entries |= look_through(path, _GROUPS, nullable)
     preset = _preset(said["preset"] if "preset" in said else entries["preset"].value if "preset" in entries else None)
-    for name, text in said.items():
-        if OPTIONS.get(name) in (int, float, int | None, float | None) and _NO_DECIMAL.search(text):
-            raise AFLoRAError(f"{name} must be {_kind(OPTIONS[name])}, not {text[:80]}.")
     parser = _parser()
     parser.set_defaults(preset)
     try:
@@ -157,8 +154,14 @@ def split_line(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         value = value or meant
         if name == "config":
             files.append(value)
+        elif name in _GROUPS:
+            rest = [f"--{name}.{key}={inner}" for key, inner in _of_group(name, value)] + rest
         else:
-            said[name] = _bracketed(value) if "list[" in str(OPTIONS.get(name)) else value
+            said.pop(name, None)  # later wins, also over what stands between
+            hint = str(OPTIONS[name] if name in OPTIONS else get_args(OPTIONS[_names_of(name)])[1])
+            said[name] = _bracketed(value) if "list[" in hint else value
+            if _NUMBERS.search(hint):
+                _node(name, said[name])
     return files, said
 
 
@@ -169,13 +172,49 @@ def said_options(arguments: list[str]) -> set[str]:
         AFLoRAError: As `split_line`.
     """
     files, said = split_line(["", *arguments])
-    found = {"config"} if files[1:] else set()
-    for option, text in said.items():
-        group, name = None, next((free for free in _FREE if option.startswith(f"{free}.")), option)
-        with suppress(yaml.YAMLError):  # which `parse` refuses
-            group = yaml.safe_load(text) if name in _GROUPS else None
-        found |= {f"{name}.{key}" for key in group} if isinstance(group, dict) else {name}
-    return found
+    free = (next((name for name in _FREE if option.startswith(f"{name}.")), option) for option in said)
+    return ({"config"} if files[1:] else set()).union(free)
+
+
+def _names_of(option: str) -> str:
+    """Which option holds the name in `method.options.r`, a part of one.
+
+    Raises:
+        AFLoRAError: The name has dots of its own, which jsonargparse takes for levels.
+    """
+    group, holds, name = option.split(".", 2)
+    if "." in name:
+        raise AFLoRAError(f"--{option}: a name with a dot is given as in --{group}.{holds} '{{\"{name}\": VALUE}}'.")
+    return f"{group}.{holds}"
+
+
+def _of_group(name: str, value: str) -> list[tuple[str, str]]:
+    """The options in `{"epochs": 3}`, and what is written behind each."""
+    node = _node(name, value)
+    if not isinstance(node, yaml.MappingNode):
+        raise AFLoRAError(f"{name} must hold options, as in --{name} '{{NAME: VALUE, ...}}', not {value[:80]}.")
+    return [
+        (key.value, v.value if isinstance(v, yaml.ScalarNode) else value[v.start_mark.index : v.end_mark.index])
+        for key, v in node.value
+    ]
+
+
+def _node(name: str, value: str) -> yaml.Node | None:
+    """A value as YAML; None where it is none, of which jsonargparse complains.
+
+    Raises:
+        AFLoRAError: YAML would read something in it that is hardly meant.
+    """
+    try:
+        refuse_deep_yaml(value, yaml.SafeLoader)
+        node = yaml.compose(value, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+    try:
+        refuse_misread(node, name)
+    except yaml.MarkedYAMLError as error:
+        raise AFLoRAError(f"{error.problem}.") from None
+    return node
 
 
 def _bracketed(value: str) -> str:

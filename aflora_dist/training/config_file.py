@@ -1,7 +1,7 @@
 """A YAML file of `aflora train`'s options: looked through in one place, and refused with its line.
 
 What is in it is left to jsonargparse, which takes the last of a key that stands twice, passes over a key without a
-value, and tells of neither; nor in which file and line a mistake is.
+value, and tells of neither; nor in which file and line a mistake is. Values of the command line are YAML as well.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ class Entry(NamedTuple):
 
 
 Entries = dict[str, Entry]
-_NULL, _INT, _FLOAT, _TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "int", "float", "str"))
+_NULL, _INT, _FLOAT, _TEXT, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "int", "float", "str", "merge"))
 
 
-def look_through(path: str, groups: Container[str], options: dict[str, bool], free: Container[str] = ()) -> Entries:
+def look_through(path: str, groups: Container[str], options: dict[str, bool]) -> Entries:
     """The options of a file.
 
     Args:
         groups: Names under which options stand.
         options: Whether each may be null.
-        free: Those that hold names of their own.
 
     Raises:
         AFLoRAError: It cannot be read, is no YAML, or holds a key that there is not, or one twice, or nothing.
@@ -47,7 +46,7 @@ def look_through(path: str, groups: Container[str], options: dict[str, bool], fr
     if not isinstance(document, yaml.MappingNode):
         raise AFLoRAError(f"{path} must hold options by group, as in `train:` and below it `  epochs: 3`.")
     entries: Entries = {}
-    for name, value in _leaves(document, path, entries, groups, free):
+    for name, value in _leaves(document, path, entries, groups):
         place = entries[name].place
         if name not in options:
             close = get_close_matches(name, [*options], n=1, cutoff=0.75)
@@ -55,9 +54,44 @@ def look_through(path: str, groups: Container[str], options: dict[str, bool], fr
             raise AFLoRAError(f"{place}: there is no option {name}.{hint}")
         if value.tag == _NULL and not options[name]:
             raise AFLoRAError(f"{place}: {name} has no value. Give one, or remove the line.")
-        if value.tag == _INT and (":" in value.value or re.match(r"[+-]?0.", value.value)):
-            raise AFLoRAError(f"{place}: {name}: to YAML, {value.value} is no decimal number.")
+        try:
+            refuse_misread(value, name)
+        except yaml.MarkedYAMLError as error:
+            line = value.start_mark.line if error.problem_mark is None else error.problem_mark.line
+            raise AFLoRAError(f"{path}, line {line + 1}: {error.problem}.") from None
     return entries
+
+
+def refuse_misread(node: yaml.Node | None, name: str = "", seen: set[int] | None = None) -> None:
+    """Raise yaml.MarkedYAMLError, with the place, where YAML reads below `name` what is hardly meant.
+
+    These are numbers that are not decimal to it, keys that are no text, and of a key that stands twice the last.
+    """
+    seen = set() if seen is None else seen
+    if node is None or id(node) in seen:  # by an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        sixties = node.tag in (_INT, _FLOAT) and ":" in node.value
+        if sixties or (node.tag == _INT and re.match(r"[+-]?0.", node.value)):
+            raise _misread(f"{name}: to YAML, {node.value} is no decimal number", node)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            refuse_misread(item, name, seen)
+    else:
+        names = set()
+        for key, value in node.value:
+            inner = f"{name}.{key.value}".removeprefix(".")
+            if key.tag not in (_TEXT, _MERGE):
+                raise _misread(f"{name}: to YAML, {key.value} is no text. Put it into quotes", key)
+            if key.value in names:
+                raise _misread(f"{inner} stands there already: keep one", key)
+            names.add(key.value)
+            refuse_misread(value, inner, seen)
+
+
+def _misread(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -98,7 +132,7 @@ def _document(path: str) -> yaml.Node | None:
 
 
 def _leaves(
-    node: yaml.MappingNode, path: str, entries: Entries, groups: Container[str], free: Container[str], prefix: str = ""
+    node: yaml.MappingNode, path: str, entries: Entries, groups: Container[str], prefix: str = ""
 ) -> Iterator[tuple[str, yaml.Node]]:
     """Options with their values; notes each."""
     for key, value in node.value:
@@ -111,13 +145,9 @@ def _leaves(
         null = value.tag == _NULL
         said = "null" if null else value.value if isinstance(value, yaml.ScalarNode) else "this"
         entries[name] = Entry(place, said, null)
-        if prefix.removesuffix(".") in free and key.tag != _TEXT:
-            raise AFLoRAError(f"{place}: to YAML, {key.value} is no text. Put it into quotes.")
         if name in groups:
             if not isinstance(value, yaml.MappingNode):
                 raise AFLoRAError(f"{place}: {name} must hold options, indented in the lines below it; or remove it.")
-            yield from _leaves(value, path, entries, groups, free, f"{name}.")
+            yield from _leaves(value, path, entries, groups, f"{name}.")
         else:
             yield name, value
-            if name in free and isinstance(value, yaml.MappingNode):
-                list(_leaves(value, path, entries, (), free, f"{name}."))

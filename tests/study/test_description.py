@@ -31,10 +31,11 @@ def test_a_date_is_a_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ("methods:\n  a: {adapter.r: 2}\n  a: {adapter.r: 4}\n", "mine.yaml, line 5: .* 'a' stands there twice"),
-        ("methods:\n  1: {adapter.r: 2}\n  '1': {adapter.r: 4}\n", "line 5: .* '1' stands there twice"),
-        ("methods: {a: {adapter.r: 2, adapter.r: 4}}\n", "line 3: .* 'adapter.r' stands there twice"),
-        ("methods: {a: {}}\nseeds: [1]\n", "line 4: .* 'seeds' stands there twice"),
+        ("methods:\n  a: {adapter.r: 2}\n  a: {adapter.r: 4}\n", "mine.yaml, line 5: .* methods.a stands there"),
+        ("methods:\n  1: {adapter.r: 2}\n  '1': {adapter.r: 4}\n", "line 5: .* methods.1 stands there already"),
+        ("methods: {a: {adapter.r: 2, adapter.r: 4}}\n", "line 3: .* methods.a.adapter.r stands there already"),
+        ("methods: {a: {}}\nseeds: [1]\n", "line 4: .* seeds stands there already"),
+        ("methods: {a: {train.learning_rate: 1:30.5}}\n", "line 3: .* to YAML, 1:30.5 is no decimal number"),
         ("methods: {a: {adapter.r: !!binary aGk=}}\n", "line 3: .* could not determine a constructor"),
         ("methods: {a: {adapter.r: !!int many}}\n", "mine.yaml: this is not YAML that describes a study: invalid"),
         ("methods: {a: {}\n", "this is not YAML that describes a study"),

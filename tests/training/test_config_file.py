@@ -32,12 +32,19 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "no colon": ("train:\n  epochs 3\n", "line 1: train must hold options"),
     "octal": ("train:\n  seed: 010\n", "line 2: train.seed: to YAML, 010 is no decimal number"),
     "sixties": ("train:\n  batch_size: 1:30\n", "1:30 is no decimal number"),
+    "sixties of a float": ("train:\n  learning_rate: 1:30.5\n", "line 2: train.learning_rate: to YAML, 1:30.5 is no"),
+    "octal below": ("method:\n  options:\n    r: 8\n    a: {b: 010}\n", "line 4: method.options.a.b: to YAML, 010 is"),
+    "sixties below": ("method:\n  options: {lora_alpha: 1:30}\n", "method.options.lora_alpha: to YAML, 1:30 is no"),
+    "octal weight": ("data:\n  mix: {b.csv: 010}\n", "line 2: data.mix.b.csv: to YAML, 010 is no decimal number"),
+    "octal in a list": ("profile:\n  starts:\n  - 8\n  - 010\n", "line 4: profile.starts: to YAML, 010 is no decimal"),
+    "twice far below": ("method:\n  options: {a: [{b: 1, b: 2}]}\n", "method.options.a.b stands there already: keep"),
+    "alias of itself": ("method:\n  options: &a {a: *a, b: 010}\n", "method.options.b: to YAML, 010 is no decimal"),
     "fraction": ("train:\n  epochs: 2.5\n", "line 2: train.epochs must be a whole number, not 2.5"),
     "truth": ("data:\n  label_column: no\n", "line 2: data.label_column must be text .*quotes.*, not no"),
     "text for a list": ("run:\n  trackers: wandb\n", r"line 2: run.trackers must be a list .*\[a, b\], not wandb"),
     "choice": ("model:\n  dtype: bf16\n", "must be one of float32, bfloat16, float16, or null, not bf16"),
     "infinite": ("train:\n  learning_rate: .inf\n", "train.learning_rate must be a finite number, not inf"),
-    "key of yes": ("data:\n  columns: {on: text}\n", "line 2: to YAML, on is no text. Put it into quotes"),
+    "key of yes": ("data:\n  columns: {on: text}\n", "line 2: data.columns: to YAML, on is no text. Put it into"),
     "utf-16": ("train:\n  epochs: 3\n".encode("utf-16"), "is not text in UTF-8 .byte 0"),
 }
 
@@ -100,8 +107,19 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "pairs": (["--freezing.pairwise=true", "--freezing.rule=quantile"], "freezing.rule=quantile judges each matrix"),
     "of a task": (["--data.packing", "true"], "data.packing is for data.task=sft, not demo"),
     "loss of a classifier": (["--data.loss_on", "all"], "data.loss_on is for data.task=sft, not demo"),
-    "sixties": (["--train.epochs", "1:30"], "train.epochs must be a whole number, not 1:30"),
-    "octal": (["--train.seed=010"], "train.seed must be a whole number, not 010"),
+    "sixties": (["--train.epochs", "1:30"], "train.epochs: to YAML, 1:30 is no decimal number"),
+    "octal": (["--train.seed=010"], "train.seed: to YAML, 010 is no decimal number"),
+    "octal weight": (["--data.mix", '{"a.csv":010}'], "data.mix.a.csv: to YAML, 010 is no decimal number"),
+    "octal below": (["--method.options", '{"r":010}'], "method.options.r: to YAML, 010 is no decimal number"),
+    "octal name": (["--method.options.r", "010"], "method.options.r: to YAML, 010 is no decimal number"),
+    "octal in a list": (["--profile.starts", "010,020"], "profile.starts: to YAML, 010 is no decimal number"),
+    "octal in a group": (["--train", '{"epochs":010}'], "train.epochs: to YAML, 010 is no decimal number"),
+    "key twice": (["--data.mix", '{"a.csv": 1, "a.csv": 2}'], "data.mix.a.csv stands there already: keep one"),
+    "key twice in a group": (["--train", '{"epochs": 1, "epochs": 2}'], "train.epochs stands there already: keep one"),
+    "unknown in a group": (["--train", '{"epoch": 1}'], r"no option --train.epoch. Did you mean --train.epochs\?"),
+    "no group": (["--train", "3"], "train must hold options, as in --train '{NAME: VALUE, ...}', not 3"),
+    "dot in a name": (["--data.mix.more.jsonl", "2"], "is given as in --data.mix '{\"more.jsonl\": VALUE}'"),
+    "dot in a column": (["--data.columns.a.b", "x"], "is given as in --data.columns '{\"a.b\": VALUE}'"),
     "empty preset": (["--preset", ""], "There is no preset ''. Presets: demo"),
     "kind": (["--model.dtype", "fp16"], "model.dtype must be one of float32, bfloat16, float16, or null, not fp16"),
 }
@@ -170,6 +188,19 @@ def test_null_is_a_text_where_it_is_quoted(tmp_path: Path) -> None:
 def test_names_and_numbers_are_given_on_the_command_line() -> None:
     assert parse([*SFT, "--data.mix", '{"a.jsonl": 0.5}'])[0].data.mix == {"a.jsonl": 0.5}
     assert parse([*SFT, "--data.columns", '{"prompt": "01:2"}'])[0].data.columns == {"prompt": "01:2"}
+    assert parse([*SFT, "--data.columns.prompt", "01:2"])[0].data.columns == {"prompt": "01:2"}
+
+
+def test_a_group_s_options_are_options() -> None:
+    train = parse(["--train.epochs", "5", "--train", '{"epochs": 3, "seed": 4}', "--train.epochs", "7"])[0].train
+    assert (train.epochs, train.seed) == (7, 4)
+    later = ["--train", '{"epochs": 3}', "--train", '{"seed": 4, "optimizer_options": {"betas": [0.5, 0.9]}}']
+    train = parse(later)[0].train
+    assert (train.epochs, train.seed, train.optimizer_options) == (3, 4, {"betas": [0.5, 0.9]})
+    model = parse([*SFT, "--model", '{"name": "mine", "trust_remote_code": true}'])[0].model
+    assert (model.name, model.trust_remote_code) == ("mine", True)
+    options = ["--method.name", "lora", "--method.options.r", "4", "--method.options", '{"r": 8}']
+    assert parse([*options, "--method.options.r", "2"])[0].method.options == {"r": 2}
 
 
 @pytest.mark.parametrize("revision", ["12e4567", "1e5", "1.5e3", "1.e5", "1_000e5", "0x1f", "12345678", "on"])
