@@ -193,7 +193,7 @@ def _own(config: DataConfig, seed: int) -> Data:
     refuse_unknown_columns(config, [*(table for table, _ in parts), held])
     for table in [*(table for table, _ in parts), *([] if held is None else [held])]:
         _check_texts(table, config)
-    tables = {"train": Rows.joined([table for table, _ in parts])}
+    tables = {"train": Rows.joined([table for table, _ in parts], apart=config.label_column)}
     if held is not None:
         tables["validation"] = held
     names, labels = _named_by_the_hub(tables, config) or encode_labels(tables, config.label_column, config.regression)
@@ -202,7 +202,7 @@ def _own(config: DataConfig, seed: int) -> Data:
         print(*dict.fromkeys(_told(tables, config, names, labels["train"])), sep="\n", flush=True)
     splits = {}
     for split, table in tables.items():
-        rows = table.rows.remove_columns(config.label_column).add_column("label of its own", labels[split])
+        rows = table.rows.select_columns(list(config.text_columns)).add_column("label of its own", labels[split])
         splits[split] = _standard(rows, tuple(config.text_columns), "label of its own")
     sizes = [(len(table.rows), weight) for table, weight in parts]
     train, validation = split_off(config, splits["train"], sizes, splits.get("validation"), seed, tables["train"].name)
@@ -220,25 +220,26 @@ def metrics_for(task: str, names: list[str] | None) -> tuple[str, ...]:
 
 def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list[str], dict[str, list[int]]] | None:
     """Class names in the order that a data set gives them (datasets.ClassLabel), and each split's class numbers."""
-    kinds = {split: table.rows.features[config.label_column] for split, table in tables.items()}
-    if config.regression or not all(isinstance(kind, datasets.ClassLabel) for kind in kinds.values()):
+    parts = [(split, part) for split, table in tables.items() for part in table.parts or (table,)]
+    kinds = [part.rows.features[config.label_column] for _, part in parts]
+    if config.regression or not all(isinstance(kind, datasets.ClassLabel) for kind in kinds):
         return None
-    names, labels = kinds["train"].names, {}
+    names, labels = kinds[0].names, {split: list[int]() for split in tables}
     number = {name: place for place, name in enumerate(names)}
-    for split, table in tables.items():
-        table.check_filled(config.label_column)
-        found, own = table.rows[config.label_column][:], kinds[split].names
+    for (split, part), kind in zip(parts, kinds, strict=True):
+        part.check_filled(config.label_column)
+        found, own = part.rows[config.label_column][:], kind.names
         odd = next((row for row, label in enumerate(found) if not 0 <= label < len(own)), None)
         if odd is None:  # another file may number its classes otherwise, or have fewer
             odd = next((row for row, label in enumerate(found) if own[label] not in number), None)
         if odd is not None:
             said = own[found[odd]] if 0 <= found[odd] < len(own) else found[odd]
             raise AFLoRAError(
-                f"{table.where(odd)}: its label is {said}, which is none of {listed(names)}. (A "
+                f"{part.where(odd)}: its label is {said}, which is none of {listed(names)}. (A "
                 f"split without labels? data.validation_split names another, data.hold_out takes some of the training "
                 f"examples. Single rows without one: leave them out, with datasets' filter and to_parquet.)"
             )
-        labels[split] = [number[own[label]] for label in found]
+        labels[split] += [number[own[label]] for label in found]
     return names, labels
 
 

@@ -17,11 +17,12 @@ names that look the same.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import datasets
@@ -80,21 +81,23 @@ def encode_labels(
         AFLoRAError: A label that is missing, of another kind than others, not finite, or not among those of the
             training file, with its line; a training file with one class only.
     """
-    columns = {split: _column(table, column) for split, table in tables.items()}
-    if regression:
-        return None, {split: _floats(labels) for split, labels in columns.items()}
+    parts = {split: [_column(part, column) for part in table.parts or (table,)] for split, table in tables.items()}
     if regression is False:
-        columns = {split: _as_classes(labels) for split, labels in columns.items()}
-    train = columns["train"]
-    numbers = train.kind == "numbers" or (train.kind == "cells" and _are_numbers(train) and regression is None)
-    for other in columns.values():
-        if not _go_together(train.kind, other.kind, numbers):
+        parts = {split: [_as_classes(part) for part in those] for split, those in parts.items()}
+    numbers = bool(regression) or any(part.kind == "numbers" for part in parts["train"])
+    if not regression and (cells := [part for part in parts["train"] if part.kind == "cells"]):
+        table = replace(tables["train"], parts=tuple(part.table for part in cells))
+        numbers |= _are_numbers(_joined(table, cells)) and regression is None
+    for one, other in itertools.combinations(itertools.chain(*parts.values()), 2):
+        if not regression and not _go_together(one.kind, other.kind, numbers):
             raise AFLoRAError(
-                f"Column {column!r} holds labels of different kinds: {train.kind} in {train.table.name}, {other.kind} "
-                f"in {other.table.name}."
+                f"Column {column!r} holds labels of different kinds: {one.kind} in {one.table.name}, {other.kind} in "
+                f"{other.table.name}."
             )
+    columns = {split: _joined(tables[split], those) for split, those in parts.items()}
     if numbers:
         return None, {split: _floats(labels) for split, labels in columns.items()}
+    train = columns["train"]
     names = _class_names(columns, column)
     place = {name: number for number, name in enumerate(names)}
     numbered = {}
@@ -176,6 +179,13 @@ def _column(table: Rows, column: str) -> _Column:
     )
 
 
+def _joined(table: Rows, parts: list[_Column]) -> _Column:
+    if len(parts) == 1:
+        return parts[0]
+    kind = next((part.kind for part in parts if part.kind == "names"), parts[0].kind)
+    return _Column(table, parts[0].name, kind, [value for part in parts for value in part.values])
+
+
 def _as_classes(labels: _Column) -> _Column:
     """Numbers as the names of classes, 1.0 as 1."""
     if labels.kind == "numbers":
@@ -194,10 +204,10 @@ def _class_of(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
 
 
-def _go_together(train: str, other: str, numbers: bool) -> bool:
+def _go_together(one: str, other: str, numbers: bool) -> bool:
     if numbers:
-        return other != "names"
-    return train == other or ("cells" in (train, other) and other != "numbers")
+        return "names" not in (one, other)
+    return one == other or ("cells" in (one, other) and other != "numbers")
 
 
 def _are_numbers(labels: _Column) -> bool:
@@ -246,8 +256,7 @@ def _class_names(columns: dict[str, _Column], column: str) -> list[str]:
     names = set(train.values)
     if len(names) < 2:
         raise AFLoRAError(f"Column {column!r} of the training file {train.table.name} holds one class only.")
-    numbered = train.table.untyped or train.kind == "class numbers"
-    if numbered and all(_WHOLE.fullmatch(name) for name in names):
+    if train.kind != "names" and all(_WHOLE.fullmatch(name) for name in names):
         count = max(map(int, names)) + 1
         others = {text for labels in columns.values() for text in labels.values}
         seen = {int(text) for text in names | others if _WHOLE.fullmatch(text) and int(text) < count}

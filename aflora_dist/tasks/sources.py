@@ -14,7 +14,7 @@ import pyarrow as pa
 from ..errors import AFLoRAError, one_line
 from ..options import DataConfig
 from ..processes import first_on_node
-from .reading import Rows, exact, listed, read_table, told_apart
+from .reading import Rows, as_usual, exact, listed, read_table
 
 FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 HELD_OUT = ("validation", "valid", "dev", "test")
@@ -280,12 +280,12 @@ def _end(at: Any, loaded: Any) -> int:
 def _each_as_itself(dataset: datasets.Dataset, wanted: Collection[str]) -> datasets.Dataset:
     """The wanted columns of the hub's rows, without the keys that others of the same Arrow table have."""
     dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
-    nested = {field.name: pa.types.is_nested(field.type) for field in dataset.data.schema}
+    others = [f.name for f in dataset.data.schema if as_usual(pa.chunked_array([], f.type)).type != f.type]
 
     def tell(table: pa.Table) -> pa.Table:
-        return pa.table({n: told_apart(table.column(n)) if nested[n] else table.column(n) for n in nested})
+        return pa.table({n: as_usual(table.column(n)) if n in others else table.column(n) for n in table.column_names})
 
-    if any(nested.values()):
+    if others:
         arrow = dataset.with_format("arrow")
         dataset = first_on_node(lambda: arrow.map(tell, batched=True)).with_format(None)
     return exact(dataset)

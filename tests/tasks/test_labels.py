@@ -267,6 +267,36 @@ SAID: dict[str, tuple[bool, list[Any], list[Any], list[str] | None, list[Any]]] 
 }
 
 
+def test_kinds_of_labels_and_not_types_decide_what_can_be_mixed(tmp_path: Path) -> None:
+    def mixed(*files: Path) -> tuple[list[str] | None, list[Any]]:
+        said = {"train_file": str(files[0]), "validation_file": str(files[-1])}
+        config = DataConfig(task="files", mix={str(file): 1 for file in files[1:-1]}, **said)
+        data = load_data(config, seed=0)
+        return data.labels, list(data.train["label"])
+
+    cells, whole = csv(tmp_path / "cells.csv", ["0", "1"]), jsonl(tmp_path / "whole.jsonl", [1, 0])
+    short = parquet(tmp_path / "short.parquet", pa.array([1, 0], pa.int8()))
+    truths, large = jsonl(tmp_path / "truths.jsonl", [True, False]), tmp_path / "large.parquet"
+    pq.write_table(pa.table({"text": pa.array(["a film"], pa.large_string()), "label": pa.array([1])}), large)
+    assert mixed(cells, whole, short, truths, large, cells) == (["0", "1"], [0, 1, 1, 0, 1, 0, 1, 0, 1])
+    halves, numbers = csv(tmp_path / "halves.csv", ["0.5", "1"]), jsonl(tmp_path / "numbers.jsonl", [2, 0.25])
+    assert mixed(halves, cells, numbers, whole, halves) == (None, [0.5, 1, 0, 1, 2, 0.25, 1, 0])
+    names, classes = csv(tmp_path / "names.csv", ["b", "a"]), tmp_path / "classes.parquet"
+    texts = jsonl(tmp_path / "texts.jsonl", ["a", "c"])
+    assert mixed(names, texts, names) == (["a", "b", "c"], [1, 0, 0, 2])
+    kinds = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])})
+    for order, file in ((["x", "y"], classes), (["y", "x"], tmp_path / "others.parquet")):
+        kinds["label"] = datasets.ClassLabel(names=order)
+        datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, kinds).to_parquet(str(file))
+    assert mixed(classes, tmp_path / "others.parquet", classes) == (["x", "y"], [0, 1, 1, 0])
+    (quoted := tmp_path / "quoted.jsonl").write_text('{"text": "a film", "label": "0.5"}\n')
+    for wrong in ((halves, quoted, halves), (texts, whole, texts)):
+        with pytest.raises(AFLoRAError, match=r"holds labels of different kinds: .* in .*, .* in "):
+            mixed(*wrong)
+    with pytest.raises(AFLoRAError, match=r"names.csv, line 2, column 'label': the label 'b' is no finite number"):
+        mixed(cells, names, numbers, cells)
+
+
 @pytest.mark.parametrize("labels", [["0.0", "1.0", "2.0"], ["1", "0.", "2"], ["100", "1E+05"]])
 def test_whole_numbers_written_as_floats_are_regressed_to_and_a_line_says_so(
     labels: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aflora_dist import AFLoRAError
@@ -269,6 +271,22 @@ def test_numbers_of_two_files_are_told_with_their_files(tmp_path: Path) -> None:
     options = {"train_file": str(tmp_path / "x.csv"), "mix": {str(tmp_path / "y.csv"): 1.0}, "hold_out": 1}
     with pytest.raises(AFLoRAError, match=r"x.csv, line 2, .* is no number, but '0.5' \(.*y.csv, line 2\) is one"):
         load_data(DataConfig(task="files", **options), seed=0)
+
+
+def test_texts_of_pandas_parquet_are_mixed_with_others(tmp_path: Path) -> None:
+    large = {"text": pa.array(["one", "two"], pa.large_string()), "answer": [1, 2]}
+    pq.write_table(pa.table(large), tmp_path / "pandas.parquet")
+    (tmp_path / "lines.jsonl").write_text('{"text": "three"}\n')
+    mix = {str(tmp_path / "lines.jsonl"): 1.0}
+    train, held = sft(train_file=str(tmp_path / "pandas.parquet"), mix=mix, hold_out=1)
+    assert sorted([*train["text"], *held["text"]]) == ["one", "three", "two"]
+    (hub := tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({**large, "label": pa.array([0, 1], pa.int32())}), hub / "train.parquet")
+    (tmp_path / "x.csv").write_text("text,label\nthree,1\n")
+    mix = {str(tmp_path / "x.csv"): 1.0}
+    options = {"name": str(hub), "mix": mix, "validation_file": str(hub / "train.parquet")}
+    data = load_data(DataConfig(task="files", **options), seed=0)
+    assert [*zip(data.train["text"], data.train["label"], strict=True)] == [("one", 0), ("two", 1), ("three", 1)]
 
 
 def test_classifiers_mix_files_too_and_errors_name_the_line_of_the_right_one(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ is guessed from values, no row is left out, and what cannot be read is an error 
 """
 
 from .delimited import Row, is_plain, plain_header, plain_rows, read_columns
-from .json_values import as_json_column, exact, told_apart
+from .json_values import as_json_column, as_usual, exact
 from .lines import LINE, listed, shown
 from .table import Rows, read_table
 from .whole import whole_rows
@@ -15,6 +15,7 @@ __all__ = [
     "Row",
     "Rows",
     "as_json_column",
+    "as_usual",
     "exact",
     "is_plain",
     "listed",
@@ -23,6 +24,5 @@ __all__ = [
     "read_columns",
     "read_table",
     "shown",
-    "told_apart",
     "whole_rows",
 ]

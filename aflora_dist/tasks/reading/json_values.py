@@ -48,6 +48,23 @@ def told_apart(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return as_json_column(pa.chunked_array(pieces))
 
 
+def as_usual(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column as it would be in other files: pandas writes large_string, and whole numbers have many sizes.
+
+    Lists and structs are any JSON values.
+
+    Raises:
+        TypeError: They hold what JSON cannot.
+    """
+    kind = column.type
+    if pa.types.is_nested(kind):
+        return told_apart(column)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return column.cast(pa.string())
+    fits = pa.types.is_integer(kind) and not pa.types.is_uint64(kind)
+    return column.cast(pa.int64()) if fits else column
+
+
 def exact(rows: datasets.Dataset) -> datasets.Dataset:
     """The same rows, whose JSON values are read exactly."""
     features = {name: Exact() if isinstance(kind, datasets.Json) else kind for name, kind in rows.features.items()}

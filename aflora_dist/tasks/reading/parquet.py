@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...errors import AFLoRAError, one_line
-from .json_values import told_apart
+from .json_values import as_usual
 from .lines import LINE
 
 _ROWS = 10_000  # that are held at once
@@ -20,7 +20,7 @@ _ROWS = 10_000  # that are held at once
 def read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
     """The names of all columns; and piece by piece the wanted ones, behind a column of row numbers, see `Rows`.
 
-    Types are the file's; categories are what they stand for, lists and structs any JSON values.
+    Types are the file's, but for `as_usual`; categories are what they stand for.
 
     Raises:
         AFLoRAError: It is no parquet file, or a broken one.
@@ -71,11 +71,9 @@ def _of_known_type(path: Path, name: str, column: pa.ChunkedArray) -> pa.Chunked
     kind = column.type
     if pa.types.is_dictionary(kind):
         return _of_known_type(path, name, column.cast(kind.value_type))
-    if pa.types.is_string_view(kind):
-        return column.cast(pa.string())
     try:
-        if pa.types.is_nested(kind):
-            return told_apart(column)
+        if (usual := as_usual(column)).type != kind:
+            return usual
         datasets.Dataset(datasets.table.InMemoryTable(pa.table({name: column.slice(0, 1)})))[:]
     except Exception as error:
         raise AFLoRAError(

@@ -83,24 +83,17 @@ class Rows:
         return replace(self, columns=list(dict.fromkeys(names)), rows=exact(rows))
 
     @classmethod
-    def joined(cls, parts: Sequence[Rows]) -> Rows:
-        """The rows of several, one after the other, with those columns that all of them have.
+    def joined(cls, parts: Sequence[Rows], apart: str) -> Rows:
+        """The rows of several, one after the other, with those columns that all of them have, which are texts.
 
-        Raises:
-            AFLoRAError: A column is of different types in them.
+        Args:
+            apart: A column that the parts alone have, for it may be of different types in them.
         """
         if len(parts) == 1:
             return parts[0]
         name = " and ".join(part.name for part in parts)
         columns = [column for column in parts[0].columns if all(column in part.columns for part in parts)]
-        shared = [c for c in columns if all(c in part.rows.column_names for part in parts)]
-        for column in shared:
-            kinds = [part.rows.features[column] for part in parts]
-            if odd := next((part for part, kind in zip(parts, kinds, strict=True) if kind != kinds[0]), None):
-                raise AFLoRAError(
-                    f"Column {column!r} is {kinds[0]} in {parts[0].name} and {odd.rows.features[column]} in "
-                    f"{odd.name}: what is mixed has to be of one type."
-                )
+        shared = [c for c in columns if c != apart and all(c in part.rows.column_names for part in parts)]
         rows = datasets.concatenate_datasets([part.rows.select_columns(shared) for part in parts])
         untyped = all(part.untyped for part in parts)
         return cls(name, columns, exact(rows), untyped, np.concatenate([part.lines for part in parts]), tuple(parts))

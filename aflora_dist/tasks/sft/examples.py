@@ -120,7 +120,10 @@ def _alike(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
     """
     if all(part.features == parts[0].features for part in parts):
         return exact(datasets.concatenate_datasets(list(parts))) if len(parts) > 1 else parts[0]
-    if any("text" in part.column_names for part in parts):
+    plain = ["text" in part.column_names for part in parts]
+    if all(plain):
+        return exact(datasets.concatenate_datasets([part.select_columns("text") for part in parts]))
+    if any(plain):
         raise AFLoRAError("data.mix: some of what is mixed is plain text (a column text), and some is not.")
 
     def texts(part: datasets.Dataset, what: Any) -> pa.Array:
