@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.state import PartialState
@@ -265,6 +266,12 @@ def _told(tables: dict[str, Rows], config: DataConfig, names: list[str] | None, 
         whole = config.regression is None and all(label.is_integer() for label in labels)
         hint = ", all of them whole: if they are classes, say data.regression=false" if whole else ""
         yield f"{column} numbers to regress to, from {min(labels):g} to {max(labels):g}{hint}."
+        different, kept = np.unique(labels), np.unique(np.asarray(labels, np.float32))
+        if len(kept) < len(different):
+            yield (
+                f"{column} {len(different):,} different numbers, of which float32, in which is trained, keeps "
+                f"{len(kept):,} apart. Take off what they share, and scale what is left."
+            )
     else:
         found = set(labels)
         without = [name for number, name in enumerate(names) if number not in found]

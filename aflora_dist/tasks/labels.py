@@ -36,6 +36,7 @@ _DECIMAL = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")  # also 01, and 1.
 _SIGNED = re.compile("[+-]?(?:0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ALMOST = re.compile(r"[+-]?[0-9][0-9.,' ]*\s?%?")
+_LARGEST = 1e18  # float32, in which losses are, ends at 3e38: room for the sum of a batch's squares
 _MISSING = {
     "nan",
     "inf",
@@ -247,6 +248,11 @@ def _floats(labels: _Column) -> list[float]:
         wanted = as_number(value) if isinstance(value, str) else value
         if wanted is None or not math.isfinite(wanted):
             raise AFLoRAError(f"{labels.where(row)}: the label {shown(str(value))} is no finite number to regress to.")
+        if abs(wanted) > _LARGEST:
+            raise AFLoRAError(
+                f"{labels.where(row)}: the label {shown(str(value))} is too large to regress to: its square is beyond "
+                f"float32. Scale the labels; around 1 is best."
+            )
         found.append(float(wanted))
     return found
 

@@ -325,10 +325,14 @@ def test_what_labels_are_can_be_said(case: str, tmp_path: Path) -> None:
         (True, ["1", "good"], r"line 3, column 'label': the label 'good' is no finite number to regress to"),
         (True, ["1", "1,5"], r"line 3, column 'label': the label '1,5' is no finite number to regress to"),
         (True, ["1", "nan"], r"line 3, column 'label': the label 'nan' is no finite number"),
+        (True, ["1", "1e39"], r"line 3, column 'label': the label '1e39' is too large to regress to: its square is"),
+        (None, ["0.5", "-2e19"], r"line 3, column 'label': the label '-2e19' is too large to regress to"),
         (False, ["0.0", "NA", "1.0"], r"line 3, column 'label': the label 'NA' is no number, but '0'"),
     ],
 )
-def test_what_is_said_of_labels_has_to_fit(regression: bool, labels: list[str], expected: str, tmp_path: Path) -> None:
+def test_what_is_said_of_labels_has_to_fit(
+    regression: bool | None, labels: list[str], expected: str, tmp_path: Path
+) -> None:
     with pytest.raises(AFLoRAError, match=expected):
         load(csv(tmp_path / "train.csv", labels), regression=regression)
 
@@ -348,6 +352,13 @@ def test_what_labels_were_taken_for_is_told(tmp_path: Path, capsys: pytest.Captu
     ):
         load(path)
         assert capsys.readouterr().out == f"{path}: column 'label' holds {said}"
+
+
+def test_numbers_that_float32_does_not_tell_apart_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(csv(tmp_path / "near.csv", ["1e9", "1000000001", "2"]))
+    assert "holds 3 different numbers, of which float32, in which is trained, keeps 2 apart" in capsys.readouterr().out
+    load(csv(tmp_path / "far.csv", ["0.1", "0.25", "3"]))
+    assert "of which float32" not in capsys.readouterr().out
 
 
 def test_whose_f1_is_measured_is_said_and_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
