@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import datetime
 import decimal
 import gzip
+import io
 import json
+import lzma
 import os
 import tracemalloc
 from pathlib import Path
@@ -115,6 +118,11 @@ def test_what_is_read_is_what_was_written(case: str, tmp_path: Path) -> None:
     assert rows(path) == expected  # as kept
 
 
+def parquet_bytes() -> bytes:
+    pq.write_table(pa.table({"text": ["a"]}), sink := io.BytesIO())
+    return sink.getvalue()
+
+
 REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "one field more": ("csv", "text,label\na,1\nb, c,2\n", r"line 3: 3 fields, expected 2\. A cell that holds a"),
     "one field fewer": ("csv", 'text,label\n"a\nb",1\nc\n', r"line 4: 1 fields, expected 2"),
@@ -131,6 +139,21 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "UTF-16 of the other order": ("tsv", "\ufefftext\tlabel\n".encode("utf-16-be"), r"is UTF-16 .*Save it as UTF-8"),
     "UTF-16 without a mark": ("csv", "text,label\n".encode("utf-16-le"), r"line 1: it holds a NUL"),
     "packed": ("csv", gzip.compress(b"text,label\na,1\n"), r"is compressed by gzip\. Unpack it first"),
+    "UTF-32": ("csv", "text,label\na,1\n".encode("utf-32"), r"is UTF-32 .*Save it as UTF-8"),
+    "UTF-32 of the other order": ("csv", "\ufefftext\n".encode("utf-32-be"), r"is UTF-32 .*Save it as UTF-8"),
+    "bzip2": ("csv", bz2.compress(b"text,label\na,1\n"), r"is compressed by bzip2\. Unpack it first"),
+    "xz": ("jsonl", lzma.compress(b"text,label\na,1\n"), r"is compressed by xz\. Unpack it first"),
+    "zstd": ("csv", pa.Codec("zstd").compress(b"text,label\na,1\n", asbytes=True), r"is compressed by zstd\. Unpack"),
+    "an old workbook": (
+        "csv",
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0\0",
+        r"is a workbook, or another file of Office\. Save",
+    ),
+    "a PDF": ("csv", b"%PDF-1.7\n%\xe2\xe3", r"is a PDF\. Save its text"),
+    "parquet of another name": ("csv", parquet_bytes(), r"is parquet\. Name it \.parquet"),
+    "a blank line in one column": ("csv", "text\na\n\nb\n\n", r"line 3: whether this blank line is a row without text"),
+    "a blank line in one quoted": ("tsv", '"text"\n"a"\n\n"b"\n', r"line 3: whether this blank line is a row"),
+    "a blank line in a TSV": ("tsv", "text\na\n\r\n\r\nb\n", r"line 3: whether this blank line is a row"),
     "a workbook": ("csv", b"PK\x03\x04\x14\0\0\0", r"is a zip archive, or a workbook"),
     "semicolons": ("csv", 'text;label\n"a, b";1\n', r"line 1: 'text;label' is one name, .* by commas in \.csv\. Save "),
     "tabs in a CSV": (
@@ -243,6 +266,10 @@ def test_what_cannot_be_read_is_refused_with_its_line(case: str, tmp_path: Path)
     assert str(refused.value).startswith(str(path))
     assert len(str(refused.value)) - len(str(path)) < 300
     assert "\n" not in str(refused.value)
+
+
+def test_blank_lines_at_the_end_of_one_column_are_no_rows(tmp_path: Path) -> None:
+    assert rows(written(tmp_path, "csv", '\ntext\na\n""\nb\n\n\n'), ("text",)) == [("a",), ("",), ("b",)]
 
 
 def test_lines_are_those_of_an_editor(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def read_plain(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator
 def delimited_rows(path: Path) -> Iterator[Row]:
     """The rows of a CSV or TSV, the header first."""
     if path.suffix.lower() == ".csv":
-        return _quoted_rows(path, ",")
-    return _unquoted_rows(path) if is_plain(path) else _quoted_rows(path, "\t")
+        return _without_blanks(path, _quoted_rows(path, ","))
+    return _unquoted_rows(path) if is_plain(path) else _without_blanks(path, _quoted_rows(path, "\t"))
 
 
 def is_plain(path: Path) -> bool:
@@ -59,13 +59,32 @@ def plain_header(path: Path) -> list[str]:
 
 
 def plain_rows(path: Path) -> Iterator[Row]:
-    """The rows of a TSV without quoting; blank lines are none."""
+    """The rows of a TSV without quoting."""
+    return _without_blanks(path, _plain_lines(path))
+
+
+def _without_blanks(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """Blank lines are no rows. In a file of one column nobody can tell, unless they are its last."""
+    blank = width = 0
+    for line, cells in rows:
+        if not cells:
+            blank = blank or line
+            continue
+        if blank and width == 1:
+            raise AFLoRAError(
+                f"{path}, line {blank}: whether this blank line is a row without text cannot be told in a file of one "
+                f"column. Leave it out, or save the file as JSON lines."
+            )
+        blank, width = 0, width or len(cells)
+        yield line, cells
+
+
+def _plain_lines(path: Path) -> Iterator[Row]:
     for line, text in enumerate(text_lines(path), start=1):
         body = text.rstrip("\r\n")
         if "\r" in body:
             raise _lone_return(path, line)
-        if body:
-            yield line, body.split("\t")
+        yield line, body.split("\t") if body else []
 
 
 def read_columns(
@@ -122,8 +141,7 @@ def _quoted_rows(path: Path, delimiter: str) -> Iterator[Row]:
             ) from None
         if cells is None:
             return
-        if cells:  # a blank line is no row
-            yield first, cells
+        yield first, cells
         first = reader.line_num + 1
 
 

@@ -13,10 +13,18 @@ LINE = "\n"  # the column of lines; none that anybody wants
 _ROWS, _CHARACTERS = 10_000, 16_000_000  # that are held as Python's at once; or one row
 # What other files begin with, in lower case, and what was downloaded in place of a file.
 _OTHER_FILES = {
+    b"\xff\xfe\0\0": "UTF-32 text. Save it as UTF-8",
+    b"\0\0\xfe\xff": "UTF-32 text. Save it as UTF-8",
     b"\xff\xfe": "UTF-16 text. Save it as UTF-8",
     b"\xfe\xff": "UTF-16 text. Save it as UTF-8",
     b"\x1f\x8b": "compressed by gzip. Unpack it first",
+    b"bzh91ay&sy": "compressed by bzip2. Unpack it first",
+    b"\xfd7zxz\0": "compressed by xz. Unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd. Unpack it first",
     b"pk\x03\x04": "a zip archive, or a workbook. Unpack it first, or save the sheet as CSV",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a workbook, or another file of Office. Save the sheet as CSV",
+    b"%pdf-": "a PDF. Save its text as one of the kinds that are read",
+    b"par1\x15": "parquet. Name it .parquet",
     b"version https://git-lfs.github.com/": "only Git LFS's pointer to the file. Get the file: git lfs pull",
     b"<!doctype html": "a web page. Download the file itself",
     b"<html": "a web page. Download the file itself",
@@ -28,7 +36,7 @@ def refuse_other_files(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, kind in _OTHER_FILES.items():
-        if start.startswith(beginning):
+        if start.startswith(beginning) and (beginning != b"par1\x15" or path.suffix.lower() != ".parquet"):
             raise AFLoRAError(f"{path} is {kind}.")
 
 
