@@ -143,7 +143,8 @@ def split_off(
     kept = np.arange(len(train))
     if held is None or config.hold_out:
         if not 0 < config.hold_out < len(train):
-            raise AFLoRAError(_TO_EVALUATE.format(where=where, rows=len(train)))
+            few = f"data.hold_out={config.hold_out} leaves nothing to train on: {where} has {len(train):,} examples."
+            raise AFLoRAError(few if config.hold_out else _TO_EVALUATE.format(where=where, rows=len(train)))
         places = datasets.Dataset.from_dict({"place": kept}).train_test_split(test_size=config.hold_out, seed=seed)
         held, kept = train.select(places["test"]["place"][:]), np.asarray(places["train"]["place"][:])
         if len(parts) > 1:
@@ -175,6 +176,11 @@ def _weighted(kept: np.ndarray, parts: Sequence[tuple[int, float]], seed: int) -
         whole, some = divmod(weight, 1)
         places = kept[(start <= kept) & (kept < start + rows)]
         chosen += [places] * int(whole) + [np.sort(chance.choice(places, round(some * len(places)), replace=False))]
+        if not (whole and len(places)) and not len(chosen[-1]):
+            raise AFLoRAError(
+                f"data.mix: weight {weight:g} of {len(places):,} examples ({rows:,} less those held out) is none. Give "
+                f"more weight, or leave them out."
+            )
         start += rows
     return np.concatenate(chosen)
 

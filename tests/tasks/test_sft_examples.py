@@ -261,7 +261,11 @@ def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) 
         ({"question": ["a"], "reply": ["b"]}, {}, r'columns question, reply, .*"messages".*"prompt" and "completion"'),
         ({"prompt": ["a"], "answer": [1]}, {}, r'columns prompt, answer, .*"instruction"'),
         ({"text": ["a", "b"]}, {"validation_file": None}, "data.hold_out how many of its 2 examples"),
-        ({"text": ["a", "b"]}, {"hold_out": 2}, "data.hold_out how many of its 2 examples"),
+        (
+            {"text": ["a", "b"]},
+            {"hold_out": 2},
+            "data.hold_out=2 leaves nothing to train on: .* has 2 examples",
+        ),
         ({"text": ["a", "b"]}, {"name": "demo"}, "both given: name one"),
     ],
 )

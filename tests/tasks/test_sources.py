@@ -191,6 +191,16 @@ def test_sets_are_mixed_by_weight_whatever_their_columns(tmp_path: Path) -> None
     assert [row["messages"] for row in again[0]] == [row["messages"] for row in train]  # drawn by the seed
 
 
+def test_a_weight_by_which_nothing_is_trained_on_is_refused(tmp_path: Path) -> None:
+    for name, rows in (("a", 4), ("b", 2)):
+        (tmp_path / f"{name}.csv").write_text(
+            "text,label\n" + "".join(f"{name}{row},{row % 2}\n" for row in range(rows))
+        )
+    options = {"task": "files", "train_file": str(tmp_path / "a.csv"), "hold_out": 1}
+    with pytest.raises(AFLoRAError, match=r"data.mix: weight 0.1 of [12] examples \(2 less those held out\) is none"):
+        load_data(DataConfig(mix={str(tmp_path / "b.csv"): 0.1}, **options), seed=0)
+
+
 def test_a_set_that_is_mixed_with_itself_is_held_out_once(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{text},{text > 'd'}\n" for text in "abcdefgh"))
     mix = {str(tmp_path / ".." / tmp_path.name / "a.csv"): 2.0}
