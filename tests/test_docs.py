@@ -344,6 +344,36 @@ def parsed(*arguments: str) -> tuple[Config, str]:
     return parse(list(arguments))
 
 
+def of_main_job(words: list[str]) -> list[str]:
+    """What a command tells the main job, or its plan; nothing if it does not train."""
+    *_, start = [
+        -1,
+        *(at for at, word in enumerate(words) if word == "aflora_dist.training.run" or word[-7:] == ".sbatch"),
+    ]
+    start = 1 if words[:2] in (["aflora", "train"], ["aflora", "plan"]) else start
+    arguments = words[start + 1 :] if start > 0 else []
+    own = ("--ranks", "--engines", "--examples", "--json", "--mixed_precision", "--help")
+    end = next((at for at, word in enumerate(arguments) if word in own or word.endswith(".py")), len(arguments))
+    return arguments[:end]
+
+
+@named([page for page in PAGES if page.name in ("classifier.md", "large_models.md", "data.md")])
+def test_commands_of_a_page_train_a_model_alike(page: Path) -> None:
+    """Whoever copies one, on another machine, gets the training that the page is about."""
+    found: dict[tuple[str, str], list[Any]] = {}
+    for block in blocks(page):
+        for arguments in map(of_main_job, commands(block) if block.language == "bash" else ()):
+            if arguments:
+                config, _ = parsed(*arguments)
+                train = config.train
+                rates = (train.epochs, train.learning_rate, train.head_learning_rate, train.max_grad_norm)
+                found.setdefault((config.model.name, config.method.name), []).append(rates)
+    assert found
+    for model, all_rates in found.items():
+        assert len(set(all_rates)) == 1, (model, all_rates)
+        assert all_rates[0][:2] != (Config().train.epochs, Config().train.learning_rate), f"{model}: defaults"
+
+
 def shrunk(arguments: list[str], place: Place, run: Path | None = None) -> list[str]:
     """The main job's arguments with its smallest model, data and training behind them."""
     config, _ = parsed(*arguments)
