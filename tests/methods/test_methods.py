@@ -22,7 +22,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from aflora_dist.errors import AFLoRAError
+from aflora_dist.errors import AFLoRAError, UnsupportedEngineError
 from aflora_dist.methods import Method
 from aflora_dist.methods.choose import create_method
 from aflora_dist.names import of_base
@@ -340,6 +340,15 @@ def test_adalora_is_refused_where_gradients_are_in_pieces(tiny_model: Path, revi
     assert done.returncode == 2
     assert "zero2 keeps pieces of them on every rank" in done.stderr
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_adalora_fits_no_engine_that_keeps_pieces_of_gradients(engine: str) -> None:
+    method = create_method(parse(["--method.name", "adalora"])[0])
+    for fits in ("single", "ddp"):
+        method.check_engine(fits, "no")
+    with pytest.raises(UnsupportedEngineError, match=f"{engine} keeps pieces of them on every rank. Use one process"):
+        method.check_engine(engine, "no")
 
 
 FREEZING: dict[str, dict[str, Any]] = {
