@@ -135,7 +135,7 @@ def check_groups(optimizer: Optimizer, groups: int) -> None:
         )
 
 
-def check_updates(updates: int) -> None:
+def check_one_update(updates: int) -> None:
     """Refuse anything but one update of DeepSpeed's for one optimizer.step().
 
     Raises:

@@ -25,7 +25,7 @@ from ..optimizers import release
 from ..transfer import Move, Piece, place, plan
 from . import device
 from .saving import KeptWhole
-from .supported import CLIPS_BY_ITSELF, check_groups, check_supported, check_updates
+from .supported import CLIPS_BY_ITSELF, check_groups, check_one_update, check_supported
 
 Span = tuple[Fragment, int]  # a fragment, and where in its partition it begins
 
@@ -154,7 +154,7 @@ class ZeroEngine(Engine):
     def _check_stepped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         updates, self._stepped = self._stepped, 0
         if updates or self.accelerator.sync_gradients:
-            check_updates(updates)
+            check_one_update(updates)
         return original(*args, **kwargs)
 
     def _clip_grad_norm(self, original: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
