@@ -5,12 +5,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._registration import register_with_peft
-from .errors import AFLoRAError, DivergedError, UnsupportedEngineError
+from .errors import AFLoRAError, DamagedError, DivergedError, UnsupportedEngineError
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapter import AFLoRAConfig, AFLoRAModel, save_as_lora
-    from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
+    from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig, Progress
     from .trainer import FreezingCallback
 
 __all__ = [
@@ -18,10 +18,12 @@ __all__ = [
     "AFLoRAError",
     "AFLoRAModel",
     "AdaptiveFreezing",
+    "DamagedError",
     "DivergedError",
     "FreezeEvent",
     "FreezingCallback",
     "FreezingConfig",
+    "Progress",
     "UnsupportedEngineError",
     "save_as_lora",
 ]
@@ -34,6 +36,7 @@ _LATER = {
     "AdaptiveFreezing": ".control",
     "FreezeEvent": ".control",
     "FreezingConfig": ".control",
+    "Progress": ".control",
     "FreezingCallback": ".trainer",
 }
 
