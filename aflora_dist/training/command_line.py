@@ -192,7 +192,8 @@ def _of_group(name: str, value: str) -> list[tuple[str, str]]:
     """The options in `{"epochs": 3}`, and what is written behind each."""
     node = _node(name, value)
     if not isinstance(node, yaml.MappingNode):
-        raise AFLoRAError(f"{name} must hold options, as in --{name} '{{NAME: VALUE, ...}}', not {value[:80]}.")
+        given = value[:80] or "empty"
+        raise AFLoRAError(f"{name} must hold options, as in --{name} '{{NAME: VALUE, ...}}', not {given}.")
     return [
         (key.value, v.value if isinstance(v, yaml.ScalarNode) else value[v.start_mark.index : v.end_mark.index])
         for key, v in node.value
