@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Unpack
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from peft import PeftModel
@@ -26,7 +26,8 @@ from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
 from .control.freezable import Choice
 from .control.scheduler import Scheduler
 from .errors import AFLoRAError, DamagedError, writing
-from .names import named_parameters, without_wrappers
+from .names import is_adapter, named_parameters, without_wrappers
+from .notices import logger
 from .options import FreezingEpochs, FreezingKeywords
 from .processes import on_main
 from .store import checkpoint
@@ -35,6 +36,7 @@ from .watch.stopping import StopRequest
 
 _STATE = "aflora"  # the folder in Trainer's checkpoint that holds the training's state by name
 _LAST: WeakKeyDictionary[nn.Module, ref[AdaptiveFreezing]] = WeakKeyDictionary()  # who froze a model last
+_MAKING: WeakSet[Trainer] = WeakSet()  # who make their optimizer themselves, and were given none
 
 
 class FreezingCallback(TrainerCallback):
@@ -82,7 +84,6 @@ class FreezingCallback(TrainerCallback):
         self.freezing: AdaptiveFreezing | None = None
         self._resumed: Checkpoint | None = None
         self._stop: StopRequest | None = None
-        self._given_optimizer = False  # by the user, and not made by Trainer
 
     # -- what Trainer tells its callbacks ------------------------------------------------------
 
@@ -108,6 +109,7 @@ class FreezingCallback(TrainerCallback):
         _LAST[model] = ref(self.freezing)
         progress = self.freezing.progress
         progress.parts["scheduler"] = Scheduler(trainer.lr_scheduler, progress.engine)
+        _warn_of_low_rates(self.freezing, args.learning_rate)
         if self._resumed is not None:
             resumed, self._resumed = self._resumed, None
             progress.restore(resumed.tensors, resumed.training["progress"])
@@ -207,20 +209,17 @@ class FreezingCallback(TrainerCallback):
         resume_from_checkpoint: str | None,
     ) -> Any:
         """Prepare without Trainer's own loading: optimizer files of after a freeze fit no optimizer of before it."""
-        if self.freezing is None or self.trainer is not trainer:
-            self._given_optimizer = trainer.optimizer is not None
-        self.trainer = trainer
-        self._resumed = None
+        self.trainer, self._resumed = trainer, None
         theirs = trainer.pop_callback(JITCheckpointCallback)
         if theirs is not None:  # each rank would save when it was told, and without what callbacks add
             theirs.on_train_end(trainer.args, trainer.state, trainer.control)  # gives SIGTERM back
         if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
             # A second train(): accelerate has let go of the DeepSpeedEngine, and Trainer would make no other.
             trainer.model_wrapped = trainer.model
-            if not self._given_optimizer:
+            if trainer in _MAKING:
                 trainer.optimizer = None
         model = unwrap(trainer.accelerator, trainer.model)
-        if not self._given_optimizer:  # else the optimizer has to let go of them, once it is prepared
+        if trainer in _MAKING:  # else the optimizer has to let go of them, once it is prepared
             hold_frozen(model, frozen_by_training(model))
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
@@ -235,10 +234,10 @@ class FreezingCallback(TrainerCallback):
                 )
             progress = found.training["progress"]
             before = progress["parts"]["freezing"].get("frozen_before", ())  # that training was not the model's first
-            if hold_frozen(model, before) and not self._given_optimizer:
+            if hold_frozen(model, before) and trainer in _MAKING:
                 trainer.optimizer = None  # Trainer makes one without them
-            since = {name for event in progress["parts"]["freezing"]["events"] for name in event["frozen"]}
-            self._thaw(trainer, model, since.union(progress["engine"]["names"]))
+            since = (event["frozen"] for event in progress["parts"]["freezing"]["events"])
+            self._thaw(trainer, model, {*progress["engine"]["names"]}.union(*since))
             if trainer.is_deepspeed_enabled:  # else Trainer has done so
                 trainer._load_from_checkpoint(resume_from_checkpoint)
         return original(max_steps, train_dataloader, None)
@@ -249,7 +248,7 @@ class FreezingCallback(TrainerCallback):
         frozen = [n for n, p in named_parameters(model).items() if n in names and (n in known or not p.requires_grad)]
         if not frozen:
             return
-        if self._given_optimizer:
+        if trainer not in _MAKING:
             raise AFLoRAError(
                 f"The optimizer given to Trainer has let go of {frozen[0]}, which trained at the checkpoint. Resume "
                 f"with a new Trainer, a new model and a new optimizer."
@@ -284,6 +283,18 @@ class FreezingCallback(TrainerCallback):
                 trainer._save(output_dir, state_dict=state)
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+def _warn_of_low_rates(freezing: AdaptiveFreezing, default: float) -> None:
+    """Of a tenth of AFLoRA's lowest; `default`: of a schedule that begins at 0 and does not say where it goes."""
+    for members, group in zip(freezing.engine.members, freezing.engine.optimizer.param_groups, strict=False):
+        rate = float(group.get("initial_lr") or group["lr"] or default)
+        if rate < 1e-4 and any(map(is_adapter, members)):
+            return logger.warning(
+                f"AFLoRA learns next to nothing at a learning rate of {rate:g}, and freezes all the same: its vectors "
+                f"s_b start at 0. Set learning_rate: the paper's are 1e-3 to 1e-2 for encoders, its authors' 2e-3 for "
+                f"LLaMA-7B; small language models want up to 3e-2."
+            )
 
 
 def _find(trainer: Trainer, folder: Path) -> Checkpoint | None:
@@ -324,6 +335,8 @@ def _introduce() -> None:
 def _leading(original: Callable[..., Any], extended: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.optimizer is None:
+            _MAKING.add(trainer)
         found = [c for c in trainer.callback_handler.callbacks if isinstance(c, FreezingCallback)]
         if len(found) > 1:
             raise AFLoRAError(f"The trainer has {len(found)} FreezingCallbacks; add one.")

@@ -307,12 +307,18 @@ def with_export(place: Place) -> dict[str, Any]:
     return {"model": AutoModelForCausalLM.from_pretrained(place.decoder)}
 
 
+def with_trl_by_name(place: Place) -> dict[str, Any]:
+    if not Path("MODEL").exists():
+        Path("MODEL").symlink_to(place.decoder)
+    return with_trl(place.decoder)
+
+
 # By page, what its snippets find before them.
 BEFORE: dict[str, Callable[[Place], dict[str, Any]]] = {
     "README.md": lambda place: classifier(place.encoder) | {"accelerator": Accelerator(cpu=True)},
     "own_loop.md": lambda place: classifier(place.encoder),
     "moving.md": lambda place: classifier(place.encoder) | {"accelerator": Accelerator(cpu=True)},
-    "trainer.md": lambda place: with_trl(place.decoder),
+    "trainer.md": with_trl_by_name,
     "serving.md": with_export,
 }
 

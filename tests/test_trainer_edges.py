@@ -211,3 +211,37 @@ def test_an_evaluation_of_the_base_model_before_going_on_from_a_checkpoint_chang
         whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
         values.append({name: p.detach().clone() for name, p in model.named_parameters()})
     assert_same(*values)
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize(("rate", "lora", "warns"), [(5e-5, False, True), (1e-3, False, False), (5e-5, True, False)])
+def test_rates_at_which_aflora_learns_nothing_are_said(
+    rate: float,
+    lora: bool,
+    warns: bool,
+    warmup: int,
+    scheduler: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    callback = FreezingCallback(freezable=r".*\.mlp\..*lora_.*" if lora else None)
+    schedule = {"warmup_steps": warmup, "lr_scheduler_type": scheduler}
+    low = trainer(build_llama(lora), tmp_path, callback, freezes=False, learning_rate=rate, max_steps=4, **schedule)
+    low.train()
+    assert ("learns next to nothing at a learning rate of 5e-05" in capsys.readouterr().err) is warns
+
+
+def test_a_callback_that_is_added_after_a_first_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """The optimizer that is there then was made by Trainer, and not given to it."""
+    source = trainer(build_llama(), tmp_path, **QUARTERS)
+    source.train()
+    late = trainer(build_llama(), tmp_path / "late", freezes=False)
+    late.args.max_steps = 1
+    late.train()
+    late.args.max_steps = -1
+    late.add_callback(FreezingCallback())
+    late.train()
+    late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert freezing(late).frozen == freezing(source).frozen
+    assert_same(adapters(late.model), adapters(source.model))
