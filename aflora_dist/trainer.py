@@ -23,7 +23,7 @@ from .compat.accelerate import unwrap
 from .compat.contract import require_private
 from .compat.transformers import TRAINER, saves_adapters
 from .control import AdaptiveFreezing, FreezeEvent, FreezingConfig
-from .control.freezable import Choice
+from .control.freezable import Choice, checked_choice
 from .control.scheduler import Scheduler
 from .errors import AFLoRAError, DamagedError, writing
 from .names import is_adapter, named_parameters, without_wrappers
@@ -77,7 +77,7 @@ class FreezingCallback(TrainerCallback):
         **options: Unpack[FreezingKeywords],
     ) -> None:
         self.trainer = trainer
-        self.freezable = freezable
+        self.freezable = checked_choice(freezable)
         self.on_freeze = on_freeze
         epochs = {"initial_epochs": initial_epochs, "final_epochs": final_epochs, "prefix_epochs": prefix_epochs}
         self.options = FreezingEpochs(**epochs, **options)

@@ -245,3 +245,17 @@ def test_a_callback_that_is_added_after_a_first_training_goes_on_from_a_checkpoi
     late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert freezing(late).frozen == freezing(source).frozen
     assert_same(adapters(late.model), adapters(source.model))
+
+
+def test_names_that_come_once_are_kept_for_further_trainings(tmp_path: Path) -> None:
+    model = build_llama(lora=True)
+    names = [name for name, p in model.named_parameters() if ".mlp." in name and p.requires_grad]
+    of = trainer(model, tmp_path, FreezingCallback(freezable=iter(names)), StopsAt(6), freezes=False)
+    of.train()
+    some = {*freezing(of).frozen}
+    of.remove_callback(StopsAt)
+    of.train()
+    assert some
+    assert {*freezing(of).frozen} == {*names} - some
+    with pytest.raises(AFLoRAError, match="it got 3"):
+        FreezingCallback(freezable=3)  # type: ignore[arg-type]

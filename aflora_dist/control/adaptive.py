@@ -25,7 +25,7 @@ from ..freezing import ORDERS, FreezeEvent, FreezingConfig
 from ..processes import on_main, refuse_lonely_processes
 from .accelerate_state import AccelerateState
 from .ending import Ending
-from .freezable import Choice, Chosen, Freezable, names_of
+from .freezable import Choice, Chosen, Freezable, checked_choice, names_of
 from .frozen import KeptFrozen
 from .progress import Progress
 from .state import FreezingState
@@ -89,7 +89,7 @@ class AdaptiveFreezing:
             self.engine.select([name for name in trained if name not in held])
         self._kept_frozen = KeptFrozen(self.engine.model)
         told: list[Freezable] = [self._kept_frozen, self._adapter]
-        if freezable is not None:
+        if (freezable := checked_choice(freezable)) is not None:
             told.append(freezable if isinstance(freezable, Freezable) else Chosen(freezable, self.engine))
         self.freezable = names_of(told[-1], self.engine, config)
         self.schedule = config.schedule()
@@ -289,13 +289,13 @@ class AdaptiveFreezing:
         else:
             self._stopwatch.stop(start, self.engine.device)
 
-    def freeze(self, names: Sequence[str]) -> None:
+    def freeze(self, names: str | Sequence[str]) -> None:
         """Freeze these now, and all of their layer or block (`unit`), whatever the schedule says. A collective.
 
         Raises:
             AFLoRAError: A name is not that of a freezable matrix that still trains, or nothing else trains.
         """
-        chosen = set(names)
+        chosen = {names} if isinstance(names, str) else {*names}
         if unknown := sorted(chosen - {*self.remaining}):
             raise AFLoRAError(f"{unknown[0]!r} is not a freezable matrix that still trains; see `remaining`.")
         whole = [name for unit in self.policy.units.values() if chosen & set(unit) for name in unit]

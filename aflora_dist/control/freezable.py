@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from peft import PromptLearningConfig
 from torch import nn
@@ -36,6 +36,23 @@ class Freezable(Protocol):
 
 
 Choice = Freezable | Iterable[str] | str | re.Pattern[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def checked_choice(choice: Any) -> Choice:
+    """What a user says may freeze, to be looked at as often as there are trainings: a generator's names are kept.
+
+    Raises:
+        AFLoRAError: It is none of the four kinds.
+    """
+    if choice is None or isinstance(choice, str | re.Pattern | Freezable) or callable(choice):
+        return choice
+    names = tuple(choice) if isinstance(choice, Iterable) else (choice,)
+    if strange := [name for name in names if not isinstance(name, str)]:
+        raise AFLoRAError(
+            f"freezable takes names of parameters, a regular expression over them, a function of name and parameter, "
+            f"or an object with the two methods of Freezable; it got {strange[0]!r:.80}."
+        )
+    return names
 
 
 class Chosen:

@@ -285,8 +285,11 @@ def test_names_a_pattern_and_a_function_choose_alike() -> None:
     by_function = Training(
         "full", freezable=lambda name, p: "layer.0.output." in name and p.dim() > 0
     ).freezing.freezable
-    assert by_pattern == by_function == Training("full", freezable=by_pattern).freezing.freezable
+    by_name = Training("full", freezable=(name for name in by_pattern)).freezing
+    assert by_pattern == by_function == by_name.freezable
     assert len(by_pattern) == 4
+    by_name.freeze(by_pattern[1])
+    assert [*by_name.frozen] == [by_pattern[1]]
 
 
 def test_what_says_what_may_freeze_is_told_what_has() -> None:
@@ -444,6 +447,8 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "no match": ("full", "LayerNorm", {}, "chooses none of the .* parameters that train"),
     "no name": ("full", [], {}, "chooses none of"),
     "no pattern": ("full", "(", {}, "no regular expression"),
+    "a number": ("full", 0, {}, "a function of name and parameter, .* it got 0"),
+    "no names": ("full", [3], {}, "it got 3"),
     "all": ("full", ".*", {}, "All that trains may freeze"),
 }
 
