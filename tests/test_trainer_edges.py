@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -259,3 +260,14 @@ def test_names_that_come_once_are_kept_for_further_trainings(tmp_path: Path) -> 
     assert {*freezing(of).frozen} == {*names} - some
     with pytest.raises(AFLoRAError, match="it got 3"):
         FreezingCallback(freezable=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("freezable", [None, r".*\.mlp\..*"])
+def test_an_adapter_that_was_loaded_without_is_trainable_is_told_so(
+    freezable: str | None, lora: bool, tmp_path: Path
+) -> None:
+    build_llama(lora).save_pretrained(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(build_llama().unload(), str(tmp_path / "adapter"))
+    with pytest.raises(AFLoRAError, match=r"'default' was loaded for inference alone.* is_trainable=True"):
+        trainer(loaded, tmp_path, FreezingCallback(freezable=freezable), freezes=False).train()

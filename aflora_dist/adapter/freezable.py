@@ -208,6 +208,18 @@ def none_chosen(choice: object, trained: Sequence[str]) -> NoReturn:
     )
 
 
+def refuse_loaded_to_infer(model: nn.Module) -> None:
+    """Raise AFLoRAError where nothing of a model, unwrapped, trains because PEFT has loaded its adapter so."""
+    active = {name for m in model.modules() if isinstance(m, BaseTunerLayer) for name in m.active_adapters}
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    found = [name for name, config in configs.items() if name in active and config.inference_mode]
+    if found and not any(p.requires_grad for p in model.parameters()):
+        raise AFLoRAError(
+            f"The adapter {found[0]!r} was loaded for inference alone, and nothing trains: load it with "
+            f"PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+
+
 def refuse_decided(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
     """Raise AFLoRAError where an adapter itself decides what of these goes on: AdaLoRA, by gradients that it is told.
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..adapter.freezable import adapter_of, frozen_by_training, hold_frozen
+from ..adapter.freezable import adapter_of, frozen_by_training, hold_frozen, refuse_loaded_to_infer
 from ..adapter.precision import beyond_float16, check_precision
 from ..adapter.saving import names_to_save, save_peft
 from ..engines import Engine, create_engine, rehearse
@@ -81,6 +81,7 @@ class AdaptiveFreezing:
         self.config = config
         self.on_freeze = on_freeze
         self.engine: Engine = progress.engine if progress else create_engine(accelerator, model, optimizer)
+        refuse_loaded_to_infer(self.engine.model)
         self._adapter = adapter_of(self.engine.model)
         if self._adapter.freezing_attached:
             raise AFLoRAError("This model is frozen by another AdaptiveFreezing already; call its detach() first.")

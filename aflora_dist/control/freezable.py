@@ -90,7 +90,7 @@ class Chosen:
             if name not in first:
                 raise AFLoRAError(
                     f"freezable names {name!r}, which is no parameter of the model. Names are those of "
-                    f"model.named_parameters() before accelerator.prepare(), such as {self._engine.trainable[0]!r}."
+                    f"model.named_parameters() before accelerator.prepare(), such as {next(iter(self._aliases))!r}."
                 )
             if first[name] in self._before:
                 continue

@@ -22,7 +22,7 @@ from ..freezing import Fragment
 from ..names import named_parameters
 from ..processes import cpu_group
 from .collectives import Collectives
-from .optimizers import OptimizerTraits, examine, plain
+from .optimizers import OptimizerTraits, examine, name_of_class, plain
 from .transfer import Move, Piece, Placed, carry, collect, distribute
 
 Record = dict[str, Any]
@@ -236,7 +236,7 @@ class Engine(Collectives):
         if theirs and theirs != set(self.traits.moments):
             raise AFLoRAError(
                 f"The checkpoint is of another optimizer: {record['optimizer']} keeps {', '.join(sorted(theirs))}, "
-                f"{type(self.optimizer).__name__} keeps {', '.join(self.traits.moments) or 'nothing'}."
+                f"{name_of_class(self.optimizer)} keeps {', '.join(self.traits.moments) or 'nothing'}."
             )
 
     @torch.no_grad()

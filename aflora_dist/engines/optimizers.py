@@ -54,6 +54,13 @@ class OptimizerTraits:
         return number if number is None or example is None else type(example)(number)
 
 
+def name_of_class(optimizer: Any) -> str:
+    """What messages call it: other packages have classes of the names of torch's."""
+    kind = type(optimizer)
+    package = kind.__module__.partition(".")[0]
+    return kind.__name__ if package in ("torch", "builtins") else f"{package}.{kind.__name__}"
+
+
 def inner_optimizer(optimizer: Any) -> Any:
     """What accelerate has wrapped: a torch optimizer, or DeepSpeed's around one.
 
@@ -67,7 +74,7 @@ def inner_optimizer(optimizer: Any) -> Any:
         inner = inner.optimizer
     if not isinstance(inner, Optimizer) and "deepspeed" not in type(inner).__module__:
         raise UnsupportedEngineError(
-            f"AdaptiveFreezing(accelerator, model, optimizer, ...) got {type(optimizer).__name__} as its optimizer. "
+            f"AdaptiveFreezing(accelerator, model, optimizer, ...) got {name_of_class(optimizer)} as its optimizer. "
             f"Pass the optimizer that accelerator.prepare() returned."
         )
     return inner
@@ -94,7 +101,7 @@ def examine(optimizer: Optimizer, device: torch.device) -> OptimizerTraits:
     Raises:
         UnsupportedEngineError: Dropping parameters from it, or going on from its state by name, is not exact.
     """
-    name = type(optimizer).__name__
+    name = name_of_class(optimizer)
     if callable(getattr(type(optimizer), "eval", None)):
         raise UnsupportedEngineError(
             f"{name} holds other weights in training than in evaluation (it has an eval()), so a matrix that freezes "
@@ -127,7 +134,7 @@ def check_updates(optimizer: Optimizer, like: Tensor, what: str) -> None:
         _like(optimizer, _distinct(optimizer)[0], [parameter]).step()
     except Exception as error:  # whatever a kernel says of what it does not know
         raise UnsupportedEngineError(
-            f"{type(optimizer).__name__} does not update {what} ({type(error).__name__}: {one_line(error)}). Use one "
+            f"{name_of_class(optimizer)} does not update {what} ({type(error).__name__}: {one_line(error)}). Use one "
             f"that does, such as torch.optim.AdamW."
         ) from error
 
@@ -154,7 +161,7 @@ class _Trial:
 
 
 def _try(optimizer: Optimizer, given: Mapping[str, Any], device: torch.device) -> OptimizerTraits:
-    name, trial = type(optimizer).__name__, _Trial(optimizer, given, device)
+    name, trial = name_of_class(optimizer), _Trial(optimizer, given, device)
     expected, options = _undisturbed(trial)
     limit = 1e-3 * (expected - trial.start.to(device)).abs().max().item()
     if not limit > 0:
@@ -188,7 +195,7 @@ def _left_and_resumed(trial: _Trial, options: Mapping[str, Any]) -> tuple[Tensor
     left = trial.optimizer_of([kept, companion])
     for gradient in trial.gradients[:2]:
         trial.step(left, [kept, companion], [gradient, gradient])
-    traits = _traits(type(trial.optimizer).__name__, left, kept, options)
+    traits = _traits(name_of_class(trial.optimizer), left, kept, options)
     left.param_groups[0]["params"] = [kept]
     left.state.pop(companion, None)
     companion.grad = None

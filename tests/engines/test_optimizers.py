@@ -115,6 +115,7 @@ REFUSED: dict[str, tuple[Create, str]] = {
     "schedule-free": (lambda p: ScheduleFree(p), "other weights in training than in evaluation"),
     "LBFGS": (lambda p: torch.optim.LBFGS(p), "cannot be tried out"),
     "SparseAdam": (lambda p: torch.optim.SparseAdam(p), "cannot be tried out"),
+    "of another's name": (lambda p: type("AdamW", (torch.optim.LBFGS,), {})(p), r"tests\.AdamW cannot be tried out"),
 }
 
 

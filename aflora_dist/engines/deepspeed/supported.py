@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ...compat.accelerate import unwrap
 from ...errors import UnsupportedEngineError
-from ..optimizers import inner_optimizer
+from ..optimizers import inner_optimizer, name_of_class
 
 CLIPS_BY_ITSELF = (
     "DeepSpeed clips by itself, {at}, and accelerator.clip_grad_norm_(..., {norm:g}) changes nothing under it. Write "
@@ -80,7 +80,7 @@ def check_supported(ds: Any) -> None:
         UnsupportedEngineError: Names the feature and what to use instead.
     """
     check_settings(ds._config)
-    optimizer = type(ds.basic_optimizer).__name__
+    optimizer = name_of_class(ds.basic_optimizer)
     _refuse(
         {
             "mixture-of-experts layers": (bool(ds.has_moe_layers), "train them without DeepSpeed-MoE"),
@@ -90,7 +90,7 @@ def check_supported(ds: Any) -> None:
                 "Muon" in optimizer or "OneBit" in optimizer or "ZeroOne" in optimizer,
                 "use an element-wise optimizer such as AdamW",
             ),
-            f"own {type(getattr(ds.optimizer, 'optimizer', None)).__name__} in place of the {optimizer} it was given": (
+            f"own {name_of_class(getattr(ds.optimizer, 'optimizer', None))} in place of the {optimizer} it was given": (
                 getattr(ds.optimizer, "optimizer", ds.basic_optimizer) is not ds.basic_optimizer,
                 "use torch.optim.AdamW",
             ),
