@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, FreezingConfig
+from tests.launch import launch_series
 from tests.workers.anything import Training
 from tests.workers.tiny import build_base, global_batch
 
@@ -148,3 +150,20 @@ def test_an_adapter_made_anew_under_the_name_of_one_that_froze_trains(case: str)
     _, _, second = train(case, None, model=model)
     assert second.frozen.keys() == first.frozen.keys()
     second.release()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_a_second_training_after_a_switch_is_that_without_on_every_engine(engine: str, tmp_path: Path) -> None:
+    """The second optimizer was given what had frozen, and lets go of it on every rank."""
+    module = ["profiling.fsdp_on_cpu"] if engine == "fsdp2" else []
+    launch_series(engine, 2, [[*module, "tests.workers.switched", str(tmp_path)]])
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        assert seen[True]["kind"] == engine
+        assert seen[True]["gone"]
+        for name, value in seen[True]["gone"].items():
+            assert torch.equal(value, seen[True]["now"][name]), name
+        assert not seen[True]["gone"].keys() & {*seen[True]["trained"]}
+        assert seen[True]["events"] == seen[False]["events"]
+        assert seen[True]["losses"] == pytest.approx(seen[False]["losses"], abs=1e-6)
