@@ -189,9 +189,10 @@ def _config(name: str, config: ModelConfig, hub: dict[str, Any]) -> Any:
     """The model's configuration, which may be anyone's: by itself it runs no code, and is not built for hours.
 
     Raises:
-        AFLoRAError: It asks for a kernel of the hub, or for more layers than there can be.
+        AFLoRAError: It asks for a kernel of the hub, or for more layers than there can be; or it is an adapter's.
     """
     if "gguf_file" not in hub:
+        _refuse_trained(Path(name))
         file = Path(name) / "config.json"
         content = read_object(file) if file.exists() else PreTrainedConfig.get_config_dict(name, **hub)[0]
         refuse_endless(content, file)
@@ -202,6 +203,20 @@ def _config(name: str, config: ModelConfig, hub: dict[str, Any]) -> Any:
                 f"the command line can have that: --model.attn_implementation {kernel}; eager and sdpa run none."
             )
     return AutoConfig.from_pretrained(name, **hub)
+
+
+def _refuse_trained(folder: Path) -> None:
+    """Raise an AFLoRAError for a run's directory, or an adapter's folder, that is named as a model."""
+    inner = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if (folder / "config.json").exists():
+        return
+    if (inner / "adapter_config.json").is_file():
+        raise AFLoRAError(
+            f"model.name={folder} is an adapter. `aflora merge {folder} OUT` makes a model of it, in a folder OUT: "
+            f"name that."
+        )
+    if (inner / "config.json").is_file():
+        raise AFLoRAError(f"model.name={folder} is a run that has trained a whole model: name {inner}.")
 
 
 def _source(config: ModelConfig, language_model: bool) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -243,8 +258,7 @@ def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
         known = isinstance(error, (*_NOT_LOADED, *more))
         if not known and not (isinstance(error, RuntimeError) and _OF_SIZES.search(str(error))):
             raise
-        reason = refusal(error, config.name) or _unread_tokenizer(error) or _own_code(error)
-        reason = _trained(Path(config.name)) or reason or one_line(error)
+        reason = refusal(error, config.name) or _unread_tokenizer(error) or _own_code(error) or one_line(error)
         raise AFLoRAError(
             f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
             f'.gguf file, or "demo".)'
@@ -260,16 +274,6 @@ def _unread_tokenizer(error: BaseException) -> str | None:
         f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the "
         f"packages {' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
     )
-
-
-def _trained(folder: Path) -> str | None:
-    """What to name instead of a run's directory, or of an adapter's folder."""
-    inner = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    if (folder / "config.json").exists():
-        return None
-    if (inner / "adapter_config.json").is_file():
-        return f"it is an adapter. `aflora merge {folder} OUT` makes a model of it, in a folder OUT: name that."
-    return f"it is a run that has trained a whole model: name {inner}." if (inner / "config.json").is_file() else None
 
 
 def _own_code(error: BaseException) -> str | None:
