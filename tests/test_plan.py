@@ -412,6 +412,22 @@ def test_a_dry_run_says_that_its_folder_is_taken(arguments: list[str], tmp_path:
     assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / "adapter", tmp_path / "run" / "adapter" / "mine"]
 
 
+@pytest.mark.parametrize("how", ["plan", "dry run", "train"])
+def test_what_cannot_be_resumed_is_refused(how: str, arguments: list[str], tmp_path: Path, capsys: Any) -> None:
+    ask = {"plan": command("plan"), "dry run": lambda words: run_main([*words, "--dry_run"]), "train": run_main}[how]
+    away = [*arguments, "--run.dir", str(tmp_path / "other")]
+    assert ask([*away, "--resume", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is not a checkpoint's folder" in capsys.readouterr().err
+    assert run_main(arguments) == 0
+    (newest,) = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1:]
+    for more in (["--resume", str(newest)], ["--resume"]):
+        assert ask([*arguments, "--adapter.r", "8", *more]) == 2
+        assert "adapter.r is 4 there and 8 here" in capsys.readouterr().err
+    (newest / "manifest.json").write_text("{")
+    assert ask([*away, "--resume", str(newest)]) == 2
+    assert f"The checkpoint {newest} is damaged" in capsys.readouterr().err
+
+
 def test_freezes_of_a_training_without_end_in_sight_are_found_at_once_and_as_step_by_step() -> None:
     names = [f"model.layers.{i}.up.aflora.default.A" for i in range(5)]
     numels = {name: 10 + i for i, name in enumerate(names)}

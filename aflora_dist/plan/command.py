@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.state import PartialState
 
 from ..errors import AFLoRAError
@@ -46,13 +47,14 @@ def main(arguments: list[str]) -> int:
     """`aflora plan`; returns the exit status."""
     quiet_libraries()
     options, rest = _own_options().parse_known_args(arguments)
-    config, _ = parse(rest)
+    config, resolved = parse(rest)
     refuse_own_input(config, split_line(rest)[0])
     launches = _launches(options.engines, options.ranks, options.mixed_precision)
     if options.examples is not None and options.examples < 1:
         raise AFLoRAError(f"--examples must be at least 1, got {options.examples}.")
     PartialState(cpu=True)  # a plan needs no GPU, and takes none
     with redirect_stdout(sys.stderr):  # what is said of the data is not part of the plan
+        _refuse_resuming(config, resolved, Accelerator(cpu=True))
         plan = make_plan(config, launches, examples=options.examples)
     if options.json:
         print(json.dumps(asdict(plan), indent=1))
@@ -83,6 +85,14 @@ def _launches(engines: list[Any] | None, ranks: list[int], precision: str) -> li
     return found
 
 
+def _refuse_resuming(config: Config, resolved: str, accelerator: Accelerator) -> None:
+    """Raise an AFLoRAError if run.resume cannot be done, where the folder is this run's. A collective."""
+    if config.run.resume is not None and refusal_of(refuse_taken, config.run) is None:
+        run = RunDirectory(config.run, accelerator)
+        if finished(run, resolved) is None:
+            find(run, resolved, accelerator)
+
+
 def dry_run(config: Config, resolved: str) -> None:
     """The plan of the launch that this process is part of, once, and where the run would write. A collective.
 
@@ -94,10 +104,7 @@ def dry_run(config: Config, resolved: str) -> None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()  # or ZeRO-3 would shard the model that is made on the meta device
-    if refusal_of(refuse_taken, config.run) is None:
-        run = RunDirectory(config.run, accelerator)
-        if finished(run, resolved) is None:
-            find(run, resolved, accelerator)
+    _refuse_resuming(config, resolved, accelerator)
     plan = make_plan(config, [Launch.of(accelerator)])
     if accelerator.is_main_process:
         print_plan(plan)
