@@ -92,7 +92,8 @@ class Training:
         sizes = (of_head, lora_parameters(model), flops_per_token(model, method.is_head))
         accumulate(config, accelerator, self.sampler.micro_batches)
         shard_by_block(accelerator, model)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        with deepspeed_file.told_of_refusals():
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.progress = progress = Progress(create_engine(accelerator, self.model, self.optimizer))
         self._trained = frozenset(progress.engine.trainable)  # before anything froze
         self.control = method.attach(

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,17 @@ def check_file(config: Config, processes: int) -> None:
             *_taken_by_deepspeed(settings),
         ],
     )
+
+
+@contextmanager
+def told_of_refusals() -> Iterator[None]:
+    """Turn what DeepSpeed refuses only when it is given the model into an error that names the file."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, AFLoRAError) or not in_use():
+            raise
+        _raise_all(_asked_for()[0], _complaints(error))
 
 
 def compiled_ops() -> list[str]:

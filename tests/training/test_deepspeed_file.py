@@ -124,6 +124,8 @@ FILES: dict[str, tuple[Any, str]] = {
     "old offload": (zero(cpu_offload=True), 'cpu_offload=true cannot be honoured: .*"offload_optimizer"'),
     "sequence parallel": ({**good(), "sequence_parallel_size": 2}, "sequence_parallel_size=2 cannot be honoured"),
     "stages": ({**good(), "pipeline": {"stages": 2}}, "pipeline.stages=2 cannot be honoured"),
+    "divided before": ({**good(), "gradient_predivide_factor": 2.0}, "gradient_predivide_factor .*: remove it"),
+    "scaled before": ({**zero(stage=3), "prescale_gradients": True}, "prescale_gradients .*: remove it"),
     "data": ({**good(), "data_efficiency": {"enabled": True}}, '"data_efficiency" cannot be honoured'),
 }
 
@@ -269,6 +271,11 @@ def test_what_transformers_template_says_of_zero_is_taken(tmp_path: Path, monkey
 def test_files_that_are_right_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     config, _ = parse([])
     filled = {**zero(reduce_bucket_size="auto"), "train_batch_size": 64, "gradient_clipping": 0.1}
+    for stage, scattered in ((1, True), (2, False)):
+        whole = {**zero(stage=stage, reduce_scatter=scattered), "prescale_gradients": True}
+        (tmp_path / "whole.json").write_text(json.dumps(whole))
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "whole.json"))
+        deepspeed_file.check_file(config, 2)
     filled |= {
         "train_micro_batch_size_per_gpu": 32,
         "gradient_accumulation_steps": 1,

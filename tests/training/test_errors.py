@@ -200,6 +200,21 @@ def test_a_deepspeed_file_that_cannot_be_honoured_is_refused_once(arguments: lis
 
 
 @pytest.mark.distributed
+def test_what_deepspeed_refuses_when_it_is_given_the_model_is_said_in_a_line(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    settings["zero_optimization"]["compute_grad_norm"] = False
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    launcher = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "ds.json"), "--num_processes", "2"]
+    done = launch("zero2", 2, *MAIN_JOB, *arguments, launcher=[*launcher, "--num_machines", "1"])
+    assert done.returncode == 2
+    assert f"aflora: error: DeepSpeed's file {tmp_path}/ds.json: " in done.stderr
+    assert "compute_grad_norm" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.distributed
 def test_a_full_disk_of_the_main_process_ends_every_rank_with_the_reason(
     tiny_model: Path, reviews: Path, tmp_path: Path
 ) -> None:

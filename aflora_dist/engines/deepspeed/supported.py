@@ -30,6 +30,7 @@ def check_settings(settings: Any) -> None:
     config = settings.zero_config
     offload, offload_param = config.offload_optimizer, config.offload_param
     fp16, bf16 = settings.float16_config, settings.bfloat16_config
+    scatters = config.stage > 1 and bool(config.reduce_scatter)
     _refuse(
         {
             "ZeRO stage 0": (config.stage == 0, "use stage 1, 2 or 3, or plain DDP without DeepSpeed"),
@@ -61,6 +62,11 @@ def check_settings(settings: Any) -> None:
                 "remove these keys",
             ),
             "torch_autocast": (bool(settings.torch_autocast_enabled), 'use "bf16": {"enabled": true}'),
+            "gradient_predivide_factor with ZeRO-2 or 3": (
+                settings.gradient_predivide_factor != 1.0 and (scatters or config.stage == 3),
+                "remove it",
+            ),
+            "prescale_gradients with ZeRO-2 or 3": (bool(settings.prescale_gradients) and scatters, "remove it"),
             "gradient_allreduce_op: sum": (
                 getattr(settings, "gradient_allreduce_op", "mean") != "mean",
                 "gradients are means over the ranks: remove it",
