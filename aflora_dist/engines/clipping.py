@@ -144,6 +144,11 @@ class Clipping:
         observing = any(id(p) in clipped for p in self.observed())  # else another model is clipped, or the head alone
         if observing and not self.accelerator.sync_gradients:
             raise UnsupportedEngineError(_CLIP_ONCE)
+        if observing and not max_norm > 0:
+            raise UnsupportedEngineError(
+                f"accelerator.clip_grad_norm_ was given max_norm={max_norm:g}, which leaves nothing of the gradients. "
+                f"Where they are not to be clipped, leave the call out."
+            )
         self._refuse_unseen_change()
         norm = self._clip(original, parameters, max_norm, norm_type)
         if observing:

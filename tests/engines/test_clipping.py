@@ -53,6 +53,13 @@ def test_clipping_by_value_or_in_parts_is_refused() -> None:
         loop.optimizer.step()
 
 
+@pytest.mark.parametrize("norm", [0.0, -1.0])
+def test_clipping_everything_away_is_refused_and_not_taken_for_divergence(norm: float) -> None:
+    loop = Loop()
+    with pytest.raises(AFLoRAError, match="leave the call out"):
+        loop.step(0, clip=norm)
+
+
 def test_clipping_a_part_of_an_accumulated_gradient_is_refused() -> None:
     loop = Loop()
     loop.accelerator.gradient_accumulation_steps = 2
