@@ -194,7 +194,8 @@ def test_a_run_that_breaks_down_is_counted_and_one_that_cannot_begin_ends_the_st
     assert main("study", [str(file), *one, "--train.learning_rate", "1e30"]) == 0
     (result,) = Results(tmp_path / "results").records.values()
     assert "is nan" in result["failed"] or "not finite" in result["failed"]
-    assert "| 0 (1 diverged) |" in (tmp_path / "tables" / "tiny_long_lora_seed0_train.learning_rate=1e30.md").read_text()
+    table = tmp_path / "tables" / "tiny_long_lora_seed0_train.learning_rate=1e30.md"
+    assert "| 0 (1 diverged) |" in table.read_text()
     capsys.readouterr()
     assert main("study", [str(file), *one, "--model.name", "/nowhere"]) == 2
     said = capsys.readouterr().err
