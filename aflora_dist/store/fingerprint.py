@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..weights import local_weight_files
 
 _WHOLE, _PIECE, _PIECES, _READS = 64 * 1024, 4 * 1024, 16, 8192
@@ -36,6 +34,8 @@ def of_examples(parts: Iterable[Any]) -> str:
 
 
 def _add(content: Any, column: Any) -> None:
+    import numpy as np  # which `of_weights`, of the core, has no need of
+
     while hasattr(column, "value_lengths"):
         content.update(column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
         column = column.flatten()
