@@ -21,7 +21,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main(arguments) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    said = [line for line in said if line.startswith("aflora: error:")]
+    said = [line for line in said if line.startswith(("aflora: error:", "aflora: diverged:"))]
     assert len(said) == 1
     assert len(said[0]) < 600
     return said[0]
