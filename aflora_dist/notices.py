@@ -17,6 +17,11 @@ from typing import Any
 logger = logging.getLogger("aflora_dist")
 
 
+def launched(variable: str, default: str) -> str:
+    """What the launcher has said of this process in an environment variable; one that is empty is as absent."""
+    return os.environ.get(variable) or default
+
+
 class _Terminal(logging.Handler):
     """Standard error as it is then, and not into a progress bar."""
 
@@ -30,7 +35,7 @@ class _Terminal(logging.Handler):
 
 
 def _is_first(record: logging.LogRecord) -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return launched("RANK", "0") == "0"
 
 
 if not logger.handlers:

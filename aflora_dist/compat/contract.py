@@ -77,9 +77,12 @@ def require_private(library: str, owner: Any, entries: Iterable[Private]) -> Non
 
 def broken(library: str, what: str, error: Exception) -> UnsupportedEngineError:
     """The error for a rehearsal that failed: an interface is there, but does something else."""
+    tried, here = SEEN[library], version(library)
+    same = Version(here).base_version == tried
+    then = "the release that is here: something else is amiss" if same else f"here is {here}: install that release"
     return UnsupportedEngineError(
         f"{what} failed when it was rehearsed, before training ({type(error).__name__}: {error}). aflora_dist was "
-        f"tried with {library} {SEEN[library]}, here is {version(library)}: install that release."
+        f"tried with {library} {tried}, {then}."
     )
 
 

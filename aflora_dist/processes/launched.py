@@ -20,7 +20,7 @@ from ..errors import AFLoRAError, LaunchError, one_line
 from ..notices import logger
 from . import meeting
 from .cpu_group import cpu_group
-from .ranks import rank
+from .ranks import LAUNCHERS, launched_number, rank
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def refuse_lonely_processes() -> None:
     """
     if not has_state():
         return
-    launched, known = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
+    launched, known = launched_number("WORLD_SIZE", 1), PartialState().num_processes
     if launched != known:
         raise AFLoRAError(
             f"{launched} processes were launched, but this one knows of {known}: they would train {launched} separate "
@@ -52,22 +52,22 @@ def launched_processes() -> int:
         AFLoRAError: The variables are incomplete or lead nowhere: the process would wait for the others in vain.
         LaunchError: They contradict each other.
     """
-    world, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
-    local_world, local_rank = _variable("LOCAL_WORLD_SIZE", world), _variable("LOCAL_RANK", 0)
+    world, rank = launched_number("WORLD_SIZE", 1), launched_number("RANK", 0)
+    local_world, local_rank = launched_number("LOCAL_WORLD_SIZE", world), launched_number("LOCAL_RANK", 0)
     for name, value, size_name, size in (
         ("RANK", rank, "WORLD_SIZE", world),
         ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world),
     ):
         if not 0 <= value < size:
-            raise LaunchError(f"{name}={value} does not fit to {size_name}={size}: ranks count from 0. {_LAUNCHERS}")
+            raise LaunchError(f"{name}={value} does not fit to {size_name}={size}: ranks count from 0. {LAUNCHERS}")
     if local_world > world:
-        raise LaunchError(f"LOCAL_WORLD_SIZE={local_world} is more than WORLD_SIZE={world}. {_LAUNCHERS}")
+        raise LaunchError(f"LOCAL_WORLD_SIZE={local_world} is more than WORLD_SIZE={world}. {LAUNCHERS}")
     joins = bool(os.environ.get("LOCAL_RANK"))  # by which accelerate tells
     if world == 1 and not joins and not _asked("DEEPSPEED"):
         for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"):
-            if (others := _variable(name, 1)) > 1:
+            if (others := launched_number(name, 1)) > 1:
                 raise AFLoRAError(
-                    f"MPI has started {others} processes ({name}), each of which would train alone. {_LAUNCHERS}"
+                    f"MPI has started {others} processes ({name}), each of which would train alone. {LAUNCHERS}"
                 )
         return 1
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -76,9 +76,9 @@ def launched_processes() -> int:
         asked = f"WORLD_SIZE={world}" if world > 1 else asked
         raise AFLoRAError(
             f"{asked}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: the processes cannot "
-            f"find each other. {_LAUNCHERS}"
+            f"find each other. {LAUNCHERS}"
         )
-    address, port = os.environ["MASTER_ADDR"], _variable("MASTER_PORT", 0)
+    address, port = os.environ["MASTER_ADDR"], launched_number("MASTER_PORT", 0)
     if not 0 < port < 65536:
         raise AFLoRAError(f"MASTER_PORT={port} is not a port: give one from 1024 to 65535.")
     try:
@@ -90,17 +90,6 @@ def launched_processes() -> int:
             f"(--main_process_ip)."
         ) from None
     return world
-
-
-_LAUNCHERS = "`accelerate launch` and torchrun set all that is needed; under Slurm: launch/slurm."
-
-
-def _variable(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    try:
-        return int(text) if text else default
-    except ValueError:
-        raise LaunchError(f"{name}={text!r} is not a number. {_LAUNCHERS}") from None
 
 
 def _asked(engine: str) -> bool:
@@ -117,6 +106,9 @@ def launched_accelerator(**options: Any) -> Accelerator:
         AFLoRAError: The processes cannot find each other, do not know of each other, or lack devices.
     """
     several = launched_processes() > 1
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if not os.environ.get(name, "absent"):
+            del os.environ[name]  # accelerate and torch would take it for a number
     on_cpu = not torch.cuda.is_available() or _means_cpu()
     _check_devices(on_cpu, options.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     if on_cpu and _asked("DEEPSPEED"):
@@ -173,7 +165,7 @@ def _check_devices(on_cpu: bool, precision: str) -> None:
         if not _means_cpu() and (reason := _why_no_gpu()):
             logger.warning(f"training goes on on the CPU: {reason}")
         return
-    ranks = _variable("LOCAL_WORLD_SIZE", _variable("LOCAL_RANK", 0) + 1)
+    ranks = launched_number("LOCAL_WORLD_SIZE", launched_number("LOCAL_RANK", 0) + 1)
     if ranks > torch.cuda.device_count():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         said = "" if seen is None else f" (CUDA_VISIBLE_DEVICES={seen})"

@@ -54,6 +54,7 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
     "negative": (but(RANK="-1"), "RANK=-1 does not fit"),
     "local rank too high": (but(LOCAL_RANK="2"), "LOCAL_RANK=2 does not fit to LOCAL_WORLD_SIZE=2"),
     "not a number": (but(WORLD_SIZE="two"), "WORLD_SIZE='two' is not a number"),
+    "empty, which is as absent": (dict.fromkeys(RANK, ""), "no/such-model"),
     "rank not a number": (but(RANK="first"), "RANK='first' is not a number"),
     "address": (but(MASTER_ADDR="no-such-host.invalid"), "MASTER_ADDR=no-such-host.invalid, .* is not a known host"),
     "port": (but(MASTER_PORT="123456"), "MASTER_PORT=123456 is not a port"),
