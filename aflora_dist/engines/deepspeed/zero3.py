@@ -65,7 +65,9 @@ class Zero3Engine(ZeroEngine):
 
     def _replace(self, dropped: Sequence[Any]) -> None:
         old, offload = self.zero, self.zero.parameter_offload
-        forget_passes(offload)  # waits for what is on its way, too; what froze goes other ways in the next pass
+        if not self.ds.zero_prefetch_bucket_size():
+            # Then it insists on what it has recorded to follow, and of what froze no gradient asks for it any more.
+            forget_passes(offload)
         kept = {
             name: getattr(old, name) for name in ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")
         }
