@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._registration import register_with_peft
-from .errors import AFLoRAError, DamagedError, DivergedError, UnsupportedEngineError
+from .errors import AFLoRAError, DamagedError, DivergedError, ExistsError, StepError, UnsupportedEngineError
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ __all__ = [
     "AdaptiveFreezing",
     "DamagedError",
     "DivergedError",
+    "ExistsError",
     "FreezeEvent",
     "FreezingCallback",
     "FreezingConfig",
     "Progress",
+    "StepError",
     "UnsupportedEngineError",
     "save_as_lora",
 ]

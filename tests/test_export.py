@@ -297,7 +297,9 @@ def test_nothing_is_overwritten(command: str, llama: Path, tmp_path: Path, capsy
     before = sorted(out.iterdir())
     assert "nothing is overwritten" in refused(capsys, command, adapter, out)
     assert sorted(out.iterdir()) == before
-    assert "neither a run's directory" in refused(capsys, command, llama, tmp_path / "other")
+    assert "is a whole model, and no adapter" in refused(capsys, command, llama, tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    assert "neither a run's directory" in refused(capsys, command, tmp_path / "empty", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

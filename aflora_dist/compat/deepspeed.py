@@ -31,6 +31,7 @@ ENGINE = [
         "make a ZeRO optimizer over the parameters that still train",
         _REBUILD,
     ),
+    *_engine("zero_prefetch_bucket_size", "know whether passes must be what was recorded", _TRACE[1]),
     *_engine(
         "was_step_applied is_gradient_accumulation_boundary",
         "know which updates were applied and at which micro-batch",

@@ -157,7 +157,7 @@ def read_adapter(path: Path, any_method: bool = False) -> Source:
     folder = trained_folder(path)
     if not (folder / _CONFIG).is_file():
         if (folder / "config.json").is_file():
-            raise AFLoRAError(f"{path} was trained whole: {folder} is the model, and nothing is to be merged.")
+            raise AFLoRAError(f"{folder} is a whole model, and no adapter: nothing is to be merged.")
         ends = not (path / CONFIG).is_file() or (path / RESULT).exists()
         unfinished = "" if ends else " The run has not ended: --resume ends it."
         raise AFLoRAError(f"{path} is neither a run's directory with adapter/ nor an adapter's folder.{unfinished}")

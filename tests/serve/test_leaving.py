@@ -120,7 +120,7 @@ def test_what_is_no_adapter_or_no_model_is_called_what_it_is(
     for command in ("merge", "to-lora"):
         for folder in (full, full / "adapter"):
             said = refused(capsys, command, folder, tmp_path / "out")
-            assert f"{folder} was trained whole: {full / 'adapter'} is the model, and nothing is to be merged" in said
+            assert f"{full / 'adapter'} is a whole model, and no adapter: nothing is to be merged" in said
     wanted = {full: f"name {full / 'adapter'}"}
     wanted |= {folder: f"`aflora merge {folder} OUT`" for folder in (aflora_run, aflora_run / "adapter")}
     for folder, expected in wanted.items():
