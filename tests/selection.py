@@ -200,6 +200,9 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_a_script_of_one_s_own_runs_on_all_nodes_and_comes_back": NONE,
     },
     "test_meeting.py": {"test_ranks_that_are_started_anew_hear_nothing_of_what_those_before_them_said": NONE},
+    "freezing/test_stays_frozen.py": {
+        "test_a_second_training_after_a_switch_is_that_without_on_every_engine": ("ddp", "zero3"),
+    },
     "methods/test_methods.py": {
         "test_methods_train_alike_on_two_ranks_and_go_on_in_one_process": NONE,
         "test_a_method_trains_saves_and_resumes_to_the_bit": ("lora", "full"),
