@@ -12,20 +12,18 @@ from ..compat.deepspeed import is_sharded
 from ..compat.torch import is_fsdp_managed
 
 
-def is_sharded_by_module(module: nn.Module) -> bool:
-    """Whether ZeRO-3 or FSDP2 shards a module's own parameters.
+def lies_whole(module: nn.Module, *own: Tensor) -> bool:
+    """Whether a module's own parameters (or these of them) can be read outside of its forward, and kept.
+
+    Those that are sharded, or on the meta device, cannot.
 
     During a forward pass ZeRO-3 gathers one that is read by name outside of its module's own, one after the other, and
     has the module around it gather it from then on. FSDP2 may leave gathered ones on a module after a forward without a
     backward pass, as in an evaluation, and takes their memory away in the midst of the next backward pass.
     """
-    return is_fsdp_managed(module) or any(map(is_sharded, module.parameters(recurse=False)))
-
-
-def lies_whole(module: nn.Module) -> bool:
-    """Whether a module's own parameters can be read outside of its forward, and kept: neither sharded nor on meta."""
-    own = module.parameters(recurse=False)
-    return not is_sharded_by_module(module) and all(type(p) is nn.Parameter and not p.is_meta for p in own)
+    return not is_fsdp_managed(module) and all(
+        type(p) is nn.Parameter and not p.is_meta and not is_sharded(p) for p in own or module.parameters(recurse=False)
+    )
 
 
 class _LastCast:

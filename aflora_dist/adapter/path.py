@@ -136,7 +136,7 @@ class AFLoRAPath(nn.Module):
 
     def cast_A(self, dtype: torch.dtype) -> Tensor:  # noqa: N802  # the paper's A
         """A in `dtype`; one that does not train is cast once."""
-        if self.A.dtype == dtype or self.A.requires_grad or not lies_whole(self):
+        if self.A.dtype == dtype or self.A.requires_grad or not lies_whole(self, self.A):
             return self.A.to(dtype)
         return self._frozen_A(self.A, dtype)
 

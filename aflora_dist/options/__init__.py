@@ -25,7 +25,6 @@ from .job import (
 )
 
 __all__ = [
-    "CHANGES_NOTHING",
     "ORDERS",
     "AdapterConfig",
     "Config",
@@ -44,11 +43,11 @@ __all__ = [
     "ScoreKind",
     "TrainConfig",
     "Unit",
+    "changes_nothing",
     "flat",
 ]
 
-# Groups and options that change neither the model nor the batches: they may differ between a run and its continuation.
-CHANGES_NOTHING = {
+_CHANGES_NOTHING = {  # groups and options
     "preset",
     "run",
     "profile",
@@ -61,3 +60,8 @@ CHANGES_NOTHING = {
     "train.eval_batch_size",
     "train.gradient_checkpointing",
 }
+
+
+def changes_nothing(option: str) -> bool:
+    """Whether GROUP.KEY changes neither model nor batches: it may differ between a run and its continuation."""
+    return not _CHANGES_NOTHING.isdisjoint({option, option.partition(".")[0]})

@@ -18,7 +18,7 @@ from ..control import Progress
 from ..errors import AFLoRAError, DivergedError, writing
 from ..methods import Control
 from ..notices import logger
-from ..options import CHANGES_NOTHING, Config, flat
+from ..options import Config, changes_nothing, flat
 from ..processes import on_main
 from ..version import __version__
 from . import checkpoint, records
@@ -141,7 +141,7 @@ def refuse_differences(
     different = [
         f"{key} is {there} there and {here} here"
         for key, (there, here) in _differences(theirs, mine).items()
-        if key not in but and key not in CHANGES_NOTHING and key.partition(".")[0] not in CHANGES_NOTHING
+        if key not in but and not changes_nothing(key)
     ]
     if different:
         raise AFLoRAError(f"{where} is of a run with another configuration: {'; '.join(different)}.")

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import AFLoRAError
-from ..options import CHANGES_NOTHING, Config, flat
+from ..options import Config, changes_nothing, flat
 from ..training.command_line import OPTIONS, parse
 from .choice import NoChoiceError, Records, beyond, first_best, mean_of, number_of, seconds_of
 from .description import Study, Sweep, Variant
@@ -88,7 +88,7 @@ class Grid:
 
     def __init__(self, study: Study, more: Mapping[str, Any] | None = None) -> None:
         self.more = dict(more or {})
-        self.told = {name: value for name, value in self.more.items() if not _only_says_where(name)}
+        self.told = {name: value for name, value in self.more.items() if not changes_nothing(name)}
         self.study = replace(study, part=(*study.part, *(f"{name}={value}" for name, value in self.told.items())))
         self._configs: dict[str, Config] = {}  # parsing takes a tenth of a second
         self._first: dict[str, Planned] = {}  # of each name
@@ -324,8 +324,3 @@ class Grid:
         share = min(1.0, round(theirs / alone / _STEP) * _STEP)
         examples = max(1, int(share * record["train_examples"]) // batch) * batch
         return {} if share == 1.0 else {"data.max_train_examples": examples}
-
-
-def _only_says_where(option: str) -> bool:
-    """Whether an option of all runs is none of what a table has to say of them."""
-    return option in CHANGES_NOTHING or option.partition(".")[0] in CHANGES_NOTHING

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AFLoRAError, writing
-from ..options import CHANGES_NOTHING, Config, flat
+from ..options import Config, changes_nothing, flat
 from ..store.fingerprint import of_settings, of_weights
 from ..store.records import RESULT, Result, Run, as_result, dumps, loads
 from ..store.typed import number
@@ -59,8 +59,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     if config.data.path is not None and (task := TASKS.get(config.data.task)) is not None:  # of other tasks' files none
         files = [str(Path(config.data.path, task.folder, file)) for _, file in task.files]
         told["data.path"] = [_content("data.path", file) for file in files]
-    free = [name for name in changed if name in CHANGES_NOTHING or name.partition(".")[0] in CHANGES_NOTHING]
-    return {name: value for name, value in changed.items() if name not in free} | told
+    return {name: value for name, value in changed.items() if not changes_nothing(name)} | told
 
 
 def _model(folder: str) -> str:
