@@ -106,6 +106,11 @@ def remember_frozen(model: nn.Module, names: Collection[str]) -> None:
     _FROZEN[model] = {name: p for name, p in named_parameters(model).items() if name in names}
 
 
+def remembered(model: nn.Module) -> Collection[nn.Parameter]:
+    """Those of `frozen_by_training`; what was deleted with its adapter may be among them."""
+    return _FROZEN.get(model, {}).values()
+
+
 def frozen_by_training(model: nn.Module) -> set[str]:
     """What trainings of this model, unwrapped, froze in this process, whoever has switched its gradient on since."""
     known = _FROZEN.get(model, {})

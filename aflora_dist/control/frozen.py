@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..adapter.freezable import frozen_by_training
+from ..adapter.freezable import remembered
 from ..compat.torch import is_traced
 from ..engines import release
 from ..names import named_modules, named_parameters
@@ -56,7 +56,7 @@ class KeptFrozen:
         parameters = named_parameters(self._model, remove_duplicate=False)
         switched = {n for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
         below: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-        gone = {id(parameters[name]) for name in frozen_by_training(self._model)}
+        gone = {id(parameter) for parameter in remembered(self._model)}
         for name in (name for name, parameter in parameters.items() if id(parameter) in gone):
             owner, _, own = name.rpartition(".")
             layer = owner
