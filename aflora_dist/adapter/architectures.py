@@ -30,10 +30,12 @@ TRIED = {
 # What holds the layers of attention and of feed-forward in a block, ...
 _ATTENTION = {"self_attn", "attn", "attention", "self_attention", "encoder_attn", "cross_attn", "linear_attn"}
 _ATTENTION |= {"SelfAttention", "EncDecAttention", "crossattention", "multi_head_attention"}
+_ATTENTION |= {"multihead_attn"}
 _FFN = {"mlp", "ffn", "feed_forward", "feedforward", "experts", "shared_expert", "shared_experts", "block_sparse_moe"}
 _FFN |= {"moe", "DenseReluDense"}
-# ... feed-forward layers that lie in the block itself, and layers of a `mixer`, which is one thing or the other, ...
-_BARE_FFN = (".intermediate.dense", ".output.dense", ".fc1", ".fc2")
+# ... feed-forward layers that lie in the block itself (linear1 and linear2 in torch's own), and layers of a `mixer`,
+# which is one thing or the other, ...
+_BARE_FFN = (".intermediate.dense", ".output.dense", ".fc1", ".fc2", ".linear1", ".linear2")
 _MIXER: dict[str, Kind] = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention")
 _MIXER |= {"up_proj": "ffn", "down_proj": "ffn"}
 # ... what there chooses experts or positions, and parts that see or hear.
@@ -68,14 +70,14 @@ def kind_of(module_name: str) -> Kind | None:
 def linear_layers(model: nn.Module) -> list[str]:
     """The names of all linear layers, quantised ones included, but for what trains whole (`modules_to_save`).
 
-    Where one is adapted, that of what is around it.
+    Where one is adapted, that of what is around it. Not the layer in torch's own attention, which is never called.
     """
     found: list[str] = []
     around: tuple[str, ...] = ()
     for name, module in model.named_modules():  # parents come first
         if name.startswith(around):
             continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, nn.MultiheadAttention)):
             around = (*around, f"{name}.")
         linear = isinstance(module, (BaseTunerLayer, Conv1D)) or hasattr(module, "in_features")
         if linear and not isinstance(module, AuxiliaryTrainingWrapper):

@@ -51,7 +51,9 @@ class Matrices:
         chosen = {id(parameter) for tuner in tuners for parameter in _of_tuner(tuner)}
         if not tuners:
             blocks = [
-                module for name, module in modules.items() if kind_of(name) and not isinstance(module, nn.Embedding)
+                module
+                for name, module in modules.items()
+                if kind_of(_as_layer(name, module)) and not isinstance(module, nn.Embedding)
             ]
             chosen = {id(parameter) for module in blocks for parameter in module.parameters(recurse=False)}
         names = [
@@ -91,6 +93,11 @@ class Matrices:
     def detach(self, *, waived: bool) -> None:
         """None does any more; the rest trains on."""
         _ATTACHED.pop(self._model, None)
+
+
+def _as_layer(name: str, module: nn.Module) -> str:
+    """The name by which a module's kind is told: torch's attention holds its projections itself, as no layers."""
+    return f"{name}.in_proj" if isinstance(module, nn.MultiheadAttention) else name
 
 
 def _of_tuner(layer: Any) -> Iterable[nn.Parameter]:

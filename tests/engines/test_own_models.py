@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from aflora_dist import AdaptiveFreezing, AFLoRAConfig, AFLoRAError, FreezingConfig
+from aflora_dist.adapter.freezable import freezable_names
 from tests.workers.tiny import build_base
 
 STEPS = 12
@@ -316,6 +317,17 @@ def test_torch_s_encoder_is_evaluated_with_its_adapter() -> None:
 def test_torch_s_attention_is_no_target() -> None:
     with pytest.raises(AFLoRAError, match=r"out_proj' belongs to torch's nn\.MultiheadAttention"):
         adapted(Encoder(), ["out_proj"])
+
+
+def test_torch_s_own_encoder_freezes_whole() -> None:
+    """Attention there holds its first projections as bare parameters, and feed-forward layers lie in the block."""
+    model = Encoder()
+    matrices = {name for name, p in model.named_parameters() if name.startswith("encoder") and p.dim() == 2}
+    assert len(matrices) == 8
+    assert freezable_names(model) == matrices
+
+    adapter = get_peft_model(Encoder(), AFLoRAConfig(r=2, target_modules=["linear1", "linear2"]))
+    assert len(freezable_names(adapter)) == 8, "of both feed-forward layers of two blocks, A and B"
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
