@@ -7,6 +7,8 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+import transformers
+
 from ..errors import AFLoRAError
 from .contract import Private, is_older, private
 
@@ -56,6 +58,15 @@ def recomputes_reentrantly(model: Any) -> bool:
         if getattr(module, "gradient_checkpointing", False) and function is not None:
             return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
     return False
+
+
+def unpacked_gguf() -> dict[str, Any]:
+    """What tells from_pretrained to unpack a GGUF file's weights, where it knows how not to.
+
+    Untold it may leave them packed, and a model that it unpacked all the same counts as one that cannot be saved.
+    """
+    found = getattr(transformers, "GgufConfig", None)
+    return {} if found is None else {"quantization_config": found(dequantize=True)}
 
 
 def refuse_own_loading() -> None:

@@ -134,13 +134,14 @@ class FreezingEpochs(FreezingOptions):
         t_i = min(1.0, 0.1 * total) if self.initial_epochs is None else self.initial_epochs
         t_f = 0.7 * total if self.final_epochs is None else self.final_epochs
         t_f = 0.0 if self.rule == "threshold" else t_f
-        if t_i + t_f > total + 1e-9:
-            default = ", by default 70% of the training" if self.final_epochs is None and t_f else ""
-            raise AFLoRAError(
-                f"The freezing schedule does not fit: {self.label}initial_epochs + {self.label}final_epochs{default} = "
-                f"{t_i:g} + {t_f:g}, but the training has {total:g} epochs ({self.length}). Train longer, or lower one "
-                f"of them."
-            )
+        for name, tail in (("final_epochs", t_f), ("prefix_epochs", self.prefix_epochs or 0.0)):
+            if t_i + tail > total + 1e-9:
+                default = ", by default 70% of the training" if getattr(self, name) is None and tail else ""
+                raise AFLoRAError(
+                    f"The freezing schedule does not fit: {self.label}initial_epochs + {self.label}{name}{default} = "
+                    f"{t_i:g} + {tail:g}, but the training has {total:g} epochs ({self.length}). Train longer, or "
+                    f"lower one of them."
+                )
         return t_i, t_f
 
 

@@ -43,9 +43,11 @@ class Shards(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         files, by_tensor = weight_files(folder)
         if not files:
+            packed = any(folder.glob("*.gguf"))
+            of = "of the model that its GGUF file was made from" if packed else "that model.save_pretrained writes"
             raise AFLoRAError(
-                f"{folder} has no model.safetensors and no pytorch_model.bin, which is what is merged into. Save the "
-                f"model (model.save_pretrained), and name its folder with --base."
+                f"{folder} has no model.safetensors and no pytorch_model.bin, which is what is merged into. Name the "
+                f"folder {of} with --base."
             )
         if by_tensor is None:
             with reading(files[0], _DAMAGED):

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ..compat.transformers import unpacked_gguf
 from ..errors import AFLoRAError, one_line
 from ..extras import installed, require
 from ..hub import refusal
@@ -299,6 +300,8 @@ def _load(
     storage = None if accelerator is None else storage_dtype(config, accelerator)
     if (quantization := bitsandbytes_config(config, storage)) is not None:
         options["quantization_config"] = quantization
+    elif "gguf_file" in hub:
+        options |= unpacked_gguf()
     if accelerator is not None and holds_float32(accelerator):
         options["dtype"] = torch.float32
     with _readable(config):

@@ -30,6 +30,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 NO_FILES = ["--data.train_file", "null", "--data.validation_file", "null"]
 OPTIONS = {
     "t_i + t_f > T": (["--freezing.initial_epochs", "1.5", "--freezing.final_epochs", "1"], "does not fit"),
+    "t_i + t_p > T": (
+        ["--freezing.prefix", "true", "--freezing.prefix_epochs", "9"],
+        "freezing.initial_epochs + freezing.prefix_epochs = ",
+    ),
     "no module matched": (["--adapter.target_modules", "[nowhere]"], "No modules were targeted"),
     "nothing freezable": (["--adapter.target_modules", "[query]"], "nothing to train and freeze"),
     "rank": (["--adapter.r", "0"], "adapter.r must be at least 1"),
