@@ -219,6 +219,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "study/test_grid.py": {
         "test_every_shipped_study_is_one": ("paper's-fig5", "small-controls", "small-word_problems")
     },
+    "study/test_shipped.py": {"test_each_method_of_a_shipped_study_begins": ("word_problems",)},
     "test_plan.py": {
         "test_a_run_does_what_was_planned": ("single-no", "zero2-bf16"),
         "test_a_model_of_70_billion_parameters_is_planned_in_little_memory": NONE,
