@@ -295,11 +295,7 @@ class NativeEngine(Engine):
 
 
 def _check(accelerator: Accelerator, model: nn.Module, optimizer: Any, wrapper: AcceleratedOptimizer | None) -> None:
-    """Refuse what freezing would be wrong under; say what differs from other engines.
-
-    Raises:
-        UnsupportedEngineError: Says what to do instead.
-    """
+    """Raise an UnsupportedEngineError for what freezing would be wrong under; say what differs from other engines."""
     known = {id(p) for p in model.parameters()}
     unknown = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
     if unknown:
