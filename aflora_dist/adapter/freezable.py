@@ -167,8 +167,7 @@ def thaw(model: nn.Module, names: Collection[str]) -> None:
 def freezable_names(model: nn.Module, pattern: str | None = None) -> set[str]:
     """What may freeze of a model that is not prepared: by a regular expression, or as what adapts it says.
 
-    Raises:
-        AFLoRAError: Nothing may, or it is no regular expression.
+    Raises an AFLoRAError where nothing may.
     """
     if pattern is None:
         return {*adapter_of(model).freezable()}
@@ -201,11 +200,7 @@ def refuse_half(aliases: Sequence[str], chosen: Collection[str]) -> None:
 
 
 def as_expression(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
-    """A user's regular expression over names of parameters.
-
-    Raises:
-        AFLoRAError: It is none.
-    """
+    """A user's regular expression over names of parameters; an AFLoRAError says what is wrong with it."""
     try:
         return re.compile(pattern)
     except re.error as error:
