@@ -131,11 +131,7 @@ def _exchange(moves: Sequence[Move], source: Placed, target: Placed, device: tor
 
 
 class Renamed(Mapping[str, Tensor]):
-    """Tensors of a mapping by other names; none is read before it is asked for.
-
-    Args:
-        keys: Name here -> name there.
-    """
+    """Tensors of a mapping by other names (here -> there); none is read before it is asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
         self._tensors, self._keys = tensors, keys

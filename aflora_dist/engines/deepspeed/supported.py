@@ -19,14 +19,7 @@ CLIPS_BY_ITSELF = (
 
 
 def check_settings(settings: Any) -> None:
-    """Refuse what a DeepSpeed configuration asks for and freezing would be wrong under.
-
-    Args:
-        settings: A `DeepSpeedConfig`.
-
-    Raises:
-        UnsupportedEngineError: Names the feature and what to use instead.
-    """
+    """Raise an UnsupportedEngineError for what a `DeepSpeedConfig` asks for and freezing would be wrong under."""
     config = settings.zero_config
     offload, offload_param = config.offload_optimizer, config.offload_param
     fp16, bf16 = settings.float16_config, settings.bfloat16_config
