@@ -56,11 +56,7 @@ def refuse_deep_yaml(text: str | bytes, loader: Any) -> None:
 
 @contextmanager
 def reading(path: Path, then: str = "") -> Iterator[None]:
-    """Raise an AFLoRAError for whatever a library raises over this file or folder: who made it may mean harm.
-
-    Args:
-        then: What to do instead.
-    """
+    """Raise AFLoRAError, which says what to do `then`, for whatever a library raises: who made a file may mean harm."""
     try:
         yield
     except AFLoRAError:

@@ -134,11 +134,7 @@ def trained_folder(path: Path) -> Path:
 
 
 def read_adapter(path: Path, any_method: bool = False) -> Source:
-    """The adapter in a run's directory, or in an adapter's folder.
-
-    Args:
-        any_method: Take one of another method than AFLoRA, too, with nothing of its tensors.
-    """
+    """The adapter in a run's directory, or in an adapter's folder; of another method than AFLoRA with no tensors."""
     folder = trained_folder(path)
     if not (folder / _CONFIG).is_file():
         if (folder / "config.json").is_file():

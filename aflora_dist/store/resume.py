@@ -130,11 +130,7 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
 def refuse_differences(
     theirs: Mapping[str, Any], mine: Mapping[str, Any], where: str, but: Collection[str] = ()
 ) -> None:
-    """Raise an AFLoRAError, with all that differs, unless both configurations train the same model on the same batches.
-
-    Args:
-        but: Options that may differ besides.
-    """
+    """Raise AFLoRAError unless both configurations, `but` for these options, train one model on the same batches."""
     different = [
         f"{key} is {there} there and {here} here"
         for key, (there, here) in _differences(theirs, mine).items()

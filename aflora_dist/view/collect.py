@@ -61,8 +61,7 @@ class Setting:
 def groups(folder: Path, problems: list[str]) -> list[Setting]:
     """The runs under `folder`, one entry per setting (everything but the seed and the directory).
 
-    Args:
-        problems: Takes a line for each thing that was left out, or is odd.
+    `problems` takes a line for each thing that was left out, or is odd.
     """
     if not os.path.isdir(folder):
         raise AFLoRAError(f"There is no folder {folder}.")

@@ -112,11 +112,7 @@ class TrainingLog(Part):
         return self.time.seconds[0]
 
     def update(self, loss: Tensor, norm: Any, trained: int, tokens: int, rates: list[float]) -> None:
-        """Take note of one global batch, after the clock has; every `log_every` of them write a line.
-
-        Args:
-            tokens: Of all ranks, padding excluded.
-        """
+        """Take note of one global batch (tokens: of all ranks) after the clock has; every `log_every` write a line."""
         self._losses.append(loss)
         self.tokens += tokens
         self.trained_sum += trained - self.head_params
