@@ -39,15 +39,12 @@ PACKAGES = {
 
 
 def require(extra: str, user: str, *modules: str) -> None:
-    """Raise unless an extra is installed. Imports nothing.
+    """Raise an AFLoRAError, with how to install what is missing, unless an extra is installed. Imports nothing.
 
     Args:
         extra: One of EXTRAS.
         user: Who needs it, for the message.
         modules: What of it is needed; all of it if not given.
-
-    Raises:
-        AFLoRAError: Names all that is missing, and how to install it.
     """
     missing = [module for module in modules or EXTRAS[extra] if not installed(module)]
     if missing:

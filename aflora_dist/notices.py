@@ -34,13 +34,9 @@ class _Terminal(logging.Handler):
         sys.stderr.flush()
 
 
-def _is_first(record: logging.LogRecord) -> bool:
-    return launched("RANK", "0") == "0"
-
-
 if not logger.handlers:
     logger.addHandler(_Terminal())
-    logger.addFilter(_is_first)
+    logger.addFilter(lambda record: launched("RANK", "0") == "0")
     logger.propagate = False
 
 
@@ -57,8 +53,7 @@ _LIBRARIES = ("DeepSpeed", "deepspeed", "accelerate", "transformers", "datasets"
 def quiet_libraries() -> Callable[[], None]:
     """Leave warnings and errors; drop the libraries' progress reports, and what will change for others than us.
 
-    Returns:
-        What takes that back (run.verbose).
+    Returns what takes that back (run.verbose).
     """
     filters: Any = warnings.filters
     ours = []

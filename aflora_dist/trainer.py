@@ -233,7 +233,7 @@ class FreezingCallback(TrainerCallback):
                     f"short. Take another checkpoint, or start from the beginning (resume_from_checkpoint=None)."
                 )
             progress = found.training["progress"]
-            before = progress["parts"]["freezing"].get("frozen_before", ())  # that training was not the model's first
+            before = progress["parts"]["freezing"]["frozen_before"]  # that training was not the model's first
             if hold_frozen(model, before) and trainer in _MAKING:
                 trainer.optimizer = None  # Trainer makes one without them
             since = (event["frozen"] for event in progress["parts"]["freezing"]["events"])
@@ -298,11 +298,7 @@ def _warn_of_low_rates(freezing: AdaptiveFreezing, default: float) -> None:
 
 
 def _find(trainer: Trainer, folder: Path) -> Checkpoint | None:
-    """The state in one of Trainer's checkpoints, if there is one; tensors are there on the main process. A collective.
-
-    Raises:
-        AFLoRAError: On every rank: it is damaged, or of another format.
-    """
+    """The state in one of Trainer's checkpoints, if there is one; tensors are on the main process. A collective."""
 
     def choose() -> Checkpoint | None:
         chosen, complaints = checkpoint.newest_good(folder / _STATE)
@@ -323,9 +319,6 @@ def _introduce() -> None:
     """Have Trainer call its FreezingCallback where it would tell no callback anything.
 
     A trainer without one is as it was. On the class, for a callback is not told what trainer it was given to.
-
-    Raises:
-        UnsupportedEngineError: This release of transformers has no such places.
     """
     require_private("transformers", Trainer, TRAINER)
     for name in ["_load_from_checkpoint", "_prepare_for_training", "_load_best_model", "_save_rng_state", "save_model"]:

@@ -25,12 +25,7 @@ _MOST = 10_000  # of what a model is built of one by one
 
 
 def load_json(text: str | bytes, **options: Any) -> Any:
-    """As json.loads.
-
-    Raises:
-        json.JSONDecodeError: It is not JSON, or too deep.
-        UnicodeDecodeError: It is no text.
-    """
+    """As json.loads; a JSONDecodeError for what is too deep, too."""
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text))
     refuse_deep_json(text)
@@ -61,14 +56,7 @@ def refuse_deep_yaml(text: str | bytes, loader: Any) -> None:
 
 @contextmanager
 def reading(path: Path, then: str = "") -> Iterator[None]:
-    """Say in a sentence what a library raises over this file or folder, whatever it is: who made it may mean harm.
-
-    Args:
-        then: What to do instead.
-
-    Raises:
-        AFLoRAError: In place of any other error.
-    """
+    """Raise AFLoRAError, which says what to do `then`, for whatever a library raises: who made a file may mean harm."""
     try:
         yield
     except AFLoRAError:
@@ -104,11 +92,7 @@ def refuse_endless(value: Any, path: Path) -> None:
 
 
 def check_copied(path: Path, folder: Path) -> Path:
-    """A file of `folder` that is copied as it is, and may be published.
-
-    Raises:
-        AFLoRAError: It is a link to a file elsewhere.
-    """
+    """A file of `folder` that is copied as it is, and may be published; an AFLoRAError if it links to one elsewhere."""
     home, target = folder.resolve(), path.resolve()
     if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
         home = home.parents[1]  # the hub's cache, which links to its own blobs

@@ -18,8 +18,7 @@ _STORED = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The files, in the order of their names, and by tensor where an index says it; none where there are none.
 
-    Raises:
-        AFLoRAError: The index is none, or names what is not beside it.
+    Raises an AFLoRAError if the index is none, or names what is not beside it.
     """
     for name in _STORED:
         if (file := folder / name).is_file():
@@ -44,11 +43,7 @@ def local_weight_files(name: str, revision: str | None) -> list[Path]:
 
 
 def download_weights(name: str, revision: str | None, gguf_file: str | None) -> None:
-    """Have the files that from_pretrained takes in the hub's cache.
-
-    Raises:
-        OSError: As transformers raises it: there are none, or they cannot be had.
-    """
+    """Have the files that from_pretrained takes in the hub's cache; raises its OSError if they cannot be had."""
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     missing: OSError | None = None

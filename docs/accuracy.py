@@ -29,7 +29,7 @@ from aflora_dist.study.description import read_study, shipped
 from aflora_dist.study.grid import Grid
 from aflora_dist.study.pictures import dots, mean_freeze_map
 from aflora_dist.study.results import Results, name_by, settings_of
-from aflora_dist.study.tables import at_one_time, markdown
+from aflora_dist.study.tables import at_other_times, markdown
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
@@ -123,7 +123,7 @@ def seconds(study: str, task: str, method: str, other: str) -> str:
     both = [cell for name in (method, other) if (cell := cell_of(study, task, name)) and cell.seconds is not None]
     if len(both) < 2:
         return NONE
-    told = "" if at_one_time(both) else " (not all at the same time, so this does not compare)"
+    told = " (not all at the same time, so this does not compare)" if at_other_times(both) else ""
     return f"{both[0].seconds:.1f} s instead of {both[1].seconds:.1f} s{told}"
 
 

@@ -18,11 +18,8 @@ class Adapted:
     `get_peft_model` leaves a tuner in the model; `inject_adapter_in_model` and transformers' `add_adapter` leave the
     layers alone.
 
-    Args:
-        model: The unwrapped model.
-
     Attributes:
-        layers: By their names in `model`; none if it has no AFLoRA adapter.
+        layers: By their names in the model, unwrapped; none if it has no AFLoRA adapter.
         roots: The modules that were adapted, usually one: `Folding` is attached to them.
         own: Names of all parameters of the low-rank paths. A matrix that never trains was drawn at random: it belongs
             to what is saved, too.

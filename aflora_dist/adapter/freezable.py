@@ -25,12 +25,9 @@ _FROZEN: WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = WeakKeyDictiona
 
 
 class Matrices:
-    """A model without AFLoRA layers: matrices of PEFT's other tuners, or else those of its blocks.
+    """An unwrapped model without AFLoRA layers: matrices of PEFT's other tuners, or else those of its blocks.
 
     The interface is that of `Adapted`. Embeddings, norms, biases and heads are not among them.
-
-    Args:
-        model: The unwrapped model.
     """
 
     own: Collection[str] = ()  # all that does not train comes with the base model
@@ -149,12 +146,7 @@ def hold_frozen(model: nn.Module, names: Collection[str]) -> bool:
 
 
 def thaw(model: nn.Module, names: Collection[str]) -> None:
-    """Let parameters that an earlier training froze train again, before an optimizer is created.
-
-    Args:
-        model: The unwrapped model.
-        names: Of its parameters.
-    """
+    """Let what an earlier training of a model, unwrapped, froze train again: before an optimizer is created."""
     adapter = adapter_of(model)
     adapter.have_frozen(names)  # an adapter that was made anew does not know that they may freeze
     adapter.have_frozen(())
@@ -167,8 +159,7 @@ def thaw(model: nn.Module, names: Collection[str]) -> None:
 def freezable_names(model: nn.Module, pattern: str | None = None) -> set[str]:
     """What may freeze of a model that is not prepared: by a regular expression, or as what adapts it says.
 
-    Raises:
-        AFLoRAError: Nothing may, or it is no regular expression.
+    Raises an AFLoRAError where nothing may.
     """
     if pattern is None:
         return {*adapter_of(model).freezable()}
@@ -201,11 +192,7 @@ def refuse_half(aliases: Sequence[str], chosen: Collection[str]) -> None:
 
 
 def as_expression(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
-    """A user's regular expression over names of parameters.
-
-    Raises:
-        AFLoRAError: It is none.
-    """
+    """A user's regular expression over names of parameters; an AFLoRAError says what is wrong with it."""
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -233,12 +220,7 @@ def refuse_loaded_to_infer(model: nn.Module) -> None:
 
 
 def refuse_decided(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
-    """Raise AFLoRAError where an adapter itself decides what of these goes on: AdaLoRA, by gradients that it is told.
-
-    Args:
-        model: The unwrapped model.
-        chosen: What is to freeze, by name.
-    """
+    """Raise AFLoRAError where an adapter itself decides what of these goes on: AdaLoRA, by their gradients."""
     layers = [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
     theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
     if decided := next((name for name, parameter in chosen.items() if id(parameter) in theirs), None):
@@ -258,10 +240,6 @@ def refuse_all(
     "one train on, with rule='rank' and t_f = 0: final_steps=0 in FreezingConfig, final_epochs=0 in FreezingCallback, "
     "freezing.final_epochs=0 in `aflora train`.",
 ) -> None:
-    """Raise AFLoRAError if all that trains would freeze, and nothing would be left to train at the end.
-
-    Args:
-        what, remedy: How the message begins, and what it says to do.
-    """
+    """Raise AFLoRAError, which begins with `what` and ends with `remedy`, if all that trains would freeze."""
     if found and len(found) == len(trained) and (config.final_steps or config.rule != "rank"):
         raise AFLoRAError(f"{what}, so that nothing would be left to train at the end. {remedy}")

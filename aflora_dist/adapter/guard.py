@@ -48,7 +48,6 @@ class FreezingGuard:
         return {"waived": self.waived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A model that an earlier release pickled lacks what is new."""
         self.__init__()  # type: ignore[misc]
         self.waived = state["waived"]
 
@@ -60,8 +59,7 @@ class FreezingGuard:
     def check(self) -> None:
         """Called before each forward of a layer whose matrices train and should freeze, while the guard is open.
 
-        Raises:
-            StepError: A training step has been taken already.
+        Raises a StepError if a training step has been taken already.
         """
         if in_backward():  # a recomputation, whose forward may have run without gradients
             again = self._ran_again

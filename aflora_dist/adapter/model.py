@@ -340,5 +340,6 @@ def register() -> None:
     """
     compat_peft.check_peft()
     compat_torch.check_torch()
-    know_who_writes(PeftModel, PreTrainedModel)
+    know_who_writes(PeftModel)
+    know_who_writes(PreTrainedModel)
     compat_peft.register_tuner(AFLoRAPeftType.AFLORA, AFLoRAConfig, AFLoRAModel, check_complete)

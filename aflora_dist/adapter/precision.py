@@ -74,11 +74,7 @@ class _Give:
 
 
 def check_precision(model: nn.Module, accelerator: Accelerator) -> None:
-    """Refuse what could only fail later, with a complaint about something else.
-
-    Raises:
-        UnsupportedEngineError: Says what to load the model in.
-    """
+    """Refuse, with an UnsupportedEngineError, what could only fail later, with a complaint about something else."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which casts all of it
         return
     how = "(from_pretrained(..., dtype=...); in aflora train model.dtype)"

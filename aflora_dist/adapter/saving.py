@@ -98,13 +98,10 @@ def save_peft(model: Any, folder: Path, values: Mapping[str, Tensor], **options:
 
 
 def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tensor]) -> None:
-    """Raise if an adapter would be written without all of it. Frozen A and B are learned, and random if left out.
+    """Raise AFLoRAError if an adapter would be written without all of it: frozen A and B are learned, too.
 
     Who only asks is let through where a part is right: above rank 0, for whole state dicts are on the main process
     alone, and for tensors that know that they are shards, which torch's distributed checkpoints take.
-
-    Raises:
-        AFLoRAError: A tensor is missing, or is a shard.
     """
     for name, layer in named_modules(model).items():
         if not isinstance(layer, AFLoRALayer) or adapter_name not in layer.aflora:
@@ -114,7 +111,7 @@ def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tens
             key = f"{name}.aflora.{adapter_name}.{tensor}"
             value = found.get(key)
             there = None if value is None else _held(value)
-            if there == numel or (_may_hold_a_part(value) and not _WRITES.get()):
+            if there == numel or ((isinstance(value, DTensor) or rank() > 0) and not _WRITES.get()):
                 continue
             raise AFLoRAError(
                 f"The adapter would be saved without all of {key} "
@@ -122,10 +119,6 @@ def check_complete(model: nn.Module, adapter_name: str, found: Mapping[str, Tens
                 f"learned, too. Call freezing.save_pretrained(folder) on every rank, of the AdaptiveFreezing; with "
                 f"Trainer add aflora_dist.FreezingCallback, and call trainer.save_model."
             )
-
-
-def _may_hold_a_part(value: Tensor | None) -> bool:
-    return isinstance(value, DTensor) or rank() > 0
 
 
 def _held(value: Tensor) -> int:
@@ -137,16 +130,11 @@ _WRITES: ContextVar[bool] = ContextVar("writes", default=False)
 _SAYING: set[Any] = set()  # which say so already
 
 
-def know_who_writes(*owners: Any) -> None:
-    """Have classes' save_pretrained say whether it writes: told is_main_process=False it only asks for what it would.
+def know_who_writes(owner: Any) -> None:
+    """Have a class's save_pretrained say whether it writes: told is_main_process=False it only asks for what it would.
 
     PEFT's and transformers' do not tell a tuner, which they ask for its tensors.
     """
-    for owner in owners:
-        _say_who_writes(owner)
-
-
-def _say_who_writes(owner: Any) -> None:
     original = owner.save_pretrained
     if original in _SAYING:
         return

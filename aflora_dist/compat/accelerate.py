@@ -63,10 +63,9 @@ def unwrap(accelerator: Accelerator, model: Any) -> Any:
 
 
 def refuse_forgetful_load(accelerator: Accelerator) -> None:
-    """accelerate 1.12 reads of a sharded checkpoint of FSDP2 all but the optimizer's state, and says nothing.
+    """Raise an AFLoRAError where accelerate 1.12 would read a sharded checkpoint of FSDP2.
 
-    Raises:
-        AFLoRAError: It is about to be read by that release.
+    It reads all but the optimizer's state, and says nothing.
     """
     if not accelerator.is_fsdp2 or not is_older("accelerate", "1.13"):
         return

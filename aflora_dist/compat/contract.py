@@ -62,11 +62,7 @@ def is_older(library: str, release: str) -> bool:
 
 
 def require_private(library: str, owner: Any, entries: Iterable[Private]) -> None:
-    """Raise unless `owner` has all of these attributes that this release of the library is to have.
-
-    Raises:
-        UnsupportedEngineError: Names the first one that is missing, and the release that has it.
-    """
+    """Raise an UnsupportedEngineError, with the release to install, unless `owner` has what its release is to have."""
     for entry in entries:
         if not hasattr(owner, entry.name) and not (entry.since and is_older(library, entry.since)):
             raise UnsupportedEngineError(

@@ -120,11 +120,7 @@ def unpin(zero: Any) -> None:
 
 
 def forget_passes(offload: Any) -> None:
-    """Have ZeRO-3 record anew what follows what in a forward and backward pass: what comes next it fetches ahead.
-
-    Args:
-        offload: Its `parameter_offload`.
-    """
+    """Have ZeRO-3 (its `parameter_offload`) record anew what follows what in a pass: it fetches that ahead."""
     coordinator = offload.param_coordinator
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()

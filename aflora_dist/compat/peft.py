@@ -61,11 +61,7 @@ PRIVATE: list[Private] = [*MAPPINGS, *TUNER, *LAYER, *MODEL, *FUNCTIONS, *ENUM]
 
 
 def check_peft() -> None:
-    """Raise unless PEFT has what the tuner needs.
-
-    Raises:
-        UnsupportedEngineError: Names what is missing, and the release that has it.
-    """
+    """Raise an UnsupportedEngineError, with the release to install, unless PEFT has what the tuner needs."""
     from peft import PeftModel, mapping
     from peft.tuners import tuners_utils
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer

@@ -97,11 +97,7 @@ PRIVATE: list[Private] = [
 
 
 def check_torch() -> None:
-    """Raise unless torch has what adapted layers need.
-
-    Raises:
-        UnsupportedEngineError: Names what is missing, and the release that has it.
-    """
+    """Raise an UnsupportedEngineError, with the release to install, unless torch has what adapted layers need."""
     for owner, entries in (
         (torch._C, BACKWARD),
         (torch._C._autograd, SAVED),

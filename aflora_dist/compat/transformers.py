@@ -70,13 +70,10 @@ def unpacked_gguf() -> dict[str, Any]:
 
 
 def refuse_own_loading() -> None:
-    """Raise where a model's own load_adapter() puts an adapter in, and would not give it all of its values.
+    """Raise an AFLoRAError where a model's own load_adapter() would not give an adapter all of its values.
 
     Until 5.5 it knows few names (those under `model.`), until 5.17 no `modules_to_save`, whichever the method: what it
     does not know stays as it was drawn, and a table of names in the log tells so.
-
-    Raises:
-        AFLoRAError: transformers is older than 5.18, and is loading an adapter.
     """
     if not is_older("transformers", "5.18"):
         return

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 
 from ..compat.accelerate import models, refuse_forgetful_load, unwrap
 from ..compat.patch import patch_method
-from ..engines import Engine
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
-from .progress import Progress
-from .state import FreezingState
+
+if TYPE_CHECKING:
+    from .adaptive import AdaptiveFreezing
 
 _FILE = "aflora_freezing{}.pt"
 # Of each accelerator, the files of those that are attached; none keeps the other alive.
 _TAKEN: weakref.WeakKeyDictionary[Accelerator, weakref.WeakValueDictionary[str, AccelerateState]]
 _TAKEN = weakref.WeakKeyDictionary()
-
-
-class Saved(Protocol):
-    """What is asked of the freezing that is saved: an `AdaptiveFreezing`."""
-
-    engine: Engine
-    progress: Progress
-    state: FreezingState
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-    def ended(self) -> None: ...
-    def release(self) -> None: ...
 
 
 class AccelerateState:
@@ -46,7 +33,7 @@ class AccelerateState:
     its state is loaded. The accelerator outlives models, so it does not keep the freezing alive.
     """
 
-    def __init__(self, accelerator: Accelerator, freezing: Saved) -> None:
+    def __init__(self, accelerator: Accelerator, freezing: AdaptiveFreezing) -> None:
         self._accelerator = accelerator
         self._freezing = weakref.ref(freezing)
         unwrapped = [unwrap(accelerator, model) for model in models(accelerator)]

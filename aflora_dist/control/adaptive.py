@@ -21,7 +21,8 @@ from ..adapter.precision import beyond_float16, check_precision
 from ..adapter.saving import names_to_save, save_peft
 from ..engines import Engine, create_engine, rehearse
 from ..errors import AFLoRAError, DivergedError, writing
-from ..freezing import ORDERS, FreezeEvent, FreezingConfig
+from ..freezing import FreezeEvent, FreezingConfig
+from ..options import ORDERS
 from ..processes import on_main, refuse_lonely_processes
 from .accelerate_state import AccelerateState
 from .ending import Ending

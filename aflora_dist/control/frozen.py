@@ -36,10 +36,7 @@ class KeptFrozen:
     counts where gradients are clipped. So each layer of an adapter, and each other module with something frozen, looks
     before its forward pass, a recomputed one too; in a compiled model none does.
 
-    The interface is that of `Freezable`, which is told of what has frozen.
-
-    Args:
-        model: The unwrapped model.
+    The interface is that of `Freezable`, which is told of what has frozen; the model is unwrapped.
     """
 
     def __init__(self, model: nn.Module) -> None:

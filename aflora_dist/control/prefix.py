@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapter.freezable import frozen_before, refuse_all
+from ..adapter.freezable import aliases_of, frozen_before, refuse_all
 from ..compat.transformers import recomputes_reentrantly
 from ..engines import Engine
 from ..errors import AFLoRAError
@@ -188,7 +188,7 @@ def blocks_from_below(
     places = _places(model, stack)
     blocks: dict[int, list[str]] = {}
     below: list[str] = []
-    aliases = _aliases(model)
+    aliases = aliases_of(model)
     for name, each in aliases.items():
         found = [place for alias in each if (place := places[alias]) is not None]
         if name in trained and found:
@@ -246,15 +246,6 @@ def _base_of(model: nn.Module, stack: str) -> str:
             bases = (f"{around}{module.base_model_prefix}.", around)  # the latter: of a user's own model around it
             return next((base for base in bases if stack.startswith(base)), "")
     return ""
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter, by its first one: a tied weight has several."""
-    ids = {id(p): name for name, p in named_parameters(model).items()}
-    found: dict[str, list[str]] = {name: [] for name in ids.values()}
-    for alias, parameter in named_parameters(model, remove_duplicate=False).items():
-        found[ids[id(parameter)]].append(alias)
-    return found
 
 
 def _refuse(model: nn.Module, tied: Mapping[str, str]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..engines import Engine
 from ..engines.optimizers import plain
@@ -54,15 +53,9 @@ class Scheduler:
         if record["groups"] != members:
             state |= _regrouped(state, self._scheduler.state_dict(), len(record["groups"]), source)
         self._scheduler.load_state_dict(state)
-        if "options" in record:
-            for group, at in zip(groups, source, strict=False):
-                for key, value in ({} if at is None else record["options"][at]).items():
-                    _set(group, key, value)
-        else:  # a checkpoint of an earlier release; DeepSpeed's schedulers compute their rate anew
-            inner = self._inner
-            rates = inner.get_last_lr() if isinstance(inner, LRScheduler) else inner.get_lr()
-            for group, rate in zip(groups, rates, strict=True):
-                _set(group, "lr", rate)
+        for group, at in zip(groups, source, strict=False):
+            for key, value in ({} if at is None else record["options"][at]).items():
+                _set(group, key, value)
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:

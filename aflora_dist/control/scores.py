@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..engines import Engine, Move, place
 from ..engines.transfer import Piece
-from ..freezing import ORDERS, FreezingConfig, FreezingScore, MatrixScore, PartialImportance, fixed_scores
+from ..freezing import FreezingConfig, FreezingScore, MatrixScore, PartialImportance, fixed_scores
 from ..freezing.quantile import quantile
 from ..freezing.score import OF_VALUES, averages
 from ..notices import logger
+from ..options import ORDERS
 
 
 class Scores(ABC):

@@ -82,11 +82,10 @@ class FreezingState:
         """Go on from what `snapshot` gave; the engine has been restored. A collective."""
         self.events = [FreezeEvent(**event) for event in record["events"]]
         trains = {*self._engine.trainable}
-        known = {n for n in record.get("frozen_before", ()) if n in self._engine.parameters and n not in trains}
+        known = {n for n in record["frozen_before"] if n in self._engine.parameters and n not in trains}
         self._before |= known  # in a process of before, whose values these are
         self._earlier |= known
-        unknown = self._before - {*record.get("frozen_before", ()), *self._own, *self._numels}  # an earlier release's
-        fixed = [name for name in self.fixed(self._engine.trainable) if name not in unknown]
+        fixed = self.fixed(self._engine.trainable)
         self._engine.assign(Renamed(tensors, {name: f"fixed/{name}" for name in fixed}), fixed)
         self.go_on(tensors, record)
 
@@ -96,9 +95,8 @@ class FreezingState:
         self.tell()
         if self.prefix is not None:
             self.prefix.restore(self.frozen)
-        # An earlier release knew of neither.
-        self.scores.restore(tensors, self.remaining, record.get("window", {}))
-        self.policy.load_state(record.get("policy", {}))
+        self.scores.restore(tensors, self.remaining, record["window"])
+        self.policy.load_state(record["policy"])
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Look whether `restore` can go on from this record; nothing changes.
@@ -106,7 +104,7 @@ class FreezingState:
         Raises:
             AFLoRAError: It is of another model or schedule; the message shows the first difference.
         """
-        theirs_config = FreezingConfig(**record["config"])  # an earlier release lacks the newer options
+        theirs_config = FreezingConfig(**record["config"])
         for option in fields(theirs_config):
             here, there = getattr(self._config, option.name), getattr(theirs_config, option.name)
             if there != here and (option.name != "seed" or theirs_config.score == "random"):
@@ -115,7 +113,7 @@ class FreezingState:
                 )
         mine, theirs = self._numels, record["numels"]
         for name in sorted({*mine, *theirs}):
-            if name in record.get("frozen_before", ()):
+            if name in record["frozen_before"]:
                 raise AFLoRAError(
                     f"{name} had frozen, in an earlier training, when that of the checkpoint began, and trains here: "
                     f"switch it off (requires_grad_(False)) before the optimizer is created."
@@ -138,11 +136,7 @@ class FreezingState:
         }
 
     def select(self, record: Mapping[str, Any]) -> None:
-        """Train what trained when this was recorded, so that the optimizer's state can be loaded. A collective.
-
-        Raises:
-            AFLoRAError: As `check`.
-        """
+        """`check`, and train what trained when this was recorded, so that its state can be loaded. A collective."""
         self.check(record)
         frozen = self._before.union(*(event["frozen"] for event in record["events"]))
         wanted = [name for group in self._engine.members for name in group if name not in frozen]

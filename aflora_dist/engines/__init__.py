@@ -43,13 +43,9 @@ def engine_kind(accelerator: Accelerator) -> str:
 
 
 def create_engine(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:
-    """The engine that `accelerator.prepare()` has set up.
+    """The engine that `accelerator.prepare()` has set up, of model and optimizer as it returned them.
 
-    Args:
-        model, optimizer: What `accelerator.prepare()` returned.
-
-    Raises:
-        UnsupportedEngineError: No exact freezing here; the message says what to use instead.
+    Raises an UnsupportedEngineError where freezing would not be exact; the message says what to use instead.
     """
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:

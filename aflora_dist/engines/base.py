@@ -227,11 +227,7 @@ class Engine(Collectives):
         return collect(pieces, numels, torch.device("cpu") if group is not None else self.comm_device, group)
 
     def check(self, record: Record) -> None:
-        """Look whether `restore` can go on from this record; nothing changes.
-
-        Raises:
-            AFLoRAError: It is of another optimizer.
-        """
+        """Raise an AFLoRAError if this record is of another optimizer, and `restore` cannot go on from it."""
         theirs = {key for state in record["state"].values() for key in state["moments"]}
         if theirs and theirs != set(self.traits.moments):
             raise AFLoRAError(

@@ -86,8 +86,7 @@ class Clipping:
     def factor(self, parameters: Sequence[nn.Parameter]) -> Tensor | float:
         """What to multiply the gradients of these parameters with to have them before clipping.
 
-        Raises:
-            UnsupportedEngineError: They were clipped in a way that cannot be undone, or changed unseen.
+        Raises an UnsupportedEngineError if they were clipped in a way that cannot be undone, or changed unseen.
         """
         self._refuse_unseen_change()
         if self._clipped is None or not parameters:

@@ -52,11 +52,7 @@ class Collectives(ABC):
         return vector
 
     def agree(self, what: str, complaint: str) -> None:
-        """Raise on every rank unless all ranks hold the same text. One all-reduce of two numbers.
-
-        Raises:
-            AFLoRAError: "The ranks", and the complaint.
-        """
+        """Raise an AFLoRAError on every rank unless all hold the same text. One all-reduce of two numbers."""
         digest = int(hashlib.sha256(what.encode()).hexdigest()[:16], 16) >> 2  # 62 bits: int64 holds its negative, too
         largest, negated = self.max_over_ranks(torch.tensor([digest, -digest], dtype=torch.int64)).tolist()
         if largest != -negated:  # the smallest is not the largest

@@ -102,11 +102,7 @@ class ReplicatedEngine(NativeEngine):
 
 
 def check_hooks(ddp: DistributedDataParallel) -> None:
-    """Refuse communication hooks that no reducer made anew can take over, or that do not give the mean.
-
-    Raises:
-        UnsupportedEngineError: Names the hook.
-    """
+    """Raise UnsupportedEngineError for hooks that no reducer made anew can take over, or that do not give the mean."""
     for hook, state in comm_hooks(ddp):
         name = getattr(hook, "__qualname__", type(hook).__name__)
         if name == "noop_hook" or not (state is None or isinstance(state, dist.ProcessGroup)):

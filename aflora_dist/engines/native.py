@@ -235,7 +235,7 @@ class NativeEngine(Engine):
             for key, tensor in tensors.items():
                 local = self._local(tensor)
                 if local.numel() and (every_copy or self._holds_first_copy(parameter)):
-                    found.append(Piece(key, self._offset(parameter), _flat(local)))
+                    found.append(Piece(key, self._offset(parameter), local.view(-1)))
         return found
 
     def _holds_first_copy(self, parameter: nn.Parameter) -> bool:
@@ -248,7 +248,7 @@ class NativeEngine(Engine):
         for name in names:
             parameter = self.parameters[name]
             if (local := self._local(parameter.detach())).numel():
-                found.append(Piece(name, self._offset(parameter), _flat(local)))
+                found.append(Piece(name, self._offset(parameter), local.view(-1)))
         self.fill(tensors, names, found)
 
     @torch.no_grad()
@@ -295,11 +295,7 @@ class NativeEngine(Engine):
 
 
 def _check(accelerator: Accelerator, model: nn.Module, optimizer: Any, wrapper: AcceleratedOptimizer | None) -> None:
-    """Refuse what freezing would be wrong under; say what differs from other engines.
-
-    Raises:
-        UnsupportedEngineError: Says what to do instead.
-    """
+    """Raise an UnsupportedEngineError for what freezing would be wrong under; say what differs from other engines."""
     known = {id(p) for p in model.parameters()}
     unknown = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
     if unknown:
@@ -332,8 +328,3 @@ def _check(accelerator: Accelerator, model: nn.Module, optimizer: Any, wrapper: 
             f"moments are updated in it here, where ZeRO keeps float32 copies, so that engines differ. Hold what "
             f"trains in float32; mixed_precision=bf16 computes in bfloat16 all the same."
         )
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """A 1-D view, to be written through."""
-    return tensor.view(-1)

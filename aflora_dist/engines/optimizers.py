@@ -62,12 +62,9 @@ def name_of_class(optimizer: Any) -> str:
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """What accelerate has wrapped: a torch optimizer, or DeepSpeed's around one.
+    """What accelerate has wrapped: a torch optimizer, or DeepSpeed's around one; else an UnsupportedEngineError.
 
     An optimizer that itself wraps another one stays whole: it has state of its own.
-
-    Raises:
-        UnsupportedEngineError: It is no optimizer.
     """
     inner = optimizer
     while isinstance(inner, AcceleratedOptimizer):

@@ -101,19 +101,10 @@ def carry(moves: Sequence[Move], source: Placed, target: Placed, device: torch.d
 
 def _rounds(moves: Iterable[Move]) -> Iterator[list[Move]]:
     """What changes its rank, cut so that at most CHUNK_BYTES of float32 are on their way at a time."""
-    most = room = max(CHUNK_BYTES // 4, 1)
-    some: list[Move] = []
-    for move in moves:
-        start, left = move.fragment.start, move.fragment.numel if move.source != move.target else 0
-        while left:
-            numel = min(left, room)
-            some.append(Move(Fragment(move.fragment.name, start, numel), move.source, move.target))
-            start, left, room = start + numel, left - numel, room - numel
-            if room == 0:
-                yield some
-                some, room = [], most
-    if some:
-        yield some
+    away = [move for move in moves if move.source != move.target]
+    for group in _groups([move.fragment.numel for move in away], max(CHUNK_BYTES // 4, 1)):
+        parts = [(away[i], Fragment(away[i].fragment.name, away[i].fragment.start + a, b - a)) for i, a, b in group]
+        yield [Move(fragment, move.source, move.target) for move, fragment in parts]
 
 
 def _exchange(moves: Sequence[Move], source: Placed, target: Placed, device: torch.device) -> None:
@@ -140,11 +131,7 @@ def _exchange(moves: Sequence[Move], source: Placed, target: Placed, device: tor
 
 
 class Renamed(Mapping[str, Tensor]):
-    """Tensors of a mapping by other names; none is read before it is asked for.
-
-    Args:
-        keys: Name here -> name there.
-    """
+    """Tensors of a mapping by other names (here -> there); none is read before it is asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
         self._tensors, self._keys = tensors, keys
@@ -243,14 +230,14 @@ def _pass(direction: Any, buffer: Tensor, peer: int, group: dist.ProcessGroup | 
 
 def _packed(views: Sequence[Tensor]) -> Iterator[Tensor]:
     """The views' bytes in messages of at most CHUNK_BYTES."""
-    for group in _groups([view.numel() * view.element_size() for view in views]):
+    for group in _groups([view.nbytes for view in views], CHUNK_BYTES):
         yield torch.cat([views[i].contiguous().view(torch.uint8)[low:high].cpu() for i, low, high in group])
 
 
 def _received(views: Sequence[Tensor], receive: Any, device: torch.device) -> None:
     """Fill CPU views with what `_packed` sends of views of the same sizes."""
     flat = [view.view(torch.uint8) for view in views]
-    for group in _groups([view.numel() for view in flat]):
+    for group in _groups([view.numel() for view in flat], CHUNK_BYTES):
         buffer = torch.empty(sum(high - low for _, low, high in group), dtype=torch.uint8, device=device)
         receive(buffer)
         at = 0
@@ -259,10 +246,10 @@ def _received(views: Sequence[Tensor], receive: Any, device: torch.device) -> No
             at += high - low
 
 
-def _groups(sizes: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut byte ranges into groups of at most CHUNK_BYTES: (index, first byte, last byte + 1)."""
+def _groups(sizes: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut things of these sizes into groups of at most `most` in all: (index, first, last + 1)."""
     group: list[tuple[int, int, int]] = []
-    room = CHUNK_BYTES
+    room = most
     for i, size in enumerate(sizes):
         low = 0
         while low < size:
@@ -272,6 +259,6 @@ def _groups(sizes: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
             low = high
             if room == 0:
                 yield group
-                group, room = [], CHUNK_BYTES
+                group, room = [], most
     if group:
         yield group

@@ -3,7 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..options import ORDERS, FreezingRule, Granularity, ScheduleShape, ScoreKind, Unit
 from .config import FreezeEvent, FreezingConfig
 from .order import fixed_scores, unit_of
 from .policy import FreezingPolicy, QuantilePolicy, ThresholdPolicy, policy_for
@@ -14,22 +13,16 @@ if TYPE_CHECKING:
     from .score import Fragment, FreezingScore
 
 __all__ = [
-    "ORDERS",
     "CubicSchedule",
     "Fragment",
     "FreezeEvent",
     "FreezingConfig",
     "FreezingPolicy",
-    "FreezingRule",
     "FreezingScore",
-    "Granularity",
     "MatrixScore",
     "PartialImportance",
     "QuantilePolicy",
-    "ScheduleShape",
-    "ScoreKind",
     "ThresholdPolicy",
-    "Unit",
     "fixed_scores",
     "policy_for",
     "unit_of",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..errors import AFLoRAError
 from ..options import ScheduleShape
+from ..options.checked import AT_LEAST_ONE, NOT_NEGATIVE, Checked
 
 
 def whole_steps(initial: float, final: float, total: int) -> tuple[int, int]:
@@ -22,7 +23,7 @@ def whole_steps(initial: float, final: float, total: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CubicSchedule:
+class CubicSchedule(Checked):
     """r(t) of Eq. 5, in optimizer updates t = 0 .. T-1.
 
     Args:
@@ -38,22 +39,17 @@ class CubicSchedule:
         AFLoRAError: T < 1, a negative t_i or t_f, t_i + t_f > T, every < 1, or an unknown shape.
     """
 
-    total_steps: int
-    initial_steps: int
-    final_steps: int
-    every: int = 1
+    label: ClassVar[str] = "The freezing schedule: "
+
+    total_steps: int = field(metadata=AT_LEAST_ONE)
+    initial_steps: int = field(metadata=NOT_NEGATIVE)
+    final_steps: int = field(metadata=NOT_NEGATIVE)
+    every: int = field(default=1, metadata=AT_LEAST_ONE)
     shape: ScheduleShape = "cubic"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         T, t_i, t_f = self.total_steps, self.initial_steps, self.final_steps
-        if T < 1:
-            raise AFLoRAError(f"The freezing schedule needs at least one training step, got total_steps T={T}.")
-        if t_i < 0 or t_f < 0:
-            raise AFLoRAError(f"The freezing schedule needs t_i >= 0 and t_f >= 0, got t_i={t_i}, t_f={t_f}.")
-        if self.every < 1:
-            raise AFLoRAError(f"The freezing schedule decides every so many steps, at least 1: got every={self.every}.")
-        if self.shape not in (shapes := get_args(ScheduleShape)):
-            raise AFLoRAError(f"The freezing schedule's shape is {' or '.join(shapes)}, got {self.shape!r}.")
         if t_i + t_f > T:
             raise AFLoRAError(
                 f"The freezing schedule does not fit: t_i + t_f = {t_i} + {t_f} = {t_i + t_f} steps, but training "

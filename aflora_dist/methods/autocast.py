@@ -38,11 +38,7 @@ def match_autocast(model: nn.Module) -> None:
     Norms and embeddings stay float32 under autocast, adapted or not, and quantised layers keep their input's dtype.
     """
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and _is_cast(module.get_base_layer()):
+        # Their own type: bitsandbytes quantises in subclasses of nn.Linear.
+        if isinstance(module, BaseTunerLayer) and type(module.get_base_layer()) in (nn.Linear, Conv1D):
             hook = OutputCast()
             hook.handle = module.register_forward_hook(hook)
-
-
-def _is_cast(base: nn.Module) -> bool:
-    """Whether autocast decides in what a layer's output is."""
-    return type(base) in (nn.Linear, Conv1D)  # not a subclass that bitsandbytes quantises

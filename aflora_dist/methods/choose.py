@@ -18,11 +18,7 @@ from .peft import Peft
 
 
 def create_method(config: Config) -> Method:
-    """The method that `method.name` names.
-
-    Raises:
-        AFLoRAError: There is none, it has no such option, or `aflora train` cannot train it.
-    """
+    """The method that `method.name` names; an AFLoRAError says why there is none, or it cannot be trained."""
     kinds: dict[str, Callable[[Config], Method]] = {"aflora": AFLoRA, "full": Full, "adalora": AdaLora}
     return kinds.get(config.method.name, Peft)(config)
 

@@ -59,11 +59,7 @@ class PeftMethod(FreezingMethod):
         return [name for name in head if name not in SEQ_CLS_HEAD_NAMES]
 
     def put_in(self, model: Any, tuning: Callable[[], PeftConfig], **options: Any) -> PeftModel:
-        """The model with an adapter.
-
-        Raises:
-            AFLoRAError: PEFT cannot put it in: no module matched, an option has no such value.
-        """
+        """The model with an adapter; an AFLoRAError says why PEFT cannot put it in."""
         planned = any(parameter.is_meta for parameter in model.parameters())
         try:
             config = tuning()
@@ -92,11 +88,7 @@ class PeftMethod(FreezingMethod):
 
 
 class Peft(PeftMethod):
-    """A method of PEFT on the layers that AFLoRA adapts: nothing happens to it while it trains, unless it is to freeze.
-
-    Raises:
-        AFLoRAError: PEFT has no such method, it has no such option, or `aflora train` cannot train it.
-    """
+    """A method of PEFT on the layers that AFLoRA adapts: nothing happens while it trains, unless it is to freeze."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

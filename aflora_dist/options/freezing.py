@@ -126,11 +126,7 @@ class FreezingEpochs(FreezingOptions):
             raise AFLoRAError(f"{self.label}prefix_epochs is for {self.label}prefix=true: say that, too, or drop it.")
 
     def epochs(self, total: float) -> tuple[float, float]:
-        """t_i and t_f for a training of so many epochs; rule=threshold has no t_f.
-
-        Raises:
-            AFLoRAError: They do not fit into it.
-        """
+        """t_i and t_f for a training of so many epochs, or an AFLoRAError; rule=threshold has no t_f."""
         t_i = min(1.0, 0.1 * total) if self.initial_epochs is None else self.initial_epochs
         t_f = 0.7 * total if self.final_epochs is None else self.final_epochs
         t_f = 0.0 if self.rule == "threshold" else t_f

@@ -96,8 +96,7 @@ def _refuse_resuming(config: Config, resolved: str, accelerator: Accelerator) ->
 def dry_run(config: Config, resolved: str) -> None:
     """The plan of the launch that this process is part of, once, and where the run would write. A collective.
 
-    Raises:
-        AFLoRAError: On every rank: the run would be refused.
+    Raises an AFLoRAError on every rank if the run would be refused.
     """
     accelerator = create_accelerator(config)
     if accelerator.state.deepspeed_plugin is not None:

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from ..adapter.freezable import freezable_names, refuse_all
 from ..control.prefix import blocks_from_below
 from ..engines import examine
-from ..freezing import ORDERS, FreezingPolicy, fixed_scores
+from ..freezing import FreezingPolicy, fixed_scores
 from ..freezing.score import averages
 from ..methods import Method
 from ..methods.base import FreezingMethod
 from ..names import is_adapter
-from ..options import Config
+from ..options import ORDERS, Config
 from ..training.build import create_optimizer
 from . import layout
 from .events import Elements, Freezes

@@ -17,10 +17,9 @@ _EVENTS = 24  # shown whole; of more, the first and the last ones
 _WIDTH = 120  # where output goes to no terminal
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """On this process's standard output unless a console is given."""
-    if console is None:
-        console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, emoji=False)
+def print_plan(plan: Plan) -> None:
+    """On this process's standard output."""
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, emoji=False)
     for part in _parts(plan):
         console.print(part, markup=False)
 

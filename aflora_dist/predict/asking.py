@@ -61,7 +61,8 @@ class _Labels:
 
     def __init__(self, file: str, trained: TrainedModel) -> None:
         self.config, self.labels = trained.config, trained.labels
-        self.texts = _text_columns(trained)
+        task = None if "data.text_columns" in trained.said else TASKS.get(self.config.data.task)  # GLUE's own names
+        self.texts = [*(self.config.data.text_columns if task is None else task.text_columns)]
         if own := _own_columns(file, self.config.data.task):
             self.plain, said = True, trained.said
             self.texts = self.texts if "data.text_columns" in said else own[:-1]
@@ -87,11 +88,7 @@ class _Labels:
         self.new = ["prediction", *(f"probability_{label}" for label in self.labels or ())]
 
     def prepare(self, model: Any, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
-        """Tokenise. A collective.
-
-        Raises:
-            AFLoRAError: On every rank: the model cannot take a row.
-        """
+        """Tokenise; an AFLoRAError on every rank for a row that the model cannot take. A collective."""
         self.model, self.accelerator = model, accelerator
         texts = Texts(self.config, tokenizer, limits, accelerator)
         self.shape, self.collate = texts.shape, texts.collate
@@ -158,13 +155,6 @@ class _Labels:
             yield f"  labels in column {data.label_column!r} are taken as numbers of classes: 0 is {first}"
         said = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         yield f"{said}  ({len(there):,} rows with a label in column {data.label_column!r})"
-
-
-def _text_columns(trained: TrainedModel) -> list[str]:
-    """Which columns hold what is read: GLUE's own names, where nothing else was said."""
-    data = trained.config.data
-    task = None if "data.text_columns" in trained.said else TASKS.get(data.task)
-    return [*data.text_columns] if task is None else [*task.text_columns]
 
 
 def _own_columns(file: str, name: str) -> list[str]:

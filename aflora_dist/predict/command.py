@@ -32,11 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Predict a file; returns the exit status. What a user did wrong is said in a line or two."""
     quiet_libraries()
     given = sys.argv[1:] if arguments is None else arguments
-    try:
-        return guarded(lambda: _run(given), "prediction", "The same command goes on from what was done.")
-    except KeyboardInterrupt:
-        print("\naflora: stopped. The same command goes on from what was done.", file=sys.stderr)
-        return 130
+    return guarded(lambda: _run(given), "prediction", "The same command goes on from what was done.")
 
 
 def _run(arguments: list[str]) -> None:

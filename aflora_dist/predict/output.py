@@ -208,11 +208,7 @@ def _other(value: Any) -> str:
 
 
 def _arrow(name: str, values: list[Any]) -> pa.Array:
-    """A column of a parquet file.
-
-    Raises:
-        AFLoRAError: It can be none.
-    """
+    """A column of a parquet file; an AFLoRAError if it can be none."""
     try:
         column = pa.array(values)
         pq.write_table(pa.table({name: column}), pa.MockOutputStream())

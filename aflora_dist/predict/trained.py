@@ -86,7 +86,8 @@ def _found(name: str, options: list[str]) -> TrainedModel:
     if not path.exists():
         path = _from_hub(name)
     folder = trained_folder(path)
-    run = next((at for at in (path, path.parent) if _is_run(at)), None)
+    runs = (at for at in (path, path.parent) if (at / CONFIG).is_file() and read_settings(at) is not None)
+    run = next(runs, None)
     if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         return _whole(folder, run, options)
     source = read_adapter(path, any_method=True)
@@ -110,7 +111,9 @@ def _found(name: str, options: list[str]) -> TrainedModel:
         if several and run is None and len(base_names) == outputs:  # a head of the adapter's own is of one label
             raise _several(config.model.name)
         names = names or base_names
-    return TrainedModel(source.folder, config, source, _names(names, outputs), "a class")
+    if len(names) != outputs:
+        names = [f"LABEL_{number}" for number in range(outputs)]
+    return TrainedModel(source.folder, config, source, names, "a class")
 
 
 def _whole(folder: Path, run: Path | None, options: list[str]) -> TrainedModel:
@@ -133,10 +136,6 @@ def _whole(folder: Path, run: Path | None, options: list[str]) -> TrainedModel:
         return TrainedModel(folder, config, None, None, "a number")
     labels = [str(names.get(str(number)) or f"LABEL_{number}") for number in range(len(names))]
     return TrainedModel(folder, config, None, labels, "a class")
-
-
-def _is_run(path: Path) -> bool:
-    return (path / CONFIG).is_file() and read_settings(path) is not None
 
 
 def _from_hub(name: str) -> Path:
@@ -168,10 +167,6 @@ def _base_moved(config: Config) -> Iterator[None]:
         raise AFLoRAError(f"{error} If {name} was a folder, name where it is now: --model.name FOLDER.") from None
 
 
-def _names(known: list[str], outputs: int) -> list[str]:
-    return known if len(known) == outputs else [f"LABEL_{number}" for number in range(outputs)]
-
-
 def _several(model: object) -> AFLoRAError:
     return AFLoRAError(
         f"{model} gives a text any number of labels (problem_type=multi_label_classification in its config.json), and "
@@ -188,11 +183,7 @@ def _weights(source: Source) -> Mapping[str, Tensor]:
 
 
 def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, Any, Limits]:
-    """The model, prepared to predict on this launch's engine, its tokenizer, and what it takes. A collective.
-
-    Raises:
-        AFLoRAError: On every rank: something of it is not there, or does not fit.
-    """
+    """The model, prepared to predict on this launch's engine, its tokenizer, and what it takes. A collective."""
     config = trained.config
     answers = trained.says == "an answer"
     if trained.adapter is not None:

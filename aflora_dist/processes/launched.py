@@ -97,13 +97,9 @@ def _asked(engine: str) -> bool:
 
 
 def launched_accelerator(**options: Any) -> Accelerator:
-    """An Accelerator for whatever launcher started this process, on GPUs as on CPUs.
+    """An Accelerator, with these options, for whatever launcher started this process, on GPUs as on CPUs.
 
-    Args:
-        options: Further arguments of `Accelerator`.
-
-    Raises:
-        AFLoRAError: The processes cannot find each other, do not know of each other, or lack devices.
+    Raises an AFLoRAError if the processes cannot find each other, do not know of each other, or lack devices.
     """
     several = launched_processes() > 1
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):

@@ -41,8 +41,7 @@ _pulse: tuple[Any, threading.Event] | None = None  # which store is told that th
 def connect(**options: Any) -> None:
     """Find the store where the launcher says it is, unless there is a process group, which has found it.
 
-    Raises:
-        RuntimeError: torch's, if it cannot be found.
+    Raises torch's RuntimeError if it cannot be found.
     """
     global _own
     if world_size() > 1 and not dist.is_initialized() and (_own is None or _own[0] != _place()):

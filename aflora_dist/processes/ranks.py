@@ -21,11 +21,7 @@ def world_size() -> int:
 
 
 def launched_number(variable: str, default: int) -> int:
-    """What the launcher has said in an environment variable that is to hold a number.
-
-    Raises:
-        LaunchError: It holds something else.
-    """
+    """What the launcher has said in an environment variable; a LaunchError if it holds no number."""
     text = launched(variable, str(default))
     try:
         return int(text)

@@ -34,11 +34,7 @@ _NOT_BESIDE = (
 
 
 class Shards(Mapping[str, Tensor]):
-    """All tensors of a folder of safetensors files, or of pickles; one is read when asked for, whatever they come to.
-
-    Raises:
-        AFLoRAError: There are none, or one is damaged.
-    """
+    """All tensors of a folder of safetensors files, or of pickles; each is read when asked for."""
 
     def __init__(self, folder: Path) -> None:
         files, by_tensor = weight_files(folder)
@@ -86,11 +82,7 @@ def _opened(path: Path) -> Mapping[str, Tensor]:
 
 
 def find_base(name: str, revision: str | None) -> Path:
-    """The folder of a model: a folder, or what the hub has (its safetensors files, or else its pickles, are fetched).
-
-    Raises:
-        AFLoRAError: It is not there.
-    """
+    """The folder of a model: a folder, or what the hub has (its safetensors files, else its pickles, are fetched)."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -103,11 +95,7 @@ def find_base(name: str, revision: str | None) -> Path:
 
 
 def beside_weights(folder: Path) -> list[Path]:
-    """Tokenizer, generation configuration, templates, code and licence: all that is copied as it is.
-
-    Raises:
-        AFLoRAError: One is a link to a file elsewhere.
-    """
+    """Tokenizer, generation configuration, templates, code and licence: all that is copied as it is."""
     left_out = {path for pattern in _NOT_BESIDE for path in folder.glob(pattern)}
     found = {path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()} - left_out
     return [check_copied(path, folder) for path in sorted(found)]
@@ -124,7 +112,8 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
         raise AFLoRAError(f"{folder} has no config.json: it is no folder of a model of transformers.")
     content = read_object(path)
     refuse_endless(content, path)
-    if isinstance(content.get("auto_map"), dict) and not trust_remote_code and not _is_known(content):
+    known = content.get("model_type") in transformers.CONFIG_MAPPING  # transformers itself has this architecture
+    if isinstance(content.get("auto_map"), dict) and not trust_remote_code and not known:
         raise AFLoRAError(
             f"{folder} holds a model with code of its own ({', '.join(map(str, content['auto_map'].values()))[:100]}), "
             f"and only this command line can have it run, whatever the adapter and its run say: read the code, then "
@@ -140,11 +129,6 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
             f"would be lost in rounding. Merge into the model that was quantised: name its folder with --base."
         )
     return config
-
-
-def _is_known(content: Mapping[str, Any]) -> bool:
-    """Whether transformers itself has this architecture."""
-    return content.get("model_type") in transformers.CONFIG_MAPPING
 
 
 class Skeleton:

@@ -24,7 +24,6 @@ from ..names import of_base
 from ..store.checkpoint import StoredTensors
 from ..store.fingerprint import of_weights
 from ..store.records import CONFIG, RESULT, Result, Settings, read_result, read_settings
-from ..tasks.glue import TASKS
 from ..untrusted import check_copied, read_object, reading
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -77,11 +76,7 @@ class Source:
     problems: list[str]
 
     def path(self, layer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, B, s_d and s_b of an adapted layer.
-
-        Raises:
-            AFLoRAError: They are not of one rank, or hold what is no number.
-        """
+        """A, B, s_d and s_b of an adapted layer; an AFLoRAError if they are not of one rank."""
         A, B, s_d, s_b = found = tuple(self.tensor(f"{layer}.aflora.{name}") for name in _TENSORS)
         r = self.config["r"]
         if (
@@ -95,11 +90,7 @@ class Source:
         return A, B, s_d, s_b
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor of the adapter's file.
-
-        Raises:
-            AFLoRAError: It cannot be read, or holds what is no number.
-        """
+        """A tensor of the adapter's file; an AFLoRAError if it cannot be read, or holds what is no number."""
         with reading(self.folder / _WEIGHTS):
             tensor = self.tensors[key]
         refuse_unsound(self.folder, key, tensor)
@@ -110,10 +101,7 @@ class Source:
         """Class names by number; None where nothing says them."""
         if (found := read_labels(self.config)) is not None:
             return found
-        if self.result is not None and self.result.labels:
-            return self.result.labels
-        task = TASKS.get(self.run.task) if self.run is not None else None  # of a run of an earlier release
-        return None if task is None or task.labels is None else list(task.labels)
+        return None if self.result is None else self.result.labels or None
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> int | None:
         """How many numbers a classifier says: the rows of the last layer of its head; None: these tensors hold none."""
@@ -146,14 +134,7 @@ def trained_folder(path: Path) -> Path:
 
 
 def read_adapter(path: Path, any_method: bool = False) -> Source:
-    """The adapter in a run's directory, or in an adapter's folder.
-
-    Args:
-        any_method: Take one of another method than AFLoRA, too, with nothing of its tensors.
-
-    Raises:
-        AFLoRAError: There is none, it is of another method, or it is not whole.
-    """
+    """The adapter in a run's directory, or in an adapter's folder; of another method than AFLoRA with no tensors."""
     folder = trained_folder(path)
     if not (folder / _CONFIG).is_file():
         if (folder / "config.json").is_file():

@@ -71,11 +71,7 @@ class BestEpoch:
 
 
 def check_metric(metric: str | None, known: Sequence[str]) -> None:
-    """Raise unless the task measures this metric.
-
-    Raises:
-        AFLoRAError: With the list of those it does.
-    """
+    """Raise an AFLoRAError, with what is measured, unless the task measures this metric."""
     if metric is not None and metric not in known:
         raise AFLoRAError(f"run.keep_best={metric} is not measured here. Measured are: {', '.join(known)}.")
 

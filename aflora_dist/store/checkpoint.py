@@ -87,7 +87,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], training: Mappi
     temporary.mkdir(parents=True)
     try:
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        if broken := _not_finite(content):
+        if broken := next((name for name, tensor in content.items() if not tensor.isfinite().all()), None):
             raise DivergedError(f"{broken} is not finite, so no checkpoint is written. Lower the learning rate.")
         save_file(content, str(temporary / _STATE))
         (temporary / _TRAINING).write_text(json.dumps({"format": FORMAT, **training}), encoding="utf-8")
@@ -125,39 +125,21 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint, and check every byte of it first.
 
     Raises:
-        DamagedError: It is not what was written, or not finite; the message says what is wrong.
+        DamagedError: It is not what was written; the message says what is wrong.
         AFLoRAError: It has another format.
     """
     complaint = _damage(path)
     if complaint is not None:
         raise DamagedError(f"The checkpoint {path} is damaged: {complaint}.")
-    tensors = StoredTensors(path / _STATE)
-    if broken := _not_finite(tensors):  # earlier releases wrote such
-        raise DamagedError(f"The checkpoint {path} is of a training that had diverged: {broken} is not finite.")
     training = untrusted.load_json((path / _TRAINING).read_text(encoding="utf-8"))
     if not isinstance(training, dict):
         raise DamagedError(f"The checkpoint {path} is damaged: {_TRAINING} holds no names and values.")
-    if training.get("format") == 2:
-        training = _upgraded(training)
     if training.get("format") != FORMAT:
-        old = " Format 1 counted skipped updates twice: finish that run with the release that began it, or begin anew."
         raise AFLoRAError(
-            f"The checkpoint {path} has format {training.get('format')}; this version of aflora_dist reads {FORMAT}."
-            f"{old if training.get('format') == 1 else ''}"
+            f"The checkpoint {path} has format {training.get('format')}; this version of aflora_dist reads {FORMAT}. "
+            f"Finish that run with the release that began it, or begin anew."
         )
-    return Checkpoint(path, tensors, training)
-
-
-def _upgraded(training: dict[str, Any]) -> dict[str, Any]:
-    """Format 2 kept beside the progress what are parts of it now."""
-    told = {**training, "format": FORMAT}
-    parts = told.get("progress", {}).get("parts", {})
-    if "log" in told:
-        parts["log"] = told.pop("log") | {"evaluations": told.pop("evaluations")}
-        parts["randomness"] = {"ranks": told["world_size"]}
-    if "scheduler" in told:
-        parts["scheduler"] = told.pop("scheduler")
-    return told
+    return Checkpoint(path, StoredTensors(path / _STATE), training)
 
 
 def read_on_main(accelerator: Accelerator, choose: Callable[[], Checkpoint | None]) -> Checkpoint | None:
@@ -203,10 +185,6 @@ def _damage(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{_MANIFEST} cannot be read: {error}"
     return None
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -16,11 +16,7 @@ _PREFIX = "held/"
 
 
 class Held:
-    """Values of parameters that stay as they are, as a part of the training's state (`Progress.parts`).
-
-    Args:
-        names: Of the engine's parameters.
-    """
+    """Values of some of the engine's parameters that stay as they are, as a part of the training's state."""
 
     def __init__(self, engine: Engine, names: Sequence[str]) -> None:
         self.engine, self.names = engine, list(names)

@@ -33,11 +33,7 @@ def dumps(record: Any, indent: int | None = None) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-    """Read JSON, also with the NaN and Infinity of lenient writers: they become None.
-
-    Raises:
-        ValueError: It is not JSON, or not UTF-8.
-    """
+    """Read JSON, also with the NaN and Infinity of lenient writers: they become None. A ValueError if it is none."""
     return untrusted.load_json(text, parse_constant=lambda _: None, parse_float=lambda digits: number(float(digits)))
 
 
@@ -125,11 +121,7 @@ class Settings:
 
 
 def as_result(record: Any) -> Result:
-    """What result.json holds, typed.
-
-    Raises:
-        ValueError: It is not a run's result.
-    """
+    """What result.json holds, typed; a ValueError if it is not a run's result."""
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         raise ValueError("it holds no metrics")
     told = [(which, record.get(which)) for which in ("last", "best")]
@@ -267,11 +259,7 @@ def read_outcome(path: Path, problems: list[str]) -> Outcome | None:
 
 
 def read_config(path: Path) -> Any:
-    """config.yaml in a folder, whatever it holds.
-
-    Raises:
-        AFLoRAError: It cannot be read; the message says where.
-    """
+    """config.yaml in a folder, whatever it holds; an AFLoRAError says where it cannot be read."""
     file = path / CONFIG
     try:
         if not file.is_file() and os.path.exists(file):
@@ -291,11 +279,7 @@ def read_config(path: Path) -> Any:
 
 
 def read_settings(path: Path) -> Settings | None:
-    """config.yaml in a folder; None: it is there, but not a run's.
-
-    Raises:
-        AFLoRAError: It cannot be read.
-    """
+    """config.yaml in a folder; None: it is there, but not a run's. An AFLoRAError if it cannot be read."""
     try:
         if (path / CONFIG).stat().st_size > _LONGEST_CONFIG:
             return None

@@ -130,14 +130,7 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
 def refuse_differences(
     theirs: Mapping[str, Any], mine: Mapping[str, Any], where: str, but: Collection[str] = ()
 ) -> None:
-    """Raise unless both configurations train the same model on the same batches.
-
-    Args:
-        but: Options that may differ besides.
-
-    Raises:
-        AFLoRAError: Names every option that differs, with both values.
-    """
+    """Raise AFLoRAError unless both configurations, `but` for these options, train one model on the same batches."""
     different = [
         f"{key} is {there} there and {here} here"
         for key, (there, here) in _differences(theirs, mine).items()
@@ -250,9 +243,6 @@ class Checkpointer:
 
     def _check_data(self, loaded: Checkpoint) -> None:
         there = loaded.training["data"]
-        if isinstance(there, str):  # of 17 rows
-            logger.warning(f"{loaded.path} is of an earlier release: whether data have changed since cannot be told.")
-            return
         for name, here in self.data.items():
             if None not in (here, there.get(name)) and there[name] != here:
                 if name == LABELS:
@@ -284,4 +274,4 @@ def _with_scores(events: list[dict[str, Any]], log: Path) -> list[dict[str, Any]
         with suppress(ValueError, TypeError, KeyError):  # cut, or not a run's
             found = records.loads(line)
             written[found["step"], *found["frozen"]] = found
-    return [event if event["scores"] else written.get((event["step"], *event["frozen"]), event) for event in events]
+    return [written.get((event["step"], *event["frozen"]), event) for event in events]

@@ -55,11 +55,7 @@ def written(config: RunConfig, adapter: bool = True, freezes: bool = True) -> li
 
 
 def refuse_taken(config: RunConfig) -> None:
-    """Raise unless a run may begin, or go on, in its directory.
-
-    Raises:
-        AFLoRAError: It holds (part of) a run already, is a file, or cannot be made.
-    """
+    """Raise an AFLoRAError unless a run may begin, or go on, in its directory."""
     path = Path(config.dir)
     if path.exists() and not path.is_dir():
         raise AFLoRAError(f"run.dir={path} is a file. Name a folder.")

@@ -143,8 +143,8 @@ def cells(grid: Grid, records: Records) -> list[Cell]:
                     ", ".join(f"{name.partition('.')[2]} {value}" for name, value in chosen.items()),
                     grid.study.paper.get(method, {}).get(task),
                     plan.broken.get((task, method), said),
-                    tuple(_span(r) for r in ended.values() if "ended" in r),
-                    tuple(_way(r) for r in ended.values()),
+                    tuple(map(_span, ended.values())),
+                    tuple(map(_way, ended.values())),
                     {seed: run.name for seed, run in runs.items()},
                 )
             )

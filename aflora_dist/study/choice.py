@@ -25,8 +25,7 @@ def seconds_of(record: Mapping[str, Any]) -> float:
 def mean_of(where: str, runs: Sequence[str], metric: str, records: Records) -> float | None:
     """Of what these runs, by name, came to; None where one of them broke down.
 
-    Raises:
-        NoChoiceError: A run that ended well has no such metric.
+    Raises a NoChoiceError if a run that ended well has no such metric.
     """
     found = []
     for run in runs:

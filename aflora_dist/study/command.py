@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import AFLoRAError, writing
 from ..extras import require
+from ..training.command_line import split_line
 from .cells import cells, compared
 from .description import read_study, shipped
 from .grid import Grid
@@ -20,11 +21,7 @@ from .work import Work, outlook
 
 
 def write_tables(grid: Grid, results: Results, folder: Path) -> list[Path]:
-    """NAME.md, .tex, .csv and the pictures; NAME is the study's, with which part of it this is.
-
-    Raises:
-        AFLoRAError: The folder cannot be written.
-    """
+    """NAME.md, .tex, .csv and the pictures; NAME is the study's, with which part of it this is."""
     from .pictures import against_seconds, dots, mean_freeze_map  # matplotlib takes a second
 
     name, records = grid.study.label, results.records
@@ -126,21 +123,12 @@ def _file(command: str, named: Any) -> Path:
 
 def _options(words: list[str]) -> dict[str, str]:
     """Options for every run, as they stand on the command line."""
-    found: dict[str, str] = {}
-    rest = [*words]
-    while rest:
-        name, sign, value = rest.pop(0).partition("=")
-        if not name.startswith("--") or ("." not in name and name != "--preset"):
-            raise AFLoRAError(f"There is no option {name}: see --help. Those of `aflora train` are --GROUP.KEY VALUE.")
-        if not sign:
-            if not rest or rest[0].startswith("--"):
-                raise AFLoRAError(f"{name} has no value: give one.")
-            value = rest.pop(0)
-        if name.removeprefix("--") in OURS:
-            raise AFLoRAError(f"{name} is the study's to say: see --out and --seeds.")
-        if name == "--preset":
-            raise AFLoRAError(
-                "A preset is what a task is: choose with --tasks, or write a study whose tasks name yours."
-            )
-        found[name.removeprefix("--")] = value
-    return found
+    files, said = split_line(["", *words])
+    if odd := next((name for name in said if name in OURS), None):
+        raise AFLoRAError(f"--{odd} is the study's to say: see --out and --seeds.")
+    if "preset" in said or files[1:]:
+        raise AFLoRAError(
+            "A preset is what a task is, and so is a file of options: choose with --tasks, or write a study whose "
+            "tasks name yours."
+        )
+    return said

@@ -116,11 +116,7 @@ class Grid:
         return plan
 
     def run(self, task: str, method: str, options: Mapping[str, Any], seed: int) -> Planned:
-        """One run.
-
-        Raises:
-            AFLoRAError: `aflora train` has no such option, or refuses its value.
-        """
+        """One run; an AFLoRAError if `aflora train` has no such option, or refuses its value."""
         own = self.study.methods[method].options
         given, more = {**self.study.settings, **self.study.tasks[task]}, self.more
         given.pop("metric", None)

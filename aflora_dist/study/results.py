@@ -137,11 +137,7 @@ class Results:
         self.read()
 
     def read(self) -> None:
-        """Look for what others have added.
-
-        Raises:
-            AFLoRAError: A file is damaged; the folder is none.
-        """
+        """Look for what others have added; an AFLoRAError if a file is damaged."""
         if self.folder.exists() and not self.folder.is_dir():
             raise AFLoRAError(f"{self.folder}, where results are to go, is a file. Name a folder with --results.")
         for file in sorted(self.folder.glob("*-seed*.json")):
@@ -197,10 +193,9 @@ def _is_sound(record: Any, name: str) -> bool:
     task, method = settings.get("data.task", "demo"), settings.get("method.name", "aflora")
     if name != name_by(task, method, settings, record["seed"]) or not isinstance(record["seconds"], float | int | None):
         return False
-    if "ended" in record:
-        ended = datetime.fromisoformat(record["ended"])
-        if ended.tzinfo is None or ended.year < _FIRST_YEAR:
-            return False
+    ended = datetime.fromisoformat(record["ended"])
+    if ended.tzinfo is None or ended.year < _FIRST_YEAR:
+        return False
     if "failed" in record:
         return isinstance(record["failed"], str)
     result = as_result(record)
@@ -213,8 +208,7 @@ def _is_sound(record: Any, name: str) -> bool:
 def result_in(path: Path) -> dict[str, Any] | None:
     """result.json of a run's directory, with the step after which each matrix froze; None: it has not ended.
 
-    Raises:
-        AFLoRAError: It cannot be read, or is cut.
+    Raises an AFLoRAError if it cannot be read, or is cut.
     """
     file = path / RESULT
     if not file.is_file():

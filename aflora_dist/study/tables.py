@@ -95,7 +95,7 @@ def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> lis
     if any(pair.lost for pair in pairs):
         lines.append("Where runs diverged, the seeds that are left are those that went well: no verdict.")
     lines += _same_runs(found)
-    lines += [*_not_alike(found), *_at_other_times(found)]
+    lines += [*_not_alike(found), *at_other_times(found)]
     if grid.told:
         lines.append(f"All runs with {', '.join(f'{name} {value}' for name, value in grid.told.items())}.")
     if study.differs:
@@ -130,12 +130,7 @@ def _where(cell: Cell, found: Sequence[Cell]) -> str:
     return cell.method if len({one.task for one in found}) == 1 else f"{cell.method} on {cell.task}"
 
 
-def at_one_time(found: Sequence[Cell]) -> bool:
-    """Whether the seconds of these cells compare."""
-    return not _at_other_times(found)
-
-
-def _at_other_times(found: Sequence[Cell]) -> list[str]:
+def at_other_times(found: Sequence[Cell]) -> list[str]:
     """Which cells' seconds do not compare: a sentence, if there are such."""
     starts: list[datetime] = []
     until = datetime.min.replace(tzinfo=UTC)

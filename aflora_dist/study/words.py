@@ -41,17 +41,10 @@ def is_whole(option: str, values: list[Any]) -> bool:
 def words_of(options: Mapping[str, Any]) -> list[str]:
     """--NAME=VALUE, one after the other.
 
-    Raises:
-        AFLoRAError: A number, or true or false, where a text is to stand: 1.10 would become 1.1.
+    Raises an AFLoRAError for a number, or true or false, where a text is to stand: 1.10 would become 1.1.
     """
     for name, value in options.items():
         if OPTIONS.get(name) in (str, str | None) and isinstance(value, bool | int | float):
             raise AFLoRAError(f"{name} must be text (put numbers, and true and false, into quotes), not {value}.")
-    return [f"--{name}={as_word(value)}" for name, value in options.items()]
-
-
-def as_word(value: Any) -> str:
-    """A value as a command line has it."""
-    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
-        return json.dumps(value)
-    return str(value)
+    words = {n: json.dumps(v) if isinstance(v, bool | list | dict | None) else v for n, v in options.items()}
+    return [f"--{name}={word}" for name, word in words.items()]

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from textwrap import shorten
 from types import FrameType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import psutil
 from tqdm import tqdm
@@ -37,15 +37,7 @@ _PAUSE = 0.2  # seconds between two looks
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs [{elapsed}{postfix}]"  # its rate counts old runs
 
 
-class Process(Protocol):
-    """Of subprocess.Popen what is needed here."""
-
-    pid: int
-
-    def poll(self) -> int | None: ...
-
-
-def start_process(command: list[str], environment: dict[str, str], said: Path) -> Process:
+def start_process(command: list[str], environment: dict[str, str], said: Path) -> subprocess.Popen[bytes]:
     """Start a run, which prints to the end of a file. Ctrl-C is not for it: who started it has it save and leave."""
     with said.open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
@@ -57,7 +49,7 @@ class Job:
 
     run: Planned
     folder: Path
-    process: Process
+    process: subprocess.Popen[bytes]
     claim: IO[str]
     begun_anew: bool
     printed: int  # bytes of what earlier attempts have said
@@ -293,7 +285,7 @@ def _in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _memory_of(process: Process) -> int:
+def _memory_of(process: subprocess.Popen[bytes]) -> int:
     """Bytes that a run and what it has started hold; 0 where it has ended."""
     held = 0
     with suppress(psutil.Error):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..compat.accelerate import unwrap
+from ..compat.patch import patch
 from ..errors import AFLoRAError
 from ..options import Config
 from .base import Evaluation
@@ -100,12 +101,8 @@ class Classification:
 @contextmanager
 def _without_regularisation(model: Any) -> Iterator[None]:
     """Leave out what PEFT adds to the model's loss for AdaLoRA: that is meant to be there."""
-    tunings = [tuning for tuning in getattr(model, "peft_config", {}).values() if hasattr(tuning, "orth_reg_weight")]
-    weights = [(tuning, tuning.orth_reg_weight) for tuning in tunings]
-    for tuning, _ in weights:
-        tuning.orth_reg_weight = 0.0
-    try:
+    with ExitStack() as stack:
+        for tuning in getattr(model, "peft_config", {}).values():
+            if hasattr(tuning, "orth_reg_weight"):
+                stack.callback(patch(tuning, "orth_reg_weight", 0.0))
         yield
-    finally:
-        for tuning, weight in weights:
-            tuning.orth_reg_weight = weight

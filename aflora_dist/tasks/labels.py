@@ -212,11 +212,7 @@ def _go_together(one: str, other: str, numbers: bool) -> bool:
 
 
 def _are_numbers(labels: _Column) -> bool:
-    """Whether the cells of a column are to be regressed to.
-
-    Raises:
-        AFLoRAError: Some almost are.
-    """
+    """Whether the cells of a column are to be regressed to; an AFLoRAError where some almost are."""
     cells = labels.values
     if all(_SIGNED.fullmatch(cell.strip()) for cell in cells):
         return False

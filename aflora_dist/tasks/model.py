@@ -59,9 +59,6 @@ def load_base(
 
     Args:
         accelerator: Of the launch, where there is one: DeepSpeed and engines that shard want weights in their dtype.
-
-    Raises:
-        AFLoRAError: The model is not there, or is no text classifier.
     """
     model, tokenizer, missing = load_classifier(config, labels, accelerator)
     return model, tokenizer, _new_modules(model, missing)
@@ -80,14 +77,7 @@ def load_classifier(
 
 
 def load_language_model(config: ModelConfig, accelerator: Accelerator | None = None) -> tuple[Any, Any]:
-    """The pretrained causal language model and its tokenizer.
-
-    Args:
-        accelerator: As for `load_base`.
-
-    Raises:
-        AFLoRAError: The model is not there, or is no causal language model.
-    """
+    """The pretrained causal language model and its tokenizer; `accelerator` as for `load_base`."""
     model, tokenizer, info = _load(AutoModelForCausalLM, config, accelerator, {})
     if info["missing_keys"]:
         raise AFLoRAError(
@@ -111,20 +101,12 @@ def outline_base(config: ModelConfig, labels: list[str] | None) -> tuple[Any, li
 
 
 def outline_language_model(config: ModelConfig) -> Any:
-    """`load_language_model` without weights and tokenizer: the model on the meta device.
-
-    Raises:
-        AFLoRAError: The model's configuration is not there, or is of no causal language model.
-    """
+    """`load_language_model` without weights and tokenizer: the model on the meta device."""
     return _outline(AutoModelForCausalLM, config, {})
 
 
 def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
-    """The model's tokenizer, without the model.
-
-    Raises:
-        AFLoRAError: It is not there.
-    """
+    """The model's tokenizer, without the model."""
     name, hub, _ = _source(config, language_model)
     with _readable(config):
         return _padding(AutoTokenizer.from_pretrained(name, **hub))
@@ -155,11 +137,7 @@ def fetch(config: ModelConfig, *, language_model: bool) -> None:
 
 
 def base_head(config: ModelConfig) -> tuple[list[str], bool]:
-    """Of a classifier's configuration, without its weights: class names by number; whether a text may have several.
-
-    Raises:
-        AFLoRAError: The model is not there.
-    """
+    """Of a classifier's configuration, without its weights: class names by number; whether a text may have several."""
     name, hub, _ = _source(config, False)
     with _readable(config):
         found = _config(name, config, hub)
@@ -246,11 +224,7 @@ _OF_SIZES = re.compile(r"^Storage size|size mismatch|negative dimension|invalid 
 
 @contextmanager
 def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
-    """Turn what transformers raises for a model that it cannot load into an AFLoRAError.
-
-    Args:
-        more: What else is raised for such a model only.
-    """
+    """Turn what transformers raises for a model that it cannot load, and `more`, into an AFLoRAError."""
     try:
         yield
     except AFLoRAError:

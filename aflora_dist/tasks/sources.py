@@ -136,9 +136,6 @@ def split_off(
 
     Args:
         parts: How many rows each has, and its weight.
-
-    Raises:
-        AFLoRAError: There is neither that nor something of its own.
     """
     kept = np.arange(len(train))
     if held is None or config.hold_out:
@@ -243,11 +240,7 @@ def _hub_rows(
     wanted: Collection[str],
     option: str,
 ) -> Any:
-    """None where no split is named and there is none of those that are usual and not trained on.
-
-    Args:
-        option: Which names the split.
-    """
+    """None where no split is named, by `option`, and there is none of those that are usual and not trained on."""
     loaded = load_from_hub(
         name, subset, revision, "give a folder that holds the data set, or use data.train_file and data.validation_file"
     )
@@ -265,7 +258,8 @@ def _hub_rows(
             f"The data set {name!r} has no split named {split}; it has: {', '.join(loaded)}. {names} names one, "
             f"or a part of it, as {next(iter(loaded))}[:90%]."
         ) from None
-    parts = [loaded[at.splitname].select(range(at.from_ or 0, _end(at, loaded))) for at in places]
+    ends = [len(loaded[at.splitname]) if at.to is None else at.to for at in places]
+    parts = [loaded[at.splitname].select(range(at.from_ or 0, end)) for at, end in zip(places, ends, strict=True)]
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if len(rows) == 0:
         raise AFLoRAError(f"The split {split} of the data set {name!r} is empty.")
@@ -277,10 +271,6 @@ def _hub_rows(
         lines=np.arange(1, len(rows) + 1),
     )
     return found.renamed(config.columns)
-
-
-def _end(at: Any, loaded: Any) -> int:
-    return len(loaded[at.splitname]) if at.to is None else at.to
 
 
 def _each_as_itself(dataset: datasets.Dataset, wanted: Collection[str]) -> datasets.Dataset:

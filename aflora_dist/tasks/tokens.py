@@ -34,14 +34,7 @@ Columns = dict[str, list[Any]]
 
 
 def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: str) -> datasets.Dataset:
-    """The columns that the tokenizer makes of text (and text_pair), cut to max_length, and "labels". A collective.
-
-    Args:
-        name: What the progress bar calls it.
-
-    Raises:
-        AFLoRAError: On every rank, where it failed on one.
-    """
+    """The columns that the tokenizer makes of text (and text_pair), cut to max_length, and "labels". A collective."""
 
     def tokenize(examples: Columns) -> Columns:
         texts = [examples[column] for column in ("text", "text_pair") if column in examples]
@@ -72,9 +65,6 @@ def made_once(
         settings: What it depends on besides the examples and the tokenizer.
         name: What the progress bar calls it.
         several_rows: Whether an example may become several.
-
-    Raises:
-        AFLoRAError: On every rank, where it failed on one.
     """
     watched = PartialState().is_main_process and sys.stderr.isatty()
     bar = tqdm(total=len(dataset), desc=f"tokenizing {name}", unit=" examples", delay=_PATIENCE, disable=not watched)
@@ -141,11 +131,7 @@ def _cores() -> int:
 
 
 def _by_processes(make: Callable[[Path], Path], files: Sequence[Path]) -> Iterator[Path]:
-    """Have files made by as many forked processes as there are cores, and give each that is done.
-
-    Raises:
-        AFLoRAError: A process was ended from outside.
-    """
+    """Have files made by as many forked processes as there are cores, and give each that is done."""
     forked = multiprocessing.get_context("fork")  # tokenizer and data need not be pickled
     with ProcessPoolExecutor(min(len(files), _cores()), forked, initializer=_begin, initargs=(make,)) as pool:
         try:

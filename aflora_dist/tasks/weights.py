@@ -32,11 +32,7 @@ def holds_float32(accelerator: Accelerator) -> bool:
 
 
 def check_weights(config: ModelConfig, accelerator: Accelerator) -> None:
-    """Refuse weights that the engine would hold in another dtype than was named, or would cut and lose the scales of.
-
-    Raises:
-        AFLoRAError: On every rank.
-    """
+    """Raise AFLoRAError for weights that the engine would hold in another dtype, or would lose the scales of."""
     if config.dtype in ("bfloat16", "float16") and holds_float32(accelerator):
         precision = {"bfloat16": "bf16", "float16": "fp16"}[config.dtype]
         raise AFLoRAError(

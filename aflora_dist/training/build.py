@@ -51,9 +51,6 @@ _UP = re.compile(r"\.(aflora\.[^.]+\.B|lora_B\..*|lora_embedding_B\..*)$")  # AF
 class Training:
     """A training that is about to begin. Setting it up is a collective.
 
-    Args:
-        resolved: `config` as YAML, to keep beside the results.
-
     Attributes:
         model, optimizer: Prepared by the accelerator.
         sampler, batches: Deal this rank its micro-batches.
@@ -217,13 +214,9 @@ def shard_by_block(accelerator: Accelerator, model: Any) -> None:
 
 
 def hold(model: nn.Module, new: Sequence[str], train_new: Sequence[str] | None, method: Method) -> list[str]:
-    """Have those of the new modules that are not to train keep their random start.
+    """Have those of the new modules that are not to train keep their random start; returns their parameters' names.
 
-    Returns:
-        The names of their parameters.
-
-    Raises:
-        AFLoRAError: `train_new` names what is not new.
+    Raises an AFLoRAError if `train_new` names what is not new.
     """
     if train_new is None:
         return []
@@ -240,11 +233,7 @@ def hold(model: nn.Module, new: Sequence[str], train_new: Sequence[str] | None, 
 
 
 def create_optimizer(config: Config, model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """The optimizer over param groups: the adapter, and what of it has a rate of its own, and the head; biases last.
-
-    Raises:
-        AFLoRAError: It does not take one of its options.
-    """
+    """The optimizer over param groups: the adapter, and what of it has a rate of its own, and the head; biases last."""
     train = config.train
     rates = [train.learning_rate, train.learning_rate * train.loraplus_lr_ratio, train.vector_learning_rate]
     rates.append(train.head_learning_rate)
@@ -286,11 +275,7 @@ def _optimizer_class(name: str) -> Any:
 
 
 def create_schedule(config: Config, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
-    """The learning rates' rise, and how they go on, over t: a skipped update moves it, too.
-
-    Raises:
-        AFLoRAError: It does not take one of its options, or the rise is longer than the training.
-    """
+    """The learning rates' rise, and how they go on, over t: a skipped update moves it, too."""
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first one was skipped
     name: str = config.train.schedule
     options = dict(config.train.schedule_options)

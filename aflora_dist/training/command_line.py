@@ -132,8 +132,7 @@ def _parser() -> ArgumentParser:
 def split_line(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """YAML files, and values by option, with shorthands and lists without brackets written out.
 
-    Raises:
-        AFLoRAError: An unknown option, or one without a value.
+    Raises an AFLoRAError for an unknown option, or one without a value.
     """
     files: list[str] = []
     said: dict[str, str] = {}
@@ -166,11 +165,7 @@ def split_line(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def said_options(arguments: list[str]) -> set[str]:
-    """The options that a command line without a first file says, as GROUP.KEY, however it does; "config" for a file.
-
-    Raises:
-        AFLoRAError: As `split_line`.
-    """
+    """The options that a command line without a first file says, as GROUP.KEY, however it does; "config" for a file."""
     files, said = split_line(["", *arguments])
     free = (next((name for name in _FREE if option.startswith(f"{name}.")), option) for option in said)
     return ({"config"} if files[1:] else set()).union(free)
@@ -179,8 +174,7 @@ def said_options(arguments: list[str]) -> set[str]:
 def _names_of(option: str) -> str:
     """Which option holds the name in `method.options.r`, a part of one.
 
-    Raises:
-        AFLoRAError: The name has dots of its own, which jsonargparse takes for levels.
+    Raises an AFLoRAError if that has dots of its own, which jsonargparse takes for levels.
     """
     group, holds, name = option.split(".", 2)
     if "." in name:
@@ -203,8 +197,7 @@ def _of_group(name: str, value: str) -> list[tuple[str, str]]:
 def _node(name: str, value: str) -> yaml.Node | None:
     """A value as YAML; None where it is none, of which jsonargparse complains.
 
-    Raises:
-        AFLoRAError: YAML would read something in it that is hardly meant.
+    Raises an AFLoRAError where YAML would read something in it that is hardly meant.
     """
     try:
         refuse_deep_yaml(value, yaml.SafeLoader)

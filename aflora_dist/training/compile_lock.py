@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -24,19 +24,16 @@ _OF_ONE_NODE = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", 
 
 
 def check_locks(ops: Sequence[str]) -> None:
-    """Raise if one of DeepSpeed's compiled ops waits behind a lock that nobody holds.
+    """Raise an AFLoRAError if one of DeepSpeed's compiled ops waits behind a lock that nobody holds.
 
     A process that compiles keeps the lock's file open, so on this node a look is enough. In a folder that other nodes
     see, too, such as a shared home, one of them may compile, for this job or another: then it is waited for, as long as
     something is written there.
-
-    Raises:
-        AFLoRAError: Names what to remove.
     """
     if not hasattr(cpp_extension, "FileBaton"):  # torch 2.14: a lock ends with who holds it, and its file stays
         return
-    for lock in _locks(ops):
-        if _shared(lock.parent):
+    for lock in (_folder() / op / "lock" for op in ops):
+        if lock.exists() and _shared(lock.parent):
             _wait(lock)
         if _abandoned(lock):
             time.sleep(1.0)  # it may just be removed
@@ -46,12 +43,6 @@ def check_locks(ops: Sequence[str]) -> None:
                 f"process of this node holds it: DeepSpeed would wait for ever. Remove the folder (rm -r "
                 f"{lock.parent}), unless another machine is compiling in it just now."
             )
-
-
-def _locks(ops: Sequence[str]) -> Iterator[Path]:
-    for op in ops:
-        if (lock := _folder() / op / "lock").exists():
-            yield lock
 
 
 def _folder() -> Path:

@@ -81,13 +81,10 @@ def in_use() -> bool:
 
 
 def check_file(config: Config, processes: int) -> None:
-    """Raise if DeepSpeed is asked for what cannot be done, or for something else than `config` says.
+    """Raise an AFLoRAError if DeepSpeed is asked for what cannot be done, or for something else than `config` says.
 
     Args:
         processes: How many there are; more may be needed later (see `contradicted`).
-
-    Raises:
-        AFLoRAError: Names the file and the key, and says what to write instead.
     """
     if not in_use():
         return
@@ -141,13 +138,10 @@ def values(config: Config, processes: int, micro_batches: int) -> dict[str, floa
 
 
 def contradicted(config: Config, processes: int, micro_batches: int) -> None:
-    """Raise if the file gives a number that is not what the configuration comes to.
+    """Raise an AFLoRAError if the file gives a number that is not what the configuration comes to.
 
     Args:
         micro_batches: Of an update, on each rank; the data decide, so it is looked at again when they are known.
-
-    Raises:
-        AFLoRAError: Names both.
     """
     where, settings = _asked_for()
     _raise_all(where, _contradictions(config, processes, micro_batches, settings))

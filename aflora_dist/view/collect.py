@@ -61,11 +61,7 @@ class Setting:
 def groups(folder: Path, problems: list[str]) -> list[Setting]:
     """The runs under `folder`, one entry per setting (everything but the seed and the directory).
 
-    Args:
-        problems: Takes a line for each thing that was left out, or is odd.
-
-    Raises:
-        AFLoRAError: There is no run under the folder.
+    `problems` takes a line for each thing that was left out, or is odd.
     """
     if not os.path.isdir(folder):
         raise AFLoRAError(f"There is no folder {folder}.")
@@ -103,7 +99,7 @@ def _oddities(run: Outcome, entry: Setting) -> Iterator[str]:
 
 
 def _way(run: Outcome) -> str | None:
-    """How a run was launched, which its configuration does not say; None: an earlier release did not, either."""
+    """How a run was launched, which its configuration does not say; None: nothing does."""
     found = run.result
     if found is None or found.engine is None or found.world_size is None:
         return None

@@ -11,12 +11,14 @@ from rich.table import Table
 from ..store.best import LOWER_IS_BETTER
 from ..store.records import FREEZE_LOG, METRICS, RESULT, Result
 
+_METHODS = {None: "AFLoRA", "aflora": "AFLoRA", "full": "Full fine-tuning"}
 _KINDS = {"adapter": "/", "lora": "/ for servers", "tensorboard": "/"}
 
 
 def print_summary(result: Result, directory: str, console: Console | None = None) -> None:
     """The result as a table, on this process's standard output unless a console is given."""
-    table = Table(title=f"{_method(result)} on {result.task}", show_header=False, title_justify="left")
+    method = _METHODS.get(result.method, result.method)
+    table = Table(title=f"{method} on {result.task}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in figures(result):
@@ -33,7 +35,7 @@ def print_summary(result: Result, directory: str, console: Console | None = None
 
 
 def figures(result: Result) -> Iterator[tuple[str, str]]:
-    """What a run came to, as names and texts; an earlier release's has less."""
+    """What a run came to, as names and texts."""
     for name, value in result.metrics.items():
         yield name.replace("_", " "), f"{_number(value)}{_beside(result, name)}"
     average, lora = result.avg_trainable_params, result.lora_r8_trainable_params
@@ -41,8 +43,7 @@ def figures(result: Result) -> Iterator[tuple[str, str]]:
         than = f"; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many" if lora is not None else ""
         yield "trainable parameters", f"{average:,.0f} on average{than}"
     if result.freezable_matrices and result.freeze_events is not None:
-        all_of_them = result.frozen_matrices in (None, result.freezable_matrices)  # an earlier release did not say
-        count = "" if all_of_them else f"{result.frozen_matrices} of "
+        count = "" if result.frozen_matrices in (None, result.freezable_matrices) else f"{result.frozen_matrices} of "
         yield "froze", f"{count}{result.freezable_matrices} projection matrices in {result.freeze_events} events"
     if result.freezable_matrices and result.freeze_seconds_total is not None:
         share = (
@@ -50,11 +51,6 @@ def figures(result: Result) -> Iterator[tuple[str, str]]:
         )
         yield "time spent freezing", f"{result.freeze_seconds_total:.2f} s{share}"
     yield "training", ", ".join(_training(result))
-
-
-def _method(result: Result) -> str:
-    """As people write it; an earlier release trained with AFLoRA alone."""
-    return {None: "AFLoRA", "aflora": "AFLoRA", "full": "Full fine-tuning"}.get(result.method, result.method or "")
 
 
 def _beside(result: Result, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterable
@@ -13,9 +12,7 @@ _WIDTH = 120  # where output goes to no terminal
 
 
 def console() -> Console:
-    """Standard output. Texts of other people are printed as they are, on terminals without their letters, too."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    """Standard output. Texts of other people are printed as they are."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH
     return Console(width=width, markup=False, emoji=False, highlight=False)
 

@@ -63,9 +63,7 @@ class TrainingLog(Part):
         self.evaluated_at: list[int] = []
         self._losses: list[Tensor] = []
         self._since: tuple[int, float] = (0, 0.0)
-        # Tokens so far, padding excluded, and up to the last line; None after a checkpoint that does not say.
-        self.tokens: int | None = 0
-        self._tokens_at_line = 0
+        self.tokens = self._tokens_at_line = 0  # so far, padding excluded, and up to the last line
         at_most = peak(accelerator, progress.engine.model)
         self._share = flops_per_token / at_most if flops_per_token and at_most else None  # of the peak, a token/s
         self.telemetry = Telemetry()
@@ -114,13 +112,9 @@ class TrainingLog(Part):
         return self.time.seconds[0]
 
     def update(self, loss: Tensor, norm: Any, trained: int, tokens: int, rates: list[float]) -> None:
-        """Take note of one global batch, after the clock has; every `log_every` of them write a line.
-
-        Args:
-            tokens: Of all ranks, padding excluded.
-        """
+        """Take note of one global batch (tokens: of all ranks) after the clock has; every `log_every` write a line."""
         self._losses.append(loss)
-        self.tokens = None if self.tokens is None else self.tokens + tokens
+        self.tokens += tokens
         self.trained_sum += trained - self.head_params
         self.bar.update()
         if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
@@ -151,7 +145,7 @@ class TrainingLog(Part):
             **self._rates(self._tokens_at_line, seconds),
             "memory_bytes": memory(self.accelerator.device),
         }
-        self._tokens_at_line = self.tokens or 0
+        self._tokens_at_line = self.tokens
         self.run.append("metrics.jsonl", line)
         self.telemetry.scalars({f"train/{k}": v for k, v in line.items() if k != "step"}, self.step - 1)
         self.telemetry.scores(scores, self.step - 1)
@@ -164,8 +158,6 @@ class TrainingLog(Part):
 
     def _rates(self, tokens_before: int, seconds: float) -> dict[str, float]:
         """Tokens a second since then, and the share of the devices' peak where it is known."""
-        if self.tokens is None:
-            return {}
         rate = (self.tokens - tokens_before) / seconds
         return {"tokens_per_second": rate} | ({} if self._share is None else {"mfu": rate * self._share})
 
@@ -190,11 +182,7 @@ class TrainingLog(Part):
         return losses
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Counters and what the next line of metrics.jsonl is about. A collective.
-
-        Raises:
-            DivergedError: As `flush_losses`.
-        """
+        """Counters and what the next line of metrics.jsonl is about. A collective; raises as `flush_losses`."""
         return {}, {
             "evaluations": self.evaluations,
             "evaluated_at": self.evaluated_at,
@@ -203,19 +191,17 @@ class TrainingLog(Part):
             "trained_sum": self.trained_sum,
             "losses": self._over_ranks(),
             "since": self._since,
-            "tokens": None if self.tokens is None else [self.tokens, self._tokens_at_line],
+            "tokens": [self.tokens, self._tokens_at_line],
             "control_seconds": self.control.seconds,
         }
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        self.evaluations, self.trained_sum = list(record["evaluations"]), record["trained_sum"]
-        each = [self.updates_per_epoch * (number + 1) for number in range(len(self.evaluations))]
-        self.evaluated_at = list(record.get("evaluated_at", each))  # not in checkpoints of earlier releases
-        self.time.seconds = record["train_seconds"], record.get("train_cpu_seconds", 0.0)  # not in earlier releases'
+        self.evaluations, self.evaluated_at = list(record["evaluations"]), list(record["evaluated_at"])
+        self.trained_sum = record["trained_sum"]
+        self.time.seconds = record["train_seconds"], record["train_cpu_seconds"]
         self._losses = [torch.tensor(loss, device=self.accelerator.device) for loss in record["losses"]]
         self._since = (record["since"][0], record["since"][1])
-        counted = record.get("tokens")  # not in checkpoints of earlier releases
-        self.tokens, self._tokens_at_line = counted or (None, 0)
+        self.tokens, self._tokens_at_line = record["tokens"]
         self.control.seconds = record["control_seconds"]
 
     def evaluated(self, evaluation: Evaluation) -> None:

@@ -31,11 +31,7 @@ class MemoryHistory:
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=_MOST)
 
     def write(self, file: Path) -> None:
-        """Write what has been recorded so far, and all that is allocated now.
-
-        Raises:
-            OSError: The file cannot be written, or the disk is full.
-        """
+        """Write what has been recorded so far, and all that is allocated now; an OSError where the disk is full."""
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(file))
 

@@ -92,11 +92,7 @@ class StopRequest:
         return bool(any_request)
 
     def settle(self, failure: str | None) -> None:
-        """Raise on every rank if one of them cannot go on, without waiting for the next exchange. A collective.
-
-        Raises:
-            AFLoRAError: On every rank, with the reason.
-        """
+        """Raise on every rank, with the reason, if one of them cannot go on, now and not at the next exchange."""
         (any_failure,) = self._maximum(float(failure is not None))
         self._raise(failure, any_failure)
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.profiler import record_function
 
+from ..compat.patch import patch
 from ..errors import AFLoRAError
 from ..freezing import CubicSchedule
 from ..notices import logger
@@ -92,12 +93,10 @@ class Window:
 def windows(
     schedule: CubicSchedule, matrices: int, steps: int, starts: Sequence[int] | None = None
 ) -> tuple[Window, ...]:
-    """Which updates to record.
+    """Which updates to record, in windows of so many steps.
 
     Args:
         schedule: When matrices freeze.
-        matrices: How many there are to freeze.
-        steps: Length of each window.
         starts: First updates of the windows. By default one window before the first freeze, one around the
             freeze that leaves half of the matrices, one after the last; where there are too few updates for one, it
             is as short as it must be, or left out.
@@ -294,24 +293,13 @@ def named_ranges(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> 
     with ExitStack() as stack:
         for owner, attribute, name in calls:
             if owner is not None:
-                stack.enter_context(_named(owner, attribute, name))
+                stack.callback(patch(owner, attribute, _ranged(getattr(owner, attribute), name)))
         yield
 
 
-@contextmanager
-def _named(owner: Any, attribute: str, name: str) -> Iterator[None]:
-    own = vars(owner).get(attribute)
-    call = getattr(owner, attribute)
-
+def _ranged(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     def ranged(*args: Any, **kwargs: Any) -> Any:
         with record_function(name):
             return call(*args, **kwargs)
 
-    setattr(owner, attribute, ranged)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, attribute)
-        else:
-            setattr(owner, attribute, own)
+    return ranged

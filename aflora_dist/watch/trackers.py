@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AFLoRAError, one_line, writing
+from ..extras import installed
 from ..store.records import dumps, loads
 
 TENSORBOARD = "tensorboard"
@@ -34,8 +34,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise AFLoRAError(f"run.trackers names {name} twice: name it once.")
         if name not in NAMES:
             raise AFLoRAError(f"run.trackers names {name!r}. Trackers: {', '.join(NAMES)}.")
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name, such as wandb makes, is no package
+        if not installed(name):
             raise AFLoRAError(
                 f"run.trackers names {name}, which is not installed. Install it (pip install {name}), or leave it out "
                 f"of run.trackers."

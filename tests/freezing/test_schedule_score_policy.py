@@ -60,7 +60,7 @@ def test_the_quadratic_shape_freezes_few_early_and_most_late() -> None:
     assert [schedule.fraction(t) for t in (29, 30, 40, 50, 60, 69, 70, 99)] == pytest.approx(
         [0, 0, 1 / 16, 1 / 4, 9 / 16, (39 / 40) ** 2, 1, 1]
     )
-    with pytest.raises(AFLoRAError, match=r"cubic or quadratic, got 'linear'"):
+    with pytest.raises(AFLoRAError, match=r"one of cubic, quadratic, got 'linear'"):
         CubicSchedule(total_steps=4, initial_steps=0, final_steps=0, shape="linear")  # type: ignore[arg-type]
 
 
@@ -79,7 +79,12 @@ def test_grouped_decisions_are_so_far_apart_and_all_is_frozen_in_time(every: int
 
 @pytest.mark.parametrize(
     ("T", "t_i", "t_f", "every", "said"),
-    [(10, 5, 6, 1, "t_i \\+ t_f"), (0, 0, 0, 1, "T=0"), (5, -1, 2, 1, "t_i=-1"), (5, 1, 2, 0, "every=0")],
+    [
+        (10, 5, 6, 1, "t_i \\+ t_f"),
+        (0, 0, 0, 1, "total_steps must be at least 1"),
+        (5, -1, 2, 1, "initial_steps must not be negative"),
+        (5, 1, 2, 0, "every must be at least 1"),
+    ],
 )
 def test_a_schedule_that_does_not_fit_is_refused(T: int, t_i: int, t_f: int, every: int, said: str) -> None:
     with pytest.raises(AFLoRAError, match=said):

@@ -250,8 +250,8 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     "an element that is no object": ("json", '[{"text": "a"},\n\n"b"]', r"line 3: .*is not an object"),
     "an empty list": ("json", "[]", r"is empty"),
     "a NUL in JSON": ("jsonl", b'{"text": "a"}\n{"text": "\0"}\n', r"line 2: it holds a NUL"),
-    "no parquet": ("parquet", "text,label\na,1\n", r"could not be read as parquet: .*Write it anew"),
-    "empty parquet": ("parquet", "", r"could not be read as parquet: "),
+    "no parquet": ("parquet", "text,label\na,1\n", r"cannot be read: .*Write it anew, as parquet"),
+    "empty parquet": ("parquet", "", r"cannot be read: "),
     "another kind": ("txt", "text\n", r"unknown kind of file '\.txt'; use one of \.csv, \.tsv"),
     "another packed one": ("csv.gz", "", r"is compressed\. Unpack it first"),
 }
@@ -307,11 +307,11 @@ def test_parquet_is_read_in_its_own_types(tmp_path: Path) -> None:
             assert found.rows[name][:] == column.to_pylist(), name
     assert found.where(2).endswith("file.parquet, row 3")
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "file.parquet").read_bytes()[:-20])
-    with pytest.raises(AFLoRAError, match=r"broken\.parquet could not be read as parquet"):
+    with pytest.raises(AFLoRAError, match=r"broken\.parquet cannot be read"):
         read_table(str(tmp_path / "broken.parquet"), WANTED)
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     pq.write_table(pa.table({"text": bad}), tmp_path / "latin.parquet")
-    with pytest.raises(AFLoRAError, match=r"latin\.parquet could not be read as parquet: .*UTF"):
+    with pytest.raises(AFLoRAError, match=r"latin\.parquet cannot be read: .*UTF"):
         read_table(str(tmp_path / "latin.parquet"), WANTED)
 
 

@@ -19,14 +19,7 @@ CLIPS_BY_ITSELF = (
 
 
 def check_settings(settings: Any) -> None:
-    """Refuse what a DeepSpeed configuration asks for and freezing would be wrong under.
-
-    Args:
-        settings: A `DeepSpeedConfig`.
-
-    Raises:
-        UnsupportedEngineError: Names the feature and what to use instead.
-    """
+    """Raise an UnsupportedEngineError for what a `DeepSpeedConfig` asks for and freezing would be wrong under."""
     config = settings.zero_config
     offload, offload_param = config.offload_optimizer, config.offload_param
     fp16, bf16 = settings.float16_config, settings.bfloat16_config
@@ -80,11 +73,7 @@ def check_settings(settings: Any) -> None:
 
 
 def check_supported(ds: Any) -> None:
-    """Refuse DeepSpeed features under which freezing would be wrong, before any step is taken.
-
-    Raises:
-        UnsupportedEngineError: Names the feature and what to use instead.
-    """
+    """Raise an UnsupportedEngineError for features of DeepSpeed under which freezing would be wrong."""
     check_settings(ds._config)
     optimizer = name_of_class(ds.basic_optimizer)
     _refuse(
@@ -109,11 +98,7 @@ def check_supported(ds: Any) -> None:
 
 
 def check_prepared(accelerator: Accelerator, model: Any, optimizer: Any) -> None:
-    """Refuse another model or optimizer than those of the DeepSpeedEngine that the accelerator trains.
-
-    Raises:
-        UnsupportedEngineError: Says which accelerator is needed.
-    """
+    """Raise an UnsupportedEngineError unless these are model and optimizer of the accelerator's DeepSpeedEngine."""
     wrapper = accelerator.deepspeed_engine_wrapped
     if wrapper is None:
         raise UnsupportedEngineError("Pass the model through accelerator.prepare() before AdaptiveFreezing.")
@@ -128,11 +113,7 @@ def check_prepared(accelerator: Accelerator, model: Any, optimizer: Any) -> None
 
 
 def check_groups(optimizer: Optimizer, groups: int) -> None:
-    """Refuse param groups that the optimizer was given after DeepSpeed, which has no place for them.
-
-    Raises:
-        UnsupportedEngineError: There are more than so many.
-    """
+    """Raise an UnsupportedEngineError for param groups that came after DeepSpeed, which has no place for them."""
     if (added := len(optimizer.param_groups) - groups) > 0:
         raise UnsupportedEngineError(
             f"The optimizer was given {added} more param group{'s' * (added > 1)} (add_param_group), which DeepSpeed "
@@ -142,11 +123,7 @@ def check_groups(optimizer: Optimizer, groups: int) -> None:
 
 
 def check_one_update(updates: int) -> None:
-    """Refuse anything but one update of DeepSpeed's for one optimizer.step().
-
-    Raises:
-        UnsupportedEngineError: Says what to call instead.
-    """
+    """Raise an UnsupportedEngineError for anything but one update of DeepSpeed's for one optimizer.step()."""
     if not updates:
         raise UnsupportedEngineError(
             "optimizer.step() was called, but DeepSpeed has made no update: its update is part of "

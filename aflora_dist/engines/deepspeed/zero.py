@@ -73,9 +73,9 @@ class ZeroEngine(Engine):
     def _layouts(self) -> dict[int, list[list[Span]]]:
         """rank -> partition by partition what it holds: of every rank if a drop moves anything, else of this one."""
 
-    @abstractmethod
-    def _combined_scale(self) -> Tensor | float:
-        """What DeepSpeed divided the loss-scaled gradient by: the loss scale times the clip factor."""
+    def _norm(self, scale: float) -> Tensor:
+        """Of the gradients, as this stage clips by it with this loss scale."""
+        return torch.as_tensor(self.zero._global_grad_norm)
 
     def _forget_gradients(self) -> None:
         """Of the last update: DeepSpeed zeroes nothing, and what the next backward pass leaves out has no gradient."""
@@ -87,6 +87,13 @@ class ZeroEngine(Engine):
         """Make a new ZeRO optimizer over the inner optimizer's params and free the old one."""
 
     # -- shared ------------------------------------------------------------------------------
+
+    def _combined_scale(self) -> Tensor | float:
+        """What DeepSpeed divided the loss-scaled gradient by: the loss scale times the clip factor."""
+        scale = float(self.zero.loss_scale)
+        if not self.zero.clip_grad:
+            return scale
+        return ((self._norm(scale) + 1e-6) / self.zero.clip_grad).clamp(min=1.0) * scale
 
     def _positions(self) -> list[int]:
         """Where each param group that ZeRO sees stands in the inner optimizer's list."""
@@ -172,12 +179,9 @@ class ZeroEngine(Engine):
             )
         return super().drop(names)
 
-    def _layout(self) -> list[list[Span]]:
-        return self._layouts()[self.rank]
-
     def buckets(self, names: Sequence[str]) -> list[list[Fragment]]:
         wanted = set(names)
-        self._observed = [[(f, at) for f, at in spans if f.name in wanted] for spans in self._layout()]
+        self._observed = [[(f, at) for f, at in spans if f.name in wanted] for spans in self._layouts()[self.rank]]
         return [[f for f, _ in spans] for spans in self._observed]
 
     def bucket_devices(self) -> list[torch.device]:
@@ -218,14 +222,14 @@ class ZeroEngine(Engine):
     def _let_go(self) -> list[tuple[int, Tensor, list[Span], dict[str, Any]]]:
         """(param group, partition, what it holds, its optimizer state) of the partitions there are now."""
         positions = [position for position, _ in self._group_parameters()]
-        parts = zip(positions, self._partitions(), self._layout(), strict=True)
+        parts = zip(positions, self._partitions(), self._layouts()[self.rank], strict=True)
         old = [(at, flat.detach(), spans, self.optimizer.state.get(flat, {})) for at, flat, spans in parts]
         self.optimizer.state.clear()
         return old
 
     def _take_over(self, old: list[tuple[int, Tensor, list[Span], dict[str, Any]]], moves: Sequence[Move]) -> None:
         """Fill the new partitions and their state, one kind after the other: a shard of memory on top, no more."""
-        new = list(zip(self._partitions(), self._layout(), strict=True))
+        new = list(zip(self._partitions(), self._layouts()[self.rank], strict=True))
         self.carry(moves, place((flat, spans) for _, flat, spans, _ in old), place((p.detach(), s) for p, s in new))
         states = [(position, spans, state) for position, _, spans, state in old]
         numbers = {position: {key: state[key] for key in self.traits.scalars} for position, _, state in states if state}
@@ -250,7 +254,7 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def pieces(self, names: Sequence[str], *, every_copy: bool) -> list[Piece]:
         wanted, found = set(names), []
-        for flat, spans in zip(self._partitions(), self._layout(), strict=True):
+        for flat, spans in zip(self._partitions(), self._layouts()[self.rank], strict=True):
             state = self.optimizer.state.get(flat, {})
             kinds = {"value": flat.detach()}
             kinds |= {f"moment/{key}": state[key] for key in self.traits.moments if key in state}
@@ -309,8 +313,7 @@ class ZeroEngine(Engine):
 
     def reload(self) -> None:
         """Loading gave the optimizer inside ZeRO a new state and new param groups: if it is a stand-in, share them."""
-        if self.zero.optimizer is not self.optimizer:
-            stand_in = self.zero.optimizer
+        if (stand_in := self.zero.optimizer) is not self.optimizer:
             self.optimizer.state = stand_in.state
             for position, group in zip(self._visible, stand_in.param_groups, strict=True):
                 self.optimizer.param_groups[position] = group

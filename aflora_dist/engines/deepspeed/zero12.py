@@ -42,12 +42,8 @@ class Zero12Engine(ZeroEngine):
                 spans.append((Fragment(self.names[parameter], start - offset, stop - start), start - low))
         return spans
 
-    def _combined_scale(self) -> Tensor | float:
-        scale = float(self.zero.loss_scale)
-        if not self.zero.clip_grad:
-            return scale
-        norm = torch.as_tensor(self.zero._global_grad_norm) * self._loss_scale  # as the gradients were scaled
-        return ((norm / scale + 1e-6) / self.zero.clip_grad).clamp(min=1.0) * scale
+    def _norm(self, scale: float) -> Tensor:
+        return super()._norm(scale) * self._loss_scale / scale  # as the gradients were scaled
 
     def _forget_gradients(self) -> None:
         super()._forget_gradients()

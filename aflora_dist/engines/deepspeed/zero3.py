@@ -53,12 +53,6 @@ class Zero3Engine(ZeroEngine):
         parameter: Any = self.parameters[name]
         return parameter.ds_numel
 
-    def _combined_scale(self) -> Tensor | float:
-        scale = float(self.zero.loss_scale)
-        if not self.zero.clip_grad:
-            return scale
-        return ((torch.as_tensor(self.zero._global_grad_norm) + 1e-6) / self.zero.clip_grad).clamp(min=1.0) * scale
-
     def _forget_gradients(self) -> None:
         super()._forget_gradients()
         self.zero.grad_partitions_flat_buffer.zero_()

@@ -35,10 +35,7 @@ def told_apart(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of lists and structs as one of JSON values. A null in a struct is a key that is not there.
 
     (Most are of keys that other rows have; one that was written cannot be told from these.) But a turn of a chat has a
-    content, which is null where it calls tools alone: templates ask for that.
-
-    Raises:
-        TypeError: It holds what JSON cannot.
+    content, which is null where it calls tools alone: templates ask for that. A TypeError for what JSON cannot hold.
     """
     pieces = [pa.array([], pa.string())]
     for start in range(0, len(column), _PIECE):
@@ -51,10 +48,7 @@ def told_apart(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def as_usual(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The column as it would be in other files: pandas writes large_string, and whole numbers have many sizes.
 
-    Lists and structs are any JSON values.
-
-    Raises:
-        TypeError: They hold what JSON cannot.
+    Lists and structs are any JSON values; a TypeError for what JSON cannot hold.
     """
     kind = column.type
     if pa.types.is_nested(kind):

@@ -43,8 +43,7 @@ def refuse_other_files(path: Path) -> None:
 def text_lines(path: Path) -> Iterator[str]:
     """A file's lines with their ends (LF, or CR and LF), less the byte order mark at its start.
 
-    Raises:
-        AFLoRAError: A byte that is not UTF-8, or a NUL; with its line.
+    Raises an AFLoRAError, with the line, for a byte that is not UTF-8, or a NUL.
     """
     return text_pieces(path, -1)
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...errors import AFLoRAError, one_line
+from ...errors import AFLoRAError
+from ...untrusted import reading
 from .json_values import as_usual
 from .lines import LINE
 
 _ROWS = 10_000  # that are held at once
+_ANEW = "Write it anew, as parquet."
 
 
 def read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
     """The names of all columns; and piece by piece the wanted ones, behind a column of row numbers, see `Rows`.
 
     Types are the file's, but for `as_usual`; categories are what they stand for.
-
-    Raises:
-        AFLoRAError: It is no parquet file, or a broken one.
     """
-    with _reading(path), path.open("rb") as file, pq.ParquetFile(file) as opened:
+    with reading(path, _ANEW), path.open("rb") as file, pq.ParquetFile(file) as opened:
         columns, labels = opened.schema_arrow.names, _labels(opened.schema_arrow, wanted)
     for name in wanted:
         if columns.count(name) > 1:
@@ -44,7 +42,7 @@ def _labels(schema: pa.Schema, wanted: Collection[str]) -> dict[bytes, bytes]:
 
 def _pieces(path: Path, wanted: list[str], labels: dict[bytes, bytes]) -> Iterator[pa.Table]:
     rows = 0
-    with _reading(path), path.open("rb") as file, pq.ParquetFile(file) as opened:
+    with reading(path, _ANEW), path.open("rb") as file, pq.ParquetFile(file) as opened:
         for batch in opened.iter_batches(_ROWS, columns=wanted):
             table = pa.Table.from_batches([batch])
             table.validate(full=True)  # or bytes that are not UTF-8 would be found later, one by one
@@ -53,17 +51,6 @@ def _pieces(path: Path, wanted: list[str], labels: dict[bytes, bytes]) -> Iterat
             lines = pa.array(range(rows + 1, rows + len(batch) + 1), pa.int64())
             rows += len(batch)
             yield pa.table({LINE: lines, **values}).replace_schema_metadata(labels)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except AFLoRAError:
-        raise
-    except Exception as error:  # Arrow's errors are of many kinds
-        reason = one_line(error)
-        raise AFLoRAError(f"{path} could not be read as parquet: {reason.rstrip('.')}. Write it anew.") from None
 
 
 def _of_known_type(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

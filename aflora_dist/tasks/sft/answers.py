@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
 from ...compat.accelerate import unwrap
+from ...compat.patch import patch
 from ..batches import Batch, move
 from .encode import End
 
@@ -114,8 +115,7 @@ def generate_answers(
 ) -> list[tuple[int, str]]:
     """What is said to this rank's share of the prompts, with their places in the data. A collective.
 
-    Args:
-        done: Told how many more prompts the ranks have answered together.
+    `done` is told how many more prompts the ranks have answered together.
     """
     model.eval()
     generator: Any = unwrap(accelerator, model)
@@ -150,15 +150,8 @@ def _greedy(generator: Any) -> Iterator[None]:
     """Without what a model's own settings say of generating, as penalties, beams or texts to stop at."""
     # PEFT's model hands its settings on to the model below, where they would stay.
     owners = {id(one): one for one in (generator, getattr(generator, "get_base_model", lambda: generator)())}.values()
-    before = [(one, vars(one).get("generation_config")) for one in owners]
     plain = GenerationConfig(bos_token_id=getattr(generator.generation_config, "bos_token_id", None))
-    try:
+    with ExitStack() as stack:
         for one in owners:
-            one.generation_config = plain
+            stack.callback(patch(one, "generation_config", plain))
         yield
-    finally:
-        for one, held in before:
-            if held is None:
-                del one.generation_config
-            else:
-                one.generation_config = held

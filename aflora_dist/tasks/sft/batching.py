@@ -73,11 +73,7 @@ class Collator:
 
 
 class PromptCollator:
-    """Prompts, padded on the left, to be answered.
-
-    Args:
-        pad: The token that fills up.
-    """
+    """Prompts, padded on the left by the token `pad`, to be answered."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad

@@ -113,11 +113,7 @@ def _examples(table: Rows, trained: bool, config: DataConfig) -> datasets.Datase
 
 
 def _alike(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
-    """Several data sets as one: all as chats, where they say otherwise what an example is.
-
-    Raises:
-        AFLoRAError: Some are plain text, and others are not.
-    """
+    """Several data sets as one: all as chats, where they say otherwise what an example is, or all plain text."""
     if all(part.features == parts[0].features for part in parts):
         return exact(datasets.concatenate_datasets(list(parts))) if len(parts) > 1 else parts[0]
     plain = ["text" in part.column_names for part in parts]
@@ -188,11 +184,7 @@ def turns(row: Mapping[str, Any], system: str | None) -> list[Turn]:
 
 
 def tools(row: Mapping[str, Any]) -> list[Any] | None:
-    """The functions that the assistant may call, as JSON schemas; None: none are named.
-
-    Raises:
-        ValueError: They are something else.
-    """
+    """The functions that the assistant may call, as JSON schemas; None: none are named. Else a ValueError."""
     found = row.get("tools")
     if isinstance(found, str):  # as JSON, for Arrow would give one the keys of the others
         try:

@@ -31,9 +31,6 @@ class ChunkedCrossEntropy:
             while, this is called.
         logits_per_chunk: How many logits may live at once; by the device if not given.
         smoothing: Share of a token's probability that is spread over the vocabulary, where gradients are taken.
-
-    Raises:
-        AFLoRAError: The model has no head.
     """
 
     def __init__(self, model: Any, logits_per_chunk: int | None = None, smoothing: float = 0.0) -> None:
@@ -85,14 +82,12 @@ class ChunkedCrossEntropy:
         hidden = hidden.flatten(0, -2)[positions]
         parameters = [p for p in self.head.parameters() if p.requires_grad]
         kind = "cuda" if hidden.device.type == "cuda" else "cpu"
-        chunk = max((self.logits_per_chunk or _LOGITS_PER_CHUNK[kind]) // self._vocabulary(), 1)
+        vocabulary = int(getattr(self.head, "out_features", 0)) or 2**17
+        chunk = max((self.logits_per_chunk or _LOGITS_PER_CHUNK[kind]) // vocabulary, 1)
         differentiate = torch.is_grad_enabled()
         smoothing = self.smoothing if differentiate else 0.0
         loss: Tensor = _SumOfChunks.apply(self._logits, hidden, targets, chunk, differentiate, smoothing, *parameters)
         return loss.reshape(1, 1, 1)
-
-    def _vocabulary(self) -> int:
-        return int(getattr(self.head, "out_features", 0)) or 2**17
 
 
 class _SumOfChunks(torch.autograd.Function):

@@ -50,11 +50,7 @@ def carried_by(text: str, offsets: Sequence[Span], spans: Sequence[Span]) -> tup
 def check_offsets(
     tokenizer: Any, text: str, ids: Sequence[int], offsets: Sequence[Span], carries: Sequence[bool]
 ) -> None:
-    """Hold what offsets say against what tokens are decoded to, in all but blanks.
-
-    Raises:
-        AFLoRAError: They are of different texts.
-    """
+    """Raise an AFLoRAError where tokens are decoded to another text than offsets say, in all but blanks."""
     runs: list[list[int]] = []  # places of tokens one after the other
     for place, chosen in enumerate(carries):
         if chosen and place and carries[place - 1]:

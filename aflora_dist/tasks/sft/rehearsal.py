@@ -25,11 +25,7 @@ def beginnings(examples: datasets.Dataset, collate: Collator) -> Batch:
 
 
 def check_kind(model: Any) -> None:
-    """Refuse encoders, which no causal mask keeps from seeing what comes: known without weights.
-
-    Raises:
-        AFLoRAError: The model is one.
-    """
+    """Raise AFLoRAError for encoders, which no causal mask keeps from seeing what comes: known without weights."""
     masks = {module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)}
     if getattr(model.config, "is_decoder", None) is False and masks == {False}:
         raise _sees_the_future(model)
@@ -80,11 +76,7 @@ def check_no_future(model: nn.Module, base: Any, tokens: Tensor, tolerance: floa
 
 
 def check_packing(model: nn.Module, base: Any, tokens: Tensor) -> None:
-    """See that what one example says does not depend on the one before it in its row. As `check_no_future`.
-
-    Raises:
-        AFLoRAError: It does, or with this attention it may.
-    """
+    """See that what one example says does not depend on the one before it in its row. As `check_no_future`."""
     attention = str(base.config._attn_implementation)
     if attention.startswith(("flash", "paged")):  # they tell examples apart in batches of one row only
         raise AFLoRAError(

@@ -60,11 +60,7 @@ class Template:
         self._forms: dict[str, tuple[bool, bool]] = {}
 
     def render(self, chat: Sequence[Turn], ask: bool = False, tools: Tools = None) -> str:
-        """The text of a conversation; `ask`: up to where the assistant is to speak.
-
-        Raises:
-            AFLoRAError: The template refuses it.
-        """
+        """The text of a conversation, or the template's AFLoRAError; `ask`: up to where the assistant is to speak."""
         return self._apply(self.source, chat, ask, tools)
 
     def _apply(self, source: str, chat: Sequence[Turn], ask: bool, tools: Tools) -> str:
