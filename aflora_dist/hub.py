@@ -39,7 +39,11 @@ def refusal(error: BaseException, name: str) -> str | None:
 
 
 def snapshot(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder in the cache with a repository's files of these patterns; they are fetched if they are not there."""
+    """The folder in the cache with a repository's files of these patterns; they are fetched if they are not there.
+
+    Raises:
+        AFLoRAError: They cannot be had.
+    """
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns]))
     except Exception as error:  # of the network, too

@@ -40,6 +40,9 @@ def write(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Returns:
         Which were written, and which were there with other content, by their names in `folder`.
+
+    Raises:
+        AFLoRAError: The folder cannot be written.
     """
     written, others = [], []
     for name, text in files(folder):

@@ -39,7 +39,11 @@ Choice = Freezable | Iterable[str] | str | re.Pattern[str] | Callable[[str, nn.P
 
 
 def checked_choice(choice: Any) -> Choice:
-    """What a user says may freeze, to be looked at as often as there are trainings: a generator's names are kept."""
+    """What a user says may freeze, to be looked at as often as there are trainings: a generator's names are kept.
+
+    Raises:
+        AFLoRAError: It is none of the four kinds.
+    """
     if choice is None or isinstance(choice, str | re.Pattern | Freezable) or callable(choice):
         return choice
     names = tuple(choice) if isinstance(choice, Iterable) else (choice,)

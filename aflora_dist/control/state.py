@@ -136,7 +136,11 @@ class FreezingState:
         }
 
     def select(self, record: Mapping[str, Any]) -> None:
-        """`check`, and train what trained when this was recorded, so that its state can be loaded. A collective."""
+        """Train what trained when this was recorded, so that the optimizer's state can be loaded. A collective.
+
+        Raises:
+            AFLoRAError: As `check`.
+        """
         self.check(record)
         frozen = self._before.union(*(event["frozen"] for event in record["events"]))
         wanted = [name for group in self._engine.members for name in group if name not in frozen]

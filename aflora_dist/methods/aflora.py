@@ -18,7 +18,11 @@ class AFLoRA(PeftMethod):
     name = "aflora"
 
     def adapt(self, model: Any, head: Sequence[str]) -> PeftModel:
-        """Put the adapter in, with the head among the modules to save."""
+        """Put the adapter in, with the head among the modules to save.
+
+        Raises:
+            AFLoRAError: No module matched, nothing is freezable, or the rank is not positive.
+        """
         options = self.config.adapter
         tuning = AFLoRAConfig(
             r=options.r,

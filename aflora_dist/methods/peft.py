@@ -88,7 +88,11 @@ class PeftMethod(FreezingMethod):
 
 
 class Peft(PeftMethod):
-    """A method of PEFT on the layers that AFLoRA adapts: nothing happens while it trains, unless it is to freeze."""
+    """A method of PEFT on the layers that AFLoRA adapts: nothing happens to it while it trains, unless it is to freeze.
+
+    Raises:
+        AFLoRAError: PEFT has no such method, it has no such option, or `aflora train` cannot train it.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

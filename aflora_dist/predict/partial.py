@@ -65,7 +65,11 @@ class Partial:
                 self._write(identity)
 
     def append(self, rows: Sequence[Values]) -> None:
-        """Keep what was predicted of the next rows; what was kept before is unharmed if that fails."""
+        """Keep what was predicted of the next rows.
+
+        Raises:
+            AFLoRAError: It cannot be written; what was kept before is unharmed.
+        """
         with writing("What is predicted", self.path, "Make room; the same command goes on from there."):
             self._write(rows)
         self.rows += len(rows)

@@ -183,7 +183,11 @@ def _weights(source: Source) -> Mapping[str, Tensor]:
 
 
 def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, Any, Limits]:
-    """The model, prepared to predict on this launch's engine, its tokenizer, and what it takes. A collective."""
+    """The model, prepared to predict on this launch's engine, its tokenizer, and what it takes. A collective.
+
+    Raises:
+        AFLoRAError: On every rank: something of it is not there, or does not fit.
+    """
     config = trained.config
     answers = trained.says == "an answer"
     if trained.adapter is not None:

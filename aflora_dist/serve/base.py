@@ -34,7 +34,11 @@ _NOT_BESIDE = (
 
 
 class Shards(Mapping[str, Tensor]):
-    """All tensors of a folder of safetensors files, or of pickles; each is read when asked for."""
+    """All tensors of a folder of safetensors files, or of pickles; one is read when asked for, whatever they come to.
+
+    Raises:
+        AFLoRAError: There are none, or one is damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         files, by_tensor = weight_files(folder)
@@ -82,7 +86,11 @@ def _opened(path: Path) -> Mapping[str, Tensor]:
 
 
 def find_base(name: str, revision: str | None) -> Path:
-    """The folder of a model: a folder, or what the hub has (its safetensors files, else its pickles, are fetched)."""
+    """The folder of a model: a folder, or what the hub has (its safetensors files, or else its pickles, are fetched).
+
+    Raises:
+        AFLoRAError: It is not there.
+    """
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -95,7 +103,11 @@ def find_base(name: str, revision: str | None) -> Path:
 
 
 def beside_weights(folder: Path) -> list[Path]:
-    """Tokenizer, generation configuration, templates, code and licence: all that is copied as it is."""
+    """Tokenizer, generation configuration, templates, code and licence: all that is copied as it is.
+
+    Raises:
+        AFLoRAError: One is a link to a file elsewhere.
+    """
     left_out = {path for pattern in _NOT_BESIDE for path in folder.glob(pattern)}
     found = {path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()} - left_out
     return [check_copied(path, folder) for path in sorted(found)]

@@ -14,11 +14,17 @@ _HEADS = {"classifier", "score"}  # what vLLM takes of modules_to_save
 
 
 def to_lora(run: Path, out: Path) -> list[str]:
-    """Write the adapter as a LoRA adapter of the same function; returns what servers will not take of it, as sentences.
+    """Write the adapter as a LoRA adapter of the same function, layer by layer.
 
     Args:
         run: A run's directory, or an adapter's folder.
         out: Does not exist yet, or is empty.
+
+    Returns:
+        What servers will not take of it, a sentence each.
+
+    Raises:
+        AFLoRAError: There is no AFLoRA adapter, or `out` holds something.
     """
     source = read_adapter(run)
     with new_folder(out, "The LoRA adapter") as folder:
@@ -37,6 +43,9 @@ def leave_stock(run: Path) -> None:
     """Leave lora/ in a finished run's directory, for whoever does not know this package; nothing if it is there.
 
     An AFLoRA adapter is folded; one of a method of PEFT's own is copied as it is. Full fine-tuning has no adapter.
+
+    Raises:
+        AFLoRAError: It cannot be written.
     """
     out = run / LORA
     if (out.exists() and any(out.iterdir())) or not (run / "adapter" / "adapter_config.json").is_file():

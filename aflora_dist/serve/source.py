@@ -134,7 +134,14 @@ def trained_folder(path: Path) -> Path:
 
 
 def read_adapter(path: Path, any_method: bool = False) -> Source:
-    """The adapter in a run's directory, or in an adapter's folder; of another method than AFLoRA with no tensors."""
+    """The adapter in a run's directory, or in an adapter's folder.
+
+    Args:
+        any_method: Take one of another method than AFLoRA, too, with nothing of its tensors.
+
+    Raises:
+        AFLoRAError: There is none, it is of another method, or it is not whole.
+    """
     folder = trained_folder(path)
     if not (folder / _CONFIG).is_file():
         if (folder / "config.json").is_file():

@@ -21,7 +21,11 @@ from .work import Work, outlook
 
 
 def write_tables(grid: Grid, results: Results, folder: Path) -> list[Path]:
-    """NAME.md, .tex, .csv and the pictures; NAME is the study's, with which part of it this is."""
+    """NAME.md, .tex, .csv and the pictures; NAME is the study's, with which part of it this is.
+
+    Raises:
+        AFLoRAError: The folder cannot be written.
+    """
     from .pictures import against_seconds, dots, mean_freeze_map  # matplotlib takes a second
 
     name, records = grid.study.label, results.records

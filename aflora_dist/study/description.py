@@ -121,7 +121,14 @@ class Study:
 
 
 def read_study(path: Path, small: bool = False) -> Study:
-    """The study that a file describes; `small`: with what its section of that name says instead."""
+    """The study that a file describes.
+
+    Args:
+        small: With what its section `small` says instead.
+
+    Raises:
+        AFLoRAError: It cannot be read, or says what no study has.
+    """
     said = _document(path)
     if (other := said.pop("like", None)) is not None:  # another file beside it says what this one does not
         common = _document(beside := path.parent / f"{other}.yaml")

@@ -74,7 +74,11 @@ class BatchShape:
 
 
 class Texts:
-    """How texts, and pairs of them, become batches on this rank, in training as in predicting."""
+    """How texts, and pairs of them, become batches on this rank, in training as in predicting.
+
+    Raises:
+        AFLoRAError: They cannot be padded.
+    """
 
     def __init__(self, config: Config, tokenizer: Any, limits: Limits, accelerator: Accelerator) -> None:
         self.length, self.tokenizer, self.limits = config.data.max_length, tokenizer, limits

@@ -55,6 +55,9 @@ def found_or_made(
         files: How many rows each has; None: any number.
         make: Makes those that are missing; in a folder, from which each is put in place when it is whole.
         make_in_memory: Where files cannot be kept there.
+
+    Raises:
+        AFLoRAError: What makes them raises it.
     """
     try:
         if missing := [file for file in files if not file.exists()]:

@@ -59,6 +59,9 @@ def load_base(
 
     Args:
         accelerator: Of the launch, where there is one: DeepSpeed and engines that shard want weights in their dtype.
+
+    Raises:
+        AFLoRAError: The model is not there, or is no text classifier.
     """
     model, tokenizer, missing = load_classifier(config, labels, accelerator)
     return model, tokenizer, _new_modules(model, missing)
@@ -77,7 +80,14 @@ def load_classifier(
 
 
 def load_language_model(config: ModelConfig, accelerator: Accelerator | None = None) -> tuple[Any, Any]:
-    """The pretrained causal language model and its tokenizer; `accelerator` as for `load_base`."""
+    """The pretrained causal language model and its tokenizer.
+
+    Args:
+        accelerator: As for `load_base`.
+
+    Raises:
+        AFLoRAError: The model is not there, or is no causal language model.
+    """
     model, tokenizer, info = _load(AutoModelForCausalLM, config, accelerator, {})
     if info["missing_keys"]:
         raise AFLoRAError(
@@ -101,12 +111,20 @@ def outline_base(config: ModelConfig, labels: list[str] | None) -> tuple[Any, li
 
 
 def outline_language_model(config: ModelConfig) -> Any:
-    """`load_language_model` without weights and tokenizer: the model on the meta device."""
+    """`load_language_model` without weights and tokenizer: the model on the meta device.
+
+    Raises:
+        AFLoRAError: The model's configuration is not there, or is of no causal language model.
+    """
     return _outline(AutoModelForCausalLM, config, {})
 
 
 def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
-    """The model's tokenizer, without the model."""
+    """The model's tokenizer, without the model.
+
+    Raises:
+        AFLoRAError: It is not there.
+    """
     name, hub, _ = _source(config, language_model)
     with _readable(config):
         return _padding(AutoTokenizer.from_pretrained(name, **hub))
@@ -137,7 +155,11 @@ def fetch(config: ModelConfig, *, language_model: bool) -> None:
 
 
 def base_head(config: ModelConfig) -> tuple[list[str], bool]:
-    """Of a classifier's configuration, without its weights: class names by number; whether a text may have several."""
+    """Of a classifier's configuration, without its weights: class names by number; whether a text may have several.
+
+    Raises:
+        AFLoRAError: The model is not there.
+    """
     name, hub, _ = _source(config, False)
     with _readable(config):
         found = _config(name, config, hub)

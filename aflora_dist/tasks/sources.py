@@ -136,6 +136,9 @@ def split_off(
 
     Args:
         parts: How many rows each has, and its weight.
+
+    Raises:
+        AFLoRAError: There is neither that nor something of its own.
     """
     kept = np.arange(len(train))
     if held is None or config.hold_out:

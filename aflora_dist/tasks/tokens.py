@@ -34,7 +34,14 @@ Columns = dict[str, list[Any]]
 
 
 def tokenized(dataset: datasets.Dataset, tokenizer: Any, max_length: int, name: str) -> datasets.Dataset:
-    """The columns that the tokenizer makes of text (and text_pair), cut to max_length, and "labels". A collective."""
+    """The columns that the tokenizer makes of text (and text_pair), cut to max_length, and "labels". A collective.
+
+    Args:
+        name: What the progress bar calls it.
+
+    Raises:
+        AFLoRAError: On every rank, where it failed on one.
+    """
 
     def tokenize(examples: Columns) -> Columns:
         texts = [examples[column] for column in ("text", "text_pair") if column in examples]
@@ -65,6 +72,9 @@ def made_once(
         settings: What it depends on besides the examples and the tokenizer.
         name: What the progress bar calls it.
         several_rows: Whether an example may become several.
+
+    Raises:
+        AFLoRAError: On every rank, where it failed on one.
     """
     watched = PartialState().is_main_process and sys.stderr.isatty()
     bar = tqdm(total=len(dataset), desc=f"tokenizing {name}", unit=" examples", delay=_PATIENCE, disable=not watched)

@@ -233,7 +233,11 @@ def hold(model: nn.Module, new: Sequence[str], train_new: Sequence[str] | None, 
 
 
 def create_optimizer(config: Config, model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """The optimizer over param groups: the adapter, and what of it has a rate of its own, and the head; biases last."""
+    """The optimizer over param groups: the adapter, and what of it has a rate of its own, and the head; biases last.
+
+    Raises:
+        AFLoRAError: It does not take one of its options.
+    """
     train = config.train
     rates = [train.learning_rate, train.learning_rate * train.loraplus_lr_ratio, train.vector_learning_rate]
     rates.append(train.head_learning_rate)
@@ -275,7 +279,11 @@ def _optimizer_class(name: str) -> Any:
 
 
 def create_schedule(config: Config, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
-    """The learning rates' rise, and how they go on, over t: a skipped update moves it, too."""
+    """The learning rates' rise, and how they go on, over t: a skipped update moves it, too.
+
+    Raises:
+        AFLoRAError: It does not take one of its options, or the rise is longer than the training.
+    """
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first one was skipped
     name: str = config.train.schedule
     options = dict(config.train.schedule_options)

@@ -165,7 +165,11 @@ def split_line(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def said_options(arguments: list[str]) -> set[str]:
-    """The options that a command line without a first file says, as GROUP.KEY, however it does; "config" for a file."""
+    """The options that a command line without a first file says, as GROUP.KEY, however it does; "config" for a file.
+
+    Raises:
+        AFLoRAError: As `split_line`.
+    """
     files, said = split_line(["", *arguments])
     free = (next((name for name in _FREE if option.startswith(f"{name}.")), option) for option in said)
     return ({"config"} if files[1:] else set()).union(free)

@@ -61,7 +61,11 @@ class Setting:
 def groups(folder: Path, problems: list[str]) -> list[Setting]:
     """The runs under `folder`, one entry per setting (everything but the seed and the directory).
 
-    `problems` takes a line for each thing that was left out, or is odd.
+    Args:
+        problems: Takes a line for each thing that was left out, or is odd.
+
+    Raises:
+        AFLoRAError: There is no run under the folder.
     """
     if not os.path.isdir(folder):
         raise AFLoRAError(f"There is no folder {folder}.")

@@ -104,7 +104,11 @@ def _ends(run: Run) -> list[tuple[int, int]]:
 
 
 def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
-    """freeze_map, curves and scores as PNG or SVG files."""
+    """freeze_map, curves and scores as PNG or SVG files.
+
+    Raises:
+        AFLoRAError: The folder cannot be written, or matplotlib is not installed.
+    """
     require("train", "aflora show --figures", "matplotlib")
     from ..figures import curves, freeze_map, score_curves  # matplotlib takes a second, and is needed here alone
 

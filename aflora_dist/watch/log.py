@@ -182,7 +182,11 @@ class TrainingLog(Part):
         return losses
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Counters and what the next line of metrics.jsonl is about. A collective; raises as `flush_losses`."""
+        """Counters and what the next line of metrics.jsonl is about. A collective.
+
+        Raises:
+            DivergedError: As `flush_losses`.
+        """
         return {}, {
             "evaluations": self.evaluations,
             "evaluated_at": self.evaluated_at,

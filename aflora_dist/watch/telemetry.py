@@ -134,6 +134,9 @@ def open_telemetry(config: Config, run: Path, first_step: int, facts: Mapping[st
     Args:
         first_step: Of this process; not 0 where a run is resumed.
         facts: Hyperparameters besides the configuration's.
+
+    Raises:
+        AFLoRAError: A tracker does not start.
     """
     board: TensorBoard | None = None
     if TENSORBOARD in config.run.trackers:

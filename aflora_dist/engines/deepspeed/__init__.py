@@ -15,7 +15,14 @@ __all__ = ["check_settings", "create_zero_engine"]
 
 
 def create_zero_engine(accelerator: Accelerator, model: Any, optimizer: Any) -> ZeroEngine:
-    """`create_engine` for the ZeRO stage that DeepSpeed was started with."""
+    """The engine for the ZeRO stage that DeepSpeed was started with.
+
+    Args:
+        model, optimizer: What `accelerator.prepare()` returned.
+
+    Raises:
+        UnsupportedEngineError: Names the feature of DeepSpeed that cannot be frozen exactly, and what to use instead.
+    """
     check_prepared(accelerator, model, optimizer)
     ds = accelerator.deepspeed_engine_wrapped.engine
     _check_schedule(accelerator, ds)

@@ -22,6 +22,9 @@ def read_parquet(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterat
     """The names of all columns; and piece by piece the wanted ones, behind a column of row numbers, see `Rows`.
 
     Types are the file's, but for `as_usual`; categories are what they stand for.
+
+    Raises:
+        AFLoRAError: It is no parquet file, or a broken one.
     """
     with reading(path, _ANEW), path.open("rb") as file, pq.ParquetFile(file) as opened:
         columns, labels = opened.schema_arrow.names, _labels(opened.schema_arrow, wanted)

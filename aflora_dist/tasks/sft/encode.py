@@ -74,6 +74,9 @@ class Encoder:
         loss_on: "completions" or "all".
         system: See `turns`.
         name: What errors call the examples.
+
+    Raises:
+        AFLoRAError: The tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, loss_on: str, system: str | None, name: str) -> None:

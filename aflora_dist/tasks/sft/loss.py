@@ -31,6 +31,9 @@ class ChunkedCrossEntropy:
             while, this is called.
         logits_per_chunk: How many logits may live at once; by the device if not given.
         smoothing: Share of a token's probability that is spread over the vocabulary, where gradients are taken.
+
+    Raises:
+        AFLoRAError: The model has no head.
     """
 
     def __init__(self, model: Any, logits_per_chunk: int | None = None, smoothing: float = 0.0) -> None:

@@ -76,7 +76,11 @@ def check_no_future(model: nn.Module, base: Any, tokens: Tensor, tolerance: floa
 
 
 def check_packing(model: nn.Module, base: Any, tokens: Tensor) -> None:
-    """See that what one example says does not depend on the one before it in its row. As `check_no_future`."""
+    """See that what one example says does not depend on the one before it in its row. As `check_no_future`.
+
+    Raises:
+        AFLoRAError: It does, or with this attention it may.
+    """
     attention = str(base.config._attn_implementation)
     if attention.startswith(("flash", "paged")):  # they tell examples apart in batches of one row only
         raise AFLoRAError(
