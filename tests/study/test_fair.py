@@ -167,7 +167,7 @@ def _keep_often(folder: Path, times: int) -> None:
 
 
 def test_two_who_share_results_do_not_take_each_other_s_files(tmp_path: Path) -> None:
-    both = [get_context("spawn").Process(target=_keep_often, args=(tmp_path, 300)) for _ in range(2)]
+    both = [get_context("spawn").Process(target=_keep_often, args=(tmp_path, 100)) for _ in range(2)]
     for one in both:
         one.start()
     for one in both:
