@@ -12,7 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..adapter.freezable import remembered
-from ..compat.torch import is_traced
+from ..compat.torch import is_fsdp_managed, is_traced
 from ..engines import release
 from ..names import named_modules, named_parameters
 
@@ -55,7 +55,7 @@ class KeptFrozen:
         modules = named_modules(self._model, remove_duplicate=False)
         parameters = named_parameters(self._model, remove_duplicate=False)
         switched = {n for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
-        below: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
+        below: dict[str, list[tuple[nn.Module, str, nn.Parameter]]] = defaultdict(list)
         gone = {id(parameter) for parameter in remembered(self._model)}
         for name in (name for name, parameter in parameters.items() if id(parameter) in gone):
             owner, _, own = name.rpartition(".")
@@ -64,7 +64,7 @@ class KeptFrozen:
                 layer = layer.rpartition(".")[0]
             if not layer and isinstance(modules.get(parent := owner.rpartition(".")[0]), nn.MultiheadAttention):
                 layer = parent  # which reads the weight of its out_proj, and never calls it
-            below[layer or owner].append((modules[owner], own))
+            below[layer or owner].append((modules[owner], own, parameters[name]))
         for layer, places in below.items():
             hold = _Hold(places)
             self._held.append((modules[layer].register_forward_pre_hook(hold), hold))
@@ -83,13 +83,14 @@ class KeptFrozen:
 class _Hold(Hook):
     """An object: of a partial's arguments a compiler takes note, and would compile anew after each freeze."""
 
-    def __init__(self, places: list[tuple[nn.Module, str]]) -> None:
+    def __init__(self, places: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
         self._places = places
 
     def __call__(self, *_: Any) -> None:
         if is_traced():
             return
-        for owner, name in self._places:  # by name, for FSDP2 puts other parameters in their place
-            parameter = getattr(owner, name, None)  # None: its adapter has been deleted
-            if parameter is not None and parameter.requires_grad:
-                release(parameter)
+        for owner, name, frozen in self._places:
+            there = getattr(owner, name, None)  # None: its adapter has been deleted
+            # FSDP2 puts other parameters in its place; any other is a user's (torch.func.functional_call).
+            if (there is frozen or (there is not None and is_fsdp_managed(owner))) and there.requires_grad:
+                release(there)

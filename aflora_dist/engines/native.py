@@ -69,6 +69,9 @@ class NativeEngine(Engine):
     # -- the step ----------------------------------------------------------------------------
 
     def watch(self, done: Callable[[bool], None]) -> None:
+        done = torch.compiler.disable(done)  # of a step that is compiled this is called as it is: it asks for numbers
+
+        @torch.compiler.disable
         def before(optimizer: Any, args: Any, kwargs: Any) -> None:
             if any(argument is not None for argument in (*args[1:], *kwargs.values())):
                 raise UnsupportedEngineError(
@@ -93,6 +96,7 @@ class NativeEngine(Engine):
                 scale,
             )
 
+        @torch.compiler.disable
         def after(optimizer: Any, args: Any, kwargs: Any) -> None:
             self._applied, self._inside = True, False
             if self._wrapper is None:

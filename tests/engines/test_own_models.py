@@ -451,6 +451,54 @@ def test_an_adapter_that_no_gradient_reaches_is_told_of_before_it_freezes(capsys
     assert "layers.0.aflora.default.A and 1 more have had no gradient so far, and freeze first" in said
 
 
+def test_other_values_in_the_place_of_what_has_frozen_have_their_gradients() -> None:
+    """torch.func's: fast weights of meta-learning, gradients by example, a Hessian."""
+    loop = Loop(Net(), freezable=LAYERS)
+    loop.train()
+    model, x = loop.model, torch.randn(4, 8)
+    expected = copy.deepcopy(model).requires_grad_(True)
+    expected(x).pow(2).mean().backward()
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).pow(2).mean()
+
+    values = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    loss(values).backward()
+    transformed = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(values[name].grad, parameter.grad)
+        torch.testing.assert_close(transformed[name], parameter.grad)
+    model.requires_grad_(True)
+    model(x).sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} == {*loop.freezing.frozen}
+
+
+def test_a_step_that_is_compiled_freezes_what_another_one_does() -> None:
+    frozen, values = [], []
+    for compiled in (False, True):
+        model = Net()
+        accelerator, optimizer = Accelerator(cpu=True), torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2))
+        model, optimizer = accelerator.prepare(model, optimizer)
+        freezing = AdaptiveFreezing(accelerator, model, optimizer, FreezingConfig(**CONFIG), freezable=LAYERS)
+
+        def update() -> None:
+            model(torch.randn(4, 8)).pow(2).mean().backward()  # noqa: B023
+            optimizer.step()  # noqa: B023
+            optimizer.zero_grad()  # noqa: B023
+
+        step = torch.compile(update, backend="eager") if compiled else update
+        torch.manual_seed(1)
+        for _ in range(STEPS):
+            step()
+        frozen.append(freezing.frozen)
+        values.append([*model.parameters()])
+        assert freezing.step == STEPS
+    torch._dynamo.reset()
+    assert len(frozen[0]) == 3
+    assert frozen[0] == frozen[1]
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-5)
+
+
 def test_a_module_that_stands_under_two_names_freezes() -> None:
     class Twice(Net):
         def __init__(self) -> None:
