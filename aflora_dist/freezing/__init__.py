@@ -7,7 +7,7 @@ from ..options import ORDERS, FreezingRule, Granularity, ScheduleShape, ScoreKin
 from .config import FreezeEvent, FreezingConfig
 from .order import fixed_scores, unit_of
 from .policy import FreezingPolicy, QuantilePolicy, ThresholdPolicy, policy_for
-from .schedule import CubicSchedule, whole_steps
+from .schedule import CubicSchedule, Moments, whole_steps
 
 if TYPE_CHECKING:
     from .matrix import MatrixScore, PartialImportance
@@ -24,6 +24,7 @@ __all__ = [
     "FreezingScore",
     "Granularity",
     "MatrixScore",
+    "Moments",
     "PartialImportance",
     "QuantilePolicy",
     "ScheduleShape",
