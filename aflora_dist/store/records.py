@@ -208,10 +208,14 @@ class Run:
         return {name: event.step for event in self.events for name in event.frozen if name in ranked}
 
     @property
+    def done(self) -> int:
+        """How many updates there have been, as far as the logs tell."""
+        return max((line.step + 1 for line in (*self.metrics, *self.events)), default=0)
+
+    @property
     def total_steps(self) -> int:
-        """T; while the run goes on, as far as its learning rate's epochs tell."""
-        steps = [line.step for line in self.metrics] + [event.step for event in self.events]
-        done = max(steps, default=0) + 1
+        """T; while the run goes on, as far as its learning rate's epochs tell, and what is done where they do not."""
+        done = max(self.done, 1)
         if self.result is not None and self.result.steps is not None:
             return max(self.result.steps, done)
         if most := integer(self.settings.values["train"].get("max_steps")):
