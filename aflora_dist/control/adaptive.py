@@ -89,7 +89,7 @@ class AdaptiveFreezing:
         held, trained = frozen_by_training(self.engine.model), self.engine.trainable
         if hold_frozen(self.engine.model, held):  # by an earlier training, and PEFT has let them train again since
             self.engine.select([name for name in trained if name not in held])
-        self._kept_frozen = KeptFrozen(self.engine.model)
+        self._kept_frozen = KeptFrozen(self.engine.model, model)
         told: list[Freezable] = [self._kept_frozen, self._adapter]
         if (freezable := checked_choice(freezable)) is not None:
             told.append(freezable if isinstance(freezable, Freezable) else Chosen(freezable, self.engine))

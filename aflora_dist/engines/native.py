@@ -308,8 +308,9 @@ def _check(accelerator: Accelerator, model: nn.Module, optimizer: Any, wrapper: 
     unknown = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
     if unknown:
         raise UnsupportedEngineError(
-            f"The optimizer holds {unknown} tensors that are not parameters of the model. Create it from the PEFT "
-            f"model's own parameters, before accelerator.prepare()."
+            f"The optimizer holds {unknown} tensors that are not parameters of the model. Create it from the model's "
+            f"own parameters, as PEFT returned it, before accelerator.prepare(); of two models that one optimizer "
+            f"trains make one (nn.ModuleDict)."
         )
     if accelerator.scaler is not None and wrapper is None:
         raise UnsupportedEngineError(
