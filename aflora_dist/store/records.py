@@ -142,6 +142,7 @@ class Run:
 
     Attributes:
         problems: What was left out, and why: a line each.
+        done: How many updates there have been, as far as the logs tell.
 
     Raises:
         AFLoRAError: It is not a run's directory.
@@ -157,6 +158,7 @@ class Run:
             self.metrics.append(typed(Update, {**line, "step": at}))
         for at, line in self._lines(FREEZE_LOG):
             self.events.append(typed(Event, {**line, "step": at}))
+        self.done = max((line.step + 1 for line in (*self.metrics, *self.events)), default=0)
         self.result = read_result(path, self.problems)
 
     def _settings(self) -> Settings:
@@ -208,13 +210,8 @@ class Run:
         return {name: event.step for event in self.events for name in event.frozen if name in ranked}
 
     @property
-    def done(self) -> int:
-        """How many updates there have been, as far as the logs tell."""
-        return max((line.step + 1 for line in (*self.metrics, *self.events)), default=0)
-
-    @property
     def total_steps(self) -> int:
-        """T; while the run goes on, as far as its learning rate's epochs tell, and what is done where they do not."""
+        """T; while the run goes on, as far as its learning rate's epochs tell."""
         done = max(self.done, 1)
         if self.result is not None and self.result.steps is not None:
             return max(self.result.steps, done)
