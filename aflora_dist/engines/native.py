@@ -69,9 +69,6 @@ class NativeEngine(Engine):
     # -- the step ----------------------------------------------------------------------------
 
     def watch(self, done: Callable[[bool], None]) -> None:
-        done = torch.compiler.disable(done)  # of a step that is compiled this is called as it is: it asks for numbers
-
-        @torch.compiler.disable
         def before(optimizer: Any, args: Any, kwargs: Any) -> None:
             if any(argument is not None for argument in (*args[1:], *kwargs.values())):
                 raise UnsupportedEngineError(
@@ -96,15 +93,16 @@ class NativeEngine(Engine):
                 scale,
             )
 
-        @torch.compiler.disable
         def after(optimizer: Any, args: Any, kwargs: Any) -> None:
             self._applied, self._inside = True, False
             if self._wrapper is None:
                 self._done(done)
 
+        # Of a step that is compiled these are called as they are: they ask for numbers.
+        done, pre, post = map(torch.compiler.disable, (done, before, after))
         self._announce = done
-        self._handles.append(self.optimizer.register_step_pre_hook(before).remove)
-        self._handles.append(self.optimizer.register_step_post_hook(after).remove)
+        self._handles.append(self.optimizer.register_step_pre_hook(pre).remove)
+        self._handles.append(self.optimizer.register_step_post_hook(post).remove)
         if self._wrapper is not None:  # it knows of updates that are skipped
             self._patch(self._wrapper, "step", self._step)
         if self.accelerator.scaler is not None and unscales_itself(self.optimizer):

@@ -158,7 +158,7 @@ class Run:
             self.metrics.append(typed(Update, {**line, "step": at}))
         for at, line in self._lines(FREEZE_LOG):
             self.events.append(typed(Event, {**line, "step": at}))
-        self.done = max((line.step + 1 for line in (*self.metrics, *self.events)), default=0)
+        self.done = 1 + max([line.step for line in self.metrics] + [event.step for event in self.events], default=-1)
         self.result = read_result(path, self.problems)
 
     def _settings(self) -> Settings:
