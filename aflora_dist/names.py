@@ -18,7 +18,7 @@ from typing import Any
 WHOLE_BLOCK = "the whole block"  # the row of what freezes with all matrices of a block
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?P<module>.+)\.aflora\.(?P<adapter>[^.]+)\.(?P<tensor>A|B|s_d|s_b)")
-_NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d{1,9})\.(?P<module>.*)")
+_NUMBERED = re.compile(r"(?:(?P<stack>.*?)\.)??(?P<layer>\d{1,9})(?:\.(?P<module>.*))?")  # by the first number
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,18 @@ _TUNED = re.compile(rf"(?P<module>.+)\.(?:{_PREFIXES.replace(' ', '|')})_\w+\.[^
 
 
 def module_of(name: str) -> str:
-    """The layer that a parameter belongs to: who is adapted by it, or who has it.
+    """The layer that a parameter belongs to: who is adapted by it, or who has it, parametrized (weight_norm) or not.
 
     >>> module_of("base_model.model.layers.0.up_proj.lora_A.default.weight")
     'base_model.model.layers.0.up_proj'
-    >>> module_of("layers.0.up_proj.weight")
-    'layers.0.up_proj'
+    >>> module_of("layers.0.up_proj.weight"), module_of("layers.0.up_proj.parametrizations.weight.original1")
+    ('layers.0.up_proj', 'layers.0.up_proj')
     """
     if (tensor := adapter_tensor(name)) is not None:
         return tensor.module
     tuned = _TUNED.fullmatch(name)
-    return tuned["module"] if tuned else name.rpartition(".")[0]
+    owner = tuned["module"] if tuned else name.rpartition(".")[0]
+    return f".{owner}".partition(".parametrizations.")[0][1:]
 
 
 def is_adapter(name: str) -> bool:
@@ -191,7 +192,7 @@ class MatrixPosition:
     """Where a projection matrix sits.
 
     Attributes:
-        stack: What comes before the layer's number, such as "bert.encoder.layer".
+        stack: What comes before the layer's number, such as "bert.encoder.layer"; "" where nothing does.
         layer: The layer's number; -1 for a matrix outside of numbered layers.
         kind: The module in the layer and the matrix, such as "intermediate.dense A".
     """
@@ -208,6 +209,8 @@ def matrix_position(name: str) -> MatrixPosition:
     MatrixPosition(stack='model.layers', layer=11, kind='mlp.up_proj B')
     >>> matrix_position("base_model.model.up.aflora.default.A")
     MatrixPosition(stack='', layer=-1, kind='up A')
+    >>> matrix_position("0.up.weight"), matrix_position("layers.3.weight")  # of nn.Sequential; a layer is the block
+    (MatrixPosition(stack='', layer=0, kind='up weight'), MatrixPosition(stack='layers', layer=3, kind='weight'))
     """
     parsed = adapter_tensor(name)
     module, tensor = (parsed.module, parsed.tensor) if parsed else name.rpartition(".")[::2]
@@ -215,7 +218,8 @@ def matrix_position(name: str) -> MatrixPosition:
     numbered = _NUMBERED.fullmatch(module)
     if numbered is None:
         return MatrixPosition("", -1, f"{module} {tensor}")
-    return MatrixPosition(numbered["stack"], int(numbered["layer"]), f"{numbered['module']} {tensor}")
+    kind = f"{numbered['module'] or ''} {tensor}".lstrip()
+    return MatrixPosition(numbered["stack"] or "", int(numbered["layer"]), kind)
 
 
 def grid(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:

@@ -65,6 +65,13 @@ def test_every_name_of_a_real_model_is_told_right() -> None:
         # Of no adapter: shown all the same, whatever wrote the log.
         ("layer.0.inter.A", MatrixPosition("layer", 0, "inter A")),
         ("weight", MatrixPosition("", -1, " weight")),
+        # Of a model that is itself nn.Sequential, and where a layer is the block.
+        ("0.attn.q.weight", MatrixPosition("", 0, "attn.q weight")),
+        ("base_model.model.3.5.aflora.default.A", MatrixPosition("", 3, "5 A")),
+        ("layers.7.weight", MatrixPosition("layers", 7, "weight")),
+        ("base_model.model.12.aflora.default.B", MatrixPosition("", 12, "B")),
+        ("layer1.0.conv2.weight", MatrixPosition("layer1", 0, "conv2 weight")),
+        ("conv2.weight", MatrixPosition("", -1, "conv2 weight")),
     ],
 )
 def test_a_matrix_has_a_place(name: str, expected: MatrixPosition) -> None:

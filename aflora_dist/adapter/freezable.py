@@ -15,7 +15,7 @@ from torch import nn
 from ..compat.deepspeed import whole_shape
 from ..errors import AFLoRAError
 from ..freezing import FreezingConfig
-from ..names import named_modules, named_parameters
+from ..names import module_of, named_modules, named_parameters
 from .adapted import Adapted
 from .architectures import kind_of
 
@@ -43,16 +43,12 @@ class Matrices:
         Raises:
             AFLoRAError: There never were any, or the architecture is not known.
         """
-        modules = named_modules(self._model)
+        modules = named_modules(self._model, remove_duplicate=False)
         tuners = [module for module in modules.values() if isinstance(module, BaseTunerLayer)]
         chosen = {id(parameter) for tuner in tuners for parameter in _of_tuner(tuner)}
         if not tuners:
-            blocks = [
-                module
-                for name, module in modules.items()
-                if kind_of(_as_layer(name, module)) and not isinstance(module, nn.Embedding)
-            ]
-            chosen = {id(parameter) for module in blocks for parameter in module.parameters(recurse=False)}
+            everywhere = named_parameters(self._model, remove_duplicate=False).items()
+            chosen = {id(p) for name, p in everywhere if _in_block(name, modules[module_of(name)])}
         names = [
             name
             for name, parameter in named_parameters(self._model).items()
@@ -92,9 +88,13 @@ class Matrices:
         _ATTACHED.pop(self._model, None)
 
 
-def _as_layer(name: str, module: nn.Module) -> str:
-    """The name by which a module's kind is told: torch's attention holds its projections itself, as no layers."""
-    return f"{name}.in_proj" if isinstance(module, nn.MultiheadAttention) else name
+def _in_block(name: str, layer: nn.Module) -> bool:
+    """Whether this parameter of a layer is attention's or of a feed-forward layer.
+
+    torch's attention holds its projections itself, as no layers.
+    """
+    called = name if isinstance(layer, nn.MultiheadAttention) else module_of(name)
+    return kind_of(called) is not None and not isinstance(layer, nn.Embedding)
 
 
 def _of_tuner(layer: Any) -> Iterable[nn.Parameter]:

@@ -58,6 +58,7 @@ class AdaptiveFreezing:
 
     Attributes:
         seconds: Spent so far on observing, deciding and dropping: of the host, or of the GPU where that works longer.
+        moments: When something may freeze, as far as it is known before.
         state: What of this survives a restart, as a part of `progress`.
 
     Raises:
@@ -89,7 +90,7 @@ class AdaptiveFreezing:
         held, trained = frozen_by_training(self.engine.model), self.engine.trainable
         if hold_frozen(self.engine.model, held):  # by an earlier training, and PEFT has let them train again since
             self.engine.select([name for name in trained if name not in held])
-        self._kept_frozen = KeptFrozen(self.engine.model)
+        self._kept_frozen = KeptFrozen(self.engine.model, model)
         told: list[Freezable] = [self._kept_frozen, self._adapter]
         if (freezable := checked_choice(freezable)) is not None:
             told.append(freezable if isinstance(freezable, Freezable) else Chosen(freezable, self.engine))
@@ -102,7 +103,7 @@ class AdaptiveFreezing:
             rehearse(self.engine, min(self.freezable, key=self.numels.__getitem__))
         self.state = FreezingState(self.engine, config, self.numels, self._adapter.own, told)
         self.policy, self._prefix, self._scores = self.state.policy, self.state.prefix, self.state.scores
-        self._own_clock = progress is None
+        self.moments, self._own_clock = self.state.moments, progress is None
         self.progress = progress or Progress(self.engine)
         self.engine.observer = None if config.score in ORDERS else self._observe
         self.progress.after_batch.append(self._after_batch)

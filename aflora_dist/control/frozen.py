@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,7 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..adapter.freezable import remembered
-from ..compat.torch import is_traced
+from ..compat.torch import around_compiled, is_compiled, is_fsdp_managed, is_traced
 from ..engines import release
 from ..names import named_modules, named_parameters
 
@@ -34,13 +35,19 @@ class KeptFrozen:
     (A reference model, as TRL's DPO takes it, is that at each step; model.requires_grad_(True) is as much in other
     loops.) What has frozen is in no param group then, so that its gradient is neither reduced nor set to zero, and
     counts where gradients are clipped. So each layer of an adapter, and each other module with something frozen, looks
-    before its forward pass, a recomputed one too; in a compiled model none does.
+    before its forward pass, a recomputed one too. Where they are compiled none does; there it is looked at all of them
+    before compiled code is entered.
 
-    The interface is that of `Freezable`, which is told of what has frozen; the model is unwrapped.
+    The interface is that of `Freezable`, which is told of what has frozen.
+
+    Args:
+        model: The unwrapped model.
+        outer: What the training loop calls, all wrappers included.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, outer: nn.Module) -> None:
+        self._model, self._outer = model, outer
+        self._all: _Hold | None = None  # of a model that is compiled somewhere
         self._held: list[tuple[Any, Callable[..., None]]] = []  # a hook's handle, what it calls
 
     def freezable(self) -> Collection[str]:
@@ -52,7 +59,7 @@ class KeptFrozen:
         modules = named_modules(self._model, remove_duplicate=False)
         parameters = named_parameters(self._model, remove_duplicate=False)
         switched = {n for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
-        below: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
+        below: dict[str, list[tuple[nn.Module, str, nn.Parameter]]] = defaultdict(list)
         gone = {id(parameter) for parameter in remembered(self._model)}
         for name in (name for name, parameter in parameters.items() if id(parameter) in gone):
             owner, _, own = name.rpartition(".")
@@ -61,16 +68,24 @@ class KeptFrozen:
                 layer = layer.rpartition(".")[0]
             if not layer and isinstance(modules.get(parent := owner.rpartition(".")[0]), nn.MultiheadAttention):
                 layer = parent  # which reads the weight of its out_proj, and never calls it
-            below[layer or owner].append((modules[owner], own))
+            below[layer or owner].append((modules[owner], own, parameters[name]))
         for layer, places in below.items():
             hold = _Hold(places)
             self._held.append((modules[layer].register_forward_pre_hook(hold), hold))
+        if self._all is None and any(map(is_compiled, self._outer.modules())):
+            self._all = _Hold([])
+            self._outer.register_forward_pre_hook(self._all, prepend=True)
+            around_compiled(self._outer, partial(_Around, self._all))
+        if self._all is not None:
+            self._all.places = [place for places in below.values() for place in places]
 
     def take_back(self) -> None:
         """Look for the last time."""
         for _, hold in self._held:
             hold()
         self._look_no_more()
+        if self._all is not None:
+            self._all.places = []
 
     def _look_no_more(self) -> None:
         while self._held:
@@ -80,13 +95,25 @@ class KeptFrozen:
 class _Hold(Hook):
     """An object: of a partial's arguments a compiler takes note, and would compile anew after each freeze."""
 
-    def __init__(self, places: list[tuple[nn.Module, str]]) -> None:
-        self._places = places
+    def __init__(self, places: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
+        self.places = places
 
     def __call__(self, *_: Any) -> None:
         if is_traced():
             return
-        for owner, name in self._places:  # by name, for FSDP2 puts other parameters in their place
-            parameter = getattr(owner, name, None)  # None: its adapter has been deleted
-            if parameter is not None and parameter.requires_grad:
-                release(parameter)
+        for owner, name, frozen in self.places:
+            there = getattr(owner, name, None)  # None: its adapter has been deleted
+            # FSDP2 puts other parameters in its place; any other is a user's (torch.func.functional_call).
+            if (there is frozen or (there is not None and is_fsdp_managed(owner))) and there.requires_grad:
+                release(there)
+
+
+class _Around:
+    """A module that was compiled in place; its own hooks are compiled with it."""
+
+    def __init__(self, hold: _Hold, compiled: Callable[..., Any]) -> None:
+        self.hold, self.compiled = hold, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.hold()
+        return self.compiled(*args, **kwargs)

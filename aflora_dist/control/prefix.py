@@ -123,9 +123,9 @@ class Prefix:
         """The module of a block, inside of what wraps it; above the highest all of the model."""
         stack = matrix_position(next(iter(self._freezable))).stack  # what lies below may be numbered in another one
         each = (map(matrix_position, names) for names in self.blocks)
-        numbers = [next(place.layer for place in places if place.stack == stack) for places in each]
+        numbers = [next(at.layer for at in places if at.stack == stack and at.layer >= 0) for places in each]
         number = numbers[index] if index < len(numbers) else numbers[-1] + 1
-        wanted = f"{stack}.{number}"
+        wanted = f"{_inside(stack)}{number}"
         blocks = (module for name, module in named_modules(self._model).items() if of_base(name) == wanted)
         return next(blocks, self._model)
 
@@ -177,8 +177,9 @@ def blocks_from_below(
         trained: Names of what the optimizer updates from the start.
         freezable: What of it freezes by its score.
     """
-    stacks = {matrix_position(name).stack for name in freezable} - {""}
-    if len(stacks) != 1 or any(matrix_position(name).layer < 0 for name in freezable):
+    positions = [matrix_position(name) for name in freezable]
+    stacks = {at.stack for at in positions if at.layer >= 0}
+    if len(stacks) != 1 or any(at.layer < 0 for at in positions):
         where = f"in {len(stacks)} stacks" if len(stacks) > 1 else "outside of numbered blocks"
         raise AFLoRAError(
             f"FreezingConfig(prefix=True) freezes a model's blocks from the bottom, and what may freeze here lies "
@@ -226,7 +227,7 @@ def _places(model: nn.Module, stack: str) -> dict[str, int | None]:
     given = _GIVEN_AND_NORM if any(n.startswith(f"{around}rel_embeddings.") for n in names.values()) else _GIVEN
     base, places, reached = _base_of(model, stack), dict[str, int | None](), False
     for name, inside in names.items():
-        number = inside.removeprefix(f"{stack}.").partition(".")[0] if inside.startswith(f"{stack}.") else ""
+        number = inside.removeprefix(_inside(stack)).partition(".")[0] if inside.startswith(_inside(stack)) else ""
         beside = inside.removeprefix(around) if inside.startswith(around) else ""
         reached = reached or number.isdigit()
         if number.isdigit():
@@ -236,6 +237,11 @@ def _places(model: nn.Module, stack: str) -> dict[str, int | None]:
             goes_in = given.match(beside) if reached else before
             places[name] = -1 if goes_in else None
     return places
+
+
+def _inside(stack: str) -> str:
+    """How names of what lies in a stack begin."""
+    return f"{stack}." if stack else ""
 
 
 def _base_of(model: nn.Module, stack: str) -> str:

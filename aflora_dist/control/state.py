@@ -29,6 +29,7 @@ class FreezingState:
         events: All freeze events so far; what has frozen is what they say.
         policy: Which matrices are next.
         prefix: The blocks that freeze whole from the bottom, where they do.
+        moments: When something may freeze, as far as it is known before.
         scores: Of the matrices that still train.
     """
 
@@ -45,6 +46,7 @@ class FreezingState:
         self.events: list[FreezeEvent] = []
         self.policy = policy_for(config, list(numels))
         self.prefix = Prefix(engine, list(numels), config) if config.prefix and numels else None
+        self.moments = config.moments(len(self.policy), len(self.prefix.blocks) if self.prefix else 0)
         engine.keep(self.fixed(()))
         self.scores = scores_for(engine, config, numels)
 

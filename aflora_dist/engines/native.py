@@ -98,9 +98,11 @@ class NativeEngine(Engine):
             if self._wrapper is None:
                 self._done(done)
 
+        # Of a step that is compiled these are called as they are: they ask for numbers.
+        done, pre, post = map(torch.compiler.disable, (done, before, after))
         self._announce = done
-        self._handles.append(self.optimizer.register_step_pre_hook(before).remove)
-        self._handles.append(self.optimizer.register_step_post_hook(after).remove)
+        self._handles.append(self.optimizer.register_step_pre_hook(pre).remove)
+        self._handles.append(self.optimizer.register_step_post_hook(post).remove)
         if self._wrapper is not None:  # it knows of updates that are skipped
             self._patch(self._wrapper, "step", self._step)
         if self.accelerator.scaler is not None and unscales_itself(self.optimizer):
@@ -300,8 +302,9 @@ def _check(accelerator: Accelerator, model: nn.Module, optimizer: Any, wrapper: 
     unknown = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
     if unknown:
         raise UnsupportedEngineError(
-            f"The optimizer holds {unknown} tensors that are not parameters of the model. Create it from the PEFT "
-            f"model's own parameters, before accelerator.prepare()."
+            f"The optimizer holds {unknown} tensors that are not parameters of the model. Create it from the model's "
+            f"own parameters, as PEFT returned it, before accelerator.prepare(); of two models that one optimizer "
+            f"trains make one (nn.ModuleDict)."
         )
     if accelerator.scaler is not None and wrapper is None:
         raise UnsupportedEngineError(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .config import FreezeEvent, FreezingConfig
 from .order import fixed_scores, unit_of
 from .policy import FreezingPolicy, QuantilePolicy, ThresholdPolicy, policy_for
-from .schedule import CubicSchedule, whole_steps
+from .schedule import CubicSchedule, Moments, whole_steps
 
 if TYPE_CHECKING:
     from .matrix import MatrixScore, PartialImportance
@@ -20,6 +20,7 @@ __all__ = [
     "FreezingPolicy",
     "FreezingScore",
     "MatrixScore",
+    "Moments",
     "PartialImportance",
     "QuantilePolicy",
     "ThresholdPolicy",

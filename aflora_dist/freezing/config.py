@@ -8,7 +8,7 @@ from typing import ClassVar
 from ..errors import AFLoRAError
 from ..options import FreezingEpochs, FreezingOptions
 from ..options.checked import AT_LEAST_ONE, NOT_NEGATIVE
-from .schedule import CubicSchedule, whole_steps
+from .schedule import CubicSchedule, Moments, whole_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,20 @@ class FreezingConfig(FreezingOptions):
         """r_p(t), the share of the blocks that may have frozen whole: Eq. 5 with t_p in the place of t_f."""
         t_p = self.final_steps // 2 if self.prefix_steps is None else self.prefix_steps
         return replace(self.schedule(), final_steps=t_p)
+
+    def moments(self, units: int, blocks: int = 0) -> Moments:
+        """When any of so many units may freeze, or with `prefix` one of so many blocks whole."""
+        total, growth = self.total_steps, self.schedule().growth(units)
+        if not growth:
+            return Moments(total)
+        freezes = {step for step, _ in growth}
+        if self.rule != "rank":  # by quantiles all have frozen after the first update at which r(t) was 1
+            end = total if self.rule == "threshold" else min(total - self.final_steps + 2, total)
+            freezes = {*range(self.initial_steps, end)}
+        if self.prefix:
+            freezes |= {step for step, _ in self.prefix_schedule().growth(blocks)}
+        middle, _ = min(growth, key=lambda at: abs(2 * at[1] - units))
+        return Moments(total, sorted(freezes), middle)
 
 
 @dataclass(frozen=True)

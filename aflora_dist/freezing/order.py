@@ -59,8 +59,8 @@ def unit_of(name: str, unit: Unit) -> str:
     'base_model.model.layers.0.mlp.up_proj'
     >>> unit_of("base_model.model.layers.0.mlp.up_proj.lora_A.default.weight", "layer")
     'base_model.model.layers.0.mlp.up_proj'
-    >>> unit_of("model.layers.0.mlp.up_proj.weight", "block")
-    'model.layers.0'
+    >>> unit_of("model.layers.0.mlp.up_proj.weight", "block"), unit_of("0.mlp.up_proj.weight", "block")
+    ('model.layers.0', '0')
     """
     assert unit in get_args(Unit), unit
     if unit == "matrix":
@@ -68,4 +68,4 @@ def unit_of(name: str, unit: Unit) -> str:
     if unit == "layer":
         return module_of(name)
     found = matrix_position(name)
-    return f"{found.stack}.{found.layer}" if found.layer >= 0 else module_of(name)
+    return f"{found.stack}.{found.layer}".lstrip(".") if found.layer >= 0 else module_of(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -73,3 +75,29 @@ class CubicSchedule(Checked):
         all_frozen = self.total_steps - self.final_steps
         decided = all_frozen + (step - all_frozen) // self.every * self.every
         return math.floor(self.fraction(decided) * total)
+
+    def growth(self, total: int) -> list[tuple[int, int]]:
+        """(t, `count` from then on), found by bisection: of a long training, most updates freeze nothing."""
+        steps, step, frozen = range(self.total_steps), 0, 0
+        found: list[tuple[int, int]] = []
+        while True:
+            step = bisect_left(steps, frozen + 1, lo=step, key=lambda t: self.count(t, total))
+            if step == len(steps):
+                return found
+            frozen = self.count(step, total)
+            found.append((step, frozen))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """When something may freeze, as far as it is known before.
+
+    Attributes:
+        total: T, the updates of the training.
+        freezes: After which of them something may, rising; where scores decide how much does, all at which they can.
+        middle: The one that leaves half of what freezes by its score, by r(t); None where nothing freezes.
+    """
+
+    total: int
+    freezes: Sequence[int] = ()
+    middle: int | None = None

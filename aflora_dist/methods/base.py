@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..control import AdaptiveFreezing, FreezingConfig, Progress
-from ..freezing import CubicSchedule
+from ..freezing import Moments
 from ..options import Config
 
 
@@ -23,14 +23,14 @@ class NoControl:
         freezable, frozen: Parameters that may stop training; those that have, with the step after which they did.
         events: What happened so far, one for each line of freeze_log.jsonl.
         seconds: Host time spent so far.
-        schedule: When they stop; None if nothing ever does.
+        moments: When they may stop; None if nothing ever does.
     """
 
     freezable: list[str] = field(default_factory=list)
     frozen: dict[str, int] = field(default_factory=dict)
     events: list[Any] = field(default_factory=list)
     seconds: float = 0.0
-    schedule: CubicSchedule | None = None
+    moments: Moments | None = None
 
     def scores(self) -> Mapping[str, float]:
         """A number for each parameter that may still stop training. A collective.

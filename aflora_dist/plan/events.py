@@ -78,8 +78,8 @@ class Freezes:
         self._rests = [[name for name in block if name not in numels] for block in blocks]
         besides = (sum(block[name] for name in rest) for block, rest in zip(blocks, self._rests, strict=True))
         self._beside = [0, *accumulate(besides)]
-        self.counts = _growth(schedule, self._units)  # (t, frozen from then on)
-        self._allowed = _growth(prefix, len(blocks)) if prefix else []
+        self.counts = schedule.growth(self._units)  # (t, frozen from then on)
+        self._allowed = prefix.growth(len(blocks)) if prefix else []
         # (t, units frozen, blocks frozen whole from then on), wherever one of them grows, as far as that is certain.
         self._certain = [(step, units, 0) for step, units in self.counts] if order is None else self._walk(order)
 
@@ -161,18 +161,6 @@ class Freezes:
             self.trainable - evenly - (low + high) / 2,
             self.trainable - self._least[frozen] - low,
         )
-
-
-def _growth(schedule: CubicSchedule, total: int) -> list[tuple[int, int]]:
-    """(t, floor(r(t) N) from then on), found by bisection: of a long training, most updates freeze nothing."""
-    steps, step, frozen = range(schedule.total_steps), 0, 0
-    found: list[tuple[int, int]] = []
-    while True:
-        step = bisect_left(steps, frozen + 1, lo=step, key=lambda t: schedule.count(t, total))
-        if step == len(steps):
-            return found
-        frozen = schedule.count(step, total)
-        found.append((step, frozen))
 
 
 def _latest(growth: Sequence[tuple[int, int]], step: int) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..adapter.freezable import freezable_names, refuse_all
 from ..control.prefix import blocks_from_below
 from ..engines import examine
-from ..freezing import FreezingPolicy, fixed_scores
+from ..freezing import FreezingPolicy, Moments, fixed_scores
 from ..freezing.score import averages
 from ..methods import Method
 from ..methods.base import FreezingMethod
@@ -41,7 +41,7 @@ class PlannedModel:
 
     Attributes:
         numels: Elements of each matrix that will freeze.
-        freezes: When; None if none will.
+        freezes, moments: When; None if none will.
         certain: Whether the schedule says how many freeze, and not the scores.
         trained: What trains at the start.
         start, head: Elements of it, and of what trains whole beside the method.
@@ -71,6 +71,7 @@ class PlannedModel:
         )
         self.start = int(self.trained.numels.sum())
         self.freezes: Freezes | None = None
+        self.moments: Moments | None = None
         if freezing and schedule:
             refuse_all(self.numels, [name for name, _, _ in members], freezing)
             order, prefix, blocks = None, None, list[dict[str, int]]()
@@ -80,6 +81,7 @@ class PlannedModel:
                 sizes = {name: p.numel() for name, p, _ in members}
                 below = blocks_from_below(model, sizes, self.numels, freezing)
                 prefix, blocks = freezing.prefix_schedule(), [{n: sizes[n] for n in block} for block in below]
+            self.moments = freezing.moments(len(self.policy), len(blocks))
             self.freezes = Freezes(schedule, self.policy, self.numels, self.start, order, prefix, blocks)
         self.certain = freezing is None or not self.freezes or freezing.rule == "rank"
         self.head = sum(p.numel() for name, p, _ in members if method.is_head(name))

@@ -55,9 +55,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     planned = PlannedModel(config, method, model, held)
     able.check(lambda launch: method.check_engine(launch.engine, launch.mixed_precision))
     steps = _steps(config, data, planned)
-    schedule = planned.freezes.schedule if planned.freezes else None
-    control = NoControl(freezable=list(planned.numels), schedule=schedule)
-    create_windows(config, control, steps.total)  # may refuse
+    create_windows(config, NoControl(moments=planned.moments), steps.total)  # may refuse
     if not planned.certain:
         assumptions.append(
             f"with freezing.rule={config.freezing.rule} the scores decide how many matrices freeze, every "

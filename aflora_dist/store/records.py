@@ -134,6 +134,7 @@ class Run:
 
     Attributes:
         problems: What was left out, and why: a line each.
+        done: How many updates there have been, as far as the logs tell.
 
     Raises:
         AFLoRAError: It is not a run's directory.
@@ -149,6 +150,7 @@ class Run:
             self.metrics.append(typed(Update, {**line, "step": at}))
         for at, line in self._lines(FREEZE_LOG):
             self.events.append(typed(Event, {**line, "step": at}))
+        self.done = 1 + max([line.step for line in self.metrics] + [event.step for event in self.events], default=-1)
         self.result = read_result(path, self.problems)
 
     def _settings(self) -> Settings:
@@ -202,8 +204,7 @@ class Run:
     @property
     def total_steps(self) -> int:
         """T; while the run goes on, as far as its learning rate's epochs tell."""
-        steps = [line.step for line in self.metrics] + [event.step for event in self.events]
-        done = max(steps, default=0) + 1
+        done = max(self.done, 1)
         if self.result is not None and self.result.steps is not None:
             return max(self.result.steps, done)
         if most := integer(self.settings.values["train"].get("max_steps")):

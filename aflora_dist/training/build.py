@@ -23,7 +23,7 @@ from ..control import Progress
 from ..engines import create_engine, engine_kind
 from ..errors import AFLoRAError, one_line
 from ..extras import require
-from ..freezing import CubicSchedule
+from ..freezing import Moments
 from ..methods import Control, Method
 from ..methods.choose import lora_parameters
 from ..names import adapter_tensor
@@ -320,5 +320,4 @@ def create_windows(config: Config, control: Control, total_steps: int) -> tuple[
     profile = config.profile
     if not profile.enabled:
         return ()
-    never = CubicSchedule(total_steps=total_steps, initial_steps=0, final_steps=0)
-    return windows(control.schedule or never, len(control.freezable), profile.steps, profile.starts)
+    return windows(control.moments or Moments(total_steps), profile.steps, profile.starts)

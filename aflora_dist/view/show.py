@@ -45,8 +45,9 @@ def sparkline(values: Sequence[float | None], width: int = 60) -> str:
 
 def print_run(run: Run, console: Console) -> None:
     """Header, curves, Fig. 5 and result."""
-    last = run.metrics[-1] if run.metrics else None
-    state = "finished" if run.result else f"after {last.step + 1 if last else 0} of {run.total_steps} steps"
+    known = run.metrics or run.total_steps > run.done  # before the first line nothing else may tell T
+    total = f" of {run.total_steps}" if known else ""
+    state = "finished" if run.result else f"after {run.done}{total} steps"
     console.print(Text(f"{run.settings.model} on {run.settings.task}: {state}", style="bold"))
     curves = []
     for title, key, form in _CURVES:

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch.profiler import record_function
 
 from ..compat.patch import patch
 from ..errors import AFLoRAError
-from ..freezing import CubicSchedule
+from ..freezing import Moments
 from ..notices import logger
 from ..processes import on_main
 from ..processes.meeting import meet
@@ -90,13 +91,12 @@ class Window:
     freezes: bool = False
 
 
-def windows(
-    schedule: CubicSchedule, matrices: int, steps: int, starts: Sequence[int] | None = None
-) -> tuple[Window, ...]:
-    """Which updates to record, in windows of so many steps.
+def windows(moments: Moments, steps: int, starts: Sequence[int] | None = None) -> tuple[Window, ...]:
+    """Which updates to record.
 
     Args:
-        schedule: When matrices freeze.
+        moments: When something may freeze.
+        steps: Length of each window.
         starts: First updates of the windows. By default one window before the first freeze, one around the
             freeze that leaves half of the matrices, one after the last; where there are too few updates for one, it
             is as short as it must be, or left out.
@@ -104,19 +104,16 @@ def windows(
     Raises:
         AFLoRAError: A window does not fit into the training, or two that were chosen overlap.
     """
-    total = schedule.total_steps
-    counts = [schedule.count(t, matrices) for t in range(total)]
-    freezes = [t for t, count in enumerate(counts) if count > (counts[t - 1] if t else 0)]
+    total, freezes = moments.total, moments.freezes
     if starts is None:
-        if not freezes:
+        if moments.middle is None:
             chosen = {"training": (1, steps)}
         else:
-            half = min(freezes, key=lambda t: abs(2 * counts[t] - matrices))
             first, last = freezes[0], freezes[-1]
             after = max(last + 1, min(last + 1 + (total - last) // 2, total - steps))
             chosen = {
                 "1_before": (max(1, min(5, first - steps - 1)), min(steps, first - 1)),
-                "2_middle": (half - steps // 2, steps),
+                "2_middle": (moments.middle - steps // 2, steps),
                 "3_after": (after, min(steps, total - after)),
             }
         if steps < total:
@@ -124,7 +121,7 @@ def windows(
     else:
         chosen = {f"{i}_from_{start}": (start, steps) for i, start in enumerate(sorted(starts), 1)}
     found = tuple(
-        Window(name, start, length, any(start <= t < start + length for t in freezes))
+        Window(name, start, length, bisect_left(freezes, start + length) > bisect_left(freezes, start))
         for name, (start, length) in chosen.items()
         if length > 0
     )

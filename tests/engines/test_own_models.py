@@ -330,6 +330,51 @@ def test_torch_s_own_encoder_freezes_whole() -> None:
     assert len(freezable_names(adapter)) == 8, "of both feed-forward layers of two blocks, A and B"
 
 
+def test_a_parametrized_layer_is_the_layer_that_it_was() -> None:
+    model = Encoder()
+    for block in model.encoder.layers:
+        nn.utils.parametrizations.weight_norm(block.linear1)
+        nn.utils.parametrizations.orthogonal(block.linear2)
+    found = freezable_names(model)
+    assert {n.partition("layers.")[2] for n in found if "0." in n and "attn" not in n} == {
+        "0.linear1.parametrizations.weight.original0",
+        "0.linear1.parametrizations.weight.original1",
+        "0.linear2.parametrizations.weight.original",
+    }
+    loop = Loop(model, unit="layer", freezable=r".*layers.*linear\d.*")
+    loop.train()
+    together = [{n.split(".")[3] for n in event.frozen} for event in loop.freezing.events]
+    assert len(loop.freezing.frozen) == 10, "with biases: 3 of linear1, 2 of linear2"
+    assert all(
+        {n for n in loop.freezing.freezable if n.split(".")[:4] == f.split(".")[:4]} <= {*e.frozen}
+        for e in loop.freezing.events
+        for f in e.frozen
+    ), together
+
+
+@pytest.mark.parametrize("way", ["sequential", "layers"])
+def test_blocks_of_a_model_that_is_a_sequence_and_layers_that_are_blocks_freeze_from_the_bottom(way: str) -> None:
+    if way == "layers":
+        model, freezable, of_block = Net(), LAYERS, "layers.{}."
+    else:
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(3)]
+        model, freezable, of_block = nn.Sequential(*blocks, nn.Linear(8, 2)), r"[0-2]\.[02]\.weight", "{}."
+    loop = Loop(model, freezable=freezable, prefix=True, unit="block", score="front_to_back")
+    loop.train()
+    events = loop.freezing.events
+    assert [event.backward_from for event in events if event.backward_from][-1] == 3
+    for number in range(3):
+        block = {n for n, _ in loop.model.named_parameters() if n.startswith(of_block.format(number))}
+        assert block <= {*loop.freezing.frozen}
+        matrices = block & {*loop.freezing.freezable}
+        assert len({loop.freezing.frozen[name] for name in matrices}) == 1, "all of a block at once"
+    assert not [name for name in loop.freezing.frozen if name.startswith(("head", "3"))]
+    x = torch.randn(4, 8, requires_grad=True)
+    loop.model(x).sum().backward()
+    assert loop.freezing.engine.trainable == [n for n, p in loop.model.named_parameters() if p.grad is not None]
+
+
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("layer", [nn.Linear, Conv1D])
@@ -449,6 +494,54 @@ def test_an_adapter_that_no_gradient_reaches_is_told_of_before_it_freezes(capsys
     Loop(adapted(Reads(), ["0", "1"], modules_to_save=["head"])).train()
     said = capsys.readouterr().err
     assert "layers.0.aflora.default.A and 1 more have had no gradient so far, and freeze first" in said
+
+
+def test_other_values_in_the_place_of_what_has_frozen_have_their_gradients() -> None:
+    """torch.func's: fast weights of meta-learning, gradients by example, a Hessian."""
+    loop = Loop(Net(), freezable=LAYERS)
+    loop.train()
+    model, x = loop.model, torch.randn(4, 8)
+    expected = copy.deepcopy(model).requires_grad_(True)
+    expected(x).pow(2).mean().backward()
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).pow(2).mean()
+
+    values = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    loss(values).backward()
+    transformed = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(values[name].grad, parameter.grad)
+        torch.testing.assert_close(transformed[name], parameter.grad)
+    model.requires_grad_(True)
+    model(x).sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} == {*loop.freezing.frozen}
+
+
+def test_a_step_that_is_compiled_freezes_what_another_one_does() -> None:
+    frozen, values = [], []
+    for compiled in (False, True):
+        model = Net()
+        accelerator, optimizer = Accelerator(cpu=True), torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2))
+        model, optimizer = accelerator.prepare(model, optimizer)
+        freezing = AdaptiveFreezing(accelerator, model, optimizer, FreezingConfig(**CONFIG), freezable=LAYERS)
+
+        def update() -> None:
+            model(torch.randn(4, 8)).pow(2).mean().backward()  # noqa: B023
+            optimizer.step()  # noqa: B023
+            optimizer.zero_grad()  # noqa: B023
+
+        step = torch.compile(update, backend="eager") if compiled else update
+        torch.manual_seed(1)
+        for _ in range(STEPS):
+            step()
+        frozen.append(freezing.frozen)
+        values.append([*model.parameters()])
+        assert freezing.step == STEPS
+    torch._dynamo.reset()
+    assert len(frozen[0]) == 3
+    assert frozen[0] == frozen[1]
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-5)
 
 
 def test_a_module_that_stands_under_two_names_freezes() -> None:

@@ -79,6 +79,43 @@ def test_a_training_with_a_reference_is_the_training_without(case: str, switch: 
     assert not [name for name, value in model.named_parameters() if name in freezing.frozen and value.requires_grad]
 
 
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [lambda model: torch.compile(model, backend="eager"), in_place])
+@pytest.mark.parametrize("config", [LoraConfig, AFLoRAConfig])
+def test_in_a_compiled_model_too(config: Any, compiled: Callable[[Any], Any]) -> None:
+    """Where hooks of layers are compiled with them; a reference model as DPO takes it."""
+    values, norms = [], []
+    for reference in (False, True):
+        torch.manual_seed(0)
+        base = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)), nn.Linear(4, 2))
+        options = {"init_lora_weights": False} if config is LoraConfig else {"init_weights": False, "freezable": "all"}
+        model = get_peft_model(base, config(r=2, target_modules=["0.0", "1.0"], modules_to_save=["2"], **options))
+        accelerator = Accelerator(cpu=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        called, optimizer = accelerator.prepare(compiled(model), optimizer)
+        freezing = AdaptiveFreezing(accelerator, called, optimizer, CONFIG)
+        for step in range(STEPS):
+            torch.manual_seed(step)
+            x = torch.randn(4, 4)
+            if reference:
+                with torch.no_grad(), model.disable_adapter():
+                    called(x)
+            accelerator.backward(called(x).pow(2).mean())
+            norms.append(float(accelerator.clip_grad_norm_(called.parameters(), 0.05) or 0))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(freezing.frozen) == 4
+        values.append([*model.parameters()])
+        freezing.detach()
+        torch._dynamo.reset()
+    assert norms[:STEPS] == norms[STEPS:]
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
+
+
 def test_recomputed_activations_are_those_of_the_forward_pass() -> None:
     values = {}
     for reference in (False, True):

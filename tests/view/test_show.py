@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from aflora_dist.figures import freeze_map
 from aflora_dist.names import MatrixPosition, matrix_position
@@ -89,6 +90,22 @@ def test_show_leaves_out_what_is_damaged_and_says_so(tmp_path: Path, capsys: pyt
         "freeze_log.jsonl: line 1 cannot be read and is left out.",
         "result.json is cut or damaged",
     ]
+
+
+@pytest.mark.parametrize(("max_steps", "expected"), [(None, "after 9 steps"), (40, "after 9 of 40 steps")])
+def test_what_froze_tells_how_far_a_run_is_whose_first_line_of_metrics_is_still_to_come(
+    max_steps: int | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    (run / "result.json").unlink()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"]["max_steps"] = max_steps
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    events = (run / "freeze_log.jsonl").read_text().splitlines(keepends=True)
+    (run / "freeze_log.jsonl").write_text("".join(events[:6]))  # the last one after step 8, from 0
+    assert show([str(run)]) == 0
+    assert f"tiny on rte: {expected}\n" in capsys.readouterr().out
 
 
 def test_show_and_its_figures_do_with_the_fields_that_an_earlier_release_wrote(

@@ -18,17 +18,19 @@ from torch_tb_profiler.profiler.data import RunProfileData
 from torch_tb_profiler.profiler.run_generator import RunGenerator
 
 from aflora_dist import AFLoRAError
-from aflora_dist.freezing import CubicSchedule
+from aflora_dist.freezing import CubicSchedule, FreezingConfig, FreezingPolicy, Moments
 from aflora_dist.watch.memory import MemoryHistory
 from aflora_dist.watch.traces import TraceRecorder, Window, for_plugin, windows
 
 from .cuda_trace import cuda_trace
 
-SCHEDULE = CubicSchedule(total_steps=100, initial_steps=10, final_steps=50)
+STEPS = {"total_steps": 100, "initial_steps": 10, "final_steps": 50}
+SCHEDULE = CubicSchedule(**STEPS)
+MOMENTS = FreezingConfig(**STEPS).moments(24)
 
 
 def test_windows_lie_before_around_the_middle_of_and_after_the_freezing() -> None:
-    before, middle, after = windows(SCHEDULE, matrices=24, steps=4)
+    before, middle, after = windows(MOMENTS, steps=4)
     counts = [SCHEDULE.count(t, 24) for t in range(100)]
     assert counts[before.start + 3] == 0
     recorded = range(middle.start, middle.start + 4)
@@ -48,7 +50,7 @@ def test_windows_lie_before_around_the_middle_of_and_after_the_freezing() -> Non
     ],
 )
 def test_what_is_called_before_and_after_holds_no_freeze(t_i: int, t_f: int, expected: list[tuple[str, int]]) -> None:
-    found = windows(CubicSchedule(total_steps=100, initial_steps=t_i, final_steps=t_f), matrices=24, steps=4)
+    found = windows(FreezingConfig(total_steps=100, initial_steps=t_i, final_steps=t_f).moments(24), steps=4)
     assert [(window.name, window.steps) for window in found] == expected
     assert [window.freezes for window in found] == [window.name == "2_middle" for window in found]
 
@@ -57,14 +59,55 @@ def test_what_is_called_before_and_after_holds_no_freeze(t_i: int, t_f: int, exp
 def test_windows_that_are_not_asked_for_fit_into_any_training(total: int) -> None:
     for t_i, t_f, steps, matrices in itertools.product(range(0, total, 3), range(0, total, 3), (1, 2, 5, 60), (1, 24)):
         if t_i + t_f < total and steps < total:
-            found = windows(CubicSchedule(total_steps=total, initial_steps=t_i, final_steps=t_f), matrices, steps)
+            config = FreezingConfig(total_steps=total, initial_steps=t_i, final_steps=t_f)
+            found = windows(config.moments(matrices), steps)
             assert not any(window.freezes for window in found if window.name != "2_middle")
             assert {window.steps for window in found} <= {*range(1, steps + 1)}
 
 
+@pytest.mark.parametrize("units", [2, 3, 7])
+@pytest.mark.parametrize("every", [1, 10])
+def test_around_the_middle_something_freezes_whatever_freezes_together(units: int, every: int) -> None:
+    """Layers or blocks, which are fewer than their matrices, and freeze at other updates."""
+    config = FreezingConfig(total_steps=100, initial_steps=10, final_steps=30, every=every)
+    names = [f"layers.{i}.{m}.weight" for i in range(units) for m in "abcd"]
+    policy, frozen, at = FreezingPolicy(names, unit="block"), 0, []
+    assert len(policy) == units
+    for t in range(100):
+        if policy.due(config.schedule(), t, units - frozen):
+            frozen = config.schedule().count(t, units)
+            at.append(t)
+    found = windows(config.moments(len(policy)), steps=4)
+    for window in found:
+        recorded = range(window.start, window.start + window.steps)
+        assert window.freezes == any(t in recorded for t in at) == (window.name == "2_middle"), window
+
+
+@pytest.mark.parametrize("prefix_steps", [0, 5, None])
+@pytest.mark.parametrize("rule", ["rank", "quantile", "threshold"])
+def test_windows_beside_the_freezing_know_of_whole_blocks_and_of_rules_by_which_scores_decide(
+    rule: Any, prefix_steps: int | None
+) -> None:
+    config = FreezingConfig(
+        total_steps=100, initial_steps=10, final_steps=30, prefix=True, prefix_steps=prefix_steps, rule=rule
+    )
+    moments = config.moments(24, blocks=6)
+    assert isinstance(moments, Moments)
+    whole, last = config.prefix_schedule(), 71 if rule == "quantile" else 70
+    grows = {t for t in range(1, 100) if whole.count(t, 6) > whole.count(t - 1, 6)}
+    assert max(grows) == {0: 51, 5: 95, None: 85}[prefix_steps]
+    assert grows <= {*moments.freezes}
+    windows_of = {window.name: window for window in windows(moments, steps=4)}
+    after = windows_of.get("3_after")
+    assert (after is None) == (rule == "threshold")
+    assert after is None or after.start > max(last, *grows)
+    assert windows_of["1_before"].start + windows_of["1_before"].steps <= (10 if rule != "rank" else 12)
+    assert windows_of["2_middle"].freezes
+
+
 def test_windows_where_nothing_freezes_or_where_asked_for() -> None:
-    assert windows(SCHEDULE, 0, 4) == (Window("training", 1, 4),)
-    assert windows(SCHEDULE, 24, 2, starts=[30, 7]) == (
+    assert windows(FreezingConfig(**STEPS).moments(0), 4) == (Window("training", 1, 4),)
+    assert windows(MOMENTS, 2, starts=[30, 7]) == (
         Window("1_from_7", 7, 2),
         Window("2_from_30", 30, 2, freezes=True),
     )
@@ -73,7 +116,7 @@ def test_windows_where_nothing_freezes_or_where_asked_for() -> None:
 @pytest.mark.parametrize(("steps", "starts"), [(4, [0]), (4, [98]), (4, [10, 14]), (4, [-3])])
 def test_windows_that_do_not_fit_are_refused(steps: int, starts: list[int] | None) -> None:
     with pytest.raises(AFLoRAError, match=r"Profiling does not fit: .* of 100\."):
-        windows(SCHEDULE, 24, steps, starts)
+        windows(MOMENTS, steps, starts)
 
 
 def plugin_reads(trace: dict[str, Any]) -> Any:
