@@ -15,7 +15,7 @@ from ..tokens import Columns
 from .batching import IGNORED
 from .examples import THOUGHTS, Turn, is_learned, tools, turns
 from .offsets import carried_by, check_offsets, with_whole_offsets
-from .template import Template, Tools
+from .template import DAY, Template, Tools
 
 
 class Note(IntFlag):
@@ -29,6 +29,7 @@ class Note(IntFlag):
     NO_THOUGHT = 32
     ENDED = 64
     GIVEN = 128
+    DATED = 256
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ SAID = {
     "learned",
     Note.ENDED: "to which the end of the assistant's turn is added, which the chat template leaves to the next turn",
     Note.GIVEN: "in which a turn of the assistant is not learned: it says nothing, or has weight 0 or train false",
+    Note.DATED: f"in which the chat template writes today's date: it is {DAY} in all, on whatever day they are read",
     Note.LEFT_OUT: "of which the chat template leaves something out (a turn, thoughts, a tool), or writes it otherwise",
 }
 
@@ -216,6 +218,7 @@ class Encoder:
         thought = [turn.get(key) for turn in chat for key in THOUGHTS]
         names = [call.get("function", call).get("name") for call in (*called, *(tools or ()))]
         note = Note.WRITTEN if any(map(self._special.search, texts)) else Note(0)
+        note |= Note.DATED if self.template.dated else Note(0)
         whole = "".join(text.split())
         meant = [*texts, *(name for name in (*thought, *names) if isinstance(name, str))]
         return note if all("".join(part.split()) in whole for part in meant) else note | Note.LEFT_OUT

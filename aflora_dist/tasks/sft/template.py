@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 from ...errors import AFLoRAError, one_line
@@ -32,6 +33,8 @@ PLAIN_TEMPLATE = (
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _MACRO = "aflora_generation"
+_CLOCK = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
+DAY = date(2024, 7, 26)  # on which it is always: what Llama 3.2's template takes where nobody tells it
 _UNUSED = [chr(0xFDD0 + i) for i in range(32)]  # code points that Unicode keeps free of characters
 Tools = Sequence[Any] | None  # that the assistant may call: JSON schemas
 Span = tuple[int, int]  # in the rendered text: the first character, and the one after the last
@@ -44,7 +47,9 @@ class Template:
         name: What errors call the examples.
 
     Attributes:
-        source: As Jinja reads it.
+        source: As Jinja reads it. Of today's date it makes `DAY`: an example that another day changes would be another
+            one for a run that is gone on with, for what predicts, and for a node that begins after midnight.
+        dated: Whether it does.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -54,7 +59,9 @@ class Template:
                 f"{name}: the tokenizer has no chat template, and no token that ends a text, with which turns would "
                 f'end: add an "eos_token" to its tokenizer_config.json.'
             )
-        self.source: str = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+        own: str = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+        self.source = _CLOCK.sub(lambda call: json.dumps(DAY.strftime(call[2])), own)
+        self.dated = self.source != own
         self._marked = _MARK.search(_COMMENT.sub("", self.source)) is not None
         self._text_calls: bool | None = None
         self._forms: dict[str, tuple[bool, bool]] = {}
