@@ -135,8 +135,8 @@ def test_a_chat_is_answered_whose_template_does_not_tell_what_was_learned(talker
     """DeepSeek R1's asks for thoughts, which earlier turns are written without."""
     adapter = shutil.copytree(talker / "adapter", tmp_path / "adapter")
     make_small_tokenizer(
-        "{% for m in messages %}{{ {'user': 'Instruction : ', 'assistant': 'Response : '}[m.role] + m.content + '</s>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'Response : # ' }}{% endif %}"
+        "{% for m in messages %}{{ 'Response : ' if m.role == 'assistant' else 'Instruction : ' }}"
+        "{{ m.content + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ 'Response : # ' }}{% endif %}"
     ).save_pretrained(adapter)
     said = [("user", "Ada has 3"), ("assistant", "books"), ("user", "how many ?")]
     (file := tmp_path / "chats.jsonl").write_text(

@@ -64,7 +64,7 @@ class Template:
         self.dated = self.source != own
         self._marked = _MARK.search(_COMMENT.sub("", self.source)) is not None
         self._text_calls: bool | None = None
-        self._forms: dict[str, tuple[bool, bool]] = {}
+        self._forms: dict[str, tuple[bool, bool, bool]] = {}
 
     def render(self, chat: Sequence[Turn], ask: bool = False, tools: Tools = None) -> str:
         """The text of a conversation; `ask`: up to where the assistant is to speak.
@@ -168,13 +168,13 @@ class Template:
         content = turn.get("content")
         if not isinstance(content, str | list):
             return turn
-        texts, parts = self._written(turn["role"])
+        texts, parts, as_json = self._written(turn["role"])
         if isinstance(content, str):
             return turn if texts or not parts else {**turn, "content": [{"type": "text", "text": content}]}
-        if parts:
-            return turn
         said = [part.get("text") if isinstance(part, dict) else part for part in content]
         strange = next((part for part, text in zip(content, said, strict=True) if not isinstance(text, str)), None)
+        if parts and not (as_json and texts and strange is None):
+            return turn
         if strange is not None:
             raise ValueError(f"the chat template writes texts alone, and a turn has the part {shown(strange, 200)}")
         return {**turn, "content": "".join(map(str, said))}
@@ -213,22 +213,22 @@ class Template:
             self._text_calls = right == [False, True]
         return self._text_calls
 
-    def _written(self, role: str) -> tuple[bool, bool]:
-        """Whether the template writes what this role says as text, and whether as a list of parts."""
+    def _written(self, role: str) -> tuple[bool, bool, bool]:
+        """Whether the template writes what this role says as text, whether as parts, and these as JSON, unlike text."""
         if role not in self._forms:
             words = _UNUSED[0]
-            found = []
+            written = []
             for content in (words, [{"type": "text", "text": words}]):
                 turn = {"role": role, "content": content}
                 asked, told = {"role": "user", "content": content}, {"role": "assistant", "content": content}
                 chat = {"system": [turn, asked], "user": [turn], "assistant": [asked, turn]}
                 try:
-                    text = self.render(chat.get(role, [asked, told, turn]))
+                    written.append(self.render(chat.get(role, [asked, told, turn])))
                 except AFLoRAError:
-                    text = ""
-                as_python = str(content) in text or "'type'" in text  # JSON, it writes on purpose
-                found.append(words in text and not (isinstance(content, list) and as_python))
-            self._forms[role] = found[0], found[1]
+                    written.append("")
+            text, parts = written
+            as_json = '"type"' in parts and f'"{words}' not in text  # elsewhere on purpose: what a tool returns
+            self._forms[role] = words in text, words in parts and "'type'" not in parts, as_json
         return self._forms[role]
 
     def after_a_turn(self) -> list[str]:
