@@ -373,6 +373,19 @@ def test_chats_need_not_be_of_one_kind_and_cells_stay_text(tmp_path: Path) -> No
     assert held.column_names == ["prompt", "completion", "answer"]
 
 
+def test_answers_stay_where_sets_are_mixed_that_say_otherwise_what_an_example_is(tmp_path: Path) -> None:
+    problems = [{"prompt": f"{n} ?", "completion": f"It is {n}.", "answer": n} for n in range(6)]
+    chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"a{n}"}]} for n in "bc"]
+    for name, rows in (("problems", problems), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, mix = str(tmp_path / "problems.jsonl"), {str(tmp_path / "chats.jsonl"): 1.0}
+    train, held = load_examples(DataConfig(task="sft", train_file=first, mix=mix, hold_out=7), seed=0)
+    assert train.column_names == ["messages", "tools"]
+    right = {turns(row, None)[0]["content"]: row["answer"] for row in held}
+    assert right == {said: None if said == "hi" else int(said[0]) for said in right}
+    assert len(right) > 4
+
+
 def test_what_is_cut_and_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "how many ?", "completion": "Ada"}] * 3
     rows += [{"prompt": "how many ? " * 30, "completion": "Ada"}, {"prompt": "Ada", "completion": "and " * 60}]

@@ -127,10 +127,12 @@ def _alike(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
         raise AFLoRAError("data.mix: some of what is mixed is plain text (a column text), and some is not.")
 
     def texts(part: datasets.Dataset, what: Any) -> pa.Array:
-        return pa.array([json.dumps(what(row), ensure_ascii=False) for row in part], pa.string())
+        return pa.array([json.dumps(what(row), ensure_ascii=False, default=str) for row in part], pa.string())
 
-    chats = [{"messages": texts(p, lambda row: turns(row, None)), "tools": texts(p, tools)} for p in parts]
-    columns = {name: as_json_column(pa.chunked_array([chat[name] for chat in chats])) for name in ("messages", "tools")}
+    meant = {"messages": lambda row: turns(row, None), "tools": tools}
+    if any("answer" in part.column_names for part in parts):  # for what is held out
+        meant["answer"] = lambda row: row.get("answer")
+    columns = {n: as_json_column(pa.chunked_array([texts(part, what) for part in parts])) for n, what in meant.items()}
     return exact(datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns))))
 
 
