@@ -230,8 +230,13 @@ def test_a_chat_that_the_assistant_begins_is_learned_from_its_first_word() -> No
         found = encode({"messages": [CHAT[1:4]]})
         said = encode.tokenizer.decode([label for label in found["labels"][0] if label != IGNORED])
         assert said.startswith("yes<")
-    with pytest.raises(AFLoRAError, match=r"it: an example has an answer, and nothing that is asked"):
+    with pytest.raises(AFLoRAError, match=r"it: an example asks nothing that could be answered"):
         encode({"messages": [CHAT[1:2]], "answer": [3]})
+    for without in (None, ""):
+        assert (
+            encode({"messages": [CHAT[1:2]], "answer": [without]})["labels"]
+            == encode({"messages": [CHAT[1:2]]})["labels"]
+        )
     refusing = "{% if messages[0].role != 'user' %}{{ raise_exception('Users begin.') }}{% endif %}"
     with pytest.raises(AFLoRAError, match=r"it: the chat template refuses an example \(Users begin\.\): .*yes"):
         encoder("bytes", refusing)({"messages": [CHAT[1:4]]})

@@ -119,7 +119,8 @@ class Encoder:
             columns["cut"].append(len(kept) < len(ids))
             columns["notes"].append(int(note))
         if "answer" in examples:
-            asked = [self.template.render(self._asked(c), True, t) for c, t in zip(chats, may_call, strict=True)]
+            each = zip(chats, may_call, examples["answer"], strict=True)
+            asked = [self.template.render(self._asked(chat, right), True, named) for chat, named, right in each]
             columns["prompt_ids"] = self._tokens(asked)["input_ids"]
         return columns
 
@@ -223,12 +224,12 @@ class Encoder:
         meant = [*texts, *(name for name in (*thought, *names) if isinstance(name, str))]
         return note if all("".join(part.split()) in whole for part in meant) else note | Note.LEFT_OUT
 
-    def _asked(self, chat: Sequence[Turn]) -> Sequence[Turn]:
-        """A conversation up to where the assistant is to say its last."""
+    def _asked(self, chat: Sequence[Turn], right: Any) -> Sequence[Turn]:
+        """A conversation up to where the assistant is to say its last; whole where it is not asked for that."""
         asked = chat[:-1] if chat[-1]["role"] == "assistant" else chat
-        if not asked:
-            raise AFLoRAError(f"{self.name}: an example has an answer, and nothing that is asked: {shown(chat, 200)}")
-        return asked
+        if not asked and right not in (None, ""):
+            raise AFLoRAError(f"{self.name}: an example asks nothing that could be answered: {shown(chat, 200)}")
+        return asked or chat
 
     def end_of_turn(self) -> End:
         """What ends the assistant's turn."""

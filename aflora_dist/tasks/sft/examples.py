@@ -72,9 +72,7 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
 
 
 def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]:
-    """A file of what a language model is to be asked: its rows, and the same as for evaluation, with an answer each.
-
-    Where the file has no answers they are empty.
+    """A file of what a language model is to be asked: its rows, with empty answers where it has none; and the prompts.
 
     Raises:
         AFLoRAError: On every rank: a row is no prompt; with its line.
@@ -91,7 +89,7 @@ def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]
             f"{name} has no column of prompts (messages, prompt, instruction), and plain text is not answered. "
             f"data.columns says which column stands for one of these."
         )
-    return table, prompts
+    return table, prompts.remove_columns("answer").add_column("answer", [0] * len(prompts))  # so that all are asked
 
 
 def _examples(table: Rows, trained: bool, config: DataConfig) -> datasets.Dataset:
