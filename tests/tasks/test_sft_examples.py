@@ -212,6 +212,23 @@ def test_a_turn_that_says_nothing_or_is_marked_as_given_carries_no_loss(turn: di
     assert said.strip() == "7"
 
 
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_what_the_assistant_says_in_a_prompt_is_no_completion(template: str) -> None:
+    """As TRL has it: one that goes on with a conversation is learned by its end."""
+    encode = Encoder(chat_tokenizer("bytes", TEMPLATES[template][0]), 200, "completions", None, "it")
+    asked = [{"role": role, "content": said} for role, said in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    answer = {"role": "assistant", "content": "7"}
+    for completion in ("7", [answer]):
+        found = encode({"prompt": [asked], "completion": [completion]})
+        whole = encode({"messages": [[*asked, answer]]})
+        assert found["input_ids"] == whole["input_ids"]
+        said = encode.tokenizer.decode([label for label in found["labels"][0] if label >= 0], skip_special_tokens=True)
+        assert (said.strip(), Note.GIVEN in Note(found["notes"][0])) == ("7", True)
+        assert whole["count"] > found["count"]
+    asked[1]["train"] = True
+    assert encode({"prompt": [asked], "completion": ["7"]})["count"] == whole["count"]
+
+
 def test_weights_between_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a turn is learned \(1, true\) or not \(0, false\)"):
         turns({"messages": [CHAT[0], {"role": "assistant", "content": "7", "weight": 0.5}]}, None)

@@ -56,7 +56,8 @@ SAID = {
     Note.NO_THOUGHT: "in which the chat template begins what the assistant says with an empty reasoning part, which is "
     "learned",
     Note.ENDED: "to which the end of the assistant's turn is added, which the chat template leaves to the next turn",
-    Note.GIVEN: "in which a turn of the assistant is not learned: it says nothing, or has weight 0 or train false",
+    Note.GIVEN: "in which a turn of the assistant is not learned: it says nothing, is of a prompt, or has weight 0 or "
+    "train false",
     Note.DATED: f"in which the chat template writes today's date: it is {DAY} in all, on whatever day they are read",
     Note.LEFT_OUT: "of which the chat template leaves something out (a turn, thoughts, a tool), or writes it otherwise",
 }

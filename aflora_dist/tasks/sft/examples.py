@@ -231,7 +231,12 @@ def question(row: Mapping[str, Any]) -> str:
 def _spoken(value: Any, role: str, column: str) -> list[Turn]:
     if role == "assistant" and (value is None or value == ""):  # a cell of a CSV file has no other way to be missing
         return []
-    return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, column)
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    said = _messages(value, column)
+    if role == "user":  # a prompt: what the assistant says in it is no completion
+        said = [{"train": False, **turn} if turn["role"] == "assistant" else turn for turn in said]
+    return said
 
 
 def _messages(value: Any, column: str) -> list[Turn]:
