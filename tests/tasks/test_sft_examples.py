@@ -212,10 +212,18 @@ def test_a_turn_that_says_nothing_or_is_marked_as_given_carries_no_loss(turn: di
     assert said.strip() == "7"
 
 
-@pytest.mark.parametrize("template", sorted(TEMPLATES))
-def test_what_the_assistant_says_in_a_prompt_is_no_completion(template: str) -> None:
+MARKS_THE_END = (  # as TRL's for Phi 3: more marks than turns
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}"
+    "{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [MARKS_THE_END, *(template for template, _, _ in TEMPLATES.values())])
+def test_what_the_assistant_says_in_a_prompt_is_no_completion(template: str | None) -> None:
     """As TRL has it: one that goes on with a conversation is learned by its end."""
-    encode = Encoder(chat_tokenizer("bytes", TEMPLATES[template][0]), 200, "completions", None, "it")
+    encode = Encoder(chat_tokenizer("bytes", template), 200, "completions", None, "it")
     asked = [{"role": role, "content": said} for role, said in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     answer = {"role": "assistant", "content": "7"}
     for completion in ("7", [answer]):

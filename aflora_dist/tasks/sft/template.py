@@ -118,11 +118,16 @@ class Template:
                 f"they do not tell what the assistant says. Put them where the text is written, or use "
                 f"data.loss_on=all. The example: {shown(chat, 200)}"
             )
-        said = [turn for turn in chat if turn["role"] == "assistant"]
+        said = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
+        learned = [i for i in said if is_learned(chat[i])]
         if len(spans) == len(said):
-            spans = [span for span, turn in zip(spans, said, strict=True) if is_learned(turn)]
-        elif not all(is_learned(turn) or not (turn.get("content") or "") for turn in said):
-            return []  # the marks do not tell which turn is the one that is given
+            spans = [span for span, i in zip(spans, said, strict=True) if i in learned]
+        elif any(i not in learned and (chat[i].get("content") or "") for i in said):
+            # The marks do not tell which turn is given, unless all that is learned comes after it: as after a prompt.
+            asked = self.render(chat[: learned[0]], True, tools) if said[-len(learned) :] == learned else ""
+            if not asked or not text.startswith(asked):
+                return []
+            spans = [span for span in spans if span[1] > len(asked)]
         return [(begin, end) for begin, end in spans if begin < end]
 
     def _added(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
