@@ -107,6 +107,7 @@ class FreezingCallback(TrainerCallback):
             on_freeze=self.on_freeze,
         )
         _LAST[model] = ref(self.freezing)
+        self.freezing.interrupted()  # if it ends early: Trainer counts, so that nobody has miscounted
         progress = self.freezing.progress
         progress.parts["scheduler"] = Scheduler(trainer.lr_scheduler, progress.engine)
         _warn_of_low_rates(self.freezing, args.learning_rate)
@@ -159,8 +160,6 @@ class FreezingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.freezing is not None:
-            if state.global_step < state.max_steps:  # EarlyStoppingCallback, an error: nobody miscounted
-                self.freezing.interrupted()
             self.freezing.release()
         if self._stop is not None:
             self._stop.close()

@@ -508,12 +508,15 @@ def test_training_again_goes_on_with_what_is_frozen(tmp_path: Path) -> None:
     assert changed == {"s_d", "s_b"}
 
 
-def test_an_out_of_memory_after_the_last_freeze_is_retried(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [2, STEPS - 1])
+def test_an_out_of_memory_is_retried_whenever_it_comes(
+    at: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Full(TrainerCallback):
         full = True
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.full and state.global_step == STEPS - 1:
+            if self.full and state.global_step == at:
                 self.full = False
                 raise RuntimeError("CUDA out of memory.")
 
@@ -523,7 +526,10 @@ def test_an_out_of_memory_after_the_last_freeze_is_retried(tmp_path: Path) -> No
     trainer.train()
     assert callback.freezing is not None
     assert trainer._train_batch_size < worker.BATCH
-    assert (callback.freezing.events, trainer.state.global_step) == ([], callback.freezing.step)
+    assert trainer.state.global_step == callback.freezing.step
+    assert (callback.freezing.events == []) == (at == STEPS - 1)
+    assert callback.freezing.remaining == []
+    assert "training ended after" not in capsys.readouterr().err  # it did not
 
 
 def test_a_checkpoint_that_cannot_be_gone_on_from_says_why(tmp_path: Path) -> None:

@@ -120,6 +120,12 @@ class Peft(PeftMethod):
                 "method.options alora_invocation_tokens: PEFT looks for these tokens in language models alone, and "
                 "would train nothing of a classifier's adapter. Leave it out, or train with data.task=sft."
             )
+        if self.options.get("alora_invocation_tokens") and config.data.packing:
+            raise AFLoRAError(
+                "method.options alora_invocation_tokens: PEFT looks for their last place in a row, and data.packing "
+                "lays several examples in one, of which all but the last would train as that one says. Leave packing "
+                "out."
+            )
         if (start := str(self.options.get("init_lora_weights", "")).lower()) in ("eva", "corda"):
             raise AFLoRAError(
                 f"method.options init_lora_weights={start} is computed of training data by a call of peft's, which "

@@ -192,7 +192,8 @@ class _Answers:
         data = self.config.data
         self.shape = BatchShape(accelerator, limits.positions, data.max_length)
         limits.check_padding(tokenizer)
-        encode = Encoder(tokenizer, data.max_length, data.loss_on, data.system, "the file")
+        # Nothing is learned: a template need not tell what the assistant has said.
+        encode = Encoder(tokenizer, data.max_length, "all", data.system, "the file")
         self.end = encode.end_of_turn()
         self.tokens = made_once(self.prompts, tokenizer, encode, encode.settings, "the file")
         limits.check_tokens(tokenizer, self.tokens, "the file")

@@ -19,11 +19,11 @@ _IDLE = {"transformers_version", "_name_or_path", "architectures"}  # change not
 
 
 def of_examples(parts: Iterable[Any]) -> str:
-    """Of datasets, with numbers or lists of them in their columns, and of what JSON can hold."""
+    """Of datasets, with numbers or lists of them in their columns, and of lists of answers."""
     content = hashlib.sha256()
     for part in parts:
         if not hasattr(part, "column_names"):
-            content.update(json.dumps(part).encode())
+            content.update(json.dumps(part, default=str).encode())  # Decimal, of parquet
             continue
         names = sorted(part.column_names)
         content.update(json.dumps([names, len(part)]).encode())

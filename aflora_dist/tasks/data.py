@@ -220,27 +220,37 @@ def metrics_for(task: str, names: list[str] | None) -> tuple[str, ...]:
 
 
 def _named_by_the_hub(tables: dict[str, Rows], config: DataConfig) -> tuple[list[str], dict[str, list[int]]] | None:
-    """Class names in the order that a data set gives them (datasets.ClassLabel), and each split's class numbers."""
+    """Class names in the order that a data set gives them (datasets.ClassLabel), and each split's class numbers.
+
+    None where no part does, or others hold numbers alone.
+    """
+    column, labels = config.label_column, {split: list[int]() for split in tables}
     parts = [(split, part) for split, table in tables.items() for part in table.parts or (table,)]
-    kinds = [part.rows.features[config.label_column] for _, part in parts]
-    if config.regression or not all(isinstance(kind, datasets.ClassLabel) for kind in kinds):
+    kinds = [part.rows.features[column] for _, part in parts]
+    known = [kind.names for kind in kinds if isinstance(kind, datasets.ClassLabel)]
+    if config.regression or not known:
         return None
-    names, labels = kinds[0].names, {split: list[int]() for split in tables}
+    names = known[0]
     number = {name: place for place, name in enumerate(names)}
     for (split, part), kind in zip(parts, kinds, strict=True):
-        part.check_filled(config.label_column)
-        found, own = part.rows[config.label_column][:], kind.names
-        odd = next((row for row, label in enumerate(found) if not 0 <= label < len(own)), None)
-        if odd is None:  # another file may number its classes otherwise, or have fewer
-            odd = next((row for row, label in enumerate(found) if own[label] not in number), None)
+        part.check_filled(column)
+        own: Any = kind.names if isinstance(kind, datasets.ClassLabel) else None
+        found = part.rows[column][:]  # another file may number its classes otherwise, or have fewer
+        said = [str(f).strip() if own is None else own[f] if 0 <= f < len(own) else None for f in found]
+        if (
+            own is None
+            and not number.keys() & {*said}
+            and not any(isinstance(f, str) and as_number(f) is None for f in found)
+        ):
+            return None
+        odd = next((row for row, name in enumerate(said) if name not in number), None)
         if odd is not None:
-            said = own[found[odd]] if 0 <= found[odd] < len(own) else found[odd]
             raise AFLoRAError(
-                f"{part.where(odd)}: its label is {said}, which is none of {listed(names)}. (A "
+                f"{part.where(odd)}: its label is {said[odd] or found[odd]}, which is none of {listed(names)}. (A "
                 f"split without labels? data.validation_split names another, data.hold_out takes some of the training "
                 f"examples. Single rows without one: leave them out, with datasets' filter and to_parquet.)"
             )
-        labels[split] += [number[own[label]] for label in found]
+        labels[split] += [number[name] for name in said if name is not None]
     return names, labels
 
 

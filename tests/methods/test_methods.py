@@ -418,6 +418,14 @@ def test_what_does_not_fit_is_said(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_adapter_that_begins_at_a_token_of_its_row_is_not_packed() -> None:
+    line = ["--model.name", "x", "--data.task", "sft", "--method.name", "lora"]
+    line += ["--method.options", '{"alora_invocation_tokens": [5]}']
+    create_method(parse(line)[0])
+    with pytest.raises(AFLoRAError, match=r"alora_invocation_tokens: .*last place in a row.* Leave packing out"):
+        create_method(parse([*line, "--data.packing", "true"])[0])
+
+
 def test_adalora_keeps_the_best_epoch_with_its_own_ranks(tiny_model: Path, reviews: Path, tmp_path: Path) -> None:
     asked = {"run.keep_best": "f1", "run.patience": 2}  # the first epoch ties with the others
     result, _ = run(options(tmp_path / "run", tiny_model, reviews, "adalora", **asked))

@@ -17,6 +17,7 @@ from aflora_dist.tasks.reading import read_table
 from aflora_dist.training.run import main as train
 from tests.predict.asked import predict, read
 from tests.runs import options
+from tests.small_lm import make_small_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,21 @@ def test_prompts_under_another_name_are_told_of(
     assert predict(talker, tmp_path / "asked.csv", "--data.label_column", "question") == 2
     assert "A model that says an answer does not read data.label_column" in capsys.readouterr().err
     assert predict(talker, tmp_path / "asked.csv", "--data.columns.prompt", "question") == 0
+
+
+def test_a_chat_is_answered_whose_template_does_not_tell_what_was_learned(talker: Path, tmp_path: Path) -> None:
+    """DeepSeek R1's asks for thoughts, which earlier turns are written without."""
+    adapter = shutil.copytree(talker / "adapter", tmp_path / "adapter")
+    make_small_tokenizer(
+        "{% for m in messages %}{{ 'Response : ' if m.role == 'assistant' else 'Instruction : ' }}"
+        "{{ m.content + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ 'Response : # ' }}{% endif %}"
+    ).save_pretrained(adapter)
+    said = [("user", "Ada has 3"), ("assistant", "books"), ("user", "how many ?")]
+    (file := tmp_path / "chats.jsonl").write_text(
+        json.dumps({"messages": [{"role": role, "content": content} for role, content in said]}) + "\n"
+    )
+    assert predict(adapter, file, "--out", tmp_path / "out.jsonl", "--data.max_new_tokens", "4") == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text()).keys() == {"messages", "prediction"}
 
 
 def test_an_answer_without_a_number_is_told_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -37,7 +38,8 @@ def test_every_row_and_its_place_count_and_how_they_are_kept_does_not() -> None:
         one["input_ids"][row] = [7, 7]
         changed.append(of_examples([datasets.Dataset.from_dict(one)]))
     moved = of_examples([plain.select([1, 0, *range(2, 40)])])
-    assert len({known, moved, *changed, of_examples([plain, ["an answer"]])}) == 43
+    answered = {of_examples([plain, [right]]) for right in ("an answer", Decimal("4.5"), Decimal("4.6"))}
+    assert len({known, moved, *changed, *answered}) == 45
 
 
 @pytest.fixture

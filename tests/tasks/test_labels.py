@@ -289,6 +289,13 @@ def test_kinds_of_labels_and_not_types_decide_what_can_be_mixed(tmp_path: Path) 
         kinds["label"] = datasets.ClassLabel(names=order)
         datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, kinds).to_parquet(str(file))
     assert mixed(classes, tmp_path / "others.parquet", classes) == (["x", "y"], [0, 1, 1, 0])
+    y = csv(tmp_path / "y.csv", ["y", "x", "y"])  # by name; else they would be two classes more
+    said = jsonl(tmp_path / "y.jsonl", ["y"])
+    assert mixed(classes, y, said) == (["x", "y"], [0, 1, 1, 0, 1])
+    assert mixed(y, classes, said) == (["x", "y"], [1, 0, 1, 0, 1])
+    assert mixed(classes, csv(tmp_path / "at.csv", ["1", "0"])) == (["0", "1"], [0, 1])
+    with pytest.raises(AFLoRAError, match=r"z.csv, line 2: its label is z, which is none of x, y\."):
+        mixed(classes, csv(tmp_path / "z.csv", ["z"]))
     (quoted := tmp_path / "quoted.jsonl").write_text('{"text": "a film", "label": "0.5"}\n')
     for wrong in ((halves, quoted, halves), (texts, whole, texts)):
         with pytest.raises(AFLoRAError, match=r"holds labels of different kinds: .* in .*, .* in "):

@@ -212,6 +212,31 @@ def test_a_turn_that_says_nothing_or_is_marked_as_given_carries_no_loss(turn: di
     assert said.strip() == "7"
 
 
+MARKS_THE_END = (  # as TRL's for Phi 3: more marks than turns
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}"
+    "{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [MARKS_THE_END, *(template for template, _, _ in TEMPLATES.values())])
+def test_what_the_assistant_says_in_a_prompt_is_no_completion(template: str | None) -> None:
+    """As TRL has it: one that goes on with a conversation is learned by its end."""
+    encode = Encoder(chat_tokenizer("bytes", template), 200, "completions", None, "it")
+    asked = [{"role": role, "content": said} for role, said in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    answer = {"role": "assistant", "content": "7"}
+    for completion in ("7", [answer]):
+        found = encode({"prompt": [asked], "completion": [completion]})
+        whole = encode({"messages": [[*asked, answer]]})
+        assert found["input_ids"] == whole["input_ids"]
+        said = encode.tokenizer.decode([label for label in found["labels"][0] if label >= 0], skip_special_tokens=True)
+        assert (said.strip(), Note.GIVEN in Note(found["notes"][0])) == ("7", True)
+        assert whole["count"] > found["count"]
+    asked[1]["train"] = True
+    assert encode({"prompt": [asked], "completion": ["7"]})["count"] == whole["count"]
+
+
 def test_weights_between_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a turn is learned \(1, true\) or not \(0, false\)"):
         turns({"messages": [CHAT[0], {"role": "assistant", "content": "7", "weight": 0.5}]}, None)
@@ -371,6 +396,19 @@ def test_chats_need_not_be_of_one_kind_and_cells_stay_text(tmp_path: Path) -> No
     assert {*train["prompt"], *held["prompt"]} == {"007", "True"}
     assert {*train["completion"], *held["completion"]} == {"NA", "1.0"}
     assert held.column_names == ["prompt", "completion", "answer"]
+
+
+def test_answers_stay_where_sets_are_mixed_that_say_otherwise_what_an_example_is(tmp_path: Path) -> None:
+    problems = [{"prompt": f"{n} ?", "completion": f"It is {n}.", "answer": n} for n in range(6)]
+    chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"a{n}"}]} for n in "bc"]
+    for name, rows in (("problems", problems), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, mix = str(tmp_path / "problems.jsonl"), {str(tmp_path / "chats.jsonl"): 1.0}
+    train, held = load_examples(DataConfig(task="sft", train_file=first, mix=mix, hold_out=7), seed=0)
+    assert train.column_names == ["messages", "tools"]
+    right = {turns(row, None)[0]["content"]: row["answer"] for row in held}
+    assert right == {said: None if said == "hi" else int(said[0]) for said in right}
+    assert len(right) > 4
 
 
 def test_what_is_cut_and_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,11 +135,13 @@ CHAT = [
 
 @pytest.mark.parametrize("name", MARKED)
 def test_transformers_and_trl_agree_on_trl_s_templates(name: str) -> None:
-    """Whose texts begin and end with no blank, with a tokenizer whose offsets leave none out."""
+    """Whose texts begin and end with no blank, with a tokenizer whose offsets leave none out; on the same day."""
     template = getattr(trl_templates, name)
     encode = encoder("bytes", template)
     chat = [encode.template.fitted(turn) for turn in CHAT]
-    told = encode.tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    told = encode.tokenizer.apply_chat_template(
+        chat, chat_template=encode.template.source, return_dict=True, return_assistant_tokens_mask=True
+    )
     found = encode({"messages": [CHAT]})
     assert found["input_ids"] == [told["input_ids"]]
     assert [label != IGNORED for label in found["labels"][0]] == [bool(one) for one in told["assistant_masks"]]
@@ -189,16 +191,30 @@ TAKES_PARTS = (
     "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+WRITES_JSON = (  # LFM2's
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{{ m.content | tojson }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @pytest.mark.parametrize("chat", [CHAT, PARTS])
-@pytest.mark.parametrize("template", [TAKES_PARTS, *(TEMPLATES[name][0] for name in ("plain", "marked", "unmarked"))])
+@pytest.mark.parametrize(
+    "template", [TAKES_PARTS, WRITES_JSON, *(TEMPLATES[name][0] for name in ("plain", "marked", "unmarked"))]
+)
 def test_texts_and_parts_of_text_are_the_same(template: str | None, chat: list[dict[str, Any]]) -> None:
     found = encoder("bytes", template)({"messages": [chat]})
     assert found == encoder("bytes", template)({"messages": [CHAT if chat is PARTS else PARTS]})
     said = encoder("bytes", template).tokenizer.decode(found["input_ids"][0])
     assert "how are you?" in said
-    assert "'type'" not in said
+    assert "type" not in said
+
+
+def test_what_a_tool_returns_is_json_where_it_is_no_text() -> None:
+    returned = {"role": "tool", "content": [{"degrees": 21}]}
+    encode = encoder("bytes", WRITES_JSON)
+    found = encode({"messages": [[CHAT[0], returned, CHAT[1]]]})
+    assert '[{"degrees": 21}]' in encode.tokenizer.decode(found["input_ids"][0])
 
 
 def test_a_part_that_is_no_text_is_refused_where_texts_are_written() -> None:
@@ -214,8 +230,13 @@ def test_a_chat_that_the_assistant_begins_is_learned_from_its_first_word() -> No
         found = encode({"messages": [CHAT[1:4]]})
         said = encode.tokenizer.decode([label for label in found["labels"][0] if label != IGNORED])
         assert said.startswith("yes<")
-    with pytest.raises(AFLoRAError, match=r"it: an example has an answer, and nothing that is asked"):
+    with pytest.raises(AFLoRAError, match=r"it: an example asks nothing that could be answered"):
         encode({"messages": [CHAT[1:2]], "answer": [3]})
+    for without in (None, ""):
+        assert (
+            encode({"messages": [CHAT[1:2]], "answer": [without]})["labels"]
+            == encode({"messages": [CHAT[1:2]]})["labels"]
+        )
     refusing = "{% if messages[0].role != 'user' %}{{ raise_exception('Users begin.') }}{% endif %}"
     with pytest.raises(AFLoRAError, match=r"it: the chat template refuses an example \(Users begin\.\): .*yes"):
         encoder("bytes", refusing)({"messages": [CHAT[1:4]]})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 import trl.chat_template_utils as trl_templates
+from transformers.utils import chat_template_utils
 
 from aflora_dist.tasks.sft.batching import IGNORED
 from aflora_dist.tasks.sft.encode import Encoder, Note
@@ -62,6 +64,35 @@ def test_what_ends_a_turn_is_learned_where_the_next_one_writes_it_and_added_wher
     assert learned(NEXT_SPEAKER, open_end) == (["fine<|im_start|>"], Note(0))
     (everything,), _ = learned(NEXT_SPEAKER, ASKED, "all")
     assert everything == "how are you?<|im_end|>fine<|im_start|>"
+
+
+@pytest.mark.parametrize("written", ["strftime_now('%d %b %Y')", 'strftime_now( "%A, %d %B" ) | upper'])
+@pytest.mark.parametrize("marked", ["{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"])
+def test_what_writes_today_s_date_makes_the_same_examples_on_another_day(
+    written: str, marked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is gone on with the day after reads them anew, and so does who predicts (Llama 3.2, gpt-oss)."""
+    template = (
+        "{% if strftime_now is defined %}{% set today = " + written + " %}{% endif %}{{ today + '\\n' }}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        + marked
+        + "{% else %}"
+        "{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    encode = Encoder(chat_tokenizer("bytes", template), 10_000, "completions", None, "it")
+    rows = {"messages": [ASKED], "answer": [3]}
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now() + timedelta(days=200)
+
+    today = encode(rows)
+    assert "26 J" in encode.tokenizer.decode(today["input_ids"][0]).title()
+    assert Note.DATED in Note(today["notes"][0])
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert encode(rows) == today
 
 
 @pytest.mark.parametrize("given", [{"x": 1}, '{"x": 1}'])

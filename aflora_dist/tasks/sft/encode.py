@@ -15,7 +15,7 @@ from ..tokens import Columns
 from .batching import IGNORED
 from .examples import THOUGHTS, Turn, is_learned, tools, turns
 from .offsets import carried_by, check_offsets, with_whole_offsets
-from .template import Template, Tools
+from .template import DAY, Template, Tools
 
 
 class Note(IntFlag):
@@ -29,6 +29,7 @@ class Note(IntFlag):
     NO_THOUGHT = 32
     ENDED = 64
     GIVEN = 128
+    DATED = 256
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ SAID = {
     Note.NO_THOUGHT: "in which the chat template begins what the assistant says with an empty reasoning part, which is "
     "learned",
     Note.ENDED: "to which the end of the assistant's turn is added, which the chat template leaves to the next turn",
-    Note.GIVEN: "in which a turn of the assistant is not learned: it says nothing, or has weight 0 or train false",
+    Note.GIVEN: "in which a turn of the assistant is not learned: it says nothing, is of a prompt, or has weight 0 or "
+    "train false",
+    Note.DATED: f"in which the chat template writes today's date: it is {DAY} in all, on whatever day they are read",
     Note.LEFT_OUT: "of which the chat template leaves something out (a turn, thoughts, a tool), or writes it otherwise",
 }
 
@@ -117,7 +120,8 @@ class Encoder:
             columns["cut"].append(len(kept) < len(ids))
             columns["notes"].append(int(note))
         if "answer" in examples:
-            asked = [self.template.render(self._asked(c), True, t) for c, t in zip(chats, may_call, strict=True)]
+            each = zip(chats, may_call, examples["answer"], strict=True)
+            asked = [self.template.render(self._asked(chat, right), True, named) for chat, named, right in each]
             columns["prompt_ids"] = self._tokens(asked)["input_ids"]
         return columns
 
@@ -216,16 +220,17 @@ class Encoder:
         thought = [turn.get(key) for turn in chat for key in THOUGHTS]
         names = [call.get("function", call).get("name") for call in (*called, *(tools or ()))]
         note = Note.WRITTEN if any(map(self._special.search, texts)) else Note(0)
+        note |= Note.DATED if self.template.dated else Note(0)
         whole = "".join(text.split())
         meant = [*texts, *(name for name in (*thought, *names) if isinstance(name, str))]
         return note if all("".join(part.split()) in whole for part in meant) else note | Note.LEFT_OUT
 
-    def _asked(self, chat: Sequence[Turn]) -> Sequence[Turn]:
-        """A conversation up to where the assistant is to say its last."""
+    def _asked(self, chat: Sequence[Turn], right: Any) -> Sequence[Turn]:
+        """A conversation up to where the assistant is to say its last; whole where it is not asked for that."""
         asked = chat[:-1] if chat[-1]["role"] == "assistant" else chat
-        if not asked:
-            raise AFLoRAError(f"{self.name}: an example has an answer, and nothing that is asked: {shown(chat, 200)}")
-        return asked
+        if not asked and right not in (None, ""):
+            raise AFLoRAError(f"{self.name}: an example asks nothing that could be answered: {shown(chat, 200)}")
+        return asked or chat
 
     def end_of_turn(self) -> End:
         """What ends the assistant's turn."""

@@ -72,9 +72,7 @@ def load_examples(config: DataConfig, seed: int) -> tuple[datasets.Dataset, data
 
 
 def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]:
-    """A file of what a language model is to be asked: its rows, and the same as for evaluation, with an answer each.
-
-    Where the file has no answers they are empty.
+    """A file of what a language model is to be asked: its rows, with empty answers where it has none; and the prompts.
 
     Raises:
         AFLoRAError: On every rank: a row is no prompt; with its line.
@@ -91,7 +89,7 @@ def load_prompts(name: str, config: DataConfig) -> tuple[Rows, datasets.Dataset]
             f"{name} has no column of prompts (messages, prompt, instruction), and plain text is not answered. "
             f"data.columns says which column stands for one of these."
         )
-    return table, prompts
+    return table, prompts.remove_columns("answer").add_column("answer", [0] * len(prompts))  # so that all are asked
 
 
 def _examples(table: Rows, trained: bool, config: DataConfig) -> datasets.Dataset:
@@ -123,10 +121,12 @@ def _alike(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
         raise AFLoRAError("data.mix: some of what is mixed is plain text (a column text), and some is not.")
 
     def texts(part: datasets.Dataset, what: Any) -> pa.Array:
-        return pa.array([json.dumps(what(row), ensure_ascii=False) for row in part], pa.string())
+        return pa.array([json.dumps(what(row), ensure_ascii=False, default=str) for row in part], pa.string())
 
-    chats = [{"messages": texts(p, lambda row: turns(row, None)), "tools": texts(p, tools)} for p in parts]
-    columns = {name: as_json_column(pa.chunked_array([chat[name] for chat in chats])) for name in ("messages", "tools")}
+    meant = {"messages": lambda row: turns(row, None), "tools": tools}
+    if any("answer" in part.column_names for part in parts):  # for what is held out
+        meant["answer"] = lambda row: row.get("answer")
+    columns = {n: as_json_column(pa.chunked_array([texts(part, what) for part in parts])) for n, what in meant.items()}
     return exact(datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns))))
 
 
@@ -223,7 +223,12 @@ def question(row: Mapping[str, Any]) -> str:
 def _spoken(value: Any, role: str, column: str) -> list[Turn]:
     if role == "assistant" and (value is None or value == ""):  # a cell of a CSV file has no other way to be missing
         return []
-    return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, column)
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    said = _messages(value, column)
+    if role == "user":  # a prompt: what the assistant says in it is no completion
+        said = [{"train": False, **turn} if turn["role"] == "assistant" else turn for turn in said]
+    return said
 
 
 def _messages(value: Any, column: str) -> list[Turn]:

@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 from ...errors import AFLoRAError, one_line
@@ -32,6 +33,8 @@ PLAIN_TEMPLATE = (
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _MACRO = "aflora_generation"
+_CLOCK = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
+DAY = date(2024, 7, 26)  # on which it is always: what Llama 3.2's template takes where nobody tells it
 _UNUSED = [chr(0xFDD0 + i) for i in range(32)]  # code points that Unicode keeps free of characters
 Tools = Sequence[Any] | None  # that the assistant may call: JSON schemas
 Span = tuple[int, int]  # in the rendered text: the first character, and the one after the last
@@ -44,7 +47,9 @@ class Template:
         name: What errors call the examples.
 
     Attributes:
-        source: As Jinja reads it.
+        source: As Jinja reads it. Of today's date it makes `DAY`: an example that another day changes would be another
+            one for a run that is gone on with, for what predicts, and for a node that begins after midnight.
+        dated: Whether it does.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -54,10 +59,12 @@ class Template:
                 f"{name}: the tokenizer has no chat template, and no token that ends a text, with which turns would "
                 f'end: add an "eos_token" to its tokenizer_config.json.'
             )
-        self.source: str = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+        own: str = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+        self.source = _CLOCK.sub(lambda call: json.dumps(DAY.strftime(call[2])), own)
+        self.dated = self.source != own
         self._marked = _MARK.search(_COMMENT.sub("", self.source)) is not None
         self._text_calls: bool | None = None
-        self._forms: dict[str, tuple[bool, bool]] = {}
+        self._forms: dict[str, tuple[bool, bool, bool]] = {}
 
     def render(self, chat: Sequence[Turn], ask: bool = False, tools: Tools = None) -> str:
         """The text of a conversation, or the template's AFLoRAError; `ask`: up to where the assistant is to speak."""
@@ -107,11 +114,16 @@ class Template:
                 f"they do not tell what the assistant says. Put them where the text is written, or use "
                 f"data.loss_on=all. The example: {shown(chat, 200)}"
             )
-        said = [turn for turn in chat if turn["role"] == "assistant"]
+        said = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
+        learned = [i for i in said if is_learned(chat[i])]
         if len(spans) == len(said):
-            spans = [span for span, turn in zip(spans, said, strict=True) if is_learned(turn)]
-        elif not all(is_learned(turn) or not (turn.get("content") or "") for turn in said):
-            return []  # the marks do not tell which turn is the one that is given
+            spans = [span for span, i in zip(spans, said, strict=True) if i in learned]
+        elif any(i not in learned and (chat[i].get("content") or "") for i in said):
+            # The marks do not tell which turn is given, unless all that is learned comes after it: as after a prompt.
+            asked = self.render(chat[: learned[0]], True, tools) if said[-len(learned) :] == learned else ""
+            if not asked or not text.startswith(asked):
+                return []
+            spans = [span for span in spans if span[1] > len(asked)]
         return [(begin, end) for begin, end in spans if begin < end]
 
     def _added(self, chat: Sequence[Turn], tools: Tools, text: str) -> list[Span]:
@@ -157,13 +169,13 @@ class Template:
         content = turn.get("content")
         if not isinstance(content, str | list):
             return turn
-        texts, parts = self._written(turn["role"])
+        texts, parts, as_json = self._written(turn["role"])
         if isinstance(content, str):
             return turn if texts or not parts else {**turn, "content": [{"type": "text", "text": content}]}
-        if parts:
-            return turn
         said = [part.get("text") if isinstance(part, dict) else part for part in content]
         strange = next((part for part, text in zip(content, said, strict=True) if not isinstance(text, str)), None)
+        if parts and not (as_json and texts and strange is None):
+            return turn
         if strange is not None:
             raise ValueError(f"the chat template writes texts alone, and a turn has the part {shown(strange, 200)}")
         return {**turn, "content": "".join(map(str, said))}
@@ -202,22 +214,22 @@ class Template:
             self._text_calls = right == [False, True]
         return self._text_calls
 
-    def _written(self, role: str) -> tuple[bool, bool]:
-        """Whether the template writes what this role says as text, and whether as a list of parts."""
+    def _written(self, role: str) -> tuple[bool, bool, bool]:
+        """Whether the template writes what this role says as text, whether as parts, and these as JSON, unlike text."""
         if role not in self._forms:
             words = _UNUSED[0]
-            found = []
+            written = []
             for content in (words, [{"type": "text", "text": words}]):
                 turn = {"role": role, "content": content}
                 asked, told = {"role": "user", "content": content}, {"role": "assistant", "content": content}
                 chat = {"system": [turn, asked], "user": [turn], "assistant": [asked, turn]}
                 try:
-                    text = self.render(chat.get(role, [asked, told, turn]))
+                    written.append(self.render(chat.get(role, [asked, told, turn])))
                 except AFLoRAError:
-                    text = ""
-                as_python = str(content) in text or "'type'" in text  # JSON, it writes on purpose
-                found.append(words in text and not (isinstance(content, list) and as_python))
-            self._forms[role] = found[0], found[1]
+                    written.append("")
+            text, parts = written
+            as_json = '"type"' in parts and f'"{words}' not in text  # elsewhere on purpose: what a tool returns
+            self._forms[role] = words in text, words in parts and "'type'" not in parts, as_json
         return self._forms[role]
 
     def after_a_turn(self) -> list[str]:
