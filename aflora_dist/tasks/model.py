@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,8 @@ from ..extras import installed, require
 from ..hub import refusal
 from ..options import ModelConfig
 from ..processes import first_on_node
-from ..untrusted import read_object, refuse_endless
-from ..weights import download_weights
+from ..untrusted import read_object, refuse_endless, refuse_pointer
+from ..weights import download_weights, local_weight_files, refuse_damaged
 from .weights import bitsandbytes_config, holds_float32, keep_trainable_on_cpu, storage_dtype, without_float16
 
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
@@ -126,7 +127,7 @@ def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
     """
     name, hub, _ = _source(config, language_model)
     with _readable(config):
-        return _padding(AutoTokenizer.from_pretrained(name, **hub))
+        return _tokenizer(name, hub)
 
 
 def unadapted(model: Any) -> Any:
@@ -149,6 +150,8 @@ def fetch(config: ModelConfig, *, language_model: bool) -> None:
             _config(name, config, hub)
             if not Path(name).is_dir():
                 download_weights(name, config.revision, hub.get("gguf_file"))
+            for file in local_weight_files(resolve_name(config.name, language_model), config.revision):
+                refuse_damaged(file)
 
     first_on_node(download)
 
@@ -220,8 +223,15 @@ def _refuse_trained(folder: Path) -> None:
 
 
 def _source(config: ModelConfig, language_model: bool) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Where a model is, how it is fetched from there, and how it is made of what is found."""
+    """Where a model is, how it is fetched from there, and how it is made of what is found.
+
+    Raises:
+        AFLoRAError: In its folder lies what only tells of a file.
+    """
     name = resolve_name(config.name, language_model)
+    for file in sorted(Path(name).glob("*")):
+        if file.suffix in (".json", ".txt", ".model") and file.is_file():  # weights: `fetch`
+            refuse_pointer(file)
     hub: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options: dict[str, Any] = {}
     if name.endswith(".gguf"):  # FOLDER/FILE.gguf, or OWNER/NAME/FILE.gguf of the hub
@@ -258,7 +268,8 @@ def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
         known = isinstance(error, (*_NOT_LOADED, *more))
         if not known and not (isinstance(error, RuntimeError) and _OF_SIZES.search(str(error))):
             raise
-        reason = refusal(error, config.name) or _unread_tokenizer(error) or _own_code(error) or one_line(error)
+        said = (refusal(error, config.name), _unread_tokenizer(error), _own_code(error), _cut_json(error, config.name))
+        reason = next(filter(None, said), one_line(error))
         raise AFLoRAError(
             f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
             f'.gguf file, or "demo".)'
@@ -268,12 +279,30 @@ def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
 def _unread_tokenizer(error: BaseException) -> str | None:
     """What is missing where transformers, which cannot read a SentencePiece model, takes it for one of tiktoken."""
     missing = [package for package, module in _SENTENCEPIECE.items() if not installed(module)]
-    if not missing or "tiktoken" not in str(error):
+    if "tiktoken" not in str(error):
         return None
+    if not missing:
+        return (
+            "it has no tokenizer that can be read: no tokenizer.json, and no SentencePiece model (spm.model, "
+            "tokenizer.model) that is whole. Fetch or save the tokenizer again. (A tokenizer.model of tiktoken's wants "
+            "pip install tiktoken.)"
+        )
     return (
         f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the "
         f"packages {' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
     )
+
+
+def _cut_json(error: BaseException, name: str) -> str | None:
+    """Which file of a model's folder a complaint over JSON is about."""
+    if not isinstance(error, json.JSONDecodeError):
+        return None
+    for file in sorted(Path(name).glob("*.json")):
+        try:
+            read_object(file)
+        except AFLoRAError as complaint:
+            return f"{complaint} Fetch or save it again."
+    return None
 
 
 def _own_code(error: BaseException) -> str | None:
@@ -286,7 +315,19 @@ def _own_code(error: BaseException) -> str | None:
     )
 
 
-def _padding(tokenizer: Any) -> Any:
+def _tokenizer(name: str, hub: dict[str, Any]) -> Any:
+    """The tokenizer, with a token to pad with.
+
+    Raises:
+        AFLoRAError: It has no tokens but special ones: transformers makes such a one up where there are no files of it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    if not {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}:
+        raise AFLoRAError(
+            f"{name} has no tokenizer, or none that holds a vocabulary (tokenizer.json, vocab.txt, spm.model, ...): no "
+            f"word of a text would reach the model. Save the model's tokenizer there, too: "
+            f"tokenizer.save_pretrained({name!r})."
+        )
     if tokenizer.pad_token is None:  # GPT-like models have none
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -303,7 +344,7 @@ def _load(
         options["dtype"] = torch.float32
     with _readable(config):
         model_config = _config(name, config, {**head, **hub})
-        tokenizer = _padding(AutoTokenizer.from_pretrained(name, **hub))
+        tokenizer = _tokenizer(name, hub)
         model, info = kind.from_pretrained(
             name, config=model_config, output_loading_info=True, **options, **more, **hub
         )
