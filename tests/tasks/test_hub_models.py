@@ -19,6 +19,7 @@ from torch import Tensor
 from aflora_dist import AFLoRAError, extras
 from aflora_dist.options import ModelConfig
 from aflora_dist.tasks import model as models
+from aflora_dist.tasks import unreadable
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.model import load_base, load_language_model, outline_base
 from aflora_dist.tasks.weights import check_weights
@@ -146,8 +147,8 @@ def test_a_tokenizer_that_cannot_be_read_names_the_packages(
 
     folder = str(lying(name))
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", nothing)
-    missing = {models._SENTENCEPIECE[package] for package in gone}
-    monkeypatch.setattr(models, "installed", lambda module: module not in missing)
+    missing = {unreadable._SENTENCEPIECE[package] for package in gone}
+    monkeypatch.setattr(unreadable, "installed", lambda module: module not in missing)
     with pytest.raises(AFLoRAError, match=rf"sentencepiece and protobuf.*: pip install {' '.join(gone)}\.") as raised:
         load_base(ModelConfig(name=folder), ["no", "yes"])
     assert "tiktoken" not in str(raised.value)
@@ -177,9 +178,13 @@ def test_a_file_that_is_cut_or_not_fetched_is_named(
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(POINTER if left is None else whole[: int(len(whole) * left)])
     config, decodes = ModelConfig(name=str(folder)), name in DECODERS
-    with pytest.raises(AFLoRAError, match=rf"{folder}.*{said}"):
+
+    def load() -> None:
         models.fetch(config, language_model=decodes)
         _ = load_language_model(config) if decodes else load_base(config, ["no", "yes"])
+
+    with pytest.raises(AFLoRAError, match=rf"{folder}.*{said}"):
+        load()
 
 
 def test_a_pointer_that_nobody_reads_is_no_reason_to_end(lying: Callable[[str], Path], tmp_path: Path) -> None:
