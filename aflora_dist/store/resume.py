@@ -272,7 +272,11 @@ class Checkpointer:
         if self.run.writes:
             before = f"{training['world_size']} x {training['progress']['kind']}"
             print(f"Going on after step {self.progress.step - 1}, from {loaded.path} ({before}).", flush=True)
-            for key, (there, here) in _differences(training["config"], yaml.safe_load(self.resolved)).items():
+            changed = _differences(training["config"], yaml.safe_load(self.resolved))
+            precisions = training["progress"]["precision"], self.progress.precision
+            if precisions[0] != precisions[1]:  # the launcher's, as the engine, and with DeepSpeed the base's dtype
+                print(f"From here on --mixed_precision {precisions[1]}; it was {precisions[0]}.", flush=True)
+            for key, (there, here) in changed.items():
                 if key in RATES:
                     print(f"From here on {key}={here}; it was {there}.", flush=True)
 

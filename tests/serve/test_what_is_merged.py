@@ -369,6 +369,17 @@ def test_a_folder_that_cannot_be_replaced_is_filled(
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {path.name for path in real.iterdir()}
 
 
+@pytest.mark.parametrize("name", ["mine", "checkpoint-8"])
+def test_a_folder_of_adapters_says_which_there_are(
+    name: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As PEFT writes one that is not called default, and Trainer its checkpoints."""
+    adapter_for(llama, tmp_path / "folder" / name)
+    said = refused(capsys, "merge", tmp_path / "folder", tmp_path / "out")
+    assert f"holds some: {name}. Name the folder of one, as {tmp_path / 'folder' / name}." in said
+    assert aflora("to-lora", tmp_path / "folder" / name, tmp_path / "out") == 0
+
+
 def test_an_adapter_that_is_called_adapter_is_not_taken_for_the_one_beside_it(llama: Path, tmp_path: Path) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), AFLoRAConfig(task_type="CAUSAL_LM", r=4))
     model.add_adapter("adapter", AFLoRAConfig(task_type="CAUSAL_LM", r=2))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from aflora_dist.store import checkpoint
@@ -247,6 +248,28 @@ def test_what_does_not_change_the_training_may_differ(
     more = {"train.accumulation": 4, "train.eval_batch_size": 7, "run.log_every": 2}
     assert main([*options(tmp_path / "run", tiny_model, moved, **more), "--resume", saved]) == 0
     assert freezes(tmp_path / "run") == freezes(undisturbed("single"))
+
+
+def test_another_precision_is_said(
+    undisturbed: Callable[..., Path],
+    tiny_model: Path,
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the launcher's, and no option that would be compared."""
+    then = undisturbed("single") / "checkpoints" / SAVED_NAME
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state()
+    try:
+        first = start("single", [*options(tmp_path / "a", tiny_model, reviews), "--resume", str(then)]).stdout
+        then = tmp_path / "a" / "checkpoints" / "step_00000015"
+        again = start("single", [*options(tmp_path / "b", tiny_model, reviews), "--resume", str(then)]).stdout
+    finally:
+        AcceleratorState._reset_state()
+    assert "From here on --mixed_precision bf16; it was no." in first
+    assert "Going on after step 14" in again
+    assert "mixed_precision" not in again
 
 
 @pytest.mark.distributed
