@@ -141,8 +141,8 @@ class Merged:
             self.config.problem_type = "single_label_classification"
 
     def _check_places(self, skeleton: Skeleton) -> None:
-        there = {*skeleton.shapes} - skeleton.lacking
-        for name in (*self.layers, *filter(there.__contains__, self.source.whole)):
+        held = {*skeleton.shapes} - skeleton.lacking
+        for name in (*self.layers, *filter(held.__contains__, self.source.whole)):
             if self._key(name) is None:  # what trained whole would lie beside its old self, under another name
                 how = "adapted" if name in self.layers else "trained whole"
                 raise AFLoRAError(

@@ -23,6 +23,7 @@ _NOT_LOADED: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, Impor
 _NOT_LOADED += (AttributeError, TypeError, RecursionError, MemoryError)
 
 
+_NO_CLASS = re.compile(r"Unrecognized configuration class <class '.*\.(\w+)'> for this kind of AutoModel: (\w+)\.")
 # Of a RuntimeError: sizes that no tensor has, or not these weights. Others are memory's, or another rank's.
 _OF_SIZES = re.compile(r"^Storage size|size mismatch|negative dimension|invalid shape|overflow", re.IGNORECASE)
 
@@ -42,8 +43,8 @@ def readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
         known = isinstance(error, (*_NOT_LOADED, *more))
         if not known and not (isinstance(error, RuntimeError) and _OF_SIZES.search(str(error))):
             raise
-        said = (refusal(error, config.name), _unread_tokenizer(error), _own_code(error), _cut_json(error, config.name))
-        reason = next(filter(None, said), one_line(error))
+        said = (refusal(error, config.name), _unread_tokenizer(error), _own_code(error), _of_no_kind(error))
+        reason = next(filter(None, said), None) or _cut_json(error, config.name) or one_line(error)
         raise AFLoRAError(
             f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
             f'.gguf file, or "demo".)'
@@ -65,6 +66,15 @@ def _unread_tokenizer(error: BaseException) -> str | None:
         f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the "
         f"packages {' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
     )
+
+
+def _of_no_kind(error: BaseException) -> str | None:
+    """What a model cannot do for which transformers has no such class; it lists those for which it has one."""
+    found = _NO_CLASS.match(str(error))
+    if found is None:
+        return None
+    wanted = "language model that goes on with a text" if "CausalLM" in found[2] else "classifier of texts"
+    return f"transformers has no {wanted} of this kind of model ({found[1]}): {found[2]} does not know it."
 
 
 def _cut_json(error: BaseException, name: str) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import T5Config
 
 from aflora_dist import AFLoRAError, extras
 from aflora_dist.options import ModelConfig
@@ -215,6 +216,17 @@ def test_a_model_that_was_saved_without_its_tokenizer_is_refused(
 def test_a_module_in_a_package_that_is_not_there_is_not_installed() -> None:
     assert extras.installed("google.protobuf")
     assert not extras.installed("no_such_package_here.at_all")
+
+
+def test_a_model_of_no_such_kind_is_said_to_be_none(lying: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "t5"
+    shutil.copytree(lying("qwen2_5"), folder)
+    T5Config(d_model=32, d_ff=48, num_layers=1, num_heads=4, vocab_size=100).save_pretrained(folder)
+    said = (
+        r"transformers has no language model that goes on with a text of this kind of model \(T5Config\): AutoModelFor"
+    )
+    with pytest.raises(AFLoRAError, match=said):
+        load_language_model(ModelConfig(name=str(folder)))
 
 
 def test_a_folder_that_is_not_there_is_named() -> None:
