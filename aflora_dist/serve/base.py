@@ -92,7 +92,7 @@ def find_base(name: str, revision: str | None) -> Path:
         return Path(name)
     if name.endswith(".gguf"):
         raise AFLoRAError(
-            f"{name} is a GGUF file, which holds weights in a form of its own. Merge into the model that it was made of: "
+            f"{name} is a GGUF file, which holds weights in a form of its own. Merge into what it was made of: "
             f"name that one's folder, or its name on the hub, with --base."
         )
     try:
