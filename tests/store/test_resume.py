@@ -250,6 +250,25 @@ def test_what_does_not_change_the_training_may_differ(
     assert freezes(tmp_path / "run") == freezes(undisturbed("single"))
 
 
+def test_a_base_model_that_was_moved_is_known_by_its_weights(
+    undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    saved = ["--resume", str(undisturbed("single") / "checkpoints" / SAVED_NAME)]
+    shutil.copytree(tiny_model, tmp_path / "moved")
+    done = start("single", [*options(tmp_path / "run", tmp_path / "moved", reviews), *saved])
+    assert f"From here on model.name={tmp_path / 'moved'}; it was {tiny_model}." in done.stdout
+    mine, theirs = weights(tmp_path / "run"), weights(undisturbed("single"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    tensors = load_file(tmp_path / "moved" / "model.safetensors")
+    save_file(
+        {**tensors, "pooler.dense.bias": tensors["pooler.dense.bias"] + 1}, tmp_path / "moved" / "model.safetensors"
+    )
+    other = start("single", [*options(tmp_path / "other", tmp_path / "moved", reviews), *saved])
+    assert other.returncode == 2
+    assert "is of a run on other base weights than what was loaded now" in other.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_another_precision_is_said(
     undisturbed: Callable[..., Path],
     tiny_model: Path,
