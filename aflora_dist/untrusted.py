@@ -82,6 +82,23 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+# What was downloaded in the place of a file begins so, in lower case.
+_IN_ITS_PLACE = {
+    b"version https://git-lfs.github.com/": "only Git LFS's pointer to the file. Get the file: git lfs pull",
+    b"<!doctype html": "a web page. Download the file itself",
+    b"<html": "a web page. Download the file itself",
+}
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise an AFLoRAError for what tells of a file, and is not the file."""
+    with path.open("rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, kind in _IN_ITS_PLACE.items():
+        if start.startswith(beginning):
+            raise AFLoRAError(f"{path} is {kind}.")
+
+
 def refuse_endless(value: Any, path: Path) -> None:
     """Raise for a model's configuration by which a model would be built for hours."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):

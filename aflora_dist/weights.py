@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 
 from .errors import AFLoRAError
-from .untrusted import read_object
+from .untrusted import read_object, reading, refuse_pointer
 
+DAMAGED = "The model's file is damaged: fetch or save it again."
 _INDEX = ".index.json"
 # The first that there is counts. An index names the files of a checkpoint that is cut into several.
 _STORED = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", _INDEX))
@@ -40,6 +43,24 @@ def local_weight_files(name: str, revision: str | None) -> list[Path]:
             return []
         folder = Path(known).parent
     return weight_files(folder)[0] if one is None else [folder / one]
+
+
+def refuse_damaged(file: Path) -> None:
+    """Look whether a file of weights is one, and whole. As far as its beginning and its end tell: no tensor is read.
+
+    Raises:
+        AFLoRAError: It is not; the message names it.
+    """
+    refuse_pointer(file)
+    with reading(file, DAMAGED):
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), framework="pt"):
+                return
+        with file.open("rb") as opened:
+            start = opened.read(4)
+        # A pickle of before torch 1.6 is no archive, and tells nothing of where it ends.
+        if not (start == b"GGUF" if file.suffix == ".gguf" else start[:2] == b"\x80\x02" or zipfile.is_zipfile(file)):
+            raise ValueError("it is cut, or no file of weights")
 
 
 def download_weights(name: str, revision: str | None, gguf_file: str | None) -> None:

@@ -58,6 +58,44 @@ def test_a_checkpoint_without_freezing_or_of_another_schedule_is_refused(tmp_pat
     with pytest.raises(AFLoRAError, match="saved without AdaptiveFreezing"):
         loop.accelerator.load_state(str(tmp_path / "state"))
     assert_same(loop.weights(), before)
+    with pytest.raises(AFLoRAError, match=r"There is no folder .*elsewhere"):
+        loop.accelerator.load_state(str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize("left", [0, 100, -200])
+def test_a_damaged_file_of_freezing_is_named(left: int, tmp_path: Path) -> None:
+    loop = Loop()
+    loop.train(0, 4)
+    loop.accelerator.save_state(str(tmp_path / "state"))
+    file = tmp_path / "state" / "aflora_freezing.pt"
+    file.write_bytes(file.read_bytes()[:left])
+    before = loop.weights()
+    with pytest.raises(AFLoRAError, match=rf"{file} cannot be read: .*\. Take another checkpoint\."):
+        loop.accelerator.load_state(str(tmp_path / "state"))
+    assert_same(loop.weights(), before)
+
+
+def test_a_checkpoint_that_was_killed_while_it_was_written_over_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    """Later weights beside an earlier clock, with as many matrices frozen, would be gone on from in silence."""
+    loop = Loop()
+    loop.train(0, 4)
+    loop.accelerator.save_state(str(tmp_path / "state"))
+    loop.train(4, 5)
+    original = loop.accelerator._custom_objects
+    loop.accelerator._custom_objects = [Killed()]  # accelerate saves them last
+    with pytest.raises(KeyboardInterrupt):
+        loop.accelerator.save_state(str(tmp_path / "state"))
+    loop.accelerator._custom_objects = original
+    with pytest.raises(AFLoRAError, match="or its saving was cut short"):
+        loop.accelerator.load_state(str(tmp_path / "state"))
+    loop.accelerator.save_state(str(tmp_path / "state"))
+    loop.accelerator.load_state(str(tmp_path / "state"))
+    assert loop.freezing.step == 5
+
+
+class Killed:
+    def state_dict(self) -> dict[str, Any]:
+        raise KeyboardInterrupt
 
 
 def test_the_seed_of_an_order_counts_where_there_is_one(tmp_path: Path) -> None:

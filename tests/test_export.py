@@ -336,6 +336,8 @@ def test_what_cannot_be_merged_exactly_is_refused_with_the_reason(
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     assert "trained bias" in refused(capsys, "merge", adapter, out)
 
+    assert "is a GGUF file" in refused(capsys, "merge", adapter, out, "--base", tmp_path / "smol.gguf")
+
     change_json(adapter / "adapter_config.json", lambda c: c.update(peft_type="LORA"))
     assert "of the method LORA" in refused(capsys, "to-lora", adapter, out)
     assert not out.exists()

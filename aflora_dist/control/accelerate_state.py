@@ -16,6 +16,7 @@ from ..compat.accelerate import models, refuse_forgetful_load, unwrap
 from ..compat.patch import patch_method
 from ..errors import AFLoRAError, writing
 from ..processes import on_main
+from ..untrusted import reading
 
 if TYPE_CHECKING:
     from .adaptive import AdaptiveFreezing
@@ -58,11 +59,22 @@ class AccelerateState:
         if taken is not None and taken.get(self._file) is self:
             del taken[self._file]
 
-    def _save_state(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _save_state(
+        self, original: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         if (freezing := self._freezing()) is None:
-            return original(*args, **kwargs)
+            return original(output_dir, *args, **kwargs)
         freezing.progress.check_finite()
-        folder = original(*args, **kwargs)
+
+        def remove() -> None:
+            path = Path(str(output_dir)) / self._file
+            with writing("The freezing's state", path):
+                path.unlink(missing_ok=True)
+
+        # Where one is written over: who is killed meanwhile must not leave its new weights beside the old clock.
+        if not self._accelerator.project_configuration.automatic_checkpoint_naming:
+            on_main(self._accelerator, remove)
+        folder = original(output_dir, *args, **kwargs)
         state = freezing.state_dict()
 
         def write() -> None:
@@ -83,13 +95,17 @@ class AccelerateState:
 
         def read() -> dict[str, Any]:
             path = self._folder(input_dir) / self._file
+            if not path.parent.is_dir():
+                raise AFLoRAError(f"There is no folder {path.parent}, which accelerator.load_state() was told to load.")
             if not path.exists():
                 raise AFLoRAError(
-                    f"{path.parent} holds no state of freezing ({self._file}): it was saved without AdaptiveFreezing. "
-                    f"Create it before accelerator.save_state(), or load this before creating it."
+                    f"{path.parent} holds no state of freezing ({self._file}): it was saved without AdaptiveFreezing, "
+                    f"or its saving was cut short. Create it before accelerator.save_state(), take another "
+                    f"checkpoint, or load this before creating it."
                 )
-            state.update(torch.load(path, map_location="cpu", weights_only=True))
-            return state["record"]
+            with reading(path, "Take another checkpoint."):
+                state.update(torch.load(path, map_location="cpu", weights_only=True))
+                return state["record"]
 
         state["record"] = on_main(self._accelerator, read)
         freezing.state.select(state["record"])

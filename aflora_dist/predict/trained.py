@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights
 from torch import Tensor
 
+from ..adapter.precision import widen
 from ..adapter.saving import parameters_by_key
 from ..compat.deepspeed import assign_sharded, is_sharded, whole_shape
 from ..errors import AFLoRAError, one_line
@@ -261,8 +262,24 @@ def _adapted(model: Any, source: Source) -> PeftModel:
             f"The adapter in {source.folder} does not fit {name}, its base model: {one_line(error)}"
         ) from error
     if source.config.get("peft_type") != "AFLORA":
+        _widen_trained(adapted, _weights(source))
         match_autocast(adapted)
     return adapted
+
+
+@torch.no_grad()
+def _widen_trained(model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
+    """Have what trained in float32 beside an adapter of PEFT's so: PEFT takes a head in the base model's dtype.
+
+    Where ZeRO-3 has sharded the model nothing changes, as in training.
+    """
+    places = parameters_by_key(model)
+    rounded = {
+        key: p for key, p in places.items() if key in tensors and not is_sharded(p) and p.dtype != tensors[key].dtype
+    }
+    widen(model.get_base_model(), rounded.values())
+    for key, parameter in rounded.items():
+        parameter.copy_(tensors[key])
 
 
 @torch.no_grad()

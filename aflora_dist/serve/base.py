@@ -15,7 +15,7 @@ from ..errors import AFLoRAError
 from ..hub import snapshot
 from ..store.checkpoint import StoredTensors
 from ..untrusted import check_copied, read_object, reading, refuse_endless
-from ..weights import weight_files
+from ..weights import DAMAGED, refuse_damaged, weight_files
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -49,15 +49,17 @@ class Shards(Mapping[str, Tensor]):
                 f"{folder} has no model.safetensors and no pytorch_model.bin, which is what is merged into. Name the "
                 f"folder {of} with --base."
             )
+        for file in files:
+            refuse_damaged(file)
         if by_tensor is None:
-            with reading(files[0], _DAMAGED):
+            with reading(files[0], DAMAGED):
                 by_tensor = dict.fromkeys(_opened(files[0]).keys(), files[0])
         self._file = by_tensor
         self._open: tuple[Path, Mapping[str, Tensor]] | None = None
 
     def __getitem__(self, key: str) -> Tensor:
         path = self._file[key]
-        with reading(path, _DAMAGED):
+        with reading(path, DAMAGED):
             if self._open is None or self._open[0] != path:  # one at a time: what was read is not kept mapped
                 self._open = (path, _opened(path))
             return self._open[1][key]
@@ -67,9 +69,6 @@ class Shards(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file)
-
-
-_DAMAGED = "The base model's file is damaged: fetch or save it again."
 
 
 def _opened(path: Path) -> Mapping[str, Tensor]:
@@ -93,6 +92,11 @@ def find_base(name: str, revision: str | None) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    if name.endswith(".gguf"):
+        raise AFLoRAError(
+            f"{name} is a GGUF file, which holds weights in a form of its own. Merge into what it was made of: "
+            f"name that one's folder, or its name on the hub, with --base."
+        )
     try:
         folder = snapshot(name, ["*.safetensors", *_BESIDE], revision)
         if not any(folder.glob("*.safetensors")):
@@ -147,32 +151,41 @@ class Skeleton:
     """The model without memory for its weights: names, layouts, and which parameters are one and the same.
 
     Args:
+        folder: Of the checkpoint.
         config: The model's configuration; the class is that of `task_type`, else the one that it names.
 
     Attributes:
         model: On the meta device.
         tied: Groups of names of the same parameter.
         shapes: Of the parameters, by name.
+        lacking: Parameters that the checkpoint has under no name, nor in another form.
 
     Raises:
         AFLoRAError: No model can be made of the configuration.
     """
 
-    def __init__(self, config: Any, task_type: str | None, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, config: Any, task_type: str | None, trust_remote_code: bool) -> None:
         named = _CLASSES.get(task_type or "", "") or next(iter(config.architectures or []), "")
         kind: Any = getattr(transformers, str(named), None)
-        with reading(Path(str(config._name_or_path)), "Is it the base model?"), torch.device("meta"):
-            if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-                self.model: nn.Module = kind(config)
-            else:
-                auto = kind if named in _CLASSES.values() else transformers.AutoModel
-                self.model = auto.from_config(config, trust_remote_code=trust_remote_code)
+        own = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+        auto = kind if own or named in _CLASSES.values() else transformers.AutoModel
+        with reading(folder, "Is it the base model?"):
+            self.model: nn.Module
+            self.model, found = auto.from_pretrained(
+                folder,
+                config=config,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
         groups: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
         self.tied = [names for names in groups.values() if len(names) > 1]
         self.shapes = {n: p.shape for n, p in self.model.named_parameters(remove_duplicate=False)}
         self.names = {*self.shapes, *dict(self.model.named_buffers())}
+        self.lacking = {*found["missing_keys"]} & {*self.shapes}
 
     @property
     def prefix(self) -> str:

@@ -6,6 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
+from ..notices import quiet_libraries
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -39,6 +41,7 @@ def main(command: str, arguments: list[str]) -> int:
     if command == "merge":
         from .merge import merge
 
+        quiet_libraries()  # what of the base model is not loaded as it lies there is told below
         said = merge(args.run, args.out, args.base, args.max_shard_size, args.trust_remote_code)
     else:
         from .lora import to_lora

@@ -81,10 +81,11 @@ class Merged:
         self.source, self.base, self.shards = source, base, Shards(base)
         self.trust, self.task_type = trust, source.config["task_type"]
         self.config = load_config(base, trust)
+        self.lacking: list[str] = []  # modules whose weights neither the base nor the adapter has
         self.outside = 0  # tokens that the tokenizer has and the embedding has not
         self.padding = self._set_padding()
         self._set_labels()
-        skeleton = Skeleton(self.config, self.task_type, trust)
+        skeleton = Skeleton(base, self.config, self.task_type, trust)
         self.modules = dict(skeleton.model.named_modules())
         self.stored = skeleton.stored(self.shards)
         self.layers = {f"{of_base(layer)}.weight": layer for layer in source.layers}
@@ -140,14 +141,17 @@ class Merged:
             self.config.problem_type = "single_label_classification"
 
     def _check_places(self, skeleton: Skeleton) -> None:
-        for weight in self.layers:
-            if self._key(weight) is None:
+        held = {*skeleton.shapes} - skeleton.lacking
+        for name in (*self.layers, *filter(held.__contains__, self.source.whole)):
+            if self._key(name) is None:  # what trained whole would lie beside its old self, under another name
+                how = "adapted" if name in self.layers else "trained whole"
                 raise AFLoRAError(
-                    f"{weight} is adapted, but the checkpoint of the base model holds no such tensor: it is stored in "
+                    f"{name} is {how}, but the checkpoint of the base model holds no such tensor: it is stored in "
                     f"another form and converted when it is loaded. Load the model, save it with save_pretrained(..., "
                     f"save_original_format=False), and name that folder with --base; or serve the adapter with `aflora "
                     f"to-lora`."
                 )
+        self.lacking = sorted({name.rpartition(".")[0] for name in skeleton.lacking.difference(self.source.whole)})
         for name, key in self.source.whole.items():
             if name not in skeleton.names:
                 kind = "trained bias" if name.endswith("bias") else "tensor that trains whole"
@@ -174,7 +178,7 @@ class Merged:
             return set()
         for config in (self.config, self.config.get_text_config()):
             config.tie_word_embeddings = False
-        still = Skeleton(self.config, self.task_type, self.trust).tied
+        still = Skeleton(self.base, self.config, self.task_type, self.trust).tied
         for group in still:
             if changed & set(group):
                 raise AFLoRAError(
@@ -222,6 +226,11 @@ class Merged:
             said.append(
                 f"The adapter was trained on weights held in {how} and is merged into those before quantisation: the "
                 f"merged model computes something slightly else. Measure it before it is used."
+            )
+        if self.lacking:
+            said.append(
+                f"Neither the adapter nor its base model holds the weights of {', '.join(self.lacking[:5])}: they are "
+                f"random wherever the merged model is loaded."
             )
         if self.untied:
             said.append(f"Weights that were one are stored apart now: {', '.join(sorted(self.untied))}.")

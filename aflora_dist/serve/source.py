@@ -146,6 +146,11 @@ def read_adapter(path: Path, any_method: bool = False) -> Source:
     if not (folder / _CONFIG).is_file():
         if (folder / "config.json").is_file():
             raise AFLoRAError(f"{folder} is a whole model, and no adapter: nothing is to be merged.")
+        if inside := sorted(file.parent.name for file in folder.glob(f"*/{_CONFIG}")):
+            raise AFLoRAError(
+                f"{folder} is no adapter's folder, but holds some: {', '.join(inside[:10])}. Name the folder of one, "
+                f"as {folder / inside[-1]}."
+            )
         ends = not (path / CONFIG).is_file() or (path / RESULT).exists()
         unfinished = "" if ends else " The run has not ended: --resume ends it."
         raise AFLoRAError(f"{path} is neither a run's directory with adapter/ nor an adapter's folder.{unfinished}")

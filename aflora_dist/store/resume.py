@@ -29,6 +29,7 @@ from .rundir import GoingOn, RunDirectory
 LABELS = "labels"  # told as they are, where all else is told by a fingerprint
 # May be lowered where a training diverged.
 RATES = {"train.learning_rate", "train.head_learning_rate", "train.vector_learning_rate"}
+_WHERE = {"model.name", "model.revision"}  # may have been moved, where the weights tell that it is the same
 
 
 def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoint | None:
@@ -44,7 +45,10 @@ def find(run: RunDirectory, resolved: str, accelerator: Accelerator) -> Checkpoi
 
     def choose() -> Checkpoint | None:
         if (chosen := _choose(run)) is not None:
-            refuse_differences(chosen.training["config"], yaml.safe_load(resolved), str(chosen.path), RATES)
+            data = chosen.training["data"]
+            known = isinstance(data, dict) and data.get("base weights") is not None
+            but = RATES | _WHERE if known else RATES
+            refuse_differences(chosen.training["config"], yaml.safe_load(resolved), str(chosen.path), but)
         return chosen
 
     return checkpoint.read_on_main(accelerator, choose)
@@ -262,8 +266,12 @@ class Checkpointer:
         if self.run.writes:
             before = f"{training['world_size']} x {training['progress']['kind']}"
             print(f"Going on after step {self.progress.step - 1}, from {loaded.path} ({before}).", flush=True)
-            for key, (there, here) in _differences(training["config"], yaml.safe_load(self.resolved)).items():
-                if key in RATES:
+            changed = _differences(training["config"], yaml.safe_load(self.resolved))
+            precisions = training["progress"]["precision"], self.progress.precision
+            if precisions[0] != precisions[1]:  # the launcher's, as the engine, and with DeepSpeed the base's dtype
+                print(f"From here on --mixed_precision {precisions[1]}; it was {precisions[0]}.", flush=True)
+            for key, (there, here) in changed.items():
+                if key in RATES | _WHERE:
                     print(f"From here on {key}={here}; it was {there}.", flush=True)
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,16 +18,14 @@ from transformers import (
 )
 
 from ..compat.transformers import unpacked_gguf
-from ..errors import AFLoRAError, one_line
-from ..extras import installed, require
-from ..hub import refusal
+from ..errors import AFLoRAError
+from ..extras import require
 from ..options import ModelConfig
 from ..processes import first_on_node
-from ..untrusted import read_object, refuse_endless
-from ..weights import download_weights
+from ..untrusted import read_object, refuse_endless, refuse_pointer
+from ..weights import download_weights, local_weight_files, refuse_damaged
+from .unreadable import readable
 from .weights import bitsandbytes_config, holds_float32, keep_trainable_on_cpu, storage_dtype, without_float16
-
-_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
 def resolve_name(name: str, language_model: bool = False) -> str:
@@ -126,8 +120,8 @@ def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
         AFLoRAError: It is not there.
     """
     name, hub, _ = _source(config, language_model)
-    with _readable(config):
-        return _padding(AutoTokenizer.from_pretrained(name, **hub))
+    with readable(config):
+        return _tokenizer(name, hub)
 
 
 def unadapted(model: Any) -> Any:
@@ -146,10 +140,12 @@ def fetch(config: ModelConfig, *, language_model: bool) -> None:
     name, hub, _ = _source(config, language_model)
 
     def download() -> None:
-        with _readable(config):
+        with readable(config):
             _config(name, config, hub)
             if not Path(name).is_dir():
                 download_weights(name, config.revision, hub.get("gguf_file"))
+            for file in local_weight_files(resolve_name(config.name, language_model), config.revision):
+                refuse_damaged(file)
 
     first_on_node(download)
 
@@ -161,7 +157,7 @@ def base_head(config: ModelConfig) -> tuple[list[str], bool]:
         AFLoRAError: The model is not there.
     """
     name, hub, _ = _source(config, False)
-    with _readable(config):
+    with readable(config):
         found = _config(name, config, hub)
         names = [str(found.id2label[number]) for number in sorted(found.id2label)]
     return names, found.problem_type == "multi_label_classification"
@@ -179,7 +175,7 @@ def _labels(labels: list[str] | None) -> dict[str, Any]:
 def _outline(kind: Any, config: ModelConfig, head: dict[str, Any]) -> Any:
     name, hub, options = _source(config, kind is AutoModelForCausalLM)
     bitsandbytes_config(config)  # nothing is quantised here, but what a run would lack is refused
-    with _readable(config, RuntimeError), torch.device("meta"):
+    with readable(config, RuntimeError), torch.device("meta"):
         model_config = _config(name, config, {**head, **hub})
         model_config.dtype = options.get("dtype", model_config.dtype)  # transformers 5.3 makes what is inside by it
         model = kind.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
@@ -221,8 +217,15 @@ def _refuse_trained(folder: Path) -> None:
 
 
 def _source(config: ModelConfig, language_model: bool) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Where a model is, how it is fetched from there, and how it is made of what is found."""
+    """Where a model is, how it is fetched from there, and how it is made of what is found.
+
+    Raises:
+        AFLoRAError: In its folder lies what only tells of a file.
+    """
     name = resolve_name(config.name, language_model)
+    for file in sorted(Path(name).glob("*")):
+        if file.suffix in (".json", ".txt", ".model") and file.is_file():  # weights: `fetch`
+            refuse_pointer(file)
     hub: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options: dict[str, Any] = {}
     if name.endswith(".gguf"):  # FOLDER/FILE.gguf, or OWNER/NAME/FILE.gguf of the hub
@@ -235,55 +238,19 @@ def _source(config: ModelConfig, language_model: bool) -> tuple[str, dict[str, A
     return name, hub, options
 
 
-# Beside what is missing, what a configuration with values of other types leads to.
-_NOT_LOADED: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, ImportError, StrictDataclassError)
-_NOT_LOADED += (AttributeError, TypeError, RecursionError, MemoryError)
+def _tokenizer(name: str, hub: dict[str, Any]) -> Any:
+    """The tokenizer, with a token to pad with.
 
-
-# Of a RuntimeError: sizes that no tensor has, or not these weights. Others are memory's, or another rank's.
-_OF_SIZES = re.compile(r"^Storage size|size mismatch|negative dimension|invalid shape|overflow", re.IGNORECASE)
-
-
-@contextmanager
-def _readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
-    """Turn what transformers raises for a model that it cannot load, and `more`, into an AFLoRAError."""
-    try:
-        yield
-    except AFLoRAError:
-        raise
-    except Exception as error:
-        known = isinstance(error, (*_NOT_LOADED, *more))
-        if not known and not (isinstance(error, RuntimeError) and _OF_SIZES.search(str(error))):
-            raise
-        reason = refusal(error, config.name) or _unread_tokenizer(error) or _own_code(error) or one_line(error)
+    Raises:
+        AFLoRAError: It has no tokens but special ones: transformers makes such a one up where there are no files of it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    if not {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}:
         raise AFLoRAError(
-            f"The model {config.name!r} could not be loaded: {reason} (model.name is a folder, a hub id, a "
-            f'.gguf file, or "demo".)'
-        ) from error
-
-
-def _unread_tokenizer(error: BaseException) -> str | None:
-    """What is missing where transformers, which cannot read a SentencePiece model, takes it for one of tiktoken."""
-    missing = [package for package, module in _SENTENCEPIECE.items() if not installed(module)]
-    if not missing or "tiktoken" not in str(error):
-        return None
-    return (
-        f"its tokenizer is a SentencePiece model (spm.model, tokenizer.model), which transformers reads by the "
-        f"packages {' and '.join(_SENTENCEPIECE)}. Not installed here: pip install {' '.join(missing)}."
-    )
-
-
-def _own_code(error: BaseException) -> str | None:
-    """What to do where transformers does not load a model whose code nobody has said may run."""
-    if "trust_remote_code" not in str(error):
-        return None
-    return (
-        "it comes with code of its own, and only the command line can have code of others run. Read that code, then "
-        "add --model.trust_remote_code true."
-    )
-
-
-def _padding(tokenizer: Any) -> Any:
+            f"{name} has no tokenizer, or none that holds a vocabulary (tokenizer.json, vocab.txt, spm.model, ...): no "
+            f"word of a text would reach the model. Save the model's tokenizer there, too: "
+            f"tokenizer.save_pretrained({name!r})."
+        )
     if tokenizer.pad_token is None:  # GPT-like models have none
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -300,9 +267,9 @@ def _load(
         options |= unpacked_gguf()
     if accelerator is not None and holds_float32(accelerator):
         options["dtype"] = torch.float32
-    with _readable(config):
+    with readable(config):
         model_config = _config(name, config, {**head, **hub})
-        tokenizer = _padding(AutoTokenizer.from_pretrained(name, **hub))
+        tokenizer = _tokenizer(name, hub)
         model, info = kind.from_pretrained(
             name, config=model_config, output_loading_info=True, **options, **more, **hub
         )

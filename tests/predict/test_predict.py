@@ -132,6 +132,21 @@ def test_other_methods_predict_as_they_were_measured(
     assert {r["prediction"] for r in found} <= {"negative", "positive"}
 
 
+@pytest.mark.parametrize("method", ["aflora", "lora"])
+def test_what_trained_in_float32_over_a_model_in_half_precision_is_not_rounded(
+    method: str, tiny_model: Path, regression: Path, tmp_path: Path
+) -> None:
+    """PEFT loads a head in the dtype of the base model's."""
+    chosen = {"method.name": method, "model.dtype": "bfloat16", "train.epochs": 2, "train.learning_rate": 0.01}
+    line = options(tmp_path / "run", tiny_model, regression.parent, **chosen)
+    line = line[: line.index("--freezing.initial_epochs")] + line[line.index("--freezing.final_epochs") + 2 :]
+    assert train(line) == 0
+    assert predict(tmp_path / "run", regression.parent / "dev.csv", "--out", tmp_path / "out.csv") == 0
+    predictions, labels = ([float(row[name]) for row in read(tmp_path / "out.csv")] for name in ("prediction", "label"))
+    exact = np.asarray(predictions, dtype=np.float32).astype(np.float64)
+    assert pearsonr(labels, exact).statistic == result(tmp_path / "run")["pearson"]
+
+
 def test_what_was_done_is_not_done_again(
     classifier: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

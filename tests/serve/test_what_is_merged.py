@@ -30,6 +30,7 @@ from transformers import (
 from aflora_dist import AFLoRAConfig
 from aflora_dist.adapter import lora_up
 from tests.adapter.test_peft import randomise
+from tests.hub_layouts import bert
 from tests.small_lm import make_small_language_model, make_small_tokenizer
 from tests.test_export import TOKENS, adapter_for, aflora, change_json, logits, refused
 from tests.view.written import write_run
@@ -101,6 +102,46 @@ def test_a_classifier_has_as_many_classes_as_its_head(kind: Any, task_type: str,
     model.save_pretrained(str(tmp_path / "adapter"))
     assert aflora("merge", tmp_path / "adapter", tmp_path / "merged") == 0
     assert assert_computes(tmp_path / "merged", logits(model), kind).config.num_labels == labels
+
+
+@pytest.mark.parametrize("which", [{"bias": "all"}, {"modules_to_save": ["LayerNorm"]}])
+def test_what_trained_whole_and_is_stored_under_another_name_does_not_lie_there_twice(
+    which: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BERT's first checkpoints have LayerNorm.gamma and beta."""
+    base = bert(tmp_path / "base")
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(base), AFLoRAConfig(task_type="SEQ_CLS", **which)
+    )
+    randomise(model, 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "LayerNorm" in name and parameter.requires_grad:
+                parameter.add_(0.3)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    said = refused(capsys, "merge", tmp_path / "adapter", tmp_path / "merged")
+    assert "is trained whole, but the checkpoint of the base model holds no such tensor" in said
+    anew = AutoModelForSequenceClassification.from_pretrained(base)
+    anew.save_pretrained(tmp_path / "anew", save_original_format=False)
+    assert aflora("merge", tmp_path / "adapter", tmp_path / "merged", "--base", tmp_path / "anew") == 0
+    assert_computes(tmp_path / "merged", logits(model), AutoModelForSequenceClassification)
+
+
+def test_a_layer_that_would_be_random_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pooler that a checkpoint of masked language modelling lacks, and that nobody named in modules_to_save."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(**size, intermediate_size=48)).save_pretrained(tmp_path / "base")
+    for whole, said in ((["classifier"], True), (["classifier", "pooler"], False)):
+        model = get_peft_model(
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"),
+            AFLoRAConfig(task_type="SEQ_CLS", modules_to_save=whole),
+        )
+        folder = tmp_path / str(said)
+        model.save_pretrained(str(folder))
+        assert aflora("merge", folder, tmp_path / f"{said}_merged") == 0
+        told = "nor its base model holds the weights of bert.pooler.dense: they are random"
+        assert (told in capsys.readouterr().out) is said
 
 
 # -- what lies beside the adapter --------------------------------------------------------------------------------
@@ -211,7 +252,7 @@ def test_a_damaged_base_is_called_that(
     os.truncate(last, last.stat().st_size - 8)
     said = refused(capsys, "merge", adapter, tmp_path / "out", "--base", base)
     assert f"{last} cannot be read" in said
-    assert "The base model's file is damaged" in said
+    assert "The model's file is damaged" in said
     assert "could not be written" not in said
     last.unlink()
     assert "missing" in refused(capsys, "merge", adapter, tmp_path / "out", "--base", base) or not sharded
@@ -326,6 +367,17 @@ def test_a_folder_that_cannot_be_replaced_is_filled(
         out = Path()
     assert aflora("to-lora", adapter, out) == 0
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {path.name for path in real.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["mine", "checkpoint-8"])
+def test_a_folder_of_adapters_says_which_there_are(
+    name: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As PEFT writes one that is not called default, and Trainer its checkpoints."""
+    adapter_for(llama, tmp_path / "folder" / name)
+    said = refused(capsys, "merge", tmp_path / "folder", tmp_path / "out")
+    assert f"holds some: {name}. Name the folder of one, as {tmp_path / 'folder' / name}." in said
+    assert aflora("to-lora", tmp_path / "folder" / name, tmp_path / "out") == 0
 
 
 def test_an_adapter_that_is_called_adapter_is_not_taken_for_the_one_beside_it(llama: Path, tmp_path: Path) -> None:

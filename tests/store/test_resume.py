@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from aflora_dist.store import checkpoint
@@ -247,6 +248,47 @@ def test_what_does_not_change_the_training_may_differ(
     more = {"train.accumulation": 4, "train.eval_batch_size": 7, "run.log_every": 2}
     assert main([*options(tmp_path / "run", tiny_model, moved, **more), "--resume", saved]) == 0
     assert freezes(tmp_path / "run") == freezes(undisturbed("single"))
+
+
+def test_a_base_model_that_was_moved_is_known_by_its_weights(
+    undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path
+) -> None:
+    saved = ["--resume", str(undisturbed("single") / "checkpoints" / SAVED_NAME)]
+    shutil.copytree(tiny_model, tmp_path / "moved")
+    done = start("single", [*options(tmp_path / "run", tmp_path / "moved", reviews), *saved])
+    assert f"From here on model.name={tmp_path / 'moved'}; it was {tiny_model}." in done.stdout
+    mine, theirs = weights(tmp_path / "run"), weights(undisturbed("single"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    tensors = load_file(tmp_path / "moved" / "model.safetensors")
+    save_file(
+        {**tensors, "pooler.dense.bias": tensors["pooler.dense.bias"] + 1}, tmp_path / "moved" / "model.safetensors"
+    )
+    other = start("single", [*options(tmp_path / "other", tmp_path / "moved", reviews), *saved])
+    assert other.returncode == 2
+    assert "is of a run on other base weights than what was loaded now" in other.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_precision_is_said(
+    undisturbed: Callable[..., Path],
+    tiny_model: Path,
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the launcher's, and no option that would be compared."""
+    then = undisturbed("single") / "checkpoints" / SAVED_NAME
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state()
+    try:
+        first = start("single", [*options(tmp_path / "a", tiny_model, reviews), "--resume", str(then)]).stdout
+        then = tmp_path / "a" / "checkpoints" / "step_00000015"
+        again = start("single", [*options(tmp_path / "b", tiny_model, reviews), "--resume", str(then)]).stdout
+    finally:
+        AcceleratorState._reset_state()
+    assert "From here on --mixed_precision bf16; it was no." in first
+    assert "Going on after step 14" in again
+    assert "mixed_precision" not in again
 
 
 @pytest.mark.distributed

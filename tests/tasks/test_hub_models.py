@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +15,12 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import T5Config
 
 from aflora_dist import AFLoRAError, extras
 from aflora_dist.options import ModelConfig
 from aflora_dist.tasks import model as models
+from aflora_dist.tasks import unreadable
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.model import load_base, load_language_model, outline_base
 from aflora_dist.tasks.weights import check_weights
@@ -144,16 +148,85 @@ def test_a_tokenizer_that_cannot_be_read_names_the_packages(
 
     folder = str(lying(name))
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", nothing)
-    missing = {models._SENTENCEPIECE[package] for package in gone}
-    monkeypatch.setattr(models, "installed", lambda module: module not in missing)
+    missing = {unreadable._SENTENCEPIECE[package] for package in gone}
+    monkeypatch.setattr(unreadable, "installed", lambda module: module not in missing)
     with pytest.raises(AFLoRAError, match=rf"sentencepiece and protobuf.*: pip install {' '.join(gone)}\.") as raised:
         load_base(ModelConfig(name=folder), ["no", "yes"])
     assert "tiktoken" not in str(raised.value)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "left", "said"),
+    [
+        ("qwen2_5", "model.safetensors", 0.5, "model.safetensors cannot be read: .* damaged: fetch or save it again"),
+        ("qwen2_5", "model.safetensors", 0, "model.safetensors cannot be read: .* damaged: fetch or save it again"),
+        ("deberta_v3", "pytorch_model.bin", 0.5, "pytorch_model.bin cannot be read: it is cut, or no file of weights"),
+        ("deberta_v3", "pytorch_model.bin", None, "pytorch_model.bin is only Git LFS's pointer .* git lfs pull"),
+        ("llama_7b", "pytorch_model-00002-of-00002.bin", 0.5, "00002-of-00002.bin cannot be read: it is cut"),
+        ("deberta_v3", "spm.model", 0.5, "no SentencePiece model .* that is whole"),
+        ("deberta_v3", "spm.model", None, "spm.model is only Git LFS's pointer"),
+        ("qwen2_5", "tokenizer.json", 0.5, "tokenizer.json cannot be read: .*line.* Fetch or save it again"),
+    ],
+)
+def test_a_file_that_is_cut_or_not_fetched_is_named(
+    name: str, file: str, left: float | None, said: str, lying: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(lying(name), folder)
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(POINTER if left is None else whole[: int(len(whole) * left)])
+    config, decodes = ModelConfig(name=str(folder)), name in DECODERS
+
+    def load() -> None:
+        models.fetch(config, language_model=decodes)
+        _ = load_language_model(config) if decodes else load_base(config, ["no", "yes"])
+
+    with pytest.raises(AFLoRAError, match=rf"{folder}.*{said}"):
+        load()
+
+
+def test_a_pointer_that_nobody_reads_is_no_reason_to_end(lying: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(lying("gpt2"), folder)
+    for file in ("pytorch_model.bin", "tf_model.h5"):
+        (folder / file).write_bytes(POINTER)
+    models.fetch(ModelConfig(name=str(folder)), language_model=True)
+    load_language_model(ModelConfig(name=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta_v3", "roberta", "gpt2", "qwen2_5", "llama_7b"])
+def test_a_model_that_was_saved_without_its_tokenizer_is_refused(
+    name: str, lying: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers makes most of them up, without a vocabulary: every word would be unknown, or none be left."""
+    folder = tmp_path / "model"
+    shutil.copytree(lying(name), folder)
+    for file in folder.iterdir():
+        if "config.json" not in file.name and not re.match(r"(pytorch_)?model", file.name):
+            file.unlink()
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    config = ModelConfig(name=str(folder))
+    with pytest.raises(AFLoRAError, match=r"no tokenizer.* [Ss]ave the (model's )?tokenizer"):
+        load_base(config, ["no", "yes"])
+
+
 def test_a_module_in_a_package_that_is_not_there_is_not_installed() -> None:
     assert extras.installed("google.protobuf")
     assert not extras.installed("no_such_package_here.at_all")
+
+
+def test_a_model_of_no_such_kind_is_said_to_be_none(lying: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "t5"
+    shutil.copytree(lying("qwen2_5"), folder)
+    T5Config(d_model=32, d_ff=48, num_layers=1, num_heads=4, vocab_size=100).save_pretrained(folder)
+    said = (
+        r"transformers has no language model that goes on with a text of this kind of model \(T5Config\): AutoModelFor"
+    )
+    with pytest.raises(AFLoRAError, match=said):
+        load_language_model(ModelConfig(name=str(folder)))
 
 
 def test_a_folder_that_is_not_there_is_named() -> None:

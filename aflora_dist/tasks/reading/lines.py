@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AFLoRAError
+from ...untrusted import refuse_pointer
 
 LINE = "\n"  # the column of lines; none that anybody wants
 _ROWS, _CHARACTERS = 10_000, 16_000_000  # that are held as Python's at once; or one row
-# What other files begin with, in lower case, and what was downloaded in place of a file.
+# What other files begin with, in lower case.
 _OTHER_FILES = {
     b"\xff\xfe\0\0": "UTF-32 text. Save it as UTF-8",
     b"\0\0\xfe\xff": "UTF-32 text. Save it as UTF-8",
@@ -25,14 +26,12 @@ _OTHER_FILES = {
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a workbook, or another file of Office. Save the sheet as CSV",
     b"%pdf-": "a PDF. Save its text as one of the kinds that are read",
     b"par1\x15": "parquet. Name it .parquet",
-    b"version https://git-lfs.github.com/": "only Git LFS's pointer to the file. Get the file: git lfs pull",
-    b"<!doctype html": "a web page. Download the file itself",
-    b"<html": "a web page. Download the file itself",
 }
 
 
 def refuse_other_files(path: Path) -> None:
     """Raise an AFLoRAError for a file that begins as one of quite another kind does."""
+    refuse_pointer(path)
     with path.open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, kind in _OTHER_FILES.items():
