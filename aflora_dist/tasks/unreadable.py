@@ -40,7 +40,7 @@ def readable(config: ModelConfig, *more: type[Exception]) -> Iterator[None]:
     except AFLoRAError:
         raise
     except Exception as error:
-        known = isinstance(error, (*_NOT_LOADED, *more))
+        known = isinstance(error, (*_NOT_LOADED, *more)) or _is_of_tokenizers(error)
         if not known and not (isinstance(error, RuntimeError) and _OF_SIZES.search(str(error))):
             raise
         said = (refusal(error, config.name), _unread_tokenizer(error), _own_code(error), _of_no_kind(error))
@@ -77,9 +77,14 @@ def _of_no_kind(error: BaseException) -> str | None:
     return f"transformers has no {wanted} of this kind of model ({found[1]}): {found[2]} does not know it."
 
 
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """The library tokenizers has no kind of error of its own, which transformers 5.3 lets through."""
+    return type(error) is Exception
+
+
 def _cut_json(error: BaseException, name: str) -> str | None:
     """Which file of a model's folder a complaint over JSON is about."""
-    if not isinstance(error, json.JSONDecodeError):
+    if not isinstance(error, json.JSONDecodeError) and not _is_of_tokenizers(error):
         return None
     for file in sorted(Path(name).glob("*.json")):
         try:
