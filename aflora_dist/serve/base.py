@@ -43,11 +43,9 @@ class Shards(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         files, by_tensor = weight_files(folder)
         if not files:
-            packed = any(folder.glob("*.gguf"))
-            of = "of the model that its GGUF file was made from" if packed else "that model.save_pretrained writes"
             raise AFLoRAError(
-                f"{folder} has no model.safetensors and no pytorch_model.bin, which is what is merged into. Name the "
-                f"folder {of} with --base."
+                f"{folder} has no model.safetensors and no pytorch_model.bin, which is what is merged into. Save the "
+                f"model (model.save_pretrained), and name its folder with --base."
             )
         for file in files:
             refuse_damaged(file)
@@ -90,13 +88,14 @@ def find_base(name: str, revision: str | None) -> Path:
     Raises:
         AFLoRAError: It is not there.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    if name.endswith(".gguf"):
+    folder = Path(name)
+    if name.endswith(".gguf") or (any(folder.glob("*.gguf")) and not weight_files(folder)[0]):
         raise AFLoRAError(
-            f"{name} is a GGUF file, which holds weights in a form of its own. Merge into what it was made of: "
-            f"name that one's folder, or its name on the hub, with --base."
+            f"{name} is a GGUF file, or its folder: it holds weights in a form of its own. Merge into what it was made "
+            f"of: name that one's folder, or its name on the hub, with --base."
         )
+    if folder.is_dir():
+        return folder
     try:
         folder = snapshot(name, ["*.safetensors", *_BESIDE], revision)
         if not any(folder.glob("*.safetensors")):
