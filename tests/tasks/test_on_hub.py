@@ -143,17 +143,18 @@ def test_what_the_hub_refuses_says_what_to_do(run: Run) -> None:
         "nobody/nothing": "there is neither a folder nor a repository on the hub of that name. If it is private",
         "some/talker@v2": "it has no such revision. https://huggingface.co/some/talker shows",
     }
-    for token in (None, "hf_of_somebody_else"):
-        done = run(sys.executable, "-W", "ignore", "-m", "tests.workers.refused", *expected, token=token)
-        assert done.returncode == 0, done.stderr
-        told: dict[str, list[str]] = defaultdict(list)
-        for name, said in map(json.loads, done.stdout.splitlines()):
-            told[name].append(said)
-        for name, said in expected.items():
-            assert len(told[name]) == 4
-            for each in told[name]:
-                assert said in each
-                assert "Request ID" not in each
-                assert name != GATED or ("`hf auth login` on this machine" in each and "HF_TOKEN" in each)
-    done = run(sys.executable, "-W", "ignore", "-m", "tests.workers.refused", GATED, token=TOKEN)
-    assert [json.loads(line)[1] for line in done.stdout.splitlines()] == ["found"] * 4
+    asked = [f"{token}{name}" for token in ("", "hf_of_somebody_else:") for name in expected]
+    done = run(sys.executable, "-W", "ignore", "-m", "tests.workers.refused", *asked, f"{TOKEN}:{GATED}")
+    assert done.returncode == 0, done.stderr
+    told: dict[str, list[str]] = defaultdict(list)
+    for name, said in map(json.loads, done.stdout.splitlines()):
+        told[name].append(said)
+    assert told.pop(f"{TOKEN}:{GATED}") == ["found"] * 4
+    assert [*told] == asked
+    for ask, answers in told.items():
+        name = ask.rpartition(":")[2]
+        assert len(answers) == 4
+        for said in answers:
+            assert expected[name] in said
+            assert "Request ID" not in said
+            assert name != GATED or ("`hf auth login` on this machine" in said and "HF_TOKEN" in said)

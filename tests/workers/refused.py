@@ -1,11 +1,12 @@
 """Asks the hub that HF_ENDPOINT names for models in all the ways that commands do; prints what each is told.
 
-python -m tests.workers.refused OWNER/NAME[@REVISION] ...
+python -m tests.workers.refused [TOKEN:]OWNER/NAME[@REVISION] ...
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 from aflora_dist import AFLoRAError
@@ -16,7 +17,9 @@ from aflora_dist.tasks.model import load_base, load_tokenizer, outline_base
 
 def main(names: list[str]) -> None:
     for asked in names:
-        name, _, revision = asked.partition("@")
+        token, _, repository = asked.rpartition(":")
+        os.environ["HF_TOKEN"] = token
+        name, _, revision = repository.partition("@")
         config = ModelConfig(name=name, revision=revision or None)
         for ask in (
             lambda config=config: load_base(config, ["no", "yes"]),
