@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from .names import freeze_map_cells, grid, matrix_position, stack_names
+from .options import ORDERS
 from .store.records import Event, Update
 from .traces import WindowReport, range_paths, short_name
 
@@ -104,8 +105,12 @@ def _values(metrics: Sequence[Update], key: str) -> list[float]:
     return [math.nan if (value := getattr(line, key)) is None else value for line in metrics]
 
 
-def score_curves(events: Sequence[Event], total_steps: int) -> Figure:
-    """Every matrix's freezing score at the freeze events, with a dot where it froze; the colour is its layer."""
+def score_curves(events: Sequence[Event], total_steps: int, kind: str) -> Figure:
+    """Every matrix's freezing score at the freeze events, with a dot where it froze; the colour is its layer.
+
+    Args:
+        kind: What freezing.score is.
+    """
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axis = figure.add_subplot()
     names = sorted({name for event in events for name in event.scores})
@@ -120,8 +125,12 @@ def score_curves(events: Sequence[Event], total_steps: int) -> Figure:
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.8)
         if name in frozen:
             axis.plot(*points[-1], color=colour, marker="o", markersize=3)
-    axis.set(yscale="log", xlim=(0, total_steps), xlabel="step (optimizer update)")
-    axis.set_ylabel("freezing score, mean of smoothed gradient times uncertainty (Eq. 4)", fontsize=8)
+    axis.set(xlim=(0, total_steps), xlabel="step (optimizer update)")
+    if kind in ORDERS:  # the first may be 0
+        axis.set_ylabel(f"place in the order {kind}, which no gradient decides", fontsize=8)
+    else:
+        axis.set(yscale="log")
+        axis.set_ylabel(f"freezing score, mean of smoothed {kind} times its uncertainty (Eq. 4)", fontsize=8)
     axis.set_title("a dot: the matrix froze", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     bar = figure.colorbar(scale, ax=axis, label="layer", pad=0.02)

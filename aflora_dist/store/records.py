@@ -202,6 +202,12 @@ class Run:
         return {name: event.step for event in self.events for name in event.frozen if name in ranked}
 
     @property
+    def score(self) -> str:
+        """What freezing.score is; runs of before it was an option have the paper's."""
+        freezing = self.settings.values.get("freezing")
+        return str(freezing.get("score", "gradient")) if isinstance(freezing, dict) else "gradient"
+
+    @property
     def total_steps(self) -> int:
         """T; while the run goes on, as far as its learning rate's epochs tell."""
         done = max(self.done, 1)

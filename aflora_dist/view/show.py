@@ -123,7 +123,7 @@ def write_figures(run: Run, folder: Path, form: str) -> list[Path]:
     if events:
         drawn["freeze_map"] = freeze_map(run.names, run.frozen, run.total_steps, _ends(run))
     if any(event.scores for event in events):
-        drawn["scores"] = score_curves(run.events, run.total_steps)
+        drawn["scores"] = score_curves(run.events, run.total_steps, run.score)
     paths = []
     with writing("The figures", folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,19 @@ NAMES = [f"model.{stack}.layers.{i}.fc1.aflora.default.A" for stack in ("encoder
 
 def test_a_dot_ends_the_score_of_what_froze_and_no_other() -> None:
     events = [Event(step, [NAMES[step]], dict.fromkeys(NAMES[step:], 0.1 + step), None) for step in range(2)]
-    (axis, _) = score_curves(events, 10).axes
+    (axis, _) = score_curves(events, 10, "gradient").axes
     dots = [line for line in axis.lines if line.get_marker() == "o"]
     assert len(dots) == 2
     assert len(axis.lines) == 4 + 2
+    assert axis.get_ylabel().endswith("(Eq. 4)")
+
+
+def test_places_in_an_order_are_not_called_scores_of_gradients_and_begin_with_0() -> None:
+    events = [Event(step, [NAMES[step]], dict(zip(NAMES[step:], range(step, 4), strict=True)), None) for step in (0, 1)]
+    (axis, _) = score_curves(events, 10, "front_to_back").axes
+    assert axis.get_yscale() == "linear"
+    assert "front_to_back" in axis.get_ylabel()
+    assert "Eq. 4" not in axis.get_ylabel()
 
 
 def test_lora_is_compared_with_on_the_same_side_of_the_head() -> None:
