@@ -276,3 +276,14 @@ def whole_blocks(ends: Iterable[tuple[int, int]], blocks: int) -> list[int | Non
     """
     known = list(ends)
     return [next((step for step, lowest in known if lowest > block), None) for block in range(blocks)]
+
+
+def times_as_many(count: float, than: float) -> str:
+    """Two counts in words.
+
+    >>> times_as_many(2_442_240, 290_000), times_as_many(2_442_240, 52_304_602)
+    ('8.4 times as many', '21.4 times fewer')
+    """
+    if 0 < count < than:
+        return f"{than / count:.1f} times fewer"
+    return f"{count / max(than, 1):.1f} times as many"

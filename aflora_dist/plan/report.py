@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from ..names import times_as_many
 from .events import Elements, PlannedFreeze
 from .records import EnginePlan, Plan
 
@@ -66,9 +67,9 @@ def _parameters(plan: Plan) -> Iterator[Table | str]:
     table.add_row("head", *[f"{found.head:,}"] * 3)
     table.add_row("LoRA r=8, same layers", *[f"{found.lora_r8:,}"] * 3)
     yield table
-    times = found.lora_r8 / max(found.average.expected, 1)
+    times = times_as_many(found.lora_r8, found.average.expected)
     yield (
-        f"On average LoRA r=8 has {times:.1f} times as many. The whole model has {found.model:,} parameters, "
+        f"On average LoRA r=8 has {times}. The whole model has {found.model:,} parameters, "
         f"{decimal(found.model_bytes)} as it is loaded, unquantised.\n"
     )
 

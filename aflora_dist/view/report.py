@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..names import times_as_many
 from ..store.best import LOWER_IS_BETTER
 from ..store.records import FREEZE_LOG, METRICS, RESULT, Result
 
@@ -40,7 +41,7 @@ def figures(result: Result) -> Iterator[tuple[str, str]]:
         yield name.replace("_", " "), f"{_number(value)}{_beside(result, name)}"
     average, lora = result.avg_trainable_params, result.lora_r8_trainable_params
     if average is not None:
-        than = f"; LoRA r=8 has {lora:,}: {lora / max(average, 1):.1f} times as many" if lora is not None else ""
+        than = f"; LoRA r=8 has {lora:,}: {times_as_many(lora, average)}" if lora is not None else ""
         yield "trainable parameters", f"{average:,.0f} on average{than}"
     if result.freezable_matrices and result.freeze_events is not None:
         count = "" if result.frozen_matrices in (None, result.freezable_matrices) else f"{result.frozen_matrices} of "
