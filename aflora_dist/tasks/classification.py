@@ -19,11 +19,11 @@ from ..options import Config
 from .base import Evaluation
 from .batches import Batch, create_loaders, move
 from .data import load_data
+from .dtypes import check_weights
 from .evaluation import evaluate, measured
 from .limits import Limits
 from .model import load_base, load_tokenizer, outline_base, unadapted
 from .sampler import GlobalBatchSampler
-from .weights import check_weights
 
 
 class Classification:
