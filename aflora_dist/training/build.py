@@ -32,7 +32,7 @@ from ..processes import launched_accelerator, launched_processes, on_main
 from ..processes.meeting import meet
 from ..store import fingerprint
 from ..store.best import BestEpoch, check_metric
-from ..store.held import Held
+from ..store.parts import Held
 from ..store.resume import LABELS, Checkpointer, find
 from ..store.rundir import RunDirectory
 from ..tasks.base import Task
