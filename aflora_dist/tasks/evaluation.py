@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from .batches import Batch, move
 from .data import Data
+from .glue import metric_names
 
 Array = NDArray[np.float64]
 
@@ -46,23 +47,18 @@ def gather_logits(
     return accelerator.reduce(found, "sum")  # a value of one rank, zeros of the others
 
 
-def measured(data: Data) -> list[str]:
-    """Names of the metrics. Those of several splits carry the split's suffix: accuracy_matched, accuracy_mismatched."""
-    return [f"{name}{split.removeprefix('validation')}" for split in data.evaluation for name in data.metrics]
-
-
 def evaluate(
     model: nn.Module, splits: dict[str, DataLoader[Batch]], data: Data, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The task's metrics, named as `measured` says. A collective."""
-    metrics = {}
+    """The task's metrics, named as `metric_names` says. A collective."""
+    metrics: dict[str, float] = {}
     for split, batches in splits.items():
         labels = np.asarray(data.evaluation[split]["label"][:], dtype=np.float64)
         width = 1 if data.labels is None else len(data.labels)
         logits = gather_logits(model, batches, len(labels), width, accelerator)
         predictions = logits.squeeze(-1) if data.labels is None else logits.argmax(-1)
         values = compute(data.metrics, labels, predictions.double().cpu().numpy(), data.positive)
-        metrics.update({f"{name}{split.removeprefix('validation')}": value for name, value in values.items()})
+        metrics.update(zip(metric_names([split], values), values.values(), strict=True))
     return metrics
 
 
