@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from .errors import AFLoRAError, DivergedError, LaunchError, told_of_long_names
-from .notices import launched
+from .notices import from_launcher
 
 _LOST_RANK = (
     "Connection closed by peer",
@@ -52,7 +52,7 @@ def leave(status: int) -> NoReturn:
     programs is done here (other threads are waited for, exit handlers run, output is flushed), and the interpreter is
     not taken down.
     """
-    if launched("WORLD_SIZE", "1") == "1":
+    if from_launcher("WORLD_SIZE", "1") == "1":
         sys.exit(status)
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():
@@ -68,7 +68,7 @@ def leave(status: int) -> NoReturn:
 
 def _said(error: BaseException, what: str, then: str) -> int | None:
     """Say what a person is to know; returns the exit status, None for what nobody was expected to do."""
-    speaks = launched("LOCAL_RANK", launched("RANK", "0")) == "0"  # once per node: its files may differ
+    speaks = from_launcher("LOCAL_RANK", from_launcher("RANK", "0")) == "0"  # once per node: its files may differ
     if isinstance(error, KeyboardInterrupt):
         if speaks:
             print(f"aflora: interrupted. {then}", file=sys.stderr, flush=True)
@@ -93,7 +93,7 @@ def _said(error: BaseException, what: str, then: str) -> int | None:
 def _tell_the_others(error: BaseException) -> None:
     """Who waits for this rank, or will, learns that it has ended, and why."""
     over = isinstance(error, SystemExit) and not error.code
-    if launched("WORLD_SIZE", "1") == "1" or over:
+    if from_launcher("WORLD_SIZE", "1") == "1" or over:
         return
     with suppress(AFLoRAError, ImportError):
         from .processes import complaint, launched_processes, part, rank

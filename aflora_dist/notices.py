@@ -17,7 +17,7 @@ from typing import Any
 logger = logging.getLogger("aflora_dist")
 
 
-def launched(variable: str, default: str) -> str:
+def from_launcher(variable: str, default: str) -> str:
     """What the launcher has said of this process in an environment variable; one that is empty is as absent."""
     return os.environ.get(variable) or default
 
@@ -36,7 +36,7 @@ class _Terminal(logging.Handler):
 
 if not logger.handlers:
     logger.addHandler(_Terminal())
-    logger.addFilter(lambda record: launched("RANK", "0") == "0")
+    logger.addFilter(lambda record: from_launcher("RANK", "0") == "0")
     logger.propagate = False
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,15 @@ _IN_ITS_PLACE = {
 }
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise an AFLoRAError for what tells of a file, and is not the file."""
+def refuse_pointer(path: Path, others: Mapping[bytes, str] | None = None) -> None:
+    """Raise an AFLoRAError for what tells of a file, and is not the file.
+
+    Args:
+        others: What else it is not to begin with, in lower case, and what that is.
+    """
     with path.open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for beginning, kind in _IN_ITS_PLACE.items():
+    for beginning, kind in {**_IN_ITS_PLACE, **(others or {})}.items():
         if start.startswith(beginning):
             raise AFLoRAError(f"{path} is {kind}.")
 

@@ -30,7 +30,13 @@ def command_line(chosen: dict[str, Any]) -> list[str]:
 
 
 def options(folder: Path, model: Path, data: Path, **more: Any) -> list[str]:
-    """Command line of a run of 24 updates."""
+    """Command line of a run of 24 updates of AFLoRA's, which freezes in them."""
+    schedule = {"freezing.initial_epochs": 0.5, "freezing.final_epochs": 1}
+    return options_of_any(folder, model, data, **schedule | more)
+
+
+def options_of_any(folder: Path, model: Path, data: Path, **more: Any) -> list[str]:
+    """The same for any method: nothing is said of freezing."""
     chosen = {
         "run.dir": folder,
         "run.log_every": 1,
@@ -43,8 +49,6 @@ def options(folder: Path, model: Path, data: Path, **more: Any) -> list[str]:
         "data.validation_file": data / "dev.csv",
         "train.epochs": 4,
         "train.batch_size": 16,
-        "freezing.initial_epochs": 0.5,
-        "freezing.final_epochs": 1,
         **more,
     }
     return command_line(chosen)

@@ -265,7 +265,6 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_registration.py": {  # a new Python for each
         "test_a_saved_adapter_loads_when_the_package_is_imported": ("before PEFT",),
-        "test_a_half_imported_peft_that_fails_is_waited_for_too": NONE,
         "test_a_peft_that_cannot_be_imported_says_so_itself_and_is_waited_for_further": NONE,
     },
     "predict/test_predict.py": {

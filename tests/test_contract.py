@@ -41,11 +41,7 @@ GONE = Private("Somebody", "_moved_elsewhere", "do something", "nothing yet")
 
 @pytest.mark.parametrize(
     ("library", "entries", "attach"),
-    [
-        ("accelerate", ACCELERATOR, Loop),
-        ("torch", AUTOGRAD, Loop),
-        ("peft", TUNER, register),
-    ],
+    [("accelerate", ACCELERATOR, Loop), ("torch", AUTOGRAD, Loop), ("peft", TUNER, register)],
 )
 def test_an_interface_that_is_gone_is_an_error_that_names_the_release(
     library: str, entries: list[Private], attach: Callable[[], Any]

@@ -21,7 +21,7 @@ FILE, FUNCTION = 350, 60  # lines, blank ones and docstrings included
 UPWARD: dict[tuple[str, str], str] = {}
 # The package's own face hands out names of all floors. What else may it import but what stands lowest?
 ENTRY = {
-    ("_registration", "adapter.model"): "`import aflora_dist` promises that PEFT knows the method, once PEFT is there",
+    ("_registration", "adapter.model"): "`import aflora_dist` promises that PEFT knows the method, once PEFT is there"
 }
 # What is larger, and why it may be.
 LONG_FILES: set[str] = set()

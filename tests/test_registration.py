@@ -197,11 +197,13 @@ def test_asking_where_peft_is_neither_imports_it_nor_ends_the_watch(tmp_path: Pa
     assert python(STANDIN + dedent(code), path=standin(tmp_path, "whole = True")) == "asked\nregistered True\n"
 
 
-def test_a_peft_that_cannot_be_imported_says_so_itself_and_is_waited_for_further(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["looked for", "half imported"])
+def test_a_peft_that_cannot_be_imported_says_so_itself_and_is_waited_for_further(half: bool, tmp_path: Path) -> None:
+    """Half imported: it is peft itself that imports this package."""
     code = """
     import os
 
-    for _ in range(2):
+    for _ in range(TRIES):
         try:
             import peft
         except OSError as error:
@@ -216,30 +218,10 @@ def test_a_peft_that_cannot_be_imported_says_so_itself_and_is_waited_for_further
         raise OSError("peft's own trouble")
     whole = True
     """
-    said = python(STANDIN + dedent(code), path=standin(tmp_path, content))
-    assert said == "peft's own trouble\npeft's own trouble\nregistered True\n"
-
-
-def test_a_half_imported_peft_that_fails_is_waited_for_too(tmp_path: Path) -> None:
-    code = """
-    import os
-
-    try:
-        import peft
-    except OSError as error:
-        print(error)
-    os.environ["REPAIRED"] = "1"
-    import peft
-    """
-    content = """
-    import os
-
-    if "REPAIRED" not in os.environ:
-        raise OSError("peft's own trouble")
-    whole = True
-    """
-    said = python(code, path=standin(tmp_path, STANDIN + dedent(content)))
-    assert said == "peft's own trouble\nregistered True\n"
+    tries = 1 if half else 2
+    code, content = dedent(code).replace("TRIES", str(tries)), dedent(content)
+    code, content = (code, STANDIN + content) if half else (STANDIN + code, content)
+    assert python(code, path=standin(tmp_path, content)) == "peft's own trouble\n" * tries + "registered True\n"
 
 
 def test_no_peft_at_all_is_not_found_as_ever() -> None:

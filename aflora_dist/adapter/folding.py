@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ class Folding:
         folding._hook(model)
         if outer is not model:
             folding._hook(outer)
-        around_compiled(outer, partial(_Around, folding, outer))
+        around_compiled(outer, partial(folding.begin, outer, ()), partial(folding.end, outer, (), None))
 
     def begin(self, module: nn.Module, args: Any) -> None:
         if is_traced() or is_replica(module):  # DataParallel's replicas have parameters of their own
@@ -145,17 +145,3 @@ class Folding:
                 path.keep(None)
             self._given = []
             self._begun = None
-
-
-class _Around:
-    """A module that was compiled in place, called in between."""
-
-    def __init__(self, folding: Folding, module: nn.Module, compiled: Callable[..., Any]) -> None:
-        self.folding, self.module, self.compiled = folding, module, compiled
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.folding.begin(self.module, args)
-        try:
-            return self.compiled(*args, **kwargs)
-        finally:
-            self.folding.end(self.module, args, None)

@@ -271,9 +271,7 @@ class AFLoRAModel(BaseTuner):
             module.register_forward_pre_hook(
                 # Experts are given tokens in an order of their own.
                 partial(
-                    _name_adapters,
-                    names if module in in_encoder else repeated,
-                    [] if ".experts." in name else shapes,
+                    _name_adapters, names if module in in_encoder else repeated, [] if ".experts." in name else shapes
                 ),
                 with_kwargs=True,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -135,6 +136,17 @@ def after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+def weakly(method: Callable[[], None]) -> Callable[[Tensor], None]:
+    """A hook that calls a method and does not keep its object alive: autograd holds hooks unseen by the collector."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(_: Tensor) -> None:
+        if (called := reference()) is not None:
+            called()
+
+    return hook
+
+
 def keeps_all_for_backward() -> bool:
     """Whether autograd now keeps what backward needs as it is: gradients are on, nothing offloads or recomputes."""
     return (
@@ -175,10 +187,25 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
 
 
-def around_compiled(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put something around the call of a module that is compiled in place, hooks and all; else do nothing."""
+def around_compiled(module: nn.Module, before: Callable[[], None], after: Callable[[], None] | None = None) -> None:
+    """Call these around the call of a module that is compiled in place, hooks and all; else do nothing."""
     if module._compiled_call_impl is not None:
-        module._compiled_call_impl = wrap(module._compiled_call_impl)
+        module._compiled_call_impl = _Around(module._compiled_call_impl, before, after)
+
+
+class _Around:
+    """A module that was compiled in place, and what is called around it; its own hooks are compiled with it."""
+
+    def __init__(self, call: Callable[..., Any], before: Callable[[], None], after: Callable[[], None] | None) -> None:
+        self.call, self.before, self.after = call, before, after
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.before()
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            if self.after is not None:
+                self.after()
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

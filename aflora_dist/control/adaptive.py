@@ -260,11 +260,7 @@ class AdaptiveFreezing:
     # -- each global batch -------------------------------------------------------------------
 
     def _observe(
-        self,
-        bucket: int,
-        gradients: Sequence[Tensor],
-        weights: Callable[[], Sequence[Tensor]],
-        scale: Tensor | float,
+        self, bucket: int, gradients: Sequence[Tensor], weights: Callable[[], Sequence[Tensor]], scale: Tensor | float
     ) -> None:
         with self._stopwatch.queueing(self._scores.devices[bucket]), torch.profiler.record_function("aflora.observe"):
             self._scores.observe(bucket, gradients, weights, scale, self.step)

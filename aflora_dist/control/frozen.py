@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -75,7 +74,7 @@ class KeptFrozen:
         if self._all is None and any(map(is_compiled, self._outer.modules())):
             self._all = _Hold([])
             self._outer.register_forward_pre_hook(self._all, prepend=True)
-            around_compiled(self._outer, partial(_Around, self._all))
+            around_compiled(self._outer, self._all)
         if self._all is not None:
             self._all.places = [place for places in below.values() for place in places]
 
@@ -106,14 +105,3 @@ class _Hold(Hook):
             # FSDP2 puts other parameters in its place; any other is a user's (torch.func.functional_call).
             if (there is frozen or (there is not None and is_fsdp_managed(owner))) and there.requires_grad:
                 release(there)
-
-
-class _Around:
-    """A module that was compiled in place; its own hooks are compiled with it."""
-
-    def __init__(self, hold: _Hold, compiled: Callable[..., Any]) -> None:
-        self.hold, self.compiled = hold, compiled
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.hold()
-        return self.compiled(*args, **kwargs)

@@ -32,11 +32,7 @@ class Observer(Protocol):
     """Receives the gradients of one bucket just before the update; `weights()` gives the values."""
 
     def __call__(
-        self,
-        bucket: int,
-        gradients: Sequence[Tensor],
-        weights: Callable[[], Sequence[Tensor]],
-        scale: Tensor | float,
+        self, bucket: int, gradients: Sequence[Tensor], weights: Callable[[], Sequence[Tensor]], scale: Tensor | float
     ) -> None: ...
 
 
@@ -245,9 +241,9 @@ class Engine(Collectives):
             bad[place[piece.key]] |= int(not torch.isfinite(piece.data).all())
         return next((name for name, found in zip(names, self.max_over_ranks(bad).tolist(), strict=True) if found), None)
 
-    @abstractmethod
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole current values of parameters, trainable or not, as copies on every rank. A collective."""
+        return {name: self.parameters[name].detach().clone() for name in names}
 
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Whole current values of parameters in CPU memory of the main process; nothing elsewhere. A collective.
@@ -261,9 +257,11 @@ class Engine(Collectives):
                 found[name] = value.cpu()
         return found
 
-    @abstractmethod
+    @torch.no_grad()
     def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
         """Give parameters that do not train the values that the main process holds, flat or shaped. A collective."""
+        here = ((name, self._local((p := self.parameters[name]).detach()), self._offset(p)) for name in names)
+        self.fill(tensors, names, [Piece(name, start, part.view(-1)) for name, part, start in here if part.numel()])
 
     def settle(self) -> None:
         """Drop what a resumed process would not have; called after a checkpoint, so that both go on alike."""
@@ -317,6 +315,14 @@ class Engine(Collectives):
 
     def _state_device(self) -> torch.device:
         return self.device
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a tensor that is laid out like a parameter of the model."""
+        return tensor
+
+    def _offset(self, parameter: nn.Parameter) -> int:
+        """The first element of this rank's part of a parameter."""
+        return 0
 
     def _patch(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         self._handles.append(patch_method(owner, name, replacement))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..compat.patch import patch_method
-from ..compat.torch import after_backward
+from ..compat.torch import after_backward, weakly
 from ..errors import UnsupportedEngineError
 
 _CLIP_ONCE = (
@@ -60,23 +60,16 @@ class Clipping:
     def unwatch(self) -> None:
         while self._handles:
             self._handles.pop()()
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks = []
+        self._unhook()
+
+    def _unhook(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def follow(self) -> None:
         """What is observed has changed: watch the backward passes of what still is."""
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks = []
-        # Weak, for autograd holds hooks where the garbage collector does not see them: model, hook and engine would
-        # keep each other alive for ever.
-        accumulated = weakref.WeakMethod(self._accumulated)
-
-        def hook(parameter: Tensor) -> None:
-            if (method := accumulated()) is not None:
-                method()
-
+        self._unhook()
+        hook = weakly(self._accumulated)  # else model, hook and engine would keep each other alive for ever
         for parameter in self.observed():
             trains = parameter.requires_grad
             parameter.requires_grad_(True)  # torch asks for it; the user may have switched it off for a while

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from ..compat.torch import after_backward, backward_pass
+from ..compat.torch import after_backward, backward_pass, weakly
 from ..errors import UnsupportedEngineError
 from ..freezing import Fragment
 from ..processes import rank
@@ -36,14 +36,8 @@ class _Averaging:
     def __init__(self, accelerator: Accelerator, trained: Sequence[nn.Parameter]) -> None:
         self._accelerator, self._trained = weakref.ref(accelerator), trained  # the accelerator holds the model
         self._pass = -1
-        arrived = weakref.WeakMethod(self._arrived)  # autograd holds hooks where no garbage collector looks
-
-        def hook(parameter: Tensor) -> None:
-            if (method := arrived()) is not None:
-                method()
-
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(hook)
+            parameter.register_post_accumulate_grad_hook(weakly(self._arrived))
 
     def _arrived(self) -> None:
         accelerator = self._accelerator()
@@ -136,11 +130,8 @@ class Fsdp2Engine(NativeEngine):
 
     @torch.no_grad()
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        found = {}
-        for name in names:
-            parameter = self.parameters[name].detach()
-            found[name] = (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).clone()
-        return found
+        held = ((name, self.parameters[name].detach()) for name in names)
+        return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in held}
 
 
 def _place(name: str, parameter: nn.Parameter) -> tuple[int, bool]:

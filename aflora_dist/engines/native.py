@@ -5,7 +5,7 @@ A torch optimizer updates the model's own parameters. A drop moves no byte betwe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,10 +168,6 @@ class NativeEngine(Engine):
         """What this rank observes of a parameter."""
         raise NotImplementedError
 
-    def _local(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a tensor that is laid out like a parameter."""
-        return tensor
-
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         # A matrix outside this step's graph (an unused layer) has had no gradient: it is zero.
         if parameter.grad is None:
@@ -187,10 +183,6 @@ class NativeEngine(Engine):
         local = self._local(tensor).reshape(-1)
         start = fragment.start - self._offset(parameter)
         return local[start : start + fragment.numel]
-
-    def _offset(self, parameter: nn.Parameter) -> int:
-        """The first element of this rank's part of a parameter."""
-        return 0
 
     # -- dropping ----------------------------------------------------------------------------
 
@@ -245,15 +237,6 @@ class NativeEngine(Engine):
         return True
 
     @torch.no_grad()
-    def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        found = []
-        for name in names:
-            parameter = self.parameters[name]
-            if (local := self._local(parameter.detach())).numel():
-                found.append(Piece(name, self._offset(parameter), local.view(-1)))
-        self.fill(tensors, names, found)
-
-    @torch.no_grad()
     def create_state(self, names: Sequence[str], state: Mapping[str, Record]) -> None:
         for name in names:
             parameter = self.parameters[name]
@@ -284,9 +267,6 @@ class NativeEngine(Engine):
     def state(self, names: Sequence[str]) -> dict[str, Record]:
         states = {name: self.optimizer.state.get(self.parameters[name]) for name in names}
         return {name: self._told(held) for name, held in states.items() if held}
-
-    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.parameters[name].detach().clone() for name in names}
 
     def scaling(self) -> dict[str, Any]:
         return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}

@@ -154,10 +154,7 @@ class Renamed(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def collect(
-    pieces: Sequence[Piece],
-    numels: Mapping[str, int],
-    device: torch.device,
-    group: dist.ProcessGroup | None = None,
+    pieces: Sequence[Piece], numels: Mapping[str, int], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> dict[str, Tensor]:
     """Whole flat tensors by key on the main process, as copies in its CPU memory; nothing elsewhere. A collective.
 

@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config import FreezeEvent, FreezingConfig
-from .order import fixed_scores, unit_of
-from .policy import FreezingPolicy, QuantilePolicy, ThresholdPolicy, policy_for
-from .schedule import CubicSchedule, Moments, whole_steps
+from .order import fixed_scores
+from .policy import FreezingPolicy, policy_for
+from .schedule import CubicSchedule, Moments
 
 if TYPE_CHECKING:
     from .matrix import MatrixScore, PartialImportance
@@ -22,12 +22,8 @@ __all__ = [
     "MatrixScore",
     "Moments",
     "PartialImportance",
-    "QuantilePolicy",
-    "ThresholdPolicy",
     "fixed_scores",
     "policy_for",
-    "unit_of",
-    "whole_steps",
 ]
 
 # What computes with torch is imported when first asked for: a command line needs the rest alone.

@@ -88,7 +88,7 @@ class AdaLora(Peft):
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:
-        self.check_engine(progress.engine.kind, str(accelerator.mixed_precision))
+
         return RankAllocation(progress)
 
     def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:

@@ -7,22 +7,12 @@ from .freezing import (
     FreezingEpochs,
     FreezingKeywords,
     FreezingOptions,
-    FreezingRule,
     FreezingScheduleConfig,
-    Granularity,
     ScheduleShape,
     ScoreKind,
     Unit,
 )
-from .job import (
-    AdapterConfig,
-    Config,
-    MethodConfig,
-    ModelConfig,
-    ProfileConfig,
-    RunConfig,
-    TrainConfig,
-)
+from .job import AdapterConfig, Config, MethodConfig, ModelConfig, ProfileConfig, RunConfig, TrainConfig
 
 __all__ = [
     "ORDERS",
@@ -32,9 +22,7 @@ __all__ = [
     "FreezingEpochs",
     "FreezingKeywords",
     "FreezingOptions",
-    "FreezingRule",
     "FreezingScheduleConfig",
-    "Granularity",
     "MethodConfig",
     "ModelConfig",
     "ProfileConfig",

@@ -18,10 +18,10 @@ from ..store.rundir import refuse_taken, written
 from ..tasks.base import Task
 from ..tasks.batches import BatchShape, create_sampler, enough
 from ..tasks.data import unknown_task
+from ..tasks.dtypes import check_weights
 from ..tasks.glue import TASKS
 from ..tasks.limits import Limits
 from ..tasks.model import outline_base, outline_language_model
-from ..tasks.weights import check_weights
 from ..training.build import check_launch, create_schedule, create_task, create_windows, hold, warm_up
 from .launches import Launch
 from .model import PlannedModel
@@ -46,7 +46,7 @@ def make_plan(config: Config, launches: Sequence[Launch], *, examples: int | Non
     assumptions: list[str] = []
     base, head = _outline(config, assumptions) if task is None else _load(task, able.first)
     limits = Limits.of(base, config.model.name) if task is None else task.limits
-    limits.check_length("data.max_length", config.data.max_length)
+    limits.check_length(config.data.max_length)
     model_bytes = base.get_memory_footprint()
     model = method.adapt(base, head)
     held = hold(model, head, config.model.train_new, method)

@@ -19,11 +19,10 @@ from accelerate.utils import gather_object
 from ..errors import AFLoRAError
 from ..tasks.batches import BatchShape, Texts, evaluation_loader, lengths
 from ..tasks.data import metrics_for, positive_class, refuse_swallowed_rows
-from ..tasks.evaluation import gather_logits
+from ..tasks.evaluation import compute, gather_logits
 from ..tasks.glue import TASKS
 from ..tasks.labels import given_labels
 from ..tasks.limits import Limits
-from ..tasks.metrics import compute
 from ..tasks.reading import listed, plain_header, read_table, shown
 from ..tasks.sft.answers import Answer, generate_answers, last_number
 from ..tasks.sft.batching import PromptCollator
@@ -101,8 +100,7 @@ class _Labels:
     def predict(self, start: int, stop: int, done: Done) -> list[Values]:
         """What is predicted of these rows, on the main process; nothing elsewhere. A collective."""
         part = self.tokens.select(range(start, stop))
-        counts = lengths(part, self.shape.multiple)
-        batches = evaluation_loader(self.config, part, counts, self.collate, self.shape)
+        batches = evaluation_loader(self.config, part, self.collate, self.shape)
         width = 1 if self.labels is None else len(self.labels)
         logits = gather_logits(self.model, batches, stop - start, width, self.accelerator, done).cpu()
         if not torch.isfinite(logits).all():  # all ranks have them
@@ -198,20 +196,17 @@ class _Answers:
         self.tokens = made_once(self.prompts, tokenizer, encode, encode.settings, "the file")
         limits.check_tokens(tokenizer, self.tokens, "the file")
         self.tokens = self.tokens.select_columns(["prompt_ids"])
-        asked, room = lengths(self.tokens, 1, "prompt_ids"), limits.positions
-        longest = max(range(self.rows), key=lambda row: asked[row])
-        if room is not None and asked[longest] + data.max_new_tokens > room:
-            raise AFLoRAError(
-                f"{self.table.where(longest)}: it asks with {asked[longest]} tokens: with an answer of "
-                f"data.max_new_tokens={data.max_new_tokens} that is more than the {room} positions of "
-                f"{limits.name!r}. Leave the row out, or lower --data.max_new_tokens."
-            )
+        limits.check_room(
+            lengths(self.tokens, 1, "prompt_ids"),
+            data.max_new_tokens,
+            lambda row: f"{self.table.where(row)}: it",
+            "Leave the row out, or lower --data.max_new_tokens.",
+        )
 
     def predict(self, start: int, stop: int, done: Done) -> list[Values]:
         part: datasets.Dataset = self.tokens.select(range(start, stop))
-        counts = lengths(part, 1, "prompt_ids")
         collate = PromptCollator(self.tokenizer.pad_token_id)
-        batches = evaluation_loader(self.config, part, counts, collate, self.shape)
+        batches = evaluation_loader(self.config, part, collate, self.shape)
         most = self.config.data.max_new_tokens
         said = generate_answers(self.model, batches, self.tokenizer, most, self.end, self.accelerator, done)
         return [[text] for _, text in sorted(gather_object(said))]

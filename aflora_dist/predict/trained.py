@@ -214,7 +214,7 @@ def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, 
     limits = Limits.of(model, config.model.name)
     if trained.adapter is not None:
         limits = limits.without(trained.adapter.config.get("num_virtual_tokens"))
-    limits.check_length("data.max_length", config.data.max_length)
+    limits.check_length(config.data.max_length)
     if trained.adapter is not None:
         model = _adapted(model, trained.adapter)
     elif not any(map(is_sharded, model.parameters())):  # of shards one rank alone would know

@@ -112,7 +112,7 @@ def launched_accelerator(**options: Any) -> Accelerator:
     try:
         meeting.meet()  # who has been refused by now says so there, and nobody waits in a collective for it
     except torch.distributed.DistError as error:
-        raise AFLoRAError(_not_connected(str(error))) from None
+        raise AFLoRAError(_not_connected(error)) from None
     try:
         accelerator = Accelerator(
             # DDP wraps nothing on a CPU unless told; and a GPU that there is would be taken.
@@ -126,7 +126,7 @@ def launched_accelerator(**options: Any) -> Accelerator:
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "Gloo connectFullMesh" not in str(error):
             raise
-        raise AFLoRAError(_not_connected(str(error))) from None
+        raise AFLoRAError(_not_connected(error)) from None
     refuse_lonely_processes()
     if _asked("FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise AFLoRAError(
@@ -202,8 +202,9 @@ def nvidia_driver() -> str | None:
     return next((str(path) for path in sorted(Path("/dev").glob("nvidia[0-9]*"))), None) or shutil.which("nvidia-smi")
 
 
-def _not_connected(reason: str) -> str:
+def _not_connected(error: Exception) -> str:
     """What to do where the ranks could not meet, from what torch says of it."""
+    reason = str(error)
     where = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
     if "EADDRINUSE" in reason or "address already in use" in reason:
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from ..errors import LaunchError
-from ..notices import launched
+from ..notices import from_launcher
 
 LAUNCHERS = "`accelerate launch` and torchrun set all that is needed; under Slurm: launch/slurm."
 
@@ -22,7 +22,7 @@ def world_size() -> int:
 
 def launched_number(variable: str, default: int) -> int:
     """What the launcher has said in an environment variable; a LaunchError if it holds no number."""
-    text = launched(variable, str(default))
+    text = from_launcher(variable, str(default))
     try:
         return int(text)
     except ValueError:

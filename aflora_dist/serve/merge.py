@@ -23,11 +23,7 @@ from .source import TOKENIZER, Source, check_base, new_folder, read_adapter
 
 
 def merge(
-    run: Path,
-    out: Path,
-    base: str | None = None,
-    shard_bytes: int = 2 * 10**9,
-    trust_remote_code: bool = False,
+    run: Path, out: Path, base: str | None = None, shard_bytes: int = 2 * 10**9, trust_remote_code: bool = False
 ) -> list[str]:
     """Write the model with the adapter in its weights. Holds `shard_bytes` of it at a time, or one tensor.
 

@@ -1,9 +1,9 @@
-"""Parts of a training's state that `aflora train` has besides its method's: learning rates, and random numbers."""
+"""Parts of a training's state that `aflora train` has besides its method's: rates, random numbers, what is held."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..control.progress import Part
+from ..engines import Engine
+from ..errors import AFLoRAError
+
+_HELD = "held/"
 
 
 class LearningRates(Part):
@@ -75,6 +79,28 @@ class Randomness(Part):
         random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
+
+
+class Held(Part):
+    """New modules that do not train: what they are was drawn at random, and survives a restart like what is learned."""
+
+    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+        self.engine, self.names = engine, list(names)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        values = self.engine.gather(self.names)
+        return {_HELD + name: value.clone() for name, value in values.items()}, {"names": self.names}
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        if record["names"] != self.names:
+            raise AFLoRAError(
+                f"The checkpoint was trained with another model.train_new: there {len(record['names'])} parameters of "
+                f"new modules kept their random start, here {len(self.names)}. Choose the same."
+            )
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        values = {name: tensors[_HELD + name] for name in self.names if _HELD + name in tensors}
+        self.engine.assign(values, self.names)
 
 
 def _states() -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ class Result:
         metrics: Of what adapter/ holds; None: not a number.
         evaluations: After each epoch, or every run.eval_every updates.
         last_epoch, best_epoch: After how many epochs the last was, and the one whose adapter was kept (None: the last).
-        best_metric: By what it was chosen.
+
         labels: Class names by number, of a classifier.
         traces: Relative to the run's directory.
         base_weights: What `fingerprint.of_weights` says of the model that was trained.
@@ -83,7 +83,7 @@ class Result:
     evaluations: list[dict[str, float | None]]
     last_epoch: float | None
     best_epoch: float | None
-    best_metric: str | None
+
     engine: str | None
     mixed_precision: str | None
     world_size: int | None

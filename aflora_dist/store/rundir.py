@@ -30,6 +30,7 @@ _FILES = (CONFIG, FREEZE_LOG, METRICS, RESULT)
 LORA = "lora"
 _FOLDERS = ("checkpoints", "adapter", LORA, "tensorboard", "trackers")
 _PUT_ASIDE = (FREEZE_LOG, METRICS, "adapter", LORA, RESULT)  # of a finished run, when it is taken up: as abandoned_NAME
+_ASIDE = tuple(f"abandoned_{name}" for name in _PUT_ASIDE)
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ def refuse_own_input(config: Config, files: Sequence[str] = ()) -> None:
     if not config.run.overwrite:
         return
     data, folder = config.data, Path(config.run.dir)
-    there = (*_FILES, *_FOLDERS, *map("abandoned_{}".format, _PUT_ASIDE))
-    gone = [folder.resolve() / name for name in there]  # of a link the link alone
+    gone = [folder.resolve() / name for name in (*_FILES, *_FOLDERS, *_ASIDE)]  # of a link the link alone
     read = [config.model.name, data.path, data.name, data.train_file, data.validation_file, *data.mix]
     read += [file for file in files if Path(file).resolve() != folder.resolve() / CONFIG]
     for name in filter(None, read):
@@ -199,7 +199,7 @@ class RunDirectory:
 
     def kept_if_begun_anew(self) -> list[str]:
         """What lies here that took a training, or is not a run's: to begin anew would delete it."""
-        names = [*_FOLDERS, *(f"abandoned_{name}" for name in _PUT_ASIDE)]
+        names = [*_FOLDERS, *_ASIDE]
         if (self.path / CONFIG).exists():  # else nothing says that a run wrote these
             names = [name for name in names if name not in ("tensorboard", "trackers")]
         held = [name for name in names if name != "checkpoints" and _holds_any(self.path / name)]
@@ -251,25 +251,25 @@ class RunDirectory:
                 (self.path / name).unlink(missing_ok=True)
             for old in (*list_checkpoints(self.checkpoints), *list_abandoned(self.checkpoints)):
                 _remove(old)
-            for name in (*_FOLDERS, *(f"abandoned_{name}" for name in _PUT_ASIDE)):
+            for name in (*_FOLDERS, *_ASIDE):
                 if not _stays(self.path / name):
                     _remove(self.path / name)
         else:
-            if (self.path / "result.json").exists():
+            if (self.path / RESULT).exists():
                 self._put_aside()
             else:
                 _remove(self.path / LORA)  # of a result that was deleted; what serves is made of adapter/
             self._abandon(going_on)
-            self._replace("freeze_log.jsonl", "".join(dumps(event) + "\n" for event in going_on.events))
-            self._cut("metrics.jsonl", going_on.step)
+            self._replace(FREEZE_LOG, "".join(dumps(event) + "\n" for event in going_on.events))
+            self._cut(METRICS, going_on.step)
         if "tensorboard" in self.config.trackers:
             self.tensorboard.mkdir(exist_ok=True)
-        self._replace("config.yaml", resolved)
+        self._replace(CONFIG, resolved)
 
     def _put_aside(self) -> None:
         """Keep what a finished run came to: it is continued from one of its checkpoints, to another end."""
-        for name in _PUT_ASIDE:
-            path, aside = self.path / name, self.path / f"abandoned_{name}"
+        for name, other in zip(_PUT_ASIDE, _ASIDE, strict=True):
+            path, aside = self.path / name, self.path / other
             if not path.exists():
                 continue
             if path.suffix == ".jsonl":  # its first part is the new run's, too
@@ -333,7 +333,7 @@ class RunDirectory:
         """Write result.json, by which a run is known to have ended. A collective."""
 
         def write() -> None:
-            with writing("result.json", self.path, "Make room, then --resume."):
-                self._replace("result.json", dumps(result, indent=2) + "\n")
+            with writing(RESULT, self.path, "Make room, then --resume."):
+                self._replace(RESULT, dumps(result, indent=2) + "\n")
 
         on_main(self.accelerator, write)

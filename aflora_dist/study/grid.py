@@ -277,12 +277,11 @@ class Grid:
             runs = [run for of_value in by_value.values() for run in of_value]
             if not self._are_done(runs, records, plan):
                 return None
-            metric = sweep.metric or self.metrics[task]
-            names = {value: [run.name for run in of_value] for value, of_value in by_value.items()}
-            means = {value: mean_of(f"{method} on {task}", of, metric, records) for value, of in names.items()}
+            where, metric = f"{method} on {task}", sweep.metric or self.metrics[task]
+            means = {value: mean_of(where, [run.name for run in of], metric, records) for value, of in by_value.items()}
             best = first_best(means, metric)
             if best is None:
-                raise NoChoiceError(f"{method} on {task}: no value of the sweep over {option} ended well.")
+                raise NoChoiceError(f"{where}: no value of the sweep over {option} ended well.")
             wider = beyond(tried, best, is_whole(option, tried))
             if wider is None or len(tried) >= len(values) + sweep.wider:
                 return best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..options import DataConfig
 from ..store.best import LOWER_IS_BETTER
-from ..tasks.glue import TASKS
+from ..tasks.glue import TASKS, metric_names
 
 
 def measured_on(data: DataConfig, metric: str) -> list[str]:
@@ -24,5 +24,4 @@ def metrics_of(kind: str) -> list[str]:
         return ["exact_match", "loss", "perplexity"]
     if kind not in TASKS:
         return ["accuracy", "f1", "pearson"] if kind == "files" else ["accuracy"]
-    splits = TASKS[kind].evaluation_splits
-    return [f"{name}{split.removeprefix('validation')}" for split in splits for name in TASKS[kind].metrics]
+    return metric_names(TASKS[kind].evaluation_splits, TASKS[kind].metrics)

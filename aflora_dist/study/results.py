@@ -157,12 +157,7 @@ class Results:
             self.records[file.stem] = record
 
     def keep(
-        self,
-        name: str,
-        config: Config,
-        found: Mapping[str, Any],
-        seconds: float | None,
-        ended: datetime | None = None,
+        self, name: str, config: Config, found: Mapping[str, Any], seconds: float | None, ended: datetime | None = None
     ) -> None:
         """Write a run's result.
 

@@ -160,16 +160,17 @@ def markdown(grid: Grid, records: Records) -> str:
     found = cells(grid, records)
     pairs = compared(grid, found)
     title, *notes = caption(grid, found, pairs)
-    parts = [f"**{title}**", _markdown_table(*_shown(_HEAD, _numbers(found)))]
+    parts = [f"**{title}**", _markdown_table(*_shown(found))]
     if pairs:
         parts.append(_markdown_table(_HEAD_DIFFERENCES, _differences(pairs)))
     return "\n\n".join([*parts, " ".join(notes)]) + "\n"
 
 
-def _shown(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Without columns in which nothing stands."""
-    there = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
-    return [head[i] for i in there], [[row[i] for i in there] for row in rows]
+def _shown(found: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, without columns in which nothing stands."""
+    rows = _numbers(found)
+    there = [i for i in range(len(_HEAD)) if any(row[i] != "-" for row in rows)]
+    return [_HEAD[i] for i in there], [[row[i] for i in there] for row in rows]
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -182,7 +183,7 @@ def latex(grid: Grid, records: Records) -> str:
     """Both tables, for a paper that uses booktabs."""
     found = cells(grid, records)
     pairs = compared(grid, found)
-    parts = [_latex_table(*_shown(_HEAD, _numbers(found)))]
+    parts = [_latex_table(*_shown(found))]
     if pairs:
         parts.append(_latex_table(_HEAD_DIFFERENCES, _differences(pairs)))
     notes = "".join(f"% {line}\n" for line in caption(grid, found, pairs))

@@ -42,7 +42,7 @@ def create_loaders(
     evaluation = {}
     for split, dataset in data.evaluation.items():
         tokens = texts.tokens(dataset, f"the {split} split")
-        evaluation[split] = evaluation_loader(config, tokens, lengths(tokens, shape.multiple), collate, shape)
+        evaluation[split] = evaluation_loader(config, tokens, collate, shape)
     return sampler, loader(train_set, sampler, collate, shape.on_gpu), evaluation
 
 
@@ -144,12 +144,12 @@ def loader(dataset: Any, sampler: Sampler[list[int]], collate: Any, beside: bool
     )
 
 
-def evaluation_loader(
-    config: Config, dataset: Any, lengths: Sequence[int], collate: Any, shape: BatchShape
-) -> DataLoader[Batch]:
-    """This rank's share of an evaluation split, whose examples have so many tokens."""
+def evaluation_loader(config: Config, dataset: Any, collate: Any, shape: BatchShape) -> DataLoader[Batch]:
+    """This rank's share of an evaluation split, or of prompts (prompt_ids) to be answered."""
+    asked = "prompt_ids" in dataset.column_names
+    counts = lengths(dataset, 1, "prompt_ids") if asked else lengths(dataset, shape.multiple)
     size = config.train.eval_batch_size
-    order = EvaluationSampler(lengths, size, rank=shape.rank, world_size=shape.world_size)
+    order = EvaluationSampler(counts, size, rank=shape.rank, world_size=shape.world_size)
     return loader(dataset, order, collate, shape.on_gpu)
 
 

@@ -19,11 +19,12 @@ from ..options import Config
 from .base import Evaluation
 from .batches import Batch, create_loaders, move
 from .data import load_data
-from .evaluation import evaluate, measured
+from .dtypes import check_weights
+from .evaluation import evaluate
+from .glue import metric_names
 from .limits import Limits
 from .model import load_base, load_tokenizer, outline_base, unadapted
 from .sampler import GlobalBatchSampler
-from .weights import check_weights
 
 
 class Classification:
@@ -52,7 +53,7 @@ class Classification:
         return model, head
 
     def metrics(self) -> list[str]:
-        return measured(self.data)
+        return metric_names(self.data.evaluation, self.data.metrics)
 
     def tokens(self) -> tuple[list[Any], list[Any]]:
         return [self.train], [batches.dataset for batches in self.evaluation.values()]

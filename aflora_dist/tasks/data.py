@@ -151,7 +151,7 @@ def _read_glue(task: GlueTask, path: Path) -> tuple[datasets.Dataset, list[str]]
                 yield line, cells
 
     try:
-        header, pieces = read_columns(path, rows(), (*text_columns, label_column), "tab")
+        header, pieces = read_columns(path, rows(), (*text_columns, label_column))
         none = pa.table({name: pa.array([], pa.string()) for name in (LINE, *header)})
         table = pa.concat_tables([*pieces] or [none])
     except OSError as error:

@@ -1,19 +1,24 @@
-"""Evaluation: every example once, on any number of ranks, and the results in the data's order."""
+"""Evaluation: every example once, on any number of ranks, the results in the data's order, and their metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .batches import Batch, move
 from .data import Data
-from .metrics import compute
+from .glue import metric_names
+
+Array = NDArray[np.float64]
 
 
 @torch.no_grad()
@@ -42,21 +47,38 @@ def gather_logits(
     return accelerator.reduce(found, "sum")  # a value of one rank, zeros of the others
 
 
-def measured(data: Data) -> list[str]:
-    """Names of the metrics. Those of several splits carry the split's suffix: accuracy_matched, accuracy_mismatched."""
-    return [f"{name}{split.removeprefix('validation')}" for split in data.evaluation for name in data.metrics]
-
-
 def evaluate(
     model: nn.Module, splits: dict[str, DataLoader[Batch]], data: Data, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The task's metrics, named as `measured` says. A collective."""
-    metrics = {}
+    """The task's metrics, named as `metric_names` says. A collective."""
+    metrics: dict[str, float] = {}
     for split, batches in splits.items():
         labels = np.asarray(data.evaluation[split]["label"][:], dtype=np.float64)
         width = 1 if data.labels is None else len(data.labels)
         logits = gather_logits(model, batches, len(labels), width, accelerator)
         predictions = logits.squeeze(-1) if data.labels is None else logits.argmax(-1)
         values = compute(data.metrics, labels, predictions.double().cpu().numpy(), data.positive)
-        metrics.update({f"{name}{split.removeprefix('validation')}": value for name, value in values.items()})
+        metrics.update(zip(metric_names([split], values), values.values(), strict=True))
     return metrics
+
+
+METRICS: dict[str, Callable[[Array, Array, int], float]] = {
+    "accuracy": lambda labels, predictions, _: accuracy_score(labels, predictions),
+    "f1": lambda labels, predictions, positive: f1_score(
+        labels == positive, predictions == positive, zero_division=0.0
+    ),
+    "matthews_correlation": lambda labels, predictions, _: matthews_corrcoef(labels, predictions),
+    "pearson": lambda labels, predictions, _: _pearson(labels, predictions),
+}
+
+
+def _pearson(labels: Array, predictions: Array) -> float:
+    # Undefined where one side is constant, as at the start of a regression: no correlation then.
+    if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+        return 0.0
+    return pearsonr(labels, predictions).statistic
+
+
+def compute(names: Sequence[str], labels: Array, predictions: Array, positive: int = 1) -> dict[str, float]:
+    """The named metrics of predictions (class numbers or values), both (examples,); F1 is that of class `positive`."""
+    return {name: float(METRICS[name](labels, predictions, positive)) for name in names}

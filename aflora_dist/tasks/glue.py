@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -61,3 +62,8 @@ _ALL = (
     GlueTask("rte", "RTE", _PAIR, _RTE, tsv_labels=_RTE),
 )
 TASKS: dict[str, GlueTask] = {task.name: task for task in _ALL}
+
+
+def metric_names(splits: Collection[str], metrics: Collection[str]) -> list[str]:
+    """What results call them; those of several splits carry the split's suffix: f1, accuracy_matched."""
+    return [f"{name}{split.removeprefix('validation')}" for split in splits for name in metrics]

@@ -37,23 +37,7 @@ _SIGNED = re.compile("[+-]?(?:0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ALMOST = re.compile(r"[+-]?[0-9][0-9.,' ]*\s?%?")
 _LARGEST = 1e18  # float32, in which losses are, ends at 3e38: room for the sum of a batch's squares
-_MISSING = {
-    "nan",
-    "inf",
-    "infinity",
-    "na",
-    "n/a",
-    "<na>",
-    "null",
-    "nil",
-    "none",
-    "-",
-    "?",
-    ".",
-    "\\n",
-    "#n/a",
-    "#null!",
-}
+_MISSING = re.compile(r"nan|inf|infinity|na|#?n/a|<na>|null|#null!|nil|none|[?.]|\\n")
 
 
 @dataclass(frozen=True)
@@ -220,7 +204,7 @@ def _are_numbers(labels: _Column) -> bool:
     odd = [row for row, value in enumerate(values) if value is None]
     if not odd:
         return True
-    missing = all(cells[row].strip().lower().lstrip("+-") in _MISSING for row in odd)
+    missing = all(_MISSING.fullmatch(cells[row].strip().lower().lstrip("+-")) for row in odd)
     numbers = [row for row, value in enumerate(values) if value is not None]
     example = next((row for row in numbers if missing or "." in cells[row]), None)
     if example is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,10 +57,24 @@ class Limits:
         taken = virtual if isinstance(virtual, int) else 0
         return self if self.positions is None else replace(self, positions=self.positions - taken)
 
-    def check_length(self, option: str, length: int) -> None:
-        """Raise an AFLoRAError if so many tokens are too many."""
+    def check_length(self, length: int) -> None:
+        """Raise an AFLoRAError if texts of so many tokens (data.max_length) are too long."""
         if self.positions is not None and length > self.positions:
-            raise AFLoRAError(f"{option}={length} is more than the {self.positions} positions of {self.name!r}.")
+            raise AFLoRAError(f"data.max_length={length} is more than the {self.positions} positions of {self.name!r}.")
+
+    def check_room(self, asked: Sequence[int], answer: int, who: Callable[[int], str], then: str) -> None:
+        """Raise an AFLoRAError if a prompt of so many tokens leaves no room for an answer.
+
+        Args:
+            who: What errors call the prompt at a place.
+            then: What to do.
+        """
+        longest = max(range(len(asked)), key=lambda place: asked[place])
+        if self.positions is not None and asked[longest] + answer > self.positions:
+            raise AFLoRAError(
+                f"{who(longest)} asks with {asked[longest]} tokens: with an answer of data.max_new_tokens={answer} "
+                f"that is more than the {self.positions} positions of {self.name!r}. {then}"
+            )
 
     def check_padding(self, tokenizer: Any) -> None:
         """Raise an AFLoRAError if examples cannot be padded."""

@@ -24,8 +24,8 @@ from ..options import ModelConfig
 from ..processes import first_on_node
 from ..untrusted import read_object, refuse_endless, refuse_pointer
 from ..weights import download_weights, local_weight_files, refuse_damaged
+from .dtypes import bitsandbytes_config, holds_float32, keep_trainable_on_cpu, storage_dtype, without_float16
 from .unreadable import readable
-from .weights import bitsandbytes_config, holds_float32, keep_trainable_on_cpu, storage_dtype, without_float16
 
 
 def resolve_name(name: str, language_model: bool = False) -> str:

@@ -14,9 +14,8 @@ import pyarrow as pa
 from ..errors import AFLoRAError, one_line
 from ..options import DataConfig
 from ..processes import first_on_node
-from .reading import Rows, as_usual, exact, listed, read_table
+from .reading import FILES, Rows, as_usual, exact, listed, read_table
 
-FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 HELD_OUT = ("validation", "valid", "dev", "test")
 _TO_EVALUATE = (
     "{where} has no examples for evaluation: name data.validation_file, or data.validation_split of a data set, or say "
@@ -49,7 +48,7 @@ def training_rows(config: DataConfig, wanted: Collection[str]) -> list[tuple[Row
         if source.lower().endswith(FILES):
             rows = _file_rows(source, config, wanted)
         else:
-            name, subset, split = [*source.split(":", 2), "", ""][:3]
+            name, subset, split = _parted(source)
             # data.train_split is of data.name, and may be a part of it.
             split = split or (config.train_split if name == config.name else "train")
             rows = _hub_rows(name, subset or None, None, split, config, wanted, "mix")
@@ -73,12 +72,17 @@ def refuse_unknown_columns(config: DataConfig, tables: Sequence[Rows | None]) ->
 
 def _trained_splits(config: DataConfig) -> set[str]:
     """The splits of data.name of which something is trained on, in the mix, too."""
-    mixed = [[*source.split(":", 2), "", ""][:3] for source in config.mix if not source.lower().endswith(FILES)]
+    mixed = [_parted(source) for source in config.mix if not source.lower().endswith(FILES)]
     own = [
         s or config.train_split for n, subset, s in mixed if _same(n, config.name) and subset == (config.subset or "")
     ]
     parts = [part for split in (config.train_split, *own) for part in split.split("+")]
     return {part.partition("[")[0].strip() for part in parts}
+
+
+def _parted(source: str) -> list[str]:
+    """NAME, SUBSET and SPLIT of a data set in the mix; what is not named is empty."""
+    return [*source.split(":", 2), "", ""][:3]
 
 
 def _same(one: str, other: str | None) -> bool:
@@ -101,7 +105,7 @@ def _overlap(one: str, other: str) -> bool:
 def _refuse_trained(config: DataConfig) -> None:
     """Raise where what is measured with is in the mix that is trained on."""
     for source in config.mix:
-        name, subset, split = [*source.split(":", 2), "", ""][:3]
+        name, subset, split = _parted(source)
         same = _same(name, config.name) and subset == (config.subset or "")
         if _same(source, config.validation_file) or (same and _overlap(split, config.validation_split or "")):
             raise AFLoRAError(

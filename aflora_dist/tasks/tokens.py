@@ -80,7 +80,7 @@ def made_once(
     bar = tqdm(total=len(dataset), desc=f"tokenizing {name}", unit=" examples", delay=_PATIENCE, disable=not watched)
     datasets.disable_progress_bars()  # they come at once, in every process and in files
 
-    at_once = _rows_of(dataset, _AT_ONCE)
+    at_once = _rows_at_once(dataset)
 
     def mapped(part: datasets.Dataset, **options: Any) -> datasets.Dataset:
         options |= {"batched": True, "batch_size": min(1000, at_once), "writer_batch_size": min(1000, at_once)}
@@ -125,14 +125,14 @@ def _content(dataset: datasets.Dataset, tokenizer: Any) -> str:
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 content.update(path.name.encode() + path.read_bytes())
-    for examples in dataset.iter(batch_size=min(10_000, _rows_of(dataset, _AT_ONCE))):
+    for examples in dataset.iter(batch_size=min(10_000, _rows_at_once(dataset))):
         content.update(json.dumps(examples, default=str).encode())  # Decimal, dates
     return content.hexdigest()
 
 
-def _rows_of(dataset: datasets.Dataset, size: int) -> int:
-    """How many examples have about so many bytes; one at least."""
-    return max(1, size * len(dataset.data) // max(dataset.data.nbytes, 1))
+def _rows_at_once(dataset: datasets.Dataset) -> int:
+    """How many examples have about as many bytes; one at least."""
+    return max(1, _AT_ONCE * len(dataset.data) // max(dataset.data.nbytes, 1))
 
 
 def _cores() -> int:

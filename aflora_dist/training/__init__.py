@@ -1,1 +1,1 @@
-"""`aflora train`: AFLoRA fine-tuning of a text classifier from the command line."""
+"""`aflora train`: what a command line asks for, set up, refused where it cannot be, and trained."""

@@ -32,7 +32,7 @@ from ..processes import launched_accelerator, launched_processes, on_main
 from ..processes.meeting import meet
 from ..store import fingerprint
 from ..store.best import BestEpoch, check_metric
-from ..store.held import Held
+from ..store.parts import Held
 from ..store.resume import LABELS, Checkpointer, find
 from ..store.rundir import RunDirectory
 from ..tasks.base import Task
@@ -72,7 +72,7 @@ class Training:
         fetch(config.model, language_model=config.data.task == "sft")
         base, head = task.load(accelerator)
         meet()  # who could not load it has said so
-        task.limits.check_length("data.max_length", config.data.max_length)
+        task.limits.check_length(config.data.max_length)
         if config.train.gradient_checkpointing:
             checkpoint_activations(base)
         model = method.adapt(base, head)

@@ -17,7 +17,7 @@ import torch
 from torch.utils import cpp_extension
 
 from ..errors import AFLoRAError
-from ..notices import launched
+from ..notices import from_launcher
 
 PATIENCE = 600.0  # seconds in which a compilation on another, busy node has to write a file
 _OF_ONE_NODE = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "ramfs", "rootfs", "overlay", "apfs"}
@@ -73,7 +73,7 @@ def _wait(lock: Path) -> None:
             return
         if time.time() - written > PATIENCE:
             return
-        if not said and launched("LOCAL_RANK", "0") == "0":
+        if not said and from_launcher("LOCAL_RANK", "0") == "0":
             print(f"aflora: waiting for another node that compiles DeepSpeed's {lock.parent.name} ({lock})", flush=True)
             said = True
         time.sleep(0.5)

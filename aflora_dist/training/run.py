@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import AFLoRAError
 from ..extras import require
 from ..leaving import guarded, leave
-from ..notices import launched, logger, quiet_libraries, write_anything
+from ..notices import from_launcher, logger, quiet_libraries, write_anything
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def _run(arguments: list[str], undo: Callable[[], None]) -> None:
 
     quiet()  # DeepSpeed sets its own level on import
     result = train(config, resolved)
-    if launched("RANK", "0") == "0" and result is not None:
+    if from_launcher("RANK", "0") == "0" and result is not None:
         from ..serve.lora import leave_stock
         from ..store.records import as_result
         from ..view.report import print_summary

@@ -24,11 +24,11 @@ from ..notices import quiet_libraries
 from ..options import Config
 from ..plan.launches import Launch
 from ..tasks.classification import Classification
-from ..tasks.reading import listed, read_table
+from ..tasks.reading import FILES, listed, read_table
 from ..tasks.sft import LanguageModelling
 from ..tasks.sft.batching import IGNORED
 from ..tasks.sft.examples import is_understood
-from ..tasks.sources import FILES, HELD_OUT, load_from_hub
+from ..tasks.sources import HELD_OUT, load_from_hub
 from ..training.build import create_task
 from ..training.command_line import parse
 from .terminal import console as create_console
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     # One by one: that a batch is more than there are is said in the end, and refuses nothing here.
     task = create_task(replace(config, train=replace(config.train, batch_size=1, accumulation=1)))
     task.load(launch, weights=False)
-    task.limits.check_length("data.max_length", config.data.max_length)
+    task.limits.check_length(config.data.max_length)
     sampler, _ = task.batches(launch)
     console = create_console()
     (trained,), _ = task.tokens()

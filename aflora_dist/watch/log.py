@@ -269,24 +269,14 @@ class TrainingLog(Part):
         }
         self.telemetry.text("run", run_summary(resolved, facts), self.step)
 
-    def finished(
-        self,
-        task: Task,
-        method: str,
-        traces: list[str],
-        best: BestEpoch | None,
-    ) -> dict[str, Any]:
+    def finished(self, task: Task, method: str, traces: list[str], best: BestEpoch | None) -> dict[str, Any]:
         """What result.json holds. A collective."""
         evaluations = self.evaluations
         result = self._result(task) | {"method": method, "traces": traces}
         result["last"] = {"epoch": self.epoch(len(evaluations)), "metrics": evaluations[-1]}
         if best is not None and best.epoch is not None:
             result["metrics"] = evaluations[best.epoch - 1]  # of what adapter/ holds
-            result["best"] = {
-                "metric": best.metric,
-                "epoch": self.epoch(best.epoch),
-                "metrics": result["metrics"],
-            }
+            result["best"] = {"metric": best.metric, "epoch": self.epoch(best.epoch), "metrics": result["metrics"]}
         self.telemetry.result(self.config, result, self.step - 1)
         if traces:
             self.telemetry.windows(self.run.path, self.step - 1)

@@ -15,10 +15,10 @@ from aflora_dist.freezing import (
     FreezingScore,
     MatrixScore,
     PartialImportance,
-    ThresholdPolicy,
     fixed_scores,
-    unit_of,
 )
+from aflora_dist.freezing.order import unit_of
+from aflora_dist.freezing.policy import ThresholdPolicy
 from aflora_dist.names import module_of
 
 NAMES = [f"model.layers.{i}.{layer}.weight" for i in (0, 1, 2) for layer in ("attn.q", "mlp.up")]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from aflora_dist.errors import AFLoRAError
-from aflora_dist.freezing import Fragment, FreezingConfig, FreezingScore, QuantilePolicy
+from aflora_dist.freezing import Fragment, FreezingConfig, FreezingScore
+from aflora_dist.freezing.policy import QuantilePolicy
 from aflora_dist.freezing.quantile import quantile
 
 NAMES = [f"layer{i}.{matrix}" for i in range(4) for matrix in "AB"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from aflora_dist import AFLoRAError
-from aflora_dist.freezing import CubicSchedule, Fragment, FreezingConfig, FreezingPolicy, FreezingScore, whole_steps
+from aflora_dist.freezing import CubicSchedule, Fragment, FreezingConfig, FreezingPolicy, FreezingScore
+from aflora_dist.freezing.schedule import whole_steps
 
 
 def test_the_schedule_is_zero_then_cubic_then_one() -> None:

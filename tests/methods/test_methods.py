@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from aflora_dist.training.command_line import parse
 from aflora_dist.training.loop import train
 from aflora_dist.training.run import main
 from tests.launch import MAIN_JOB, launch
-from tests.runs import command_line, lines, start_all
+from tests.runs import command_line, lines, options_of_any, start_all
 from tests.small_lm import make_small_language_model, write_problems
 
 ADALORA = '{"init_r": 6, "target_r": 3, "beta1": 0.5}'
@@ -45,28 +45,14 @@ OPTIONS = {
     "full": "{}",
 }
 RESUMED = ("lora", "adalora", "vera", "miss", "full")
+ENDS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+TARGETS = rf".*\.layer\..*({'|'.join(ENDS)})"
 
 
 def options(folder: Path, model: Path, data: Path, method: str, **more: Any) -> list[str]:
     """Command line of a run of 24 updates."""
-    chosen = {
-        "run.dir": folder,
-        "run.log_every": 1,
-        "run.save_every": 5,
-        "run.keep": 100,
-        "run.tensorboard": False,
-        "model.name": model,
-        "data.task": "files",
-        "data.train_file": data / "train.csv",
-        "data.validation_file": data / "dev.csv",
-        "train.epochs": 4,
-        "train.batch_size": 16,
-        "train.learning_rate": 3e-3,
-        "method.name": method,
-        "method.options": OPTIONS[method],
-        **more,
-    }
-    return command_line(chosen)
+    own = {"train.learning_rate": 3e-3, "method.name": method, "method.options": OPTIONS[method]}
+    return options_of_any(folder, model, data, **own | more)
 
 
 def tokens() -> dict[str, Tensor]:
@@ -145,17 +131,22 @@ def test_a_method_trains_saves_and_resumes_to_the_bit(
     torch.testing.assert_close(logits(reloaded(whole, tiny_model)), seen["logits"], rtol=1e-5, atol=1e-5)
 
 
-def test_lora_trains_as_a_plain_loop_with_peft_does(tiny_model: Path, reviews: Path, tmp_path: Path) -> None:
-    # A batch of all examples, so that their order is nobody's business.
-    more = {"train.batch_size": 100, "train.epochs": 12, "train.weight_decay": 0.0, "train.head_learning_rate": 1e-3}
-    result, seen = run(options(tmp_path / "run", tiny_model, reviews, "lora", **more))
-
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
-    ends = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-    lora = LoraConfig(r=2, lora_alpha=4, target_modules=rf".*\.layer\..*({'|'.join(ends)})", task_type="SEQ_CLS")
-    model = get_peft_model(base, lora)
-    model.load_state_dict(seen["start"])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+def in_a_plain_loop(
+    model_folder: Path,
+    reviews: Path,
+    config: PeftConfig,
+    start: dict[str, Tensor],
+    *,
+    head_rate: float,
+    decay: float,
+    stepped: Callable[[Any, int], None] = lambda model, step: None,
+) -> tuple[nn.Module, list[float]]:
+    """The model after 12 updates of all reviews at once, with PEFT and torch alone, and the losses; `stepped`: told
+    of each update, from 1, while its gradients are there."""
+    base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2)
+    model = get_peft_model(base, config)
+    model.load_state_dict(start)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     with (reviews / "train.csv").open() as file:
         rows = list(csv.DictReader(file))
     batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
@@ -163,19 +154,31 @@ def test_lora_trains_as_a_plain_loop_with_peft_does(tiny_model: Path, reviews: P
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
         {"params": [p for n, p in trained.items() if "lora_" in n], "lr": 3e-3},
-        {"params": [p for n, p in trained.items() if "lora_" not in n], "lr": 1e-3},
+        {"params": [p for n, p in trained.items() if "lora_" not in n], "lr": head_rate},
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=decay)
     scheduler = get_linear_schedule_with_warmup(optimizer, 1, 12)
     losses = []
-    for _ in range(12):
-        loss = model(**batch, labels=labels).loss
+    for step in range(1, 13):
+        loss = model(**batch, labels=labels).loss  # AdaLoRA's regularisation included
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
+        stepped(model, step)
         optimizer.zero_grad()
         scheduler.step()
         losses.append(loss.item())
+    return model, losses
+
+
+def test_lora_trains_as_a_plain_loop_with_peft_does(tiny_model: Path, reviews: Path, tmp_path: Path) -> None:
+    # A batch of all examples, so that their order is nobody's business.
+    more = {"train.batch_size": 100, "train.epochs": 12, "train.weight_decay": 0.0, "train.head_learning_rate": 1e-3}
+    result, seen = run(options(tmp_path / "run", tiny_model, reviews, "lora", **more))
+
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS, task_type="SEQ_CLS")
+    model, losses = in_a_plain_loop(tiny_model, reviews, lora, seen["start"], head_rate=1e-3, decay=0.0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     assert losses[-1] < losses[0] - 1e-4
     assert [m["loss"] for m in lines(tmp_path / "run", "metrics.jsonl")] == pytest.approx(losses, rel=1e-5)
@@ -201,42 +204,17 @@ def test_adalora_changes_ranks_as_its_authors_loop_does(tiny_model: Path, review
     # PEFT's own example: update_and_allocate after the optimizer's step, before zero_grad.
     from peft import AdaLoraConfig
 
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
-    ends = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
     config = AdaLoraConfig(
-        **json.loads(ADALORA),
-        total_step=12,
-        tinit=1,
-        tfinal=2,
-        target_modules=rf".*\.layer\..*({'|'.join(ends)})",
-        task_type="SEQ_CLS",
+        **json.loads(ADALORA), total_step=12, tinit=1, tfinal=2, target_modules=TARGETS, task_type="SEQ_CLS"
     )
-    model: Any = get_peft_model(base, config)
-    model.load_state_dict(seen["start"])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    with (reviews / "train.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
-    labels = torch.tensor([["negative", "positive"].index(row["label"]) for row in rows])
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [
-        {"params": [p for n, p in trained.items() if "lora_" in n], "lr": 3e-3},
-        {"params": [p for n, p in trained.items() if "lora_" not in n], "lr": 4e-2},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
-    scheduler = get_linear_schedule_with_warmup(optimizer, 1, 12)
-    losses, theirs = [], []
-    for step in range(1, 13):
-        loss = model(**batch, labels=labels).loss  # the regularisation included
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
+    theirs = []
+
+    def allocate(model: Any, step: int) -> None:
         model.base_model.update_and_allocate(step)
         pattern = config.rank_pattern or {"": [True] * 6}
         theirs.append(sum(map(sum, pattern.values())) / len(pattern))
-        optimizer.zero_grad()
-        scheduler.step()
-        losses.append(loss.item())
+
+    _, losses = in_a_plain_loop(tiny_model, reviews, config, seen["start"], head_rate=4e-2, decay=0.1, stepped=allocate)
     assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
     assert ranks == theirs
 

@@ -15,13 +15,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_m
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertModel,
-    RobertaConfig,
-    RobertaModel,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, RobertaConfig, RobertaModel
 
 from aflora_dist.predict import asking
 from aflora_dist.predict.trained import find_trained

@@ -67,10 +67,7 @@ def resumed(
 @pytest.mark.distributed
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_any_engine_goes_on_from_any_other(
-    source: str,
-    target: str,
-    undisturbed: Callable[..., Path],
-    resumed: Callable[[str], dict[str, tuple[Path, str]]],
+    source: str, target: str, undisturbed: Callable[..., Path], resumed: Callable[[str], dict[str, tuple[Path, str]]]
 ) -> None:
     folder, said = resumed(target)[source]
     assert f"Going on after step {SAVED - 1}" in said
@@ -179,11 +176,7 @@ def test_resume_begins_where_there_is_nothing_and_ends_where_all_is_done(
 
 
 def test_a_checkpoint_of_another_configuration_model_or_data_is_refused(
-    undisturbed: Callable[..., Path],
-    tiny_model: Path,
-    reviews: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     saved = str(undisturbed("single") / "checkpoints" / SAVED_NAME)
     ours = options(tmp_path / "run", tiny_model, reviews)
@@ -270,11 +263,7 @@ def test_a_base_model_that_was_moved_is_known_by_its_weights(
 
 
 def test_another_precision_is_said(
-    undisturbed: Callable[..., Path],
-    tiny_model: Path,
-    reviews: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[..., Path], tiny_model: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is the launcher's, and no option that would be compared."""
     then = undisturbed("single") / "checkpoints" / SAVED_NAME

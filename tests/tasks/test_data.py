@@ -13,8 +13,8 @@ import pytest
 from aflora_dist import AFLoRAError
 from aflora_dist.options import DataConfig
 from aflora_dist.tasks.data import Data, load_data
+from aflora_dist.tasks.evaluation import compute
 from aflora_dist.tasks.glue import TASKS
-from aflora_dist.tasks.metrics import compute
 from aflora_dist.training.command_line import _OF_TRAINER, OPTIONS, parse
 
 

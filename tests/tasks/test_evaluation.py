@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from aflora_dist.tasks.batches import loader
 from aflora_dist.tasks.data import Data
-from aflora_dist.tasks.evaluation import evaluate, gather_logits
-from aflora_dist.tasks.metrics import compute
+from aflora_dist.tasks.evaluation import compute, evaluate, gather_logits
 from aflora_dist.tasks.sampler import EvaluationSampler
 
 

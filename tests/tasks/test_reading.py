@@ -53,11 +53,7 @@ READ: dict[str, tuple[str, str | bytes, list[tuple[Any, ...]]]] = {
         "text,label\nNA,012\n007,True\n1e5,1e5\n,null\n",
         [("NA", "012"), ("007", "True"), ("1e5", "1e5"), ("", "null")],
     ),
-    "quotes": (
-        "csv",
-        'text,label\n"a, ""b""\nc",1\n"",2\n"d",""\n',
-        [('a, "b"\nc', "1"), ("", "2"), ("d", "")],
-    ),
+    "quotes": ("csv", 'text,label\n"a, ""b""\nc",1\n"",2\n"d",""\n', [('a, "b"\nc', "1"), ("", "2"), ("d", "")]),
     "mark at the start": ("csv", b"\xef\xbb\xbftext,label\na,1\n", [("a", "1")]),
     "lines that end in CR LF": ("csv", 'text,label\r\na,1\r\n"b\r\nc",2\r\n', [("a", "1"), ("b\r\nc", "2")]),
     "lines of both ends": ("csv", "text,label\r\na,1\nb,2\r\n", [("a", "1"), ("b", "2")]),
@@ -68,11 +64,7 @@ READ: dict[str, tuple[str, str | bytes, list[tuple[Any, ...]]]] = {
     "other columns twice": ("csv", "label,x,x,text\n1,,,a\n", [("a", "1")]),
     "other separators of lines in texts": ("csv", "text,label\na\u2028b\x85c\x0bd,1\n", [("a\u2028b\x85c\x0bd", "1")]),
     "blanks are kept": ("csv", "text,label\n a , 1\n", [(" a ", " 1")]),
-    "quotes within": (
-        "tsv",
-        'text\tlabel\na "b" c\tpos\ne"\tneg\n',
-        [('a "b" c', "pos"), ('e"', "neg")],
-    ),
+    "quotes within": ("tsv", 'text\tlabel\na "b" c\tpos\ne"\tneg\n', [('a "b" c', "pos"), ('e"', "neg")]),
     "pandas' quotes, of all texts": (
         "tsv",
         '"text"\t"label"\n"a ""b"""\t"pos"\n"c\td"\t"neg"\n"e\nf"\t1\n',
@@ -188,11 +180,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
         'text\tlabel\na\tpos\n"b\tneg\n',
         r"line 3: whether the quote at the start of '\"b' is text",
     ),
-    "a sentence in quotes": (
-        "tsv",
-        'text\tlabel\n"a, b"\tpos\n',
-        r"line 2: whether the quote .* Save the file as CSV",
-    ),
+    "a sentence in quotes": ("tsv", 'text\tlabel\n"a, b"\tpos\n', r"line 2: whether the quote .* Save the file as CSV"),
     "rows between quotes": ("tsv", 'text\tlabel\n"a\tpos\nb\tneg\nc"\tpos\nd\tneg\n', r"line 2: whether the quote"),
     "fields in a TSV": ("tsv", "text\tlabel\na\tb\tpos\n", r"line 2: 3 fields, expected 2"),
     "a broken line": ("jsonl", '{"text": "a"}\n{"text": "b\n{"text": "c"}\n', r"line 2: no JSON: .*\(character 12\)"),
@@ -209,11 +197,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     ),
     "no object": ("jsonl", '{"text": "a"}\n["b"]\n', r"line 2: .*is not an object"),
     "null": ("jsonl", "null\n", r"line 1: 'null' is not an object"),
-    "one object": (
-        "json",
-        '{\n "text": ["a"]\n}\n',
-        r"line 1: no JSON: .*Wanted is an object in each",
-    ),
+    "one object": ("json", '{\n "text": ["a"]\n}\n', r"line 1: no JSON: .*Wanted is an object in each"),
     "kinds": (
         "jsonl",
         '{"label": "a"}\n{"label": 1}\n',
@@ -453,10 +437,7 @@ def test_one_process_reads_and_all_have_the_rows_or_the_reason(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
     refused = f"{tmp_path / 'file.tsv'}, line 2: 1 fields, expected 2."
-    assert said == [
-        f"rank 0 read 1, has ['a', 'b'], then {refused}",
-        f"rank 1 read 0, has ['a', 'b'], then {refused}",
-    ]
+    assert said == [f"rank 0 read 1, has ['a', 'b'], then {refused}", f"rank 1 read 0, has ['a', 'b'], then {refused}"]
 
 
 def test_pandas_own_files_of_every_quoting(tmp_path: Path) -> None:

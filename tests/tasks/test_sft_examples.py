@@ -286,11 +286,7 @@ def test_the_hub_s_data_sets_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) 
         ({"question": ["a"], "reply": ["b"]}, {}, r'columns question, reply, .*"messages".*"prompt" and "completion"'),
         ({"prompt": ["a"], "answer": [1]}, {}, r'columns prompt, answer, .*"instruction"'),
         ({"text": ["a", "b"]}, {"validation_file": None}, "data.hold_out how many of its 2 examples"),
-        (
-            {"text": ["a", "b"]},
-            {"hold_out": 2},
-            "data.hold_out=2 leaves nothing to train on: .* has 2 examples",
-        ),
+        ({"text": ["a", "b"]}, {"hold_out": 2}, "data.hold_out=2 leaves nothing to train on: .* has 2 examples"),
         ({"text": ["a", "b"]}, {"name": "demo"}, "both given: name one"),
     ],
 )
@@ -464,10 +460,10 @@ def test_answers_are_compared_by_their_last_number() -> None:
         -3,
     ]
     assert [last_number(text) for text in (5e-05, 1e16, "1.5e-3 m", "from 3-5", "\u221212", "7e", "2e3x")] == [
-        *map(Decimal, ("5e-05", "1e16", "1.5e-3", "5", "-12", "7", "3")),
+        *map(Decimal, ("5e-05", "1e16", "1.5e-3", "5", "-12", "7", "3"))
     ]
     assert [last_number(text) for text in ("3,4", "1,000, he said", "1,234,567.5", "12,34", "1,00,000")] == [
-        *map(Decimal, ("4", "1000", "1234567.5", "34", "100000")),
+        *map(Decimal, ("4", "1000", "1234567.5", "34", "100000"))
     ]
     assert [last_number(f"1e{sign}{'9' * digits}") for sign in ("", "-") for digits in (3, 25)] == [None] * 4
     assert Answer(0, "It is 0.00005 .", 5e-05).correct

@@ -70,10 +70,7 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
     "precision": ({"ACCELERATE_MIXED_PRECISION": "bfloat16"}, "mixed precision 'bfloat16' is not supported"),
     "megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "accelerate cannot do .*Megatron.*ACCELERATE_USE_MEGATRON_LM"),
     "truth": ({"ACCELERATE_USE_CPU": "maybe"}, "accelerate cannot do .*maybe.* ACCELERATE_USE_CPU"),
-    "deepspeed alone": (
-        {"ACCELERATE_USE_DEEPSPEED": "true"},
-        "DeepSpeed is asked for, but RANK, LOCAL_RANK, WORLD",
-    ),
+    "deepspeed alone": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is asked for, but RANK, LOCAL_RANK, WORLD"),
 }
 
 

@@ -151,10 +151,7 @@ def test_optimizers_of_bitsandbytes_lose_matrices_as_torch_s_do(
     whole, resumed, other, one = (tmp_path / name for name in ("whole", "resumed", "lion", "one"))
     start_all(
         engine,
-        [
-            arguments(whole, folder, "dequantised", **paged, **saving),
-            arguments(other, folder, "dequantised", **lion),
-        ],
+        [arguments(whole, folder, "dequantised", **paged, **saving), arguments(other, folder, "dequantised", **lion)],
     )
     start_all("single", [arguments(one, folder, "dequantised", **lion)])
     for found, expected in ((whole, dequantised), (other, one)):

@@ -165,13 +165,7 @@ def plain(model: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory)
     prepared.save_pretrained(str(folder / "adapter"))
     loss = float(sum(sums)) / sum(counts)
     metrics = {"exact_match": right / len(dev), "loss": loss, "perplexity": math.exp(loss)}
-    return {
-        "losses": losses,
-        "norms": norms,
-        "events": freezing.events,
-        "weights": weights(folder),
-        "metrics": metrics,
-    }
+    return {"losses": losses, "norms": norms, "events": freezing.events, "weights": weights(folder), "metrics": metrics}
 
 
 @pytest.mark.distributed
@@ -251,11 +245,7 @@ def test_half_precision_trains_alike_and_goes_on_to_the_bit(
 
 
 def test_packing_is_refused_where_examples_would_attend_to_each_other(
-    model: Path,
-    problems: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    model: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def blind(*_: Any) -> None:
         """What a model does that makes its own masks."""

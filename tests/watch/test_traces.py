@@ -107,10 +107,7 @@ def test_windows_beside_the_freezing_know_of_whole_blocks_and_of_rules_by_which_
 
 def test_windows_where_nothing_freezes_or_where_asked_for() -> None:
     assert windows(FreezingConfig(**STEPS).moments(0), 4) == (Window("training", 1, 4),)
-    assert windows(MOMENTS, 2, starts=[30, 7]) == (
-        Window("1_from_7", 7, 2),
-        Window("2_from_30", 30, 2, freezes=True),
-    )
+    assert windows(MOMENTS, 2, starts=[30, 7]) == (Window("1_from_7", 7, 2), Window("2_from_30", 30, 2, freezes=True))
 
 
 @pytest.mark.parametrize(("steps", "starts"), [(4, [0]), (4, [98]), (4, [10, 14]), (4, [-3])])

@@ -28,6 +28,7 @@ from .saving import KeptWhole
 from .supported import CLIPS_BY_ITSELF, check_groups, check_one_update, check_supported
 
 Span = tuple[Fragment, int]  # a fragment, and where in its partition it begins
+_HANDED_ON = ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")  # from one optimizer to the next
 
 
 class ZeroEngine(Engine):
@@ -204,7 +205,10 @@ class ZeroEngine(Engine):
         with device.no_garbage_collection():
             device.synchronize()  # nothing is gathered any more out of buffers that are about to go
             with device.allocator_left_alone():
+                handed_on = {name: getattr(zero, name) for name in _HANDED_ON}
                 self._replace(dropped)
+                for name, value in handed_on.items():
+                    setattr(self.zero, name, value)
             for parameter in off:  # by the user, for a while: ZeRO takes in only what trains
                 parameter.requires_grad_(False)
             self._keep_positions()
@@ -294,12 +298,10 @@ class ZeroEngine(Engine):
                 )
 
     def state(self, names: Sequence[str]) -> dict[str, Record]:
-        wanted, found = set(names), {}
+        wanted, found = set(names), dict[str, Record]()
         for (_, members), flat in zip(self._group_parameters(), self._partitions(), strict=True):
             if held := self.optimizer.state.get(flat):
-                for name in (self.names[p] for p in members):
-                    if name in wanted:
-                        found[name] = self._told(held)
+                found |= {name: self._told(held) for p in members if (name := self.names[p]) in wanted}
         return found
 
     def scaling(self) -> dict[str, Any]:
@@ -321,10 +323,9 @@ class ZeroEngine(Engine):
     def _visible_groups(self) -> Optimizer:
         """The inner optimizer as ZeRO can take it: without the param groups that have run empty.
 
-        The stand-in shares group dicts, state and hooks with the user's optimizer, so learning
-        rates set there are seen here. There is one, and it lives as long as the engine: an
-        optimizer that owns native memory (CPU Adam) frees it with the first object to go.
-        (copy.copy would not do: torch's optimizers leave hooks and extra attributes out.)
+        The stand-in shares group dicts, state and hooks with the user's optimizer: learning rates set there are seen
+        here. There is one, as long as the engine lives: an optimizer that owns native memory (CPU Adam) frees it with
+        the first object to go. (Not copy.copy: torch's optimizers leave hooks and extra attributes out.)
         """
         inner = self.optimizer
         if all(group["params"] for group in inner.param_groups):

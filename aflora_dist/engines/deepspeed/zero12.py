@@ -5,14 +5,12 @@ A drop shortens the buffer and moves the cuts, so that some intervals change the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ...compat.deepspeed import ZERO12, offsets
 from ...freezing import Fragment
-from ..transfer import Piece
 from .zero import Span, ZeroEngine
 
 
@@ -52,9 +50,6 @@ class Zero12Engine(ZeroEngine):
 
     def _replace(self, dropped: Sequence[nn.Parameter]) -> None:
         old = self.zero
-        kept = {
-            name: getattr(old, name) for name in ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")
-        }
         old.destroy()
         for parameter in dropped:
             # Its data is a view of the old group's flat buffer, which would stay alive through it.
@@ -64,15 +59,6 @@ class Zero12Engine(ZeroEngine):
                     setattr(parameter, name, None)
         old.__dict__.clear()  # reference cycles would keep its buffers until the next collection
         self.ds.optimizer = self.ds._configure_zero_optimizer(self._visible_groups())
-        for name, value in kept.items():
-            setattr(self.zero, name, value)
 
     def synchronise(self, names: Sequence[str]) -> None:
         self.zero.update_lp_params()
-
-    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.parameters[name].detach().clone() for name in names}
-
-    @torch.no_grad()
-    def assign(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        self.fill(tensors, names, [Piece(name, 0, self.parameters[name].detach().view(-1)) for name in names])

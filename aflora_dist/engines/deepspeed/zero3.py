@@ -62,9 +62,7 @@ class Zero3Engine(ZeroEngine):
         if not self.ds.zero_prefetch_bucket_size():
             # Then it insists on what it has recorded to follow, and of what froze no gradient asks for it any more.
             forget_passes(offload)
-        kept = {
-            name: getattr(old, name) for name in ("loss_scaler", "dynamic_loss_scale", "overflow", "_global_grad_norm")
-        }
+
         # old.destroy() would also take the module hooks that gather parameters; they stay, with the
         # object that owns them, so only the optimizer half is undone and made anew.
         for hook in old._grad_acc_hooks + old._leaf_module_hooks:
@@ -90,8 +88,6 @@ class Zero3Engine(ZeroEngine):
                 instead(self.parameters[name], "all_gather", lambda *args: None)
                 instead(self.parameters[name], "partition", lambda *args: None)
             self.ds.optimizer = self.ds._configure_zero_optimizer(self._visible_groups())
-        for name, value in kept.items():
-            setattr(self.zero, name, value)
 
     def synchronise(self, names: Sequence[str]) -> None:
         for index in range(len(self.zero.fp16_groups)):

@@ -7,10 +7,11 @@ is guessed from values, no row is left out, and what cannot be read is an error 
 from .delimited import Row, is_plain, plain_header, plain_rows, read_columns
 from .json_values import as_json_column, as_usual, exact
 from .lines import LINE, listed, shown
-from .table import Rows, read_table
+from .table import FILES, Rows, read_table
 from .whole import whole_rows
 
 __all__ = [
+    "FILES",
     "LINE",
     "Row",
     "Rows",

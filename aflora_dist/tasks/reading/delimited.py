@@ -21,28 +21,23 @@ _COMMA = " A cell that holds a comma has to be in quotes, and none ends a line."
 Row = tuple[int, list[str]]  # the line in which it begins, its cells
 
 
-def read_csv(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
+def read_delimited(path: Path, wanted: Collection[str], plain: bool = False) -> tuple[list[str], Iterator[pa.Table]]:
     """The names of all columns; and piece by piece the cells of the wanted ones, behind a column of lines, see `Rows`.
+
+    Args:
+        plain: It is a TSV in which quotes are known to be text.
 
     Raises:
         AFLoRAError: A row that has not as many cells as the header; a quote out of place; a wanted column's name that
-            stands there twice; an empty file. With the line.
+            stands there twice; an empty file; a TSV of which it cannot be told whether cells are quoted. With the line.
     """
-    return read_columns(path, delimited_rows(path), wanted, "comma")
+    return read_columns(path, delimited_rows(path, plain), wanted)
 
 
-def read_tsv(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
-    """As `read_csv`; raises as well where it cannot be told whether cells are quoted."""
-    return read_columns(path, delimited_rows(path), wanted, "tab")
-
-
-def read_plain(path: Path, wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
-    """As `read_tsv`, of a file in which quotes are known to be text."""
-    return read_columns(path, plain_rows(path), wanted, "tab")
-
-
-def delimited_rows(path: Path) -> Iterator[Row]:
-    """The rows of a CSV or TSV, the header first."""
+def delimited_rows(path: Path, plain: bool = False) -> Iterator[Row]:
+    """The rows of a CSV or TSV, the header first; `plain` as of `read_delimited`."""
+    if plain:
+        return plain_rows(path)
     if path.suffix.lower() == ".csv":
         return _without_blanks(path, _quoted_rows(path, ","))
     return _unquoted_rows(path) if is_plain(path) else _without_blanks(path, _quoted_rows(path, "\t"))
@@ -87,10 +82,9 @@ def _plain_lines(path: Path) -> Iterator[Row]:
         yield line, body.split("\t") if body else []
 
 
-def read_columns(
-    path: Path, rows: Iterator[Row], wanted: Collection[str], separator: str
-) -> tuple[list[str], Iterator[pa.Table]]:
-    """What `read_csv` gives, of rows whose first is the header; `separator` is what errors call it."""
+def read_columns(path: Path, rows: Iterator[Row], wanted: Collection[str]) -> tuple[list[str], Iterator[pa.Table]]:
+    """What `read_delimited` gives, of rows of a file whose first is the header."""
+    separator = "comma" if path.suffix.lower() == ".csv" else "tab"
     _, header = next(rows, (0, None))
     if header is None:
         raise AFLoRAError(f"{path} is empty. Its first line has to name the columns, separated by {separator}s.")

@@ -25,18 +25,13 @@ _OTHER_FILES = {
     b"pk\x03\x04": "a zip archive, or a workbook. Unpack it first, or save the sheet as CSV",
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a workbook, or another file of Office. Save the sheet as CSV",
     b"%pdf-": "a PDF. Save its text as one of the kinds that are read",
-    b"par1\x15": "parquet. Name it .parquet",
 }
+_PARQUET = {b"par1\x15": "parquet. Name it .parquet"}
 
 
 def refuse_other_files(path: Path) -> None:
     """Raise an AFLoRAError for a file that begins as one of quite another kind does."""
-    refuse_pointer(path)
-    with path.open("rb") as file:
-        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for beginning, kind in _OTHER_FILES.items():
-        if start.startswith(beginning) and (beginning != b"par1\x15" or path.suffix.lower() != ".parquet"):
-            raise AFLoRAError(f"{path} is {kind}.")
+    refuse_pointer(path, _OTHER_FILES if path.suffix.lower() == ".parquet" else _OTHER_FILES | _PARQUET)
 
 
 def text_lines(path: Path) -> Iterator[str]:

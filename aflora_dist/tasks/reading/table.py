@@ -17,19 +17,20 @@ import pyarrow as pa
 from ...errors import AFLoRAError
 from ...processes import first_on_node
 from ..kept import cache_folder, found_or_made, key, put_in_place
-from .delimited import read_csv, read_plain, read_tsv
+from .delimited import read_delimited
 from .json_rows import read_json
 from .json_values import exact
 from .lines import LINE, listed, refuse_other_files, shown
 from .parquet import read_parquet
 
 _READERS: dict[str, Callable[[Path, Collection[str]], tuple[list[str], Iterator[pa.Table]]]] = {
-    ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".csv": read_delimited,
+    ".tsv": read_delimited,
     ".json": read_json,
     ".jsonl": read_json,
     ".parquet": read_parquet,
 }
+FILES = tuple(_READERS)  # how the names of files end that are read
 _WITH_LINES = (".csv", ".tsv", ".json", ".jsonl")
 
 
@@ -161,8 +162,7 @@ def read_rows(path: Path, wanted: Collection[str], plain: bool = False) -> Itera
         AFLoRAError: It cannot be read, or holds no row.
     """
     refuse_other_files(path)
-    reader = read_plain if plain else _READERS[path.suffix.lower()]
-    columns, pieces = reader(path, wanted)
+    columns, pieces = read_delimited(path, wanted, plain) if plain else _READERS[path.suffix.lower()](path, wanted)
     empty = True
     for piece in pieces:
         lines = piece.schema.field(LINE).with_metadata({"columns": json.dumps(columns)})  # a table's own is overwritten
@@ -187,7 +187,7 @@ def _existing(name: str) -> Path:
     if path.suffix.lower() in (".gz", ".zip", ".bz2", ".xz", ".zst"):
         raise AFLoRAError(f"{path} is compressed. Unpack it first.")
     if path.suffix.lower() not in _READERS:
-        raise AFLoRAError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(_READERS)}.")
+        raise AFLoRAError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(FILES)}.")
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from .delimited import delimited_rows, plain_rows
+from .delimited import delimited_rows
 from .json_rows import json_rows
 
 
@@ -19,7 +19,7 @@ def whole_rows(path: Path, plain: bool = False) -> Iterator[list[str] | dict[str
         Of CSV and TSV the cells, in the header's order; of others the values by their names.
     """
     if path.suffix.lower() in (".csv", ".tsv"):
-        rows = plain_rows(path) if plain else delimited_rows(path)
+        rows = delimited_rows(path, plain)
         next(rows)
         yield from (cells for _, cells in rows)
     elif path.suffix.lower() == ".parquet":

@@ -63,12 +63,7 @@ class Collator:
             places[r, start:] = np.arange(width - start)
         at, before = np.nonzero(labels[:, 1:] != IGNORED)
         where = {"attention_mask": used} if self.width is None else {"position_ids": places}
-        arrays = {
-            "input_ids": tokens,
-            **where,
-            "positions": at * width + before,
-            "targets": labels[at, before + 1],
-        }
+        arrays = {"input_ids": tokens, **where, "positions": at * width + before, "targets": labels[at, before + 1]}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

@@ -16,11 +16,11 @@ from ...errors import AFLoRAError
 from ...options import Config
 from ..base import Evaluation
 from ..batches import Batch, BatchShape, create_sampler, enough, evaluation_loader, lengths, loader, move
+from ..dtypes import check_weights
 from ..limits import Limits
 from ..model import load_language_model, load_tokenizer, outline_language_model, unadapted
 from ..sampler import GlobalBatchSampler
 from ..tokens import made_once
-from ..weights import check_weights
 from .answers import answer, last_number
 from .batching import Collator, PromptCollator
 from .encode import SAID, Encoder
@@ -133,23 +133,16 @@ class LanguageModelling:
         carrying = carrying.select_columns(["input_ids", "labels"])
         self.loss_batches = self.prompt_batches = None
         if len(carrying):
-            counts, collate = lengths(carrying, shape.multiple), Collator(pad, shape.multiple)
-            self.loss_batches = evaluation_loader(self.config, carrying, counts, collate, shape)
+            self.loss_batches = evaluation_loader(self.config, carrying, Collator(pad, shape.multiple), shape)
         if self.asked:
             prompts = tokens.select(self.asked).select_columns(["prompt_ids"])
-            counts = lengths(prompts, 1, "prompt_ids")
-            self._check_room(counts)
-            self.prompt_batches = evaluation_loader(self.config, prompts, counts, PromptCollator(pad), shape)
-
-    def _check_room(self, asked: list[int]) -> None:
-        """Raise if a prompt of so many tokens leaves the model no room for its answer."""
-        longest, answer, room = max(asked), self.config.data.max_new_tokens, self.limits.positions
-        if room is not None and longest + answer > room:
-            raise AFLoRAError(
-                f"Example {self.asked[asked.index(longest)] + 1} of the evaluation data asks with {longest} tokens: "
-                f"with an answer of data.max_new_tokens={answer} that is more than the {room} positions of "
-                f"{self.limits.name!r}. Leave it out, or lower data.max_new_tokens."
+            self.limits.check_room(
+                lengths(prompts, 1, "prompt_ids"),
+                self.config.data.max_new_tokens,
+                lambda place: f"Example {self.asked[place] + 1} of the evaluation data",
+                "Leave it out, or lower data.max_new_tokens.",
             )
+            self.prompt_batches = evaluation_loader(self.config, prompts, PromptCollator(pad), shape)
 
     def rehearse(self, model: nn.Module, accelerator: Accelerator) -> None:
         inner: Any = unwrap(accelerator, model)
