@@ -32,7 +32,7 @@ _FILES = ("data.train_file", "data.validation_file")
 _DECIDE = ("run.eval_every", "run.keep_best", "run.patience")
 _MOST_MATRICES = 400  # whose steps of freezing are kept
 _WHOLE = 1e5  # from where on six digits would not show a number of parameters
-_FIRST_YEAR = 2020
+_FIRST_YEAR = 1970  # where a machine's clock begins that nobody has set
 _TYPED, _COUNTED = {option.name for option in fields(Result)}, ("peak_memory_bytes", "train_cpu_seconds")
 
 
@@ -171,14 +171,14 @@ class Results:
             seconds: From its start to its end, if it was not interrupted.
             ended: When; now if it is not given.
         """
-        record: dict[str, Any] = {"settings": settings_of(config), "seed": config.train.seed}
-        record |= {key: found[key] for key in ("failed", "frozen", *_KEPT) if found.get(key) is not None}
+        said = {"settings": settings_of(config), "seed": config.train.seed}  # by every digit of which it is named
+        record: dict[str, Any] = {key: found[key] for key in ("failed", "frozen", *_KEPT) if found.get(key) is not None}
         at = (ended or datetime.now(UTC)).isoformat(timespec="minutes")  # seconds of other times are another machine's
         record |= {"seconds": seconds, "ended": at, "version": __version__}
         with writing("A run's result", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"  # others write it, too
-            temporary.write_text(dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(dumps(said | _rounded(record), indent=1) + "\n", encoding="utf-8")
             temporary.replace(self.folder / f"{name}.json")
         self.records[name] = loads((self.folder / f"{name}.json").read_bytes())
 
