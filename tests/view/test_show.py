@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,3 +197,20 @@ def test_curves_fit_the_terminal_to_their_end(
     bars = row.split()[1]
     assert (bars[0], bars[-1]) == ("█", "▁")
     assert 10 <= len(bars) <= 60
+
+
+def test_a_reader_that_has_enough_and_ctrl_c_end_a_command_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", stream)
+        assert command("reproduce")([]) == 1  # prints, and not by rich, which knows of pipes
+
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aflora_dist.view.show.Run", interrupted)
+    assert show(["run"]) == 130
+    assert capsys.readouterr().err == "aflora: interrupted.\n"
