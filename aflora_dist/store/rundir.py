@@ -102,7 +102,8 @@ def refuse_own_input(config: Config, files: Sequence[str] = ()) -> None:
     read = [config.model.name, data.path, data.name, data.train_file, data.validation_file, *data.mix]
     read += [file for file in files if Path(file).resolve() != folder.resolve() / CONFIG]
     for name in filter(None, read):
-        paths = [path for path in map(Path, (name, name.partition(":")[0])) if path.exists()]  # FOLDER:SUBSET
+        at = os.path.expanduser(name)
+        paths = [path for path in map(Path, (at, at.partition(":")[0])) if path.exists()]  # FOLDER:SUBSET
         places = [place for path in paths for place in (path.resolve(), Path(os.path.abspath(path)))]  # through a link
         if any(place.is_relative_to(old) for place in places for old in gone):
             raise AFLoRAError(

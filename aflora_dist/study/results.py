@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from functools import cache
+from os.path import expanduser
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from ..errors import AFLoRAError, writing
@@ -78,17 +80,19 @@ def _digest_of_model(folder: str, files: tuple[tuple[Path, int, int], ...]) -> s
 
 def _source(option: str, name: str) -> str:
     """What lies on disk by its content, also with SUBSET:SPLIT behind it; all else is of the hub."""
-    if Path(name).is_file():
+    at = expanduser(name)
+    if Path(at).is_file():
         return _content(option, name)
-    folder, sign, part = name.partition(":")
+    folder, sign, part = at.partition(":")
     return f"{_content(option, folder)}{sign}{part}" if folder and Path(folder).is_dir() else name
 
 
 def _content(option: str, named: str) -> str:
+    there = Path(expanduser(named))  # as who reads it
     try:
-        if not Path(named).is_dir():
-            return _content_of(Path(named))
-        inside = sorted((file.relative_to(named), file) for file in Path(named).rglob("*") if file.is_file())
+        if not there.is_dir():
+            return _content_of(there)
+        inside = sorted((file.relative_to(there), file) for file in there.rglob("*") if file.is_file())
         # What is hidden is no data: a clone's .git.
         told = [(str(at), _content_of(file)) for at, file in inside if not any(part[0] == "." for part in at.parts)]
         return f"folder sha256 {hashlib.sha256(json.dumps(told).encode()).hexdigest()}"
@@ -155,6 +159,12 @@ class Results:
             if not sound:
                 raise AFLoRAError(f"{file} is no run's result, or damaged. Delete it, and the run is done again.")
             self.records[file.stem] = record
+
+    def refuse_unwritable(self) -> None:
+        """Raise an AFLoRAError where nothing could be kept: before a run takes hours."""
+        with writing("A run's result", self.folder, "Name another folder with --results."):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=self.folder).close()
 
     def keep(
         self,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from aflora_dist.errors import AFLoRAError
-from aflora_dist.options import Config, DataConfig
+from aflora_dist.options import Config, DataConfig, RunConfig
+from aflora_dist.store.rundir import refuse_own_input
 from aflora_dist.study.description import read_study
 from aflora_dist.study.grid import Grid
 from aflora_dist.study.results import Results, name_of, result_in
@@ -120,6 +121,20 @@ def test_what_is_kept_is_read_again_however_many_digits_an_option_has_and_whatev
     again = Results(tmp_path / "results").records
     assert again == results.records
     assert grid.plan(again).runs()[0].name in again
+
+
+def test_a_home_folder_s_sign_names_what_it_names_where_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = f"{folder_of(tmp_path, 'data/train.csv')}/data/train.csv"
+    assert name(task="files", train_file="~/data/train.csv") == name(task="files", train_file=file)
+    mixed = [name(task="files", train_file=file, mix={f"{at}/data:main": 1.0}) for at in ("~", tmp_path)]
+    assert mixed[0] == mixed[1]
+    (tmp_path / "data").rename(tmp_path / "adapter")
+    data = DataConfig(task="files", train_file="~/adapter/train.csv")
+    with pytest.raises(AFLoRAError, match=r"would delete ~/adapter/train\.csv, which this run reads"):
+        refuse_own_input(Config(data=data, run=RunConfig(dir=str(tmp_path), overwrite=True)))
 
 
 @pytest.mark.parametrize("lost", ["metrics", "evaluations", "train_seconds", "settings"])
