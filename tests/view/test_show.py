@@ -158,6 +158,16 @@ def test_the_summary_names_the_method_that_trained(
     assert ("projection matrices in" in said) == (called == "AFLoRA")
 
 
+@pytest.mark.parametrize(("name", "shown"), [("my runs", "'my runs'"), ("-x", "./-x")])
+def test_the_command_that_a_summary_names_can_be_copied(
+    name: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert show(["--", name]) == 0
+    assert f"aflora show {shown} " in capsys.readouterr().out
+
+
 def test_what_did_not_freeze_is_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     result = json.loads((run / "result.json").read_text())
