@@ -7,7 +7,7 @@ from importlib import import_module
 
 from .errors import AFLoRAError, told_of_long_names
 from .extras import require
-from .notices import write_anything
+from .notices import ended_reading, write_anything
 from .version import __version__
 
 USAGE = """usage: aflora train [CONFIG.yaml] [--preset NAME] [--GROUP.KEY VALUE ...]
@@ -77,10 +77,19 @@ def run(line: list[str]) -> int:
                 require("train", f"aflora {name}")
             start = import_module(f".{module}", __package__).main
             with told_of_long_names():
-                return int(start(name, arguments) if module in _TOLD else start(arguments))
+                status = int(start(name, arguments) if module in _TOLD else start(arguments))
+                sys.stdout.flush()
+                return status
     except AFLoRAError as error:
         print(f"aflora: error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not ended_reading(sys.stdout):
+            raise
+        return 1
+    except KeyboardInterrupt:
+        print("aflora: interrupted.", file=sys.stderr)
+        return 130
     if name == "--version":
         print(f"aflora-dist {__version__}")
         return 0

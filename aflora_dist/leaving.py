@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from .errors import AFLoRAError, DivergedError, LaunchError, told_of_long_names
-from .notices import from_launcher
+from .notices import from_launcher, outlive_output
 
 _LOST_RANK = (
     "Connection closed by peer",
@@ -32,6 +32,7 @@ def guarded(job: Callable[[], None], what: str, then: str) -> int:
         what: What the job is called.
         then: What to do where another rank is gone.
     """
+    outlive_output()
     try:
         with told_of_long_names():
             job()

@@ -6,13 +6,15 @@ or level, as of any library's.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
 logger = logging.getLogger("aflora_dist")
 
@@ -45,6 +47,46 @@ def write_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # others do not fail
             stream.reconfigure(errors="replace")
+
+
+def outlive_output() -> None:
+    """A closed pipe or terminal, or a log on a full disk, is no reason to end hours of work: what it is told is lost.
+
+    A pipe's reader may be the first to go: Ctrl-C ends `tee` at once, and a training only after it has saved.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "write" not in vars(stream):
+            for name in ("write", "flush"):
+                setattr(stream, name, _outliving(stream, getattr(stream, name)))
+
+
+def _outliving(stream: io.TextIOWrapper, call: Callable[..., Any]) -> Callable[..., Any]:
+    def outlived(*text: str) -> int:
+        with suppress(OSError):
+            try:
+                call(*text)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # where room is made, it is told again
+                    _lead_nowhere(stream)
+        return sum(map(len, text))
+
+    return outlived
+
+
+def ended_reading(stream: TextIO) -> bool:
+    """Whether the reader of a pipe, as `head`, has all that it wants, which is no error; it is told nothing more."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        _lead_nowhere(stream)
+        return True
+    return False
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 _LIBRARIES = ("DeepSpeed", "deepspeed", "accelerate", "transformers", "datasets", "torch.distributed")

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
 from typing import IO
 
+from ..errors import AFLoRAError
 from ..notices import logger
 
 LOCK = ".lock"  # in a run's directory; its text says who holds it
@@ -28,3 +33,20 @@ def try_lock(file: IO[str]) -> bool:
             raise
         logger.warning(f"no locks on this file system ({error.strerror}): see that one job only runs here.")
     return True
+
+
+def this_job() -> str:
+    """What the lock's file says of this process."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}"
+
+
+def refuse_another(folder: Path) -> None:
+    """Raise an AFLoRAError where another job holds the folder that this one locked: it was deleted, or moved, since."""
+    with suppress(OSError):
+        holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
+        if holder not in ("", this_job()):
+            raise AFLoRAError(
+                f"{folder} was deleted or moved while this job trained, and another job has begun there: {holder}. "
+                f"Nothing more of this one is written among its files."
+            )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import time
 import weakref
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from ..errors import AFLoRAError, writing
 from ..options import Config, RunConfig
 from ..processes import on_main
 from .checkpoint import list_abandoned, list_checkpoints, step_of
-from .lock import LOCK, try_lock
+from .lock import LOCK, refuse_another, this_job, try_lock
 from .records import CONFIG, FREEZE_LOG, METRICS, RESULT, dumps, loads, read_config
 
 # Everything that a run writes; `overwrite` deletes these and nothing else.
@@ -102,7 +101,8 @@ def refuse_own_input(config: Config, files: Sequence[str] = ()) -> None:
     read = [config.model.name, data.path, data.name, data.train_file, data.validation_file, *data.mix]
     read += [file for file in files if Path(file).resolve() != folder.resolve() / CONFIG]
     for name in filter(None, read):
-        paths = [path for path in map(Path, (name, name.partition(":")[0])) if path.exists()]  # FOLDER:SUBSET
+        at = os.path.expanduser(name)
+        paths = [path for path in map(Path, (at, at.partition(":")[0])) if path.exists()]  # FOLDER:SUBSET
         places = [place for path in paths for place in (path.resolve(), Path(os.path.abspath(path)))]  # through a link
         if any(place.is_relative_to(old) for place in places for old in gone):
             raise AFLoRAError(
@@ -237,7 +237,7 @@ class RunDirectory:
                 f"run.dir."
             )
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
+        self._lock.write(f"{this_job()}\n")
         self._lock.flush()
 
     def _prepare(self, resolved: str, going_on: GoingOn | None) -> None:
@@ -321,6 +321,7 @@ class RunDirectory:
         if not self.writes or self.failure is not None:
             return
         try:
+            refuse_another(self.path)
             with (
                 writing(name, self.path, "Make room, then --resume."),
                 (self.path / name).open("a", encoding="utf-8") as file,
@@ -334,6 +335,7 @@ class RunDirectory:
 
         def write() -> None:
             with writing(RESULT, self.path, "Make room, then --resume."):
+                refuse_another(self.path)
                 self._replace(RESULT, dumps(result, indent=2) + "\n")
 
         on_main(self.accelerator, write)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import AFLoRAError, writing
 from ..extras import require
+from ..notices import outlive_output
 from ..training.command_line import split_line
 from .cells import cells, compared
 from .description import read_study, shipped
@@ -71,6 +72,7 @@ def main(command: str, arguments: list[str]) -> int:
         print(f"{study.name}: {outlook(grid.plan(results.records), results)}", flush=True)
         if args.dry_run:
             return 0
+        outlive_output()
         done = args.tables_only or Work(grid, results, args.out / "runs", args.launch, args.at_once).run()
         for path in write_tables(grid, results, args.out / "tables"):
             print(f"wrote {path}")

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from functools import cache
+from os.path import expanduser
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from ..errors import AFLoRAError, writing
@@ -32,7 +34,7 @@ _FILES = ("data.train_file", "data.validation_file")
 _DECIDE = ("run.eval_every", "run.keep_best", "run.patience")
 _MOST_MATRICES = 400  # whose steps of freezing are kept
 _WHOLE = 1e5  # from where on six digits would not show a number of parameters
-_FIRST_YEAR = 2020
+_FIRST_YEAR = 1970  # where a machine's clock begins that nobody has set
 _TYPED, _COUNTED = {option.name for option in fields(Result)}, ("peak_memory_bytes", "train_cpu_seconds")
 
 
@@ -78,17 +80,19 @@ def _digest_of_model(folder: str, files: tuple[tuple[Path, int, int], ...]) -> s
 
 def _source(option: str, name: str) -> str:
     """What lies on disk by its content, also with SUBSET:SPLIT behind it; all else is of the hub."""
-    if Path(name).is_file():
+    at = expanduser(name)
+    if Path(at).is_file():
         return _content(option, name)
-    folder, sign, part = name.partition(":")
+    folder, sign, part = at.partition(":")
     return f"{_content(option, folder)}{sign}{part}" if folder and Path(folder).is_dir() else name
 
 
 def _content(option: str, named: str) -> str:
+    there = Path(expanduser(named))  # as who reads it
     try:
-        if not Path(named).is_dir():
-            return _content_of(Path(named))
-        inside = sorted((file.relative_to(named), file) for file in Path(named).rglob("*") if file.is_file())
+        if not there.is_dir():
+            return _content_of(there)
+        inside = sorted((file.relative_to(there), file) for file in there.rglob("*") if file.is_file())
         # What is hidden is no data: a clone's .git.
         told = [(str(at), _content_of(file)) for at, file in inside if not any(part[0] == "." for part in at.parts)]
         return f"folder sha256 {hashlib.sha256(json.dumps(told).encode()).hexdigest()}"
@@ -156,6 +160,12 @@ class Results:
                 raise AFLoRAError(f"{file} is no run's result, or damaged. Delete it, and the run is done again.")
             self.records[file.stem] = record
 
+    def refuse_unwritable(self) -> None:
+        """Raise an AFLoRAError where nothing could be kept: before a run takes hours."""
+        with writing("A run's result", self.folder, "Name another folder with --results."):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=self.folder).close()
+
     def keep(
         self, name: str, config: Config, found: Mapping[str, Any], seconds: float | None, ended: datetime | None = None
     ) -> None:
@@ -166,14 +176,14 @@ class Results:
             seconds: From its start to its end, if it was not interrupted.
             ended: When; now if it is not given.
         """
-        record: dict[str, Any] = {"settings": settings_of(config), "seed": config.train.seed}
-        record |= {key: found[key] for key in ("failed", "frozen", *_KEPT) if found.get(key) is not None}
+        said = {"settings": settings_of(config), "seed": config.train.seed}  # by every digit of which it is named
+        record: dict[str, Any] = {key: found[key] for key in ("failed", "frozen", *_KEPT) if found.get(key) is not None}
         at = (ended or datetime.now(UTC)).isoformat(timespec="minutes")  # seconds of other times are another machine's
         record |= {"seconds": seconds, "ended": at, "version": __version__}
         with writing("A run's result", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"  # others write it, too
-            temporary.write_text(dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(dumps(said | _rounded(record), indent=1) + "\n", encoding="utf-8")
             temporary.replace(self.folder / f"{name}.json")
         self.records[name] = loads((self.folder / f"{name}.json").read_bytes())
 

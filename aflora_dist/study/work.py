@@ -152,6 +152,7 @@ class Work:
             if (found := result_in(folder)) is not None:
                 self._keep(run, folder, found, None)
                 return True
+            self.results.refuse_unwritable()
             (folder / "stop").unlink(missing_ok=True)
             anew, said = not (folder / "config.yaml").exists(), folder / _SAID
             printed = said.stat().st_size if said.exists() else 0

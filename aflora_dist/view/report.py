@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,8 @@ def print_summary(result: Result, directory: str, console: Console | None = None
         names = ", ".join(path.rsplit("/", 1)[-1] for path in result.traces)
         table.add_row("traces", f"{names}, in {directory}/tensorboard/profile/ (*.json.gz opens in Perfetto)")
     board = any(Path(directory, "tensorboard").glob("**/*"))
-    table.add_row("look", f"aflora show {directory}" + f", or tensorboard --logdir {directory}/tensorboard" * board)
+    run = quote(directory if not directory.startswith("-") else f"./{directory}")  # to be copied
+    table.add_row("look", f"aflora show {run}" + f", or tensorboard --logdir {run}/tensorboard" * board)
     there = [name for name in ("adapter", "lora", FREEZE_LOG, METRICS, RESULT) if Path(directory, name).exists()]
     told = [f"{name}{_KINDS.get(name, '')}" for name in (*there, *["tensorboard"] * board)]
     table.add_row("files", f"{directory}/ ({', '.join(told)})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from ..store.rundir import RunDirectory
 from ..tasks.base import Evaluation, Task
 from ..version import __version__
 from .rates import peak
+from .resident import peak_resident
 from .telemetry import Telemetry, open_telemetry, run_summary
 from .timing import TrainingTime
 
@@ -287,7 +287,7 @@ class TrainingLog(Part):
         if torch.cuda.is_available() and accelerator.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = peak_resident()
         per_rank = accelerator.gather(
             torch.tensor([[peak, control.seconds]], dtype=torch.float64, device=accelerator.device)
         )

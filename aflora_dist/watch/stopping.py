@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,7 +64,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
         if number == signal.SIGINT:
-            os.write(2, b"\naflora: saving after this update; Ctrl-C once more leaves at once.\n")  # not in a print
+            with suppress(OSError):  # what standard error was led to may have had the same Ctrl-C
+                os.write(2, b"\naflora: saving after this update; Ctrl-C once more leaves at once.\n")  # not in a print
             signal.signal(number, self._previous[number])
 
     def agreed(self, failure: str | None = None) -> bool:

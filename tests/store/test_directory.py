@@ -287,3 +287,27 @@ def test_what_serves_is_made_of_the_adapter_that_a_run_ends_with(arguments: list
     served.write_bytes(b"of before")
     assert main([*arguments, "--resume"]) == 0
     assert served.read_bytes() == expected
+
+
+@pytest.mark.parametrize("lines_first", [3, 12])
+def test_a_job_whose_folder_was_moved_away_writes_nothing_into_another_one_s_of_that_name(
+    lines_first: int,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, append, written = tmp_path / "run", RunDirectory.append, iter(range(100))
+
+    def moved_after(self: RunDirectory, name: str, line: dict[str, Any]) -> None:
+        append(self, name, line)
+        if name == "metrics.jsonl" and next(written) + 1 == lines_first:
+            folder.rename(tmp_path / "moved")
+            folder.mkdir()
+            (folder / ".lock").write_text("process 7 on another\n")
+
+    monkeypatch.setattr(RunDirectory, "append", moved_after)
+    assert main([*arguments, "--run.save_every", "0", "--run.trackers", "[]"]) == 2
+    assert "another job has begun there: process 7 on another" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert len(lines(tmp_path / "moved", "metrics.jsonl")) == lines_first

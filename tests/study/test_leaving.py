@@ -98,6 +98,17 @@ def test_a_folder_that_cannot_be_written_names_the_option(tmp_path: Path) -> Non
         work_on(grid_of(tmp_path, methods={"a": {}}), tmp_path).run()
 
 
+def test_a_folder_that_takes_no_results_is_told_before_a_run_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = starts(lambda number: (0, ""), monkeypatch)
+    studied = work_on(grid_of(tmp_path, methods={"a": {}}, seeds=[0]), tmp_path)
+    studied.results.folder = Path("/proc/none")  # where root, too, may write nothing
+    with pytest.raises(AFLoRAError, match=r"A run's result could not be written to /proc/.*folder with --results"):
+        studied.run()
+    assert not begun
+
+
 def test_a_study_with_a_broken_method_writes_its_tables_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aflora_dist.errors import AFLoRAError
-from aflora_dist.options import Config, DataConfig
+from aflora_dist.options import Config, DataConfig, RunConfig
+from aflora_dist.store.rundir import refuse_own_input
 from aflora_dist.study.description import read_study
 from aflora_dist.study.grid import Grid
 from aflora_dist.study.results import Results, name_of, result_in
 from tests.study.written import grid_of, keep, write_study
+
+FOUND = {"metrics": {"accuracy": 0.5}, "evaluations": [{"accuracy": 0.5}], "train_seconds": 1 / 3}
 
 
 def name(**data: Any) -> str:
@@ -100,6 +104,37 @@ def test_two_folders_of_one_task_are_two_runs_unless_they_hold_the_same(tmp_path
     assert len(grid("one", "other").plan({}).runs()) == 2
     with pytest.raises(AFLoRAError, match=r"a on cola 0 and a on cola 1 differ only in data\.path"):
         grid("same", "same")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("train.learning_rate", 0.0012345678), ("train.max_grad_norm", 123456.78), ("data.mix", {"nyu-mll/multi": 1 / 3})],
+)
+def test_what_is_kept_is_read_again_however_many_digits_an_option_has_and_whatever_the_clock_says(
+    option: str, value: Any, tmp_path: Path
+) -> None:
+    data = {"data.task": "files", "data.train_file": folder_of(tmp_path, "a.csv") + "/a.csv", "model.name": "demo"}
+    grid = grid_of(tmp_path, tasks={"mine": data}, methods={"a": {option: value}}, seeds=[0])
+    (run,) = grid.plan({}).runs()
+    results = Results(tmp_path / "results")
+    results.keep(run.name, run.config, FOUND, None, datetime.fromtimestamp(0, UTC))
+    again = Results(tmp_path / "results").records
+    assert again == results.records
+    assert grid.plan(again).runs()[0].name in again
+
+
+def test_a_home_folder_s_sign_names_what_it_names_where_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = f"{folder_of(tmp_path, 'data/train.csv')}/data/train.csv"
+    assert name(task="files", train_file="~/data/train.csv") == name(task="files", train_file=file)
+    mixed = [name(task="files", train_file=file, mix={f"{at}/data:main": 1.0}) for at in ("~", tmp_path)]
+    assert mixed[0] == mixed[1]
+    (tmp_path / "data").rename(tmp_path / "adapter")
+    data = DataConfig(task="files", train_file="~/adapter/train.csv")
+    with pytest.raises(AFLoRAError, match=r"would delete ~/adapter/train\.csv, which this run reads"):
+        refuse_own_input(Config(data=data, run=RunConfig(dir=str(tmp_path), overwrite=True)))
 
 
 @pytest.mark.parametrize("lost", ["metrics", "evaluations", "train_seconds", "settings"])

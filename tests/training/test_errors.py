@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aflora_dist.freezing import FreezingScore
 from aflora_dist.training.run import main
+from aflora_dist.watch.stopping import StopRequest
 from tests.launch import MAIN_JOB, ROOT, launch
 from tests.runs import options
 from tests.small import write_reviews
@@ -244,3 +248,37 @@ def test_a_score_that_is_not_finite_ends_the_run_with_and_without_tensorboard(
     for tensorboard in ("true", "false"):
         folder = ["--run.dir", str(tmp_path / tensorboard), "--run.tensorboard", tensorboard]
         assert "is not finite after step" in refused([*arguments, *late, *folder], capsys)
+
+
+@pytest.mark.parametrize("where", ["a closed pipe", "a full disk"])
+def test_where_nothing_more_can_be_printed_a_training_goes_on(
+    where: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = []
+    for name in ("stdout", "stderr"):
+        reader, writer = os.pipe() if where == "a closed pipe" else (-1, os.open("/dev/full", os.O_WRONLY))
+        if reader >= 0:
+            os.close(reader)
+        streams.append(os.fdopen(writer, "w"))
+        monkeypatch.setattr(f"sys.{name}", streams[-1])
+    status = main(arguments)
+    monkeypatch.undo()
+    for stream in streams:
+        with suppress(OSError):
+            stream.close()
+    assert status == 0
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_ctrl_c_saves_where_it_has_ended_what_standard_error_was_led_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any) -> int:
+        raise BrokenPipeError
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which `&` in a script has ignored
+    try:
+        with StopRequest(None, is_main=True) as request, monkeypatch.context() as patched:
+            patched.setattr(os, "write", closed)
+            signal.raise_signal(signal.SIGINT)
+            assert request.agreed()
+    finally:
+        signal.signal(signal.SIGINT, before)

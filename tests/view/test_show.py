@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,6 +158,16 @@ def test_the_summary_names_the_method_that_trained(
     assert ("projection matrices in" in said) == (called == "AFLoRA")
 
 
+@pytest.mark.parametrize(("name", "shown"), [("my runs", "'my runs'"), ("-x", "./-x")])
+def test_the_command_that_a_summary_names_can_be_copied(
+    name: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert show(["--", name]) == 0
+    assert f"aflora show {shown} " in capsys.readouterr().out
+
+
 def test_what_did_not_freeze_is_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     result = json.loads((run / "result.json").read_text())
@@ -196,3 +207,20 @@ def test_curves_fit_the_terminal_to_their_end(
     bars = row.split()[1]
     assert (bars[0], bars[-1]) == ("█", "▁")
     assert 10 <= len(bars) <= 60
+
+
+def test_a_reader_that_has_enough_and_ctrl_c_end_a_command_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", stream)
+        assert command("reproduce")([]) == 1  # prints, and not by rich, which knows of pipes
+
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aflora_dist.view.show.Run", interrupted)
+    assert show(["run"]) == 130
+    assert capsys.readouterr().err == "aflora: interrupted.\n"

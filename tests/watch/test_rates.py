@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,6 +25,7 @@ from aflora_dist.training.run import main
 from aflora_dist.watch import log
 from aflora_dist.watch.peaks import peak_flops
 from aflora_dist.watch.rates import flops_per_token, peak
+from tests.launch import ROOT
 from tests.runs import command_line, lines
 from tests.small_lm import make_small_language_model, write_problems
 
@@ -151,3 +155,10 @@ def test_peaks_are_those_of_the_data_sheets() -> None:
     assert peak_flops("Tesla T4", "bf16") is None
     assert peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16") is None  # a slice: a seventh, or less
     assert peak_flops("a card of tomorrow", "bf16") is None
+
+
+def test_the_most_memory_is_this_program_s_and_not_that_of_the_one_which_started_it() -> None:
+    ours = psutil.Process().memory_info().rss  # with torch in it
+    script = "from aflora_dist.watch.resident import peak_resident; print(peak_resident())"
+    theirs = int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=ROOT).stdout)
+    assert 2**20 < theirs < ours / 2
