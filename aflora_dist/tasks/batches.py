@@ -87,6 +87,9 @@ class Texts:
         if config.data.pad_to_max_length:
             self.shape.multiple = self.length
         limits.check_padding(tokenizer)
+        # On the left, as tokenizers of generating models have it, padding moves a text to other positions (GPT-2,
+        # BART): what is said of it would hang on the texts beside it.
+        tokenizer.padding_side = "left" if limits.at_last else "right"
         self.collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=self.shape.multiple)
 
     def tokens(self, dataset: datasets.Dataset, name: str) -> datasets.Dataset:

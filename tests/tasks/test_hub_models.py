@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5Config
 
 from aflora_dist import AFLoRAError, extras
-from aflora_dist.options import ModelConfig
+from aflora_dist.options import Config, ModelConfig
 from aflora_dist.tasks import model as models
 from aflora_dist.tasks import unreadable
+from aflora_dist.tasks.batches import Texts
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.model import load_base, load_language_model, outline_base
 from aflora_dist.tasks.weights import check_weights
@@ -186,6 +188,48 @@ def test_a_file_that_is_cut_or_not_fetched_is_named(
 
     with pytest.raises(AFLoRAError, match=rf"{folder}.*{said}"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("named otherwise", r"lacks 37 of 37 weights .* bert.embeddings.word_embeddings.weight, .*\(module\."),
+        ("lacks one", r"lacks 1 of 37 weights .* sizes: bert.encoder.layer.1.output.dense.weight\. They"),
+        ("fewer words", r"lacks 1 of 37 weights .* sizes: bert.embeddings.word_embeddings.weight\. They"),
+    ],
+)
+def test_a_checkpoint_without_the_model_s_own_weights_is_refused(
+    how: str, said: str, lying: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """They would be frozen at random; a head, and a pooler, would train."""
+    folder = tmp_path / "model"
+    shutil.copytree(lying("bert"), folder)
+    tensors = stored(folder)
+    if how == "named otherwise":  # as DataParallel does
+        tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
+    if how == "lacks one":
+        del tensors["bert.encoder.layer.1.output.dense.weight"]
+    if how == "fewer words":
+        tensors["bert.embeddings.word_embeddings.weight"] = tensors["bert.embeddings.word_embeddings.weight"][:40]
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(AFLoRAError, match=f"{folder}.*{said}"):
+        load_base(ModelConfig(name=str(folder)), ["no", "yes"])
+
+
+def test_what_is_said_of_a_text_does_not_hang_on_longer_ones_beside_it(
+    lying: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Generating models' tokenizers pad on the left, and GPT-2 counts positions from there."""
+    folder = tmp_path / "model"
+    shutil.copytree(lying("gpt2"), folder)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 512, "padding_side": "left"}')
+    model, tokenizer, _ = load_base(ModelConfig(name=str(folder)), ["no", "yes"])
+    assert tokenizer.padding_side == "left"
+    collate = Texts(Config(), tokenizer, Limits.of(model, "gpt2"), Accelerator(cpu=True)).collate
+    rows = [dict(tokenizer(text)) for text in ("good film", TEXT)]
+    with torch.no_grad():
+        alone, together = model(**collate(rows[:1])).logits, model(**collate(rows)).logits[:1]
+    torch.testing.assert_close(together, alone)
 
 
 def test_a_pointer_that_nobody_reads_is_no_reason_to_end(lying: Callable[[str], Path], tmp_path: Path) -> None:
