@@ -126,6 +126,14 @@ def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
         return _tokenizer(name, hub)
 
 
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """Have a model know by which token texts are padded: a decoder's classifier looks for the last one before it.
+
+    Where a model sees, too (Gemma 3), it is the configuration of its text that is asked.
+    """
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
 def unadapted(model: Any) -> Any:
     """A model without the adapter around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -277,7 +285,7 @@ def _load(
         )
     if config.dtype is None:
         without_float16(model)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    set_padding(model, tokenizer)
     keep_trainable_on_cpu(model)
     return model, tokenizer, info
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import T5Config
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config
 
 from aflora_dist import AFLoRAError, extras
 from aflora_dist.options import Config, ModelConfig
@@ -31,6 +31,7 @@ from tests.hub_layouts import LAYOUTS
 HALF = {"deberta_v3": torch.float32, "llama_7b": torch.float32, "opt": torch.float32, "qwen2_5": torch.bfloat16}
 HEADS = {"deberta_v3": ["pooler", "classifier"], "bert": ["classifier"], "roberta": ["classifier"]}
 DECODERS = ("llama_7b", "opt", "gpt2", "qwen2_5")
+_SIGHT = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
 TEXT = "good film the plot is very awful 23"
 
 
@@ -229,6 +230,26 @@ def test_what_is_said_of_a_text_does_not_hang_on_longer_ones_beside_it(
     rows = [dict(tokenizer(text)) for text in ("good film", TEXT)]
     with torch.no_grad():
         alone, together = model(**collate(rows[:1])).logits, model(**collate(rows)).logits[:1]
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_model_that_sees_too_is_told_by_what_texts_are_padded(lying: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its text has a configuration of its own, in which a classifier's end of a text is looked up."""
+    folder = tmp_path / "model"
+    shutil.copytree(lying("qwen2_5"), folder)
+    text = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+    config = Gemma3Config(
+        text_config={**text, "num_key_value_heads": 1, "vocab_size": 400, "pad_token_id": None},
+        vision_config={**_SIGHT, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    model, tokenizer, head = load_base(ModelConfig(name=str(folder)), ["no", "yes"])
+    assert head == ["score"]
+    rows = tokenizer(["good film", TEXT], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        together = model(**rows).logits[0]
+        alone = model(**tokenizer("good film", return_tensors="pt")).logits[0]
     torch.testing.assert_close(together, alone)
 
 
