@@ -19,7 +19,7 @@ from ..options import Config
 from .base import Evaluation
 from .batches import Batch, create_loaders, move
 from .data import load_data
-from .evaluation import evaluate, measured
+from .evaluation import evaluate, measured, odd_evaluation
 from .limits import Limits
 from .model import load_base, load_tokenizer, outline_base, unadapted
 from .sampler import GlobalBatchSampler
@@ -42,6 +42,8 @@ class Classification:
             raise AFLoRAError(
                 "train.label_smoothing is for classes, and the labels are numbers to regress to: drop it."
             )
+        if accelerator.is_main_process:
+            print(*(f"{line}\n" for line in odd_evaluation(self.config.data, self.data)), sep="", end="", flush=True)
         check_weights(self.config.model, accelerator)
         if weights:
             model, self.tokenizer, head = load_base(self.config.model, self.data.labels, accelerator)

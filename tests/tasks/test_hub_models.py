@@ -9,12 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import sentencepiece
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config
 
@@ -22,7 +25,8 @@ from aflora_dist import AFLoRAError, extras
 from aflora_dist.options import Config, ModelConfig
 from aflora_dist.tasks import model as models
 from aflora_dist.tasks import unreadable
-from aflora_dist.tasks.batches import Texts
+from aflora_dist.tasks.batches import Texts, create_loaders
+from aflora_dist.tasks.data import Data
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.model import load_base, load_language_model, outline_base
 from aflora_dist.tasks.weights import check_weights
@@ -251,6 +255,27 @@ def test_a_model_that_sees_too_is_told_by_what_texts_are_padded(lying: Callable[
         together = model(**rows).logits[0]
         alone = model(**tokenizer("good film", return_tensors="pt")).logits[0]
     torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize(("name", "left"), [("bert", r"all are \[UNK\]"), ("qwen2_5", "nothing is left of them")])
+def test_texts_of_which_no_word_is_known_are_not_trained_on(
+    name: str, left: str, lying: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of another language; or of a tokenizer that is of another kind than is said, here without its byte pairs."""
+    folder = tmp_path / "model"
+    shutil.copytree(lying(name), folder)
+    if name == "qwen2_5":
+        words = Tokenizer(WordLevel({"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "good": 3}))
+        words.save(str(folder / "tokenizer.json"))
+        for file in ("vocab.json", "merges.txt"):
+            (folder / file).unlink(missing_ok=True)
+    tokenizer = models.load_tokenizer(ModelConfig(name=str(folder)))
+    text = "\u6620\u753b" if name == "bert" else "good"
+    rows = datasets.Dataset.from_dict({"text": [text] * 64, "label": [0, 1] * 32})
+    data = Data("files", rows, {"validation": rows}, ["no", "yes"], ("accuracy",))
+    limits = Limits(name, 512, 400, 2)
+    with pytest.raises(AFLoRAError, match=f"tokenizer of '{name}' knows no word of the first 64 .*: {left}"):
+        create_loaders(Config(), data, tokenizer, limits, Accelerator(cpu=True))
 
 
 def test_a_pointer_that_nobody_reads_is_no_reason_to_end(lying: Callable[[str], Path], tmp_path: Path) -> None:
