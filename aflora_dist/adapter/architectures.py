@@ -120,3 +120,15 @@ def find_targets(model: nn.Module) -> dict[Kind, list[str]] | None:
 def target_modules(model: nn.Module) -> list[str]:
     """`find_targets` of both kinds, each ending once; none where nothing is found."""
     return sorted({ending for endings in (find_targets(model) or {}).values() for ending in endings})
+
+
+def outside_body(model: nn.Module) -> list[str]:
+    """The parts of a model with a head that are not its body: classifier, DeBERTa's pooler, BART's classification_head.
+
+    PEFT knows of those that are called classifier or score. The others are not in the checkpoint of a body, either:
+    they start at random, and would be other ones wherever the adapter is loaded, unless they train and are saved.
+    """
+    body = getattr(model, "base_model_prefix", "")
+    if not body or not hasattr(model, body):
+        return []
+    return [name for name, part in model.named_children() if name != body and next(part.parameters(), None) is not None]

@@ -25,7 +25,7 @@ from ..compat.transformers import refuse_own_loading
 from ..errors import AFLoRAError
 from ..names import unwrapped, without_wrappers
 from ..processes import refuse_lonely_processes
-from .architectures import kind_of, linear_layers, target_modules
+from .architectures import kind_of, linear_layers, outside_body, target_modules
 from .config import AFLoRAConfig, AFLoRAPeftType
 from .folding import Folding
 from .guard import FreezingGuard
@@ -43,18 +43,6 @@ def _linear_endings(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linear = (name for name in linear_layers(model) if model.get_submodule(name) is not head)
     return sorted({name.rpartition(".")[2] for name in linear} - _HEADS)
-
-
-def _outside_body(model: nn.Module) -> list[str]:
-    """The parts of a model with a head that are not its body (DeBERTa's pooler, DistilBERT's pre_classifier).
-
-    PEFT knows of those that are called classifier or score. The others are not in the checkpoint of a body, either:
-    they start at random, and would be other ones wherever the adapter is loaded, unless they train and are saved.
-    """
-    body = getattr(model, "base_model_prefix", "")
-    if not body or not hasattr(model, body):
-        return []
-    return [name for name, part in model.named_children() if name != body and next(part.parameters(), None) is not None]
 
 
 class AFLoRAModel(BaseTuner):
@@ -86,8 +74,10 @@ class AFLoRAModel(BaseTuner):
         self.guard = next(guards, None) or FreezingGuard()
         config = self.peft_config[adapter_name]
         known = config.inference_mode or kwargs.get("state_dict") is not None  # what is loaded says itself what it has
-        if config.task_type in _CLASSIFIERS and not known and (head := _outside_body(model)):
-            config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or ()), *head])]
+        if config.task_type in _CLASSIFIERS and not known and (head := outside_body(model)):
+            whole = dict.fromkeys([*(config.modules_to_save or ()), *head])
+            # A layer of a head that trains whole is in it: with a copy of its own, PEFT could not load the adapter.
+            config.modules_to_save = [n for n in whole if not n.startswith(tuple(f"{outer}." for outer in whole))]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         Folding.attach(model, [m for m in model.modules() if isinstance(m, AFLoRALayer)])
         self._guard_compiled()

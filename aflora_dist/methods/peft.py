@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-from ..adapter.architectures import find_targets
+from ..adapter.architectures import find_targets, outside_body
 from ..adapter.labels import label_mapping
 from ..adapter.precision import widen
 from ..adapter.saving import save_peft
@@ -163,7 +163,9 @@ class Peft(PeftMethod):
         """What the method's configuration is made of."""
         fields = {field.name for field in dataclasses.fields(self.kind)}
         arguments = {**self.options, "task_type": self.task_type}
-        whole = self.whole(head)
+        # As with AFLoRA, the head trains whose weights a checkpoint for as many classes has, too, however it is called.
+        parts = outside_body(model) if self.task_type == TaskType.SEQ_CLS else []
+        whole = self.whole([*dict.fromkeys([*head, *parts])])
         whole += [name for name in arguments.get("modules_to_save") or [] if name not in whole]
         if "modules_to_save" in fields:
             arguments["modules_to_save"] = whole or None

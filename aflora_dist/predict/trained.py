@@ -25,7 +25,15 @@ from ..options import Config
 from ..serve.source import Source, check_base, read_adapter, refuse_unsound, trained_folder
 from ..store.records import CONFIG, read_settings
 from ..tasks.limits import Limits
-from ..tasks.model import base_head, fetch, load_classifier, load_language_model, load_tokenizer, resolve_name
+from ..tasks.model import (
+    base_head,
+    fetch,
+    load_classifier,
+    load_language_model,
+    load_tokenizer,
+    resolve_name,
+    set_padding,
+)
 from ..tasks.reading import listed
 from ..training.build import shard_by_block
 from ..training.command_line import parse, said_options
@@ -210,7 +218,7 @@ def load_trained(trained: TrainedModel, accelerator: Accelerator) -> tuple[Any, 
     if (trained.folder / "tokenizer_config.json").is_file():
         with reading(trained.folder):
             tokenizer = load_tokenizer(replace(config.model, name=str(trained.folder), revision="main"))
-        model.config.pad_token_id = tokenizer.pad_token_id
+        set_padding(model, tokenizer)
     limits = Limits.of(model, config.model.name)
     if trained.adapter is not None:
         limits = limits.without(trained.adapter.config.get("num_virtual_tokens"))

@@ -103,7 +103,8 @@ class Merged:
         """The pad token that the model was trained with; GPT-like classifiers look for the last token before it."""
         text = self.config.get_text_config()
         beside = self.source.has_tokenizer
-        if not beside and (self.task_type != "SEQ_CLS" or getattr(text, "pad_token_id", None) is not None):
+        said = getattr(text, "pad_token_id", None) is not None and self.source.run is None  # a run took the tokenizer's
+        if not beside and (self.task_type != "SEQ_CLS" or said):
             return None
         folder = self.source.folder if beside else self.base
         with reading(folder):

@@ -16,12 +16,14 @@ from ..errors import AFLoRAError
 from ..options import Config
 from .data import Data
 from .limits import Limits
+from .reading import shown
 from .sampler import EvaluationSampler, GlobalBatchSampler, padded
 from .tokens import tokenized
 
 Batch = dict[str, Tensor]
 # Small ones waste less on padding; a GPU wants large ones.
 _TOKENS_PER_MICRO_BATCH = {"cpu": 256, "gpu": 16_384}
+_LOOKED_AT = 64  # training texts
 _PAD_TO_MULTIPLE = {"cpu": 1, "gpu": 8}  # for tensor cores
 
 
@@ -36,6 +38,7 @@ def create_loaders(
     """
     enough(config, len(data.train))  # before time is spent
     texts = Texts(config, tokenizer, limits, accelerator)
+    _check_words(tokenizer, data.train["text"][:_LOOKED_AT], limits)
     shape, collate = texts.shape, texts.collate
     train_set = texts.tokens(data.train, "the training split")
     sampler = create_sampler(config, lengths(train_set, shape.multiple), shape, sizes=lengths(train_set, 1))
@@ -52,6 +55,21 @@ def _check_room(tokenizer: Any, length: int, pair: bool) -> None:
     if length < own + 1 + pair:
         raise AFLoRAError(
             f"data.max_length={length} leaves nothing of the texts: the tokenizer adds {own} tokens of its own."
+        )
+
+
+def _check_words(tokenizer: Any, texts: Sequence[str], limits: Limits) -> None:
+    """Refuse to train on nothing but unknown words, or none, which a model does without a complaint."""
+    written = [text for text in texts if text.strip()]
+    if len(written) < _LOOKED_AT // 2:
+        return
+    found = {token for ids in tokenizer(written, add_special_tokens=False)["input_ids"] for token in ids}
+    if not found - {tokenizer.unk_token_id}:
+        left = f"all are {tokenizer.unk_token}" if found else "nothing is left of them"
+        raise AFLoRAError(
+            f"The tokenizer of {limits.name!r} knows no word of the first {len(written)} training texts, such as "
+            f"{shown(written[0])}: {left}. Is it the model's own, whole and of the kind that its tokenizer_config.json "
+            f"says, and for this language?"
         )
 
 
@@ -87,6 +105,9 @@ class Texts:
         if config.data.pad_to_max_length:
             self.shape.multiple = self.length
         limits.check_padding(tokenizer)
+        # On the left, as tokenizers of generating models have it, padding moves a text to other positions (GPT-2,
+        # BART): what is said of it would hang on the texts beside it.
+        tokenizer.padding_side = "left" if limits.at_last else "right"
         self.collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=self.shape.multiple)
 
     def tokens(self, dataset: datasets.Dataset, name: str) -> datasets.Dataset:

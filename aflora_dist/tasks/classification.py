@@ -20,7 +20,7 @@ from .base import Evaluation
 from .batches import Batch, create_loaders, move
 from .data import load_data
 from .dtypes import check_weights
-from .evaluation import evaluate
+from .evaluation import evaluate, odd_evaluation
 from .glue import metric_names
 from .limits import Limits
 from .model import load_base, load_tokenizer, outline_base, unadapted
@@ -43,6 +43,8 @@ class Classification:
             raise AFLoRAError(
                 "train.label_smoothing is for classes, and the labels are numbers to regress to: drop it."
             )
+        if accelerator.is_main_process:
+            print(*(f"{line}\n" for line in odd_evaluation(self.config.data, self.data)), sep="", end="", flush=True)
         check_weights(self.config.model, accelerator)
         if weights:
             model, self.tokenizer, head = load_base(self.config.model, self.data.labels, accelerator)

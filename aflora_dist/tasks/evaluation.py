@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,12 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..options import DataConfig
 from .batches import Batch, move
 from .data import Data
 from .glue import metric_names
+from .reading import listed
+from .sources import trained_too
 
 Array = NDArray[np.float64]
 
@@ -45,6 +48,19 @@ def gather_logits(
         found[mine] = logits[: len(mine)]
         done(len(together))
     return accelerator.reduce(found, "sum")  # a value of one rank, zeros of the others
+
+
+def odd_evaluation(config: DataConfig, data: Data) -> Iterator[str]:
+    """Why a number that is measured may say little: a line each."""
+    if trained_too(config):
+        yield "What is measured with is trained on, too: the numbers say nothing of other texts."
+    if data.labels is None:
+        return
+    for split, rows in data.evaluation.items():
+        if len(found := set(rows["label"][:])) == 1 and len(rows) > 1:
+            first = " data.max_eval_examples takes the first ones of a split." if config.max_eval_examples else ""
+            alone = listed([data.labels[number] for number in found])
+            yield f"All {len(rows):,} examples of the {split} split are of one class, {alone}.{first}"
 
 
 def evaluate(

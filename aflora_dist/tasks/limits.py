@@ -23,6 +23,7 @@ class Limits:
         kinds: Token type ids are below; None: it does not look at them.
         end: The token at which an encoder with a decoder (T5, BART) tells what a text is: every text has to have it as
             often. None for other models.
+        at_last: It tells what a text is at the last place of a row, whatever stands there (XLNet).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Limits:
     rows: int
     kinds: int | None
     end: int | None = None
+    at_last: bool = False
 
     @classmethod
     def of(cls, model: Any, name: str) -> Limits:
@@ -50,6 +52,7 @@ class Limits:
             rows=int(getattr(embedding, "num_embeddings", 0) or config.vocab_size),
             kinds=getattr(config, "type_vocab_size", None) or None,
             end=config.eos_token_id if getattr(config, "is_encoder_decoder", False) else None,
+            at_last=getattr(config, "summary_type", None) == "last",
         )
 
     def without(self, virtual: Any) -> Limits:

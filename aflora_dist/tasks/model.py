@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ..adapter.architectures import outside_body
 from ..compat.transformers import unpacked_gguf
 from ..errors import AFLoRAError
 from ..extras import require
@@ -55,9 +56,10 @@ def load_base(
         accelerator: Of the launch, where there is one: DeepSpeed and engines that shard want weights in their dtype.
 
     Raises:
-        AFLoRAError: The model is not there, or is no text classifier.
+        AFLoRAError: The model is not there, or is no text classifier, or its checkpoint lacks more than a head.
     """
     model, tokenizer, missing = load_classifier(config, labels, accelerator)
+    _refuse_random_body(config.name, model, missing)
     return model, tokenizer, _new_modules(model, missing)
 
 
@@ -122,6 +124,14 @@ def load_tokenizer(config: ModelConfig, *, language_model: bool = False) -> Any:
     name, hub, _ = _source(config, language_model)
     with readable(config):
         return _tokenizer(name, hub)
+
+
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """Have a model know by which token texts are padded: a decoder's classifier looks for the last one before it.
+
+    Where a model sees, too (Gemma 3), it is the configuration of its text that is asked.
+    """
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def unadapted(model: Any) -> Any:
@@ -275,7 +285,7 @@ def _load(
         )
     if config.dtype is None:
         without_float16(model)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    set_padding(model, tokenizer)
     keep_trainable_on_cpu(model)
     return model, tokenizer, info
 
@@ -289,11 +299,31 @@ def _check_gguf(config: ModelConfig) -> None:
         )
 
 
+def _refuse_random_body(name: str, model: Any, missing: set[str]) -> None:
+    """Raise an AFLoRAError if the checkpoint lacks weights of the model itself: frozen, they would stay random.
+
+    A pooler is part of the head, wherever it stands; what never trains (sinusoids) is computed.
+    """
+    body = f"{model.base_model_prefix}."
+    own = [key for key, p in model.named_parameters() if key.startswith(body) and p.requires_grad and "pool" not in key]
+    if lacking := [key for key in own if key in missing]:
+        shown = f"{', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}"
+        raise AFLoRAError(
+            f"The checkpoint of {name!r} lacks {len(lacking)} of {len(own)} weights of the model that its config.json "
+            f"describes, or has them in other sizes: {shown}. They would be random. Is it another model's, cut, or "
+            f"saved with other names (module., _orig_mod.)? Load it as it is meant, and save it with save_pretrained."
+        )
+
+
 def _new_modules(model: nn.Module, missing: set[str]) -> list[str]:
-    """The outermost modules all of whose parameters are new: ["classifier"], ["pooler", "classifier"]."""
+    """The outermost modules all of whose parameters are new: ["classifier"], ["pooler", "classifier"].
+
+    A part of the model's head trains whole where one of its layers is new, as for another number of classes.
+    """
+    heads = {name for name in outside_body(model) if any(key.startswith(f"{name}.") for key in missing)}
     new: list[str] = []
     for name, module in model.named_modules():
         keys = {f"{name}.{key}" for key, _ in module.named_parameters()} if name else set()
-        if keys and keys <= missing and not any(name.startswith(f"{outer}.") for outer in new):
+        if (name in heads or (keys and keys <= missing)) and not any(name.startswith(f"{outer}.") for outer in new):
             new.append(name)
     return new

@@ -114,6 +114,15 @@ def _refuse_trained(config: DataConfig) -> None:
             )
 
 
+def trained_too(config: DataConfig) -> bool:
+    """Whether what is measured with is trained on, for certain."""
+    if config.hold_out:
+        return False
+    if config.validation_file is not None:
+        return _same(config.validation_file, config.train_file)
+    return config.validation_split is not None and _overlap(config.train_split, config.validation_split)
+
+
 def evaluation_rows(config: DataConfig, wanted: Collection[str]) -> Rows | None:
     """What is measured with, likewise; None: there is nothing of its own. A collective."""
     _refuse_trained(config)

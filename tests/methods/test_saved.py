@@ -12,13 +12,17 @@ import torch
 from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from aflora_dist.methods.choose import create_method
 from aflora_dist.methods.peft import Peft
+from aflora_dist.options import Config, DataConfig, MethodConfig, ModelConfig
+from aflora_dist.tasks.model import load_base
 from aflora_dist.training.run import main as train
 from tests.runs import options
-from tests.small_lm import make_small_language_model, write_problems
+from tests.small_lm import make_small_language_model, make_small_tokenizer, write_problems
 
+_BART = ("layers", "attention_heads", "ffn_dim")
 FREEZES = {"freezing.enabled": True, "train.learning_rate": 0.05, "train.head_learning_rate": 0.05}
 
 
@@ -104,3 +108,39 @@ def test_what_would_be_something_else_in_silence_is_refused(
     line = [w for i, w in enumerate(line) if not w.startswith("--freezing") and not line[i - 1].startswith("--freez")]
     assert train([*line, "--method.options", json.dumps(said)]) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("method", ["aflora", "lora"])
+@pytest.mark.parametrize("family", ["roberta", "bart"])
+def test_a_head_of_a_checkpoint_trains_whole_and_is_loaded_for_other_classes_too(
+    family: str, method: Any, classes: int, tmp_path: Path
+) -> None:
+    """Of two layers one is new with other classes; BART's head has no name that PEFT knows."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if family == "bart":
+        sides = {f"{side}_{kind}": 16 if kind == "ffn_dim" else 1 for side in ("encoder", "decoder") for kind in _BART}
+        sizes = {"d_model": 16, **sides}
+    config = AutoConfig.for_model(family, **sizes, vocab_size=40, max_position_embeddings=32, num_labels=2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    make_small_tokenizer().save_pretrained(tmp_path / "base")
+    said = ModelConfig(name=str(tmp_path / "base"))
+    names = [str(number) for number in range(classes)]
+    base, _, head = load_base(said, names)
+    trained = create_method(Config(model=said, data=DataConfig(task="files"), method=MethodConfig(name=method)))
+    model = trained.adapt(base, head).eval()
+    parts = {name.partition(".modules_to_save.")[0] for name, _ in model.named_parameters() if trained.is_head(name)}
+    assert parts == {f"base_model.model.{'classifier' if family == 'roberta' else 'classification_head'}"}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    values = {name: p.detach() for name, p in model.named_parameters() if trained.saved(name, p.requires_grad)}
+    trained.save(model, tmp_path / "adapter", values)
+    again = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=classes, ignore_mismatched_sizes=True
+    )
+    loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 2]])}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**ids).logits, model(**ids).logits)

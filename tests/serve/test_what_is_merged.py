@@ -193,15 +193,20 @@ def test_a_template_alone_replaces_the_base_model_s(tmp_path: Path) -> None:
     assert (found.chat_template, found.pad_token) == ("the training's", "<pad>")
 
 
-def test_a_classifier_finds_the_last_token_by_the_pad_token_of_its_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", [False, True], ids=["beside the adapter", "a run's"])
+def test_a_classifier_finds_the_last_token_by_the_pad_token_of_its_training(run: bool, tmp_path: Path) -> None:
+    """Of a run that is the base model's tokenizer's, whatever the base model's configuration says."""
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, eos_token_id=3, bos_token_id=2)
+    config.pad_token_id = 9 if run else None
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")  # has no pad token, and no tokenizer
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
-    base.config.pad_token_id = with_template(tmp_path / "adapter", "").pad_token_id
+    base.config.pad_token_id = with_template(tmp_path / ("base" if run else "adapter"), "").pad_token_id
     model = get_peft_model(base, AFLoRAConfig(task_type="SEQ_CLS", modules_to_save=["score"]))
     randomise(model, 1)
     model.save_pretrained(str(tmp_path / "adapter"))
+    if run:
+        (tmp_path / "config.yaml").write_text("{model: {name: base}, data: {task: files}, train: {}}")
     assert aflora("merge", tmp_path / "adapter", tmp_path / "merged") == 0
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     padded = torch.cat([TOKENS, torch.full((2, 3), base.config.pad_token_id)], dim=1)

@@ -9,18 +9,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import sentencepiece
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import T5Config
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config
 
 from aflora_dist import AFLoRAError, extras
-from aflora_dist.options import ModelConfig
+from aflora_dist.options import Config, ModelConfig
 from aflora_dist.tasks import model as models
 from aflora_dist.tasks import unreadable
+from aflora_dist.tasks.batches import Texts, create_loaders
+from aflora_dist.tasks.data import Data
 from aflora_dist.tasks.dtypes import check_weights
 from aflora_dist.tasks.limits import Limits
 from aflora_dist.tasks.model import load_base, load_language_model, outline_base
@@ -29,6 +35,7 @@ from tests.hub_layouts import LAYOUTS
 HALF = {"deberta_v3": torch.float32, "llama_7b": torch.float32, "opt": torch.float32, "qwen2_5": torch.bfloat16}
 HEADS = {"deberta_v3": ["pooler", "classifier"], "bert": ["classifier"], "roberta": ["classifier"]}
 DECODERS = ("llama_7b", "opt", "gpt2", "qwen2_5")
+_SIGHT = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
 TEXT = "good film the plot is very awful 23"
 
 
@@ -186,6 +193,89 @@ def test_a_file_that_is_cut_or_not_fetched_is_named(
 
     with pytest.raises(AFLoRAError, match=rf"{folder}.*{said}"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("named otherwise", r"lacks 37 of 37 weights .* bert.embeddings.word_embeddings.weight, .*\(module\."),
+        ("lacks one", r"lacks 1 of 37 weights .* sizes: bert.encoder.layer.1.output.dense.weight\. They"),
+        ("fewer words", r"lacks 1 of 37 weights .* sizes: bert.embeddings.word_embeddings.weight\. They"),
+    ],
+)
+def test_a_checkpoint_without_the_model_s_own_weights_is_refused(
+    how: str, said: str, lying: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """They would be frozen at random; a head, and a pooler, would train."""
+    folder = tmp_path / "model"
+    shutil.copytree(lying("bert"), folder)
+    tensors = stored(folder)
+    if how == "named otherwise":  # as DataParallel does
+        tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
+    if how == "lacks one":
+        del tensors["bert.encoder.layer.1.output.dense.weight"]
+    if how == "fewer words":
+        tensors["bert.embeddings.word_embeddings.weight"] = tensors["bert.embeddings.word_embeddings.weight"][:40]
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(AFLoRAError, match=f"{folder}.*{said}"):
+        load_base(ModelConfig(name=str(folder)), ["no", "yes"])
+
+
+def test_what_is_said_of_a_text_does_not_hang_on_longer_ones_beside_it(
+    lying: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Generating models' tokenizers pad on the left, and GPT-2 counts positions from there."""
+    folder = tmp_path / "model"
+    shutil.copytree(lying("gpt2"), folder)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 512, "padding_side": "left"}')
+    model, tokenizer, _ = load_base(ModelConfig(name=str(folder)), ["no", "yes"])
+    assert tokenizer.padding_side == "left"
+    collate = Texts(Config(), tokenizer, Limits.of(model, "gpt2"), Accelerator(cpu=True)).collate
+    rows = [dict(tokenizer(text)) for text in ("good film", TEXT)]
+    with torch.no_grad():
+        alone, together = model(**collate(rows[:1])).logits, model(**collate(rows)).logits[:1]
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_model_that_sees_too_is_told_by_what_texts_are_padded(lying: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its text has a configuration of its own, in which a classifier's end of a text is looked up."""
+    folder = tmp_path / "model"
+    shutil.copytree(lying("qwen2_5"), folder)
+    text = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+    config = Gemma3Config(
+        text_config={**text, "num_key_value_heads": 1, "vocab_size": 400, "pad_token_id": None},
+        vision_config={**_SIGHT, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    model, tokenizer, head = load_base(ModelConfig(name=str(folder)), ["no", "yes"])
+    assert head == ["score"]
+    rows = tokenizer(["good film", TEXT], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        together = model(**rows).logits[0]
+        alone = model(**tokenizer("good film", return_tensors="pt")).logits[0]
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize(("name", "left"), [("bert", r"all are \[UNK\]"), ("qwen2_5", "nothing is left of them")])
+def test_texts_of_which_no_word_is_known_are_not_trained_on(
+    name: str, left: str, lying: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of another language; or of a tokenizer that is of another kind than is said, here without its byte pairs."""
+    folder = tmp_path / "model"
+    shutil.copytree(lying(name), folder)
+    if name == "qwen2_5":
+        words = Tokenizer(WordLevel({"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "good": 3}))
+        words.save(str(folder / "tokenizer.json"))
+        for file in ("vocab.json", "merges.txt"):
+            (folder / file).unlink(missing_ok=True)
+    tokenizer = models.load_tokenizer(ModelConfig(name=str(folder)))
+    text = "\u6620\u753b" if name == "bert" else "good"
+    rows = datasets.Dataset.from_dict({"text": [text] * 64, "label": [0, 1] * 32})
+    data = Data("files", rows, {"validation": rows}, ["no", "yes"], ("accuracy",))
+    limits = Limits(name, 512, 400, 2)
+    with pytest.raises(AFLoRAError, match=f"tokenizer of '{name}' knows no word of the first 64 .*: {left}"):
+        create_loaders(Config(), data, tokenizer, limits, Accelerator(cpu=True))
 
 
 def test_a_pointer_that_nobody_reads_is_no_reason_to_end(lying: Callable[[str], Path], tmp_path: Path) -> None:

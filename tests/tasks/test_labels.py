@@ -16,6 +16,8 @@ import pytest
 from aflora_dist import AFLoRAError
 from aflora_dist.options import DataConfig
 from aflora_dist.tasks.data import Data, load_data
+from aflora_dist.tasks.evaluation import odd_evaluation
+from aflora_dist.tasks.sources import trained_too
 from aflora_dist.training.command_line import parse
 
 
@@ -359,6 +361,29 @@ def test_what_labels_were_taken_for_is_told(tmp_path: Path, capsys: pytest.Captu
     ):
         load(path)
         assert capsys.readouterr().out == f"{path}: column 'label' holds {said}"
+
+
+def test_an_evaluation_that_says_little_is_told(tmp_path: Path) -> None:
+    """Sorted sets are common, and data.max_eval_examples takes the first examples."""
+    train = csv(tmp_path / "train.csv", ["pos", "neg"] * 3)
+    held = csv(tmp_path / "held.csv", ["neg", "neg", "pos"])
+    first = " data.max_eval_examples takes the first ones of a split."
+    one = "All 2 examples of the validation split are of one class, neg."
+    too = "What is measured with is trained on, too: the numbers say nothing of other texts."
+    for validation, options, said in (
+        (held, {}, []),
+        (held, {"max_eval_examples": 2}, [one + first]),
+        (csv(tmp_path / "alike.csv", ["neg"] * 2), {}, [one]),
+        (train, {}, [too]),
+        (train.parent / "." / "train.csv", {}, [too]),
+        (train, {"hold_out": 3}, []),
+    ):
+        config = DataConfig(task="files", train_file=str(train), validation_file=str(validation), **options)
+        assert [*odd_evaluation(config, load_data(config, seed=0))] == said
+    named: dict[str, Any] = {"task": "files", "name": "owner/set", "train_split": "train"}
+    assert trained_too(DataConfig(**named, validation_split="train[:10%]"))
+    assert not trained_too(DataConfig(**{**named, "train_split": "train[10%:]"}, validation_split="train[:10%]"))
+    assert not trained_too(DataConfig(**named))
 
 
 def test_numbers_that_float32_does_not_tell_apart_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
