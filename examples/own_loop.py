@@ -30,7 +30,9 @@ def main() -> None:
 
     # Several processes on CPUs talk over gloo; without this each would train alone.
     several = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several else [])
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    gloo = [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(cpu=several and not deepspeed, kwargs_handlers=gloo if several else [])
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch
     set_seed(0)

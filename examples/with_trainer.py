@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from datasets import Dataset
 from peft import get_peft_model
 from small import encoder, reviews
@@ -44,6 +45,7 @@ def main() -> None:
             save_strategy="epoch",
             logging_steps=10,
             report_to="none",
+            use_cpu=not torch.accelerator.is_available(),  # or each of several processes would train alone
         ),
         train_dataset=split["train"],
         eval_dataset=split["test"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import get_peft_model
 from small import language_model, problems
@@ -53,6 +54,7 @@ def main() -> None:
             enable_jit_checkpoint=True,  # save and leave when Slurm says so
             seed=args.seed,
             report_to="none",
+            use_cpu=not torch.accelerator.is_available(),  # or each of several processes would train alone
             bf16=False,
         ),
         train_dataset=Dataset.from_list(problems(args.examples)),

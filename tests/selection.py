@@ -238,6 +238,7 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "tasks/test_on_hub.py": {
         "test_the_first_command_of_all_trains_what_the_hub_has_and_what_was_trained_goes_there": NONE,
         "test_an_adapter_of_the_hub_answers": NONE,
+        "test_nodes_without_a_network_train_what_another_one_has_fetched": NONE,
     },
     "tasks/test_model.py": {"test_the_embedded_language_model_is_loaded_from_its_file": NONE},
     "gpu/test_command.py": {"test_the_main_job_of_a_deepspeed_section_trains_on_made_up_data": NONE},

@@ -553,6 +553,8 @@ def run_aflora(words: list[str], place: Place, profiled: Callable[[], Path]) -> 
         return run_main_job(arguments, place)
     if command == "data" and place.tutorial:
         arguments = [*arguments, "--model.name", str(place.encoder)]
+    elif command == "data" and arguments[0] == "--preset":
+        arguments = shrunk(arguments, place)
     elif command == "data":  # of any file, with the smallest model
         arguments = [str(place.problems / "train.jsonl"), *arguments[1:], "--model.name", str(place.decoder)]
     elif not place.tutorial:
@@ -617,6 +619,8 @@ def run_command(words: list[str], place: Place, profiled: Callable[[], Path]) ->
         read_by_pip(rest, place)
     elif program == "sbatch":
         run_sbatch(rest, place)
+    elif program == "hf":  # tests/tasks/test_on_hub.py downloads and uploads by it
+        assert rest[0] in ("download", "upload")
     elif program == "tensorboard":
         assert shutil.which("tensorboard")
         assert rest[0] == "--logdir"

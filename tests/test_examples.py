@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from peft import PeftModel
@@ -13,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import aflora_dist  # noqa: F401  # PEFT knows its adapters
 from tests.launch import ROOT, launch
+from tests.ranks import ENVIRONMENT
 from tests.runs import command_line
 from tests.small_lm import make_small_language_model
 
@@ -20,7 +23,9 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(script: str, *arguments: object, engine: str = "single", ranks: int = 1) -> str:
-    done = launch(engine, ranks, str(EXAMPLES / script), *map(str, arguments))
+    """As who copies the command: nothing in the environment says that the machine has no GPU."""
+    with mock.patch("tests.launch.environment_for", return_value={**os.environ, **ENVIRONMENT}):
+        done = launch(engine, ranks, str(EXAMPLES / script), *map(str, arguments))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -61,8 +66,10 @@ def test_anything_freezes(what: str, engine: str, ranks: int, tiny_model: Path) 
     assert blocks[-1] == (0 if what == "pattern" else 2)
 
 
+@pytest.mark.distributed
 def test_trainer(tiny_model: Path, tmp_path: Path) -> None:
-    said = run("with_trainer.py", "--model", tiny_model, "--examples", 64, "--batch", 8, "--out", tmp_path)
+    small = ["--model", tiny_model, "--examples", 64, "--batch", 4, "--out", tmp_path]
+    said = run("with_trainer.py", *small, engine="zero2", ranks=2)
     assert re.search(r"accuracy [01]\.\d{3}, [2-8] freezes", said)
     assert trained_vectors(tiny_model, tmp_path / "adapter") == 12
     assert (tmp_path / "checkpoint-8" / "aflora").is_dir()

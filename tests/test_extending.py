@@ -34,6 +34,10 @@ try:
     raise SystemExit("not refused")
 except AFLoRAError as error:
     print(error)
+
+# And a schedule, in equal steps: of 8 matrices one more at each step from t_i to T - t_f.
+schedule = FreezingConfig(total_steps=20, initial_steps=4, final_steps=8, shape="linear").schedule()
+assert [schedule.count(step, 8) for step in range(4, 13)] == list(range(9))
 """
 
 # Half of the weight of a neighbour's lies on the class itself, and the run is one of this task.
@@ -79,13 +83,14 @@ print(json.dumps([freezing.progress.engine.kind, [e.frozen for e in freezing.eve
 
 @pytest.fixture
 def extended(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with the package after the n-th diff of the page."""
+    """A folder with the package after the diffs of the page that the parameter numbers."""
     shutil.copytree(ROOT / "aflora_dist", tmp_path / "aflora_dist", ignore=shutil.ignore_patterns("__pycache__"))
     diffs = [block.text for block in blocks(ROOT / "docs" / "extend.md") if block.language == "diff"]
-    assert len(diffs) == 3
+    assert len(diffs) == 4
     apply = ["git", "apply", "--unsafe-paths", "-C1", "-"]
-    done = subprocess.run(apply, input=diffs[request.param], cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    for number in request.param:
+        done = subprocess.run(apply, input=diffs[number], cwd=tmp_path, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
     return tmp_path
 
 
@@ -103,12 +108,12 @@ def said(process: subprocess.Popen[str]) -> str:
     return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))  # torch 2.10's
 
 
-@pytest.mark.parametrize("extended", [0], indirect=True)
-def test_the_score(extended: Path) -> None:
+@pytest.mark.parametrize("extended", [(0, 1)], indirect=True)
+def test_the_score_and_the_schedule(extended: Path) -> None:
     assert "score=fisher looks at each element" in said(begin(SCORE, extended))
 
 
-@pytest.mark.parametrize("extended", [1], indirect=True)
+@pytest.mark.parametrize("extended", [(2,)], indirect=True)
 def test_the_task(extended: Path, tiny_model: Path, reviews: Path) -> None:
     run = extended / "run"
     arguments = options(run, tiny_model, reviews, **{"data.task": "ordinal", "train.epochs": 2, "run.save_every": 0})
@@ -117,7 +122,7 @@ def test_the_task(extended: Path, tiny_model: Path, reviews: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("extended", [2], indirect=True)
+@pytest.mark.parametrize("extended", [(3,)], indirect=True)
 def test_the_engine(extended: Path) -> None:
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [begin(ENGINE, extended, **together, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]

@@ -68,6 +68,7 @@ class FreezingConfig(FreezingOptions):
         return self.every if self.rule == "quantile" else 1
 
     def schedule(self) -> CubicSchedule:
+        """r(t): its `fraction(t)`, and `count(t, N)`, how many of N units are frozen after the update of batch t."""
         return CubicSchedule(
             total_steps=self.total_steps,
             initial_steps=self.initial_steps,

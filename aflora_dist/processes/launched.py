@@ -41,7 +41,7 @@ def refuse_lonely_processes() -> None:
         raise AFLoRAError(
             f"{launched} processes were launched, but this one knows of {known}: they would train {launched} separate "
             f'models. On CPU, create the accelerator with Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="'
-            f'gloo")]), and without DeepSpeed with cpu=True.'
+            f'gloo")]), and without DeepSpeed with cpu=True; of Trainer and TRL give the arguments use_cpu=True.'
         )
 
 

@@ -88,7 +88,7 @@ def main(command: str, arguments: list[str]) -> int:
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"aflora {command}",
-        description=(__doc__ or "").partition(": ")[2],
+        description="Do a study's runs, and write its tables.",
         epilog="All else is handed on to each run of `aflora train`, as in --model.name roberta-base.",
         allow_abbrev=False,
     )

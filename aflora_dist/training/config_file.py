@@ -27,6 +27,7 @@ class Entry(NamedTuple):
 
 
 Entries = dict[str, Entry]
+_OF_DATA = (".csv", ".tsv", ".jsonl", ".parquet")  # .json may hold options, as YAML does
 _NULL, _INT, _FLOAT, _TEXT, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "int", "float", "str", "merge"))
 
 
@@ -110,6 +111,11 @@ def as_yaml(options: Any) -> str:
 
 
 def _document(path: str) -> yaml.Node | None:
+    if Path(path).suffix.lower() in _OF_DATA:  # `aflora data` takes it so
+        raise AFLoRAError(
+            f"{path} is a file of data, and what stands here is one of options: --data.train_file {path}, with "
+            f"--data.task files for labels or sft for a language model."
+        )
     if Path(path).is_fifo():  # it would be waited for, and is read twice
         raise AFLoRAError(f"{path}, which is to hold the options, is a pipe. Name a file.")
     try:

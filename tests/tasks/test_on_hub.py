@@ -120,6 +120,20 @@ def test_the_first_command_of_all_trains_what_the_hub_has_and_what_was_trained_g
     assert base == "microsoft/deberta-v3-base"
 
 
+def test_nodes_without_a_network_train_what_another_one_has_fetched(hub: Hub, run: Run, tmp_path: Path) -> None:
+    """By the two commands of docs/cluster.md, into a cache of their own."""
+    own = hub.environment(tmp_path / "cache", None)
+    for fetch in (("hf", "download", "microsoft/deberta-v3-base"), ("aflora", "data", "--preset", "glue/rte")):
+        done = run(*fetch, **own)
+        assert done.returncode == 0, done.stderr
+    asked = len(hub.asked)
+    short = ("--train.max_steps", 2, "--freezing.initial_epochs", 0, "--freezing.final_epochs", 1)
+    own["HF_HUB_OFFLINE"] = "1"
+    done = run("aflora", "train", "--preset", "glue/rte", "--run.dir", tmp_path / "run", *short, **own)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.asked) == asked
+
+
 def test_an_adapter_of_the_hub_answers(hub: Hub, run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "math"
     short = {"train.epochs": 1, "train.batch_size": 8, "data.max_length": 96, "data.max_new_tokens": 4}

@@ -64,7 +64,9 @@ def test_a_file_that_says_something_wrong_is_refused_with_its_line(case: str, tm
 
 def test_a_file_is_named_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    (tmp_path / "train.csv").write_text("text,label\na,b\n")
     for name, expected in {
+        "train.csv": "is a file of data, .*: --data.train_file .*train.csv, with --data.task files",
         "nowhere.yaml": "There is no file",
         ".": "Is a directory",
         "loop.yaml": "could not be read: Too many levels",

@@ -191,6 +191,7 @@ def test_lonely_processes_are_noticed() -> None:
     done = launch("zero2", 2, str(ROOT / "tests" / "workers" / "lonely.py"))
     assert done.returncode != 0
     assert "2 processes were launched, but this one knows of 1" in done.stderr
+    assert "of Trainer and TRL give the arguments use_cpu=True" in done.stderr
 
 
 @pytest.mark.distributed
