@@ -37,6 +37,7 @@ SAID = {
 }
 ONLY = {  # what others do otherwise
     "joined": ("ddp",),
+    "with_an_embedding_bag": ("single", "zero3"),
     **dict.fromkeys(
         (
             "with_another_model_of_the_accelerator",
