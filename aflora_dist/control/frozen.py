@@ -33,9 +33,9 @@ class KeptFrozen:
 
     (A reference model, as TRL's DPO takes it, is that at each step; model.requires_grad_(True) is as much in other
     loops.) What has frozen is in no param group then, so that its gradient is neither reduced nor set to zero, and
-    counts where gradients are clipped. So each layer of an adapter, and each other module with something frozen, looks
-    before its forward pass, a recomputed one too. Where they are compiled none does; there it is looked at all of them
-    before compiled code is entered.
+    counts where gradients are clipped. So the model looks at all of it before its forward pass, and each layer of an
+    adapter and each other module at its own, a recomputed one too. Where they are compiled none does; there it is
+    looked at all of it before compiled code is entered.
 
     The interface is that of `Freezable`, which is told of what has frozen.
 
@@ -69,14 +69,22 @@ class KeptFrozen:
                 layer = parent  # which reads the weight of its out_proj, and never calls it
             below[layer or owner].append((modules[owner], own, parameters[name]))
         for layer, places in below.items():
-            hold = _Hold(places)
-            self._held.append((modules[layer].register_forward_pre_hook(hold), hold))
+            self._hold(modules[layer], places)
+        everything = [place for places in below.values() for place in places]
         if self._all is None and any(map(is_compiled, self._outer.modules())):
             self._all = _Hold([])
             self._outer.register_forward_pre_hook(self._all, prepend=True)
             around_compiled(self._outer, self._all)
         if self._all is not None:
-            self._all.places = [place for places in below.values() for place in places]
+            self._all.places = everything
+        elif everything:  # those of a module that is never called, too: an nn.ParameterList, a weight read elsewhere
+            self._hold(self._model, everything, first=True)  # within a pass ZeRO-3 would gather what is looked at
+
+    def _hold(
+        self, module: nn.Module, places: list[tuple[nn.Module, str, nn.Parameter]], *, first: bool = False
+    ) -> None:
+        hold = _Hold(places)
+        self._held.append((module.register_forward_pre_hook(hold, prepend=first), hold))
 
     def take_back(self) -> None:
         """Look for the last time."""
@@ -101,6 +109,8 @@ class _Hold(Hook):
         if is_traced():
             return
         for owner, name, frozen in self.places:
+            if not (frozen.requires_grad or is_fsdp_managed(owner)):
+                continue
             there = getattr(owner, name, None)  # None: its adapter has been deleted
             # FSDP2 puts other parameters in its place; any other is a user's (torch.func.functional_call).
             if (there is frozen or (there is not None and is_fsdp_managed(owner))) and there.requires_grad:

@@ -37,6 +37,7 @@ SAID = {
 }
 ONLY = {  # what others do otherwise
     "joined": ("ddp",),
+    "with_an_embedding_bag": ("single", "zero3"),
     **dict.fromkeys(
         ("with_another_model_of_the_accelerator", "with_the_optimizer_of_another_model", "with_a_param_group_added"),
         ("zero1", "zero2", "zero3"),

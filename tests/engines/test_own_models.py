@@ -126,8 +126,26 @@ def test_two_adapters_are_trained_in_turn_with_one_optimizer() -> None:
     assert {*loop.freezing.frozen} == {*loop.freezing.freezable}
 
 
-def test_what_is_switched_on_after_its_freeze_neither_trains_nor_counts_in_clipping() -> None:
-    plain, switched = Loop(Net(), freezable=LAYERS, clip=0.01), Loop(Net(), freezable=LAYERS, clip=0.01)
+class Lists(nn.Module):
+    """Weights of modules that are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList(torch.randn(8, 8) for _ in range(2))
+        self.read, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in (*self.weights, self.read.weight):
+            x = torch.tanh(x @ weight)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("model", "freezable"), [(Net, LAYERS), (Lists, r"weights\.\d|read\.weight")])
+def test_what_is_switched_on_after_its_freeze_neither_trains_nor_counts_in_clipping(
+    model: Callable[[], nn.Module], freezable: str
+) -> None:
+    plain, switched = (Loop(model(), freezable=freezable, clip=0.01) for _ in range(2))
     plain.train()
 
     def switch(step: int) -> None:

@@ -39,6 +39,9 @@ def build(kind: str) -> nn.Module:
     base = build_base()
     if kind == "full":
         return base
+    if kind == "bag":
+        base.bert.bag = nn.EmbeddingBag(4, 4).requires_grad_(False)
+        return base
     if kind == "deberta":  # whose blocks share embeddings of positions, which stand behind them
         return DebertaV2ForSequenceClassification(
             DebertaV2Config(

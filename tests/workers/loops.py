@@ -139,6 +139,13 @@ def with_nothing_fetched_ahead() -> Training:
     return training
 
 
+def with_an_embedding_bag() -> Training:
+    """Which formats all that it holds, and under ZeRO-3 holds what leads back to it."""
+    training = Training("bag", CONFIG)
+    training.train(0, 4)
+    return training
+
+
 def with_another_model_of_the_accelerator() -> Training:
     """DeepSpeed's handle of an accelerator is its first model's."""
     training = Training("lora", CONFIG)
@@ -190,6 +197,7 @@ LOOPS: dict[str, Callable[[], Training]] = {
         recomputed_reentrantly,
         evaluated_with_all_gathered,
         with_nothing_fetched_ahead,
+        with_an_embedding_bag,
         with_another_model_of_the_accelerator,
         with_the_optimizer_of_another_model,
         with_a_param_group_added,

@@ -81,8 +81,10 @@ class Zero3Engine(ZeroEngine):
             instead(DeepSpeedZeroOptimizer_Stage3, "initialize_ds_offload", lambda self, **kwargs: offload)
             # DeepSpeed would also collect garbage per flat buffer (0.3 s each; there is none, see above),
             instead(gc, "collect", lambda *args: 0)
-            # format every parameter of the model, numbers and all, for a message that it does not print,
+            # format the model and its parameters, numbers and all, for a message that it does not print (and
+            # nn.EmbeddingBag formats all that it holds, which by now leads back to itself),
             instead(nn.Parameter, "__repr__", object.__repr__)
+            instead(nn.Module, "__repr__", object.__repr__)
             # and gather every parameter to put a hook on it, one by one; torch's hooks need no values.
             for name in self.trainable:
                 instead(self.parameters[name], "all_gather", lambda *args: None)
