@@ -49,7 +49,9 @@ def odd_evaluation(config: DataConfig, data: Data) -> Iterator[str]:
     """Why a number that is measured may say little: a line each."""
     if trained_too(config):
         yield "What is measured with is trained on, too: the numbers say nothing of other texts."
-    for split, rows in data.evaluation.items() if data.labels is not None else ():
+    if data.labels is None:
+        return
+    for split, rows in data.evaluation.items():
         if len(found := set(rows["label"][:])) == 1 and len(rows) > 1:
             first = " data.max_eval_examples takes the first ones of a split." if config.max_eval_examples else ""
             alone = listed([data.labels[number] for number in found])
