@@ -78,7 +78,7 @@ def run(line: list[str]) -> int:
             start = import_module(f".{module}", __package__).main
             with told_of_long_names():
                 status = int(start(name, arguments) if module in _TOLD else start(arguments))
-                sys.stdout.flush()
+                print(end="", flush=True)  # and a closed standard output is none
                 return status
     except AFLoRAError as error:
         print(f"aflora: error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)

@@ -121,6 +121,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def are_one(path: Path, other: Path) -> bool:
+    """Whether two folders are the same checkpoint, or copies of it, by what their manifests say."""
+    return path.resolve() == other.resolve() or (path / _MANIFEST).read_bytes() == (other / _MANIFEST).read_bytes()
+
+
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint, and check every byte of it first.
 

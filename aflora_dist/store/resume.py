@@ -117,7 +117,9 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
                 f"run.resume={path} is a run. --run.dir {path} --resume goes on from its newest checkpoint, "
                 f"--resume {path}/checkpoints/step_... from one of them."
             )
-        return checkpoint.load(path)
+        loaded = checkpoint.load(path)
+        _refuse_twin(run.checkpoints, loaded)
+        return loaded
     newest, complaints = checkpoint.newest_good(run.checkpoints)
     if newest is None and (held := run.kept_if_begun_anew()):
         raise AFLoRAError(
@@ -130,6 +132,17 @@ def _choose(run: RunDirectory) -> Checkpoint | None:
     for complaint in complaints:
         logger.warning(f"{complaint} Going on from {newest.path.name}.")
     return newest
+
+
+def _refuse_twin(folder: Path, chosen: Checkpoint) -> None:
+    """Raise an AFLoRAError where the run holds another branch's checkpoint of that step: a stop would lead to it."""
+    twin = folder / f"step_{chosen.training['progress']['step']:08d}"
+    with suppress(OSError):  # of one without a manifest nobody would
+        if twin.is_dir() and not checkpoint.are_one(twin, chosen.path):
+            raise AFLoRAError(
+                f"{twin} is of another branch of this run than {chosen.path}, after the same step: from it a later "
+                f"--resume would go on. Move it out of {folder}, and the same command goes on from {chosen.path.name}."
+            )
 
 
 def refuse_differences(

@@ -264,7 +264,7 @@ def test_what_took_a_training_is_not_deleted_by_resume(
 
 
 def test_a_checkpoint_of_another_branch_outlives_going_on_from_it(
-    tiny_model: Path, reviews: Path, tmp_path: Path
+    tiny_model: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     arguments = options(folder, tiny_model, reviews)
@@ -275,6 +275,17 @@ def test_a_checkpoint_of_another_branch_outlives_going_on_from_it(
     assert main([*arguments, "--resume", str(saved / "abandoned_step_00000015")]) == 0
     left = sorted(path.name for path in saved.glob("abandoned_*"))
     assert left == ["abandoned_step_00000015", "abandoned_step_00000020"]
+    # Of the two after 15 updates --resume would take the other one, were this one stopped before it has saved.
+    before = files(folder)
+    shutil.copytree(saved / "abandoned_step_00000015", saved / "step_00000015")
+    manifest = saved / "step_00000015" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")  # of another branch
+    assert main([*arguments, "--resume", str(saved / "abandoned_step_00000015")]) == 2
+    assert "step_00000015 is of another branch of this run than" in capsys.readouterr().err
+    manifest.unlink()  # then it is none, and the run goes on
+    assert aflora(["train", *arguments, "--resume", str(saved / "abandoned_step_00000015"), "--dry_run"]) == 0
+    shutil.rmtree(saved / "step_00000015")
+    assert files(folder) == before
 
 
 def test_what_serves_is_made_of_the_adapter_that_a_run_ends_with(arguments: list[str], tmp_path: Path) -> None:
