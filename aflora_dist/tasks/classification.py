@@ -43,9 +43,8 @@ class Classification:
             raise AFLoRAError(
                 "train.label_smoothing is for classes, and the labels are numbers to regress to: drop it."
             )
-        if (
-            weights and accelerator.is_main_process
-        ):  # `aflora data` takes what is trained on where there is nothing else
+        # `aflora data`, which needs no weights, takes what is trained on where there is nothing else.
+        if weights and accelerator.is_main_process:
             print(*(f"{line}\n" for line in odd_evaluation(self.config.data, self.data)), sep="", end="", flush=True)
         check_weights(self.config.model, accelerator)
         if weights:
