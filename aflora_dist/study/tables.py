@@ -90,7 +90,7 @@ def caption(grid: Grid, found: Sequence[Cell], pairs: Sequence[Compared]) -> lis
         tried = sum(pair.difference.corrected is not None and not pair.same for pair in pairs)
         lines.append(
             f"Differences are paired by seed; p is Student's t, corrected by Holm's method for {tried} "
-            "comparisons; a difference is called one where it is below 0.05."
+            f"comparison{'s' * (tried != 1)}; a difference is called one where it is below 0.05."
         )
     if any(pair.lost for pair in pairs):
         lines.append("Where runs diverged, the seeds that are left are those that went well: no verdict.")
