@@ -23,7 +23,6 @@ from ..processes import on_main
 from ..version import __version__
 from . import checkpoint, records
 from .checkpoint import Checkpoint
-from .lock import refuse_another
 from .parts import LearningRates, Randomness
 from .rundir import GoingOn, RunDirectory
 
@@ -209,7 +208,7 @@ class Checkpointer:
         def write() -> None:
             folder, then = self.run.checkpoints, "What was saved before is unharmed; make room, then --resume."
             with writing("A checkpoint", folder, then):
-                refuse_another(self.run.path)
+                self.run.refuse_another()
                 checkpoint.save(folder, self.progress.step, tensors, training, self.run.config.keep)
 
         on_main(self.accelerator, write)

@@ -312,6 +312,11 @@ class RunDirectory:
             os.fsync(file.fileno())
         temporary.replace(self.path / name)
 
+    def refuse_another(self) -> None:
+        """Raise an AFLoRAError where another job has begun in the place of this directory, which was moved since."""
+        if self._lock is not None:
+            refuse_another(self.path, self._lock)
+
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add a line to freeze_log.jsonl or metrics.jsonl.
 
@@ -321,7 +326,7 @@ class RunDirectory:
         if not self.writes or self.failure is not None:
             return
         try:
-            refuse_another(self.path)
+            self.refuse_another()
             with (
                 writing(name, self.path, "Make room, then --resume."),
                 (self.path / name).open("a", encoding="utf-8") as file,
@@ -335,7 +340,7 @@ class RunDirectory:
 
         def write() -> None:
             with writing(RESULT, self.path, "Make room, then --resume."):
-                refuse_another(self.path)
+                self.refuse_another()
                 self._replace(RESULT, dumps(result, indent=2) + "\n")
 
         on_main(self.accelerator, write)

@@ -16,7 +16,6 @@ from ..methods import Method
 from ..methods.choose import create_method
 from ..options import Config
 from ..processes import on_main
-from ..store.lock import refuse_another
 from ..store.resume import finished
 from ..store.rundir import RunDirectory
 from ..tasks.batches import Batch, move
@@ -170,7 +169,7 @@ def save_adapter(training: Training) -> None:
 
     def write() -> None:
         with writing("The adapter", run.adapter, "Make room, then --resume: the last checkpoint is whole."):
-            refuse_another(run.path)
+            run.refuse_another()
             method.save(model, run.adapter, values)
             if not (run.adapter / "adapter_config.json").exists():  # a model of its own wants its tokenizer
                 training.task.tokenizer.save_pretrained(str(run.adapter))

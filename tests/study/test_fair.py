@@ -116,7 +116,7 @@ def test_methods_that_came_to_the_same_runs_are_compared_once(tmp_path: Path) ->
     assert (second.difference.mean, second.said) == (-first.difference.mean, f"gradient is better ({SAME})")
     notes = " ".join(caption(grid, found, pairs))
     assert "shorter came to the very runs of never" in notes
-    assert "Holm's method for 1 comparisons" in notes
+    assert "Holm's method for 1 comparison;" in notes
 
 
 def test_the_seeds_that_went_well_are_no_verdict(tmp_path: Path) -> None:
