@@ -54,24 +54,19 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
             "fsdp2-2",
         ),
     },
-    # Every kind and every engine, but not all of each; each engine goes on from the one before it.
+    # Every engine, and most kinds once; each engine goes on from the one before it.
     "engines/test_freeze_anything.py": {
         "test_ranks_freeze_what_one_process_does": (
             "ddp-lora",
             "ddp-by pattern",
-            "ddp-fallen",
-            "zero1-means of blocks",
             "zero1-momentum",
             "zero2-means",
             "zero2-one block of deberta",
             "zero2-prefix",
             "zero3-full",
             "zero3-experts",
-            "zero3-change",
-            "zero3-layers by number",
             "zero3-prefix of all",
             "fsdp2-one block, recomputed",
-            "fsdp2-random",
             "fsdp2-prefix",
             "fsdp2-beside a reference",
         ),
@@ -201,7 +196,14 @@ STAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_several_tasks_a_node_are_so_many_ranks_and_a_port_in_use_is_passed_over": NONE,
         "test_a_script_of_one_s_own_runs_on_all_nodes_and_comes_back": NONE,
     },
-    "test_meeting.py": {"test_ranks_that_are_started_anew_hear_nothing_of_what_those_before_them_said": NONE},
+    "test_meeting.py": {
+        "test_ranks_that_are_started_anew_hear_nothing_of_what_those_before_them_said": NONE,
+        "test_work_that_takes_longer_than_collectives_may_is_waited_for_and_its_error_is_everybody_s": NONE,
+    },
+    "test_compat.py": {"test_what_zero3_gathers_together_is_what_was_written": NONE},
+    "engines/test_own_models.py": {
+        "test_a_freezing_that_comes_to_its_end_within_another_s_step_disturbs_nobody": NONE,
+    },
     "freezing/test_stays_frozen.py": {
         "test_a_second_training_after_a_switch_is_that_without_on_every_engine": ("ddp", "zero3"),
     },
