@@ -16,6 +16,8 @@ from tests.selection import CHOSEN, COLLECTED, is_left_out
 from tests.small import make_tiny_model, write_reviews
 
 torch.set_num_threads(1)  # small models; two threads would wait for each other where something else is at work
+# Files that wait for minutes, Slurm's for its clocks: begun last, they would leave the other process idle at the end.
+WAITING = ("test_slurm.py", "test_work.py")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -28,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what `make test` leaves out, before pytest looks at the marks that it was asked for.
 
-    Where files are dealt out to several processes, those come first that start ranks: they take longest.
+    Where files are dealt out to several processes, those come first that wait longest, then those that start ranks.
     """
     if not COLLECTED:  # a test may collect others
         COLLECTED.extend(item.nodeid for item in items)
@@ -37,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("whole")
     if hasattr(config, "workerinput"):
         long = {item.path for item in items if item.get_closest_marker("distributed")}
-        items.sort(key=lambda item: item.path not in long)
+        items.sort(key=lambda item: (item.path.name not in WAITING, item.path not in long))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
