@@ -110,7 +110,8 @@ def check_torch() -> None:
 
 def is_fsdp_managed(module: nn.Module) -> bool:
     """Whether FSDP2 shards a module's own parameters, gathered now or not; not where all of them are ignored."""
-    return getattr(module, "_is_fsdp_managed_module", False)
+    # Asked at each forward pass: nn.Module's own search for an attribute that is not there takes many times as long.
+    return vars(module).get("_is_fsdp_managed_module", False)
 
 
 # -- a forward or backward pass ----------------------------------------------------------------

@@ -88,7 +88,6 @@ class AdaLora(Peft):
     def attach(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, progress: Progress, log: Callable[[Any], None]
     ) -> Control:
-
         return RankAllocation(progress)
 
     def save(self, model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:

@@ -62,7 +62,6 @@ class Zero3Engine(ZeroEngine):
         if not self.ds.zero_prefetch_bucket_size():
             # Then it insists on what it has recorded to follow, and of what froze no gradient asks for it any more.
             forget_passes(offload)
-
         # old.destroy() would also take the module hooks that gather parameters; they stay, with the
         # object that owns them, so only the optimizer half is undone and made anew.
         for hook in old._grad_acc_hooks + old._leaf_module_hooks:
